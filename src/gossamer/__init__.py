@@ -1,0 +1,1 @@
+"""Gossamer makes a Llama sparse, wins its accuracy back, and runs it fast on CPUs."""

@@ -1,0 +1,28 @@
+"""Options of a verb: one dataclass is the configuration, the command line's flags and the record.
+
+    @dataclass(frozen=True)
+    class Prune:
+        model: str = option(help="checkpoint directory", positional=True)
+        sparsity: float = option(0.5, help="fraction of zeros in the decoder's linear weights")
+"""
+
+import dataclasses
+from typing import Any
+
+
+def option(
+    default: Any = dataclasses.MISSING, help: str = "", *, positional: bool = False, short: str | None = None
+) -> Any:
+    """A dataclass field that is also a command-line flag (`short` is its one-letter name, such as `-o`)."""
+    metadata = {"help": help, "positional": positional, "short": short}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def record(job: object) -> dict[str, Any]:
+    """The job's options as JSON-able values, for `gossamer.json`."""
+    assert dataclasses.is_dataclass(job) and not isinstance(job, type)
+    return {field.name: _plain(getattr(job, field.name)) for field in dataclasses.fields(job)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
