@@ -1,0 +1,376 @@
+"""Text to token ids and back, as transformers does it, without transformers.
+
+`tokenizer.json` decides the ids (its post-processor decides on BOS); `tokenizer_config.json` names the special
+tokens; the chat template is a Jinja program by whoever made the model, so it runs in a sandbox.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import tokenizers
+from tokenizers import AddedToken
+
+from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """A model's tokenizer with its special tokens, stop tokens and chat template."""
+
+    def __init__(
+        self,
+        content: bytes,
+        config: Mapping[str, Any] | None = None,
+        *,
+        chat_template: str | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        origin: str = "tokenizer.json",
+    ) -> None:
+        """From the texts of the usual files; `content` is that of tokenizer.json, zero padding allowed."""
+        self.bytes = content.rstrip(b"\0")
+        self.chat_template = chat_template or _inline_template(config or {})
+        self._config = dict(config or {})
+        document = _parse_tokenizer(self.bytes, origin)
+        if _is_llama_class(self._config, document):
+            self._config = LLAMA_DEFAULTS | self._config
+            document = _as_llama_class(document, self._config)
+        self._tokenizer = _build(document, origin)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._add_special_tokens()
+        self._special_ids = frozenset(
+            index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self._byte_fallback = '"ByteFallback"' in json.dumps(document.get("decoder"))
+        self._sources = (generation_config or {}, model_config or {})
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Tokenizer":
+        """Read a Hugging Face model directory; CheckpointError when it holds no usable tokenizer."""
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            found = "tokenizer.model only" if (directory / "tokenizer.model").is_file() else "none"
+            raise CheckpointError(
+                f"{directory}: no tokenizer.json (found: {found}). "
+                "Save the tokenizer once with transformers' AutoTokenizer to make one."
+            )
+        template = directory / "chat_template.jinja"
+        return cls(
+            file.read_bytes(),
+            _read_json(directory / "tokenizer_config.json"),
+            chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+            generation_config=_read_json(directory / "generation_config.json"),
+            model_config=_read_json(directory / "config.json"),
+            origin=str(file),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The id that begins a text, or None where the model has none."""
+        token = self.special_tokens.get("bos_token")
+        if token is not None:
+            return self._tokenizer.token_to_id(token)
+        ids = next(
+            (_ids(source.get("bos_token_id")) for source in self._sources if "bos_token_id" in source), []
+        )
+        return ids[0] if ids else None
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a generation: the generation config's (else the model's) and the tokenizer's."""
+        ids = next(
+            (_ids(source.get("eos_token_id")) for source in self._sources if "eos_token_id" in source), []
+        )
+        token = self.special_tokens.get("eos_token")
+        own = None if token is None else self._tokenizer.token_to_id(token)
+        return frozenset(ids if own is None else [*ids, own])
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The named special tokens' texts (`bos_token`, ...), as chat templates see them."""
+        return {
+            name: value if isinstance(value, str) else value["content"]
+            for name in NAMED_TOKENS
+            if (value := self._config.get(name))
+        }
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added."""
+        return self._tokenizer.encode(text, add_special_tokens=bos).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 come out as U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token(self, index: int) -> str:
+        """The vocabulary's own spelling of one id ("" for an id without a token)."""
+        return self._tokenizer.id_to_token(index) or ""
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The chat as one text by the model's template; ConfigError without a template or when it objects."""
+        if self._compiled_template is None:
+            raise ConfigError(
+                "this model has no chat template, so it takes plain text, not chat messages. "
+                "Send a plain prompt, or add chat_template.jinja to the model directory."
+            )
+        plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+        if not plain:
+            raise ConfigError("a chat needs at least one message, found none.")
+        try:
+            return self._compiled_template.render(
+                messages=plain,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a chat: `[{"role": ..., "content": ...}, ...]` through the model's template."""
+        return self.encode(self.render(messages, add_generation_prompt), bos=False)
+
+    def stream(self) -> "TextStream":
+        """A fresh decoder for ids that arrive one at a time."""
+        return TextStream(self)
+
+    def is_special(self, index: int) -> bool:
+        """Whether the id is a special token, which never shows in decoded text."""
+        return index in self._special_ids
+
+    def may_continue(self, index: int) -> bool:
+        """Whether the bytes of this id may be read differently once the next id is known."""
+        return self._byte_fallback and BYTE_TOKEN.fullmatch(self.token(index)) is not None
+
+    @cached_property
+    def _compiled_template(self) -> jinja2.Template | None:
+        if self.chat_template is None:
+            return None
+        try:
+            return _template_environment().from_string(self.chat_template)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the model's chat template does not parse: {error} (line {error.lineno})"
+            ) from error
+
+    def _add_special_tokens(self) -> None:
+        """Tokens that only tokenizer_config.json knows get their ids in its order, as in transformers."""
+        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        listed = self._config.get("added_tokens_decoder") or {}
+        extra = (
+            self._config.get("extra_special_tokens") or self._config.get("additional_special_tokens") or []
+        )
+        values = [listed[key] for key in sorted(listed, key=int)] + list(self.special_tokens.values())
+        for value in values + (list(extra.values()) if isinstance(extra, dict) else list(extra)):
+            token = _added_token(value)
+            if token.content not in known:
+                known.add(token.content)
+                self._tokenizer.add_tokens([token])
+
+
+class TextStream:
+    """Text from ids that arrive one at a time: the pieces joined are `Tokenizer.decode` of all the ids.
+
+    Text is held back while a later id could still change it: an unfinished UTF-8 character, or a run of
+    SentencePiece's byte tokens (one bad byte turns the whole run into U+FFFD).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[
+            int
+        ] = []  # the last ids already given out: decoders treat a text's start differently
+        self._context_text = ""
+        self._held: list[int] = []
+
+    @property
+    def pending(self) -> str:
+        """The text held back, as it would read if no further id came."""
+        if not self._held:
+            return ""
+        return self._tokenizer.decode(self._context + self._held)[len(self._context_text) :]
+
+    def push(self, index: int) -> str:
+        """Take one id; returns the text that is now certain (often "")."""
+        if self._tokenizer.is_special(index):
+            return ""
+        self._held.append(index)
+        if self._tokenizer.may_continue(index):
+            return ""
+        text = self.pending
+        if text.endswith(REPLACEMENT):
+            return ""
+        return self._give_out(text)
+
+    def flush(self) -> str:
+        """The rest of the text, once no further id will come."""
+        return self._give_out(self.pending) if self._held else ""
+
+    def _give_out(self, text: str) -> str:
+        self._context, self._held = self._held, []
+        self._context_text = self._tokenizer.decode(self._context)
+        return text
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` blocks, which only mark the assistant's part for training: the body as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _template_environment() -> jinja2.Environment:
+    """The sandbox that chat templates are written for (transformers' functions and white space rules)."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _plain_message(message: Message, index: int) -> dict[str, Any]:
+    """Drop None fields, as transformers does; a message needs a role."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ConfigError(
+            f'message {index} of the chat is {message!r}; expected {{"role": ..., "content": ...}}.'
+        )
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _inline_template(config: Mapping[str, Any]) -> str | None:
+    """tokenizer_config.json's template: one text, or a list of named ones of which "default" counts."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _is_llama_class(config: Mapping[str, Any], document: Mapping[str, Any]) -> bool:
+    """Whether transformers would rebuild the tokenizer as its SentencePiece-like LlamaTokenizer."""
+    return (
+        str(config.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
+        and '"ByteLevel"' not in json.dumps(document.get("pre_tokenizer"))
+        and document["model"].get("type") == "BPE"
+    )
+
+
+def _as_llama_class(document: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' LlamaTokenizer makes of a tokenizer.json: the leading space is a pre-tokenizer."""
+    prefix_space = config.get("add_prefix_space") is not False
+    scheme = ("always" if config.get("legacy") else "first") if prefix_space else "never"
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix_space:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        **document,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {**document["model"], "fuse_unk": True, "byte_fallback": True, "dropout": None},
+    }
+
+
+def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=True, normalized=False)
+    flags = {
+        name: bool(value.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+    }
+    return AddedToken(value["content"], **flags)
+
+
+def _parse_tokenizer(content: bytes, origin: str) -> dict[str, Any]:
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: not a JSON text ({error}). Restore the file.") from error
+    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
+        raise CheckpointError(
+            f'{origin}: found no "model" in it; expected a tokenizers file. Restore the file.'
+        )
+    return document
+
+
+def _build(document: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
+    """The tokenizer; CheckpointError where tokenizers cannot make sense of the file."""
+    kind = document["model"].get("type")
+    if kind not in ("BPE", "Unigram", "WordLevel", "WordPiece", None):
+        raise UnsupportedError(
+            f"{origin}: tokenizer model {kind!r}; supported are BPE, Unigram, WordLevel, WordPiece."
+        )
+    try:
+        return tokenizers.Tokenizer.from_buffer(json.dumps(document).encode())
+    except ValueError as error:
+        raise CheckpointError(f"{origin}: not a tokenizers file ({error}). Restore the file.") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not a JSON text ({error}). Restore the file.") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{file}: found a {type(document).__name__}, expected a JSON object.")
+    return document
+
+
+def _ids(value: Any) -> list[int]:
+    """An id field of a config: absent, one id or a list of them."""
+    if value is None:
+        return []
+    return [int(entry) for entry in value] if isinstance(value, list) else [int(value)]

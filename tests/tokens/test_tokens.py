@@ -1,0 +1,165 @@
+"""Token ids, texts and chats must be those of transformers' AutoTokenizer."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from gossamer.errors import CheckpointError, ConfigError
+from gossamer.tokens import Tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "Once upon a time, there was a little girl.",
+    "  two spaces\n\n\tand a tab  ",
+    "naïve café — 東京 🦙🦙 \u0627\u0644",
+    "before <s> inside </s> after",
+    "x = sorted('bca')\n>>> x\n",
+    "e\u0301\ufffd\u200d\x00\x7f",
+]
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message['role'] == 'system' %}{% continue %}{% endif %}\n"
+    "    {% if message['role'] not in ['user', 'assistant', 'system'] %}\n"
+    "        {{ raise_exception('unknown role ' + message['role']) }}\n"
+    "    {% endif %}\n"
+    "{{ bos_token }}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}{{ eos_token }}\n"
+    "{{ message | tojson }}{{ strftime_now('%Y') }}\n"
+    "{% generation %}{{ message.content }}{% endgeneration %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": ' Say "hi" <b>\n', "name": None},
+    {"role": "assistant", "content": "hi é"},
+]
+CONFIGS = {
+    "as shipped": {},
+    "LlamaTokenizer": {"tokenizer_class": "LlamaTokenizer"},
+    "LlamaTokenizer legacy": {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True},
+    "no bos wanted": {"add_bos_token": False, "add_eos_token": True},
+    "extra tokens": {"extra_special_tokens": ["<|user|>", "<|assistant|>"], "pad_token": "<pad>"},
+}
+
+
+@pytest.fixture(params=["stories3m", "stories260k", "tiny"])
+def model(request: pytest.FixtureRequest, tiny_llama: Callable[[str], Path]) -> Path:
+    if request.param == "tiny":
+        return tiny_llama("llama2")
+    return request.getfixturevalue("shared_data") / "models" / request.param
+
+
+def variant(model: Path, tmp_path: Path, **changes: object) -> Path:
+    """A copy of the model's tokenizer files with changes in tokenizer_config.json."""
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(model / name, tmp_path / name)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    return tmp_path
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_ids_and_texts_are_those_of_transformers(model: Path, changes: dict, tmp_path: Path) -> None:
+    path = variant(model, tmp_path, **changes)
+    ours, theirs = Tokenizer.open(path), AutoTokenizer.from_pretrained(path)
+    assert (ours.vocab_size, ours.bos_id) == (len(theirs), theirs.bos_token_id)
+    assert ours.eos_ids == {theirs.eos_token_id}
+    for text in [*TEXTS, "<|user|> hello <|assistant|>"]:
+        ids = theirs(text).input_ids
+        assert ours.encode(text) == ids
+        assert ours.encode(text, bos=False) == theirs(text, add_special_tokens=False).input_ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
+
+
+def test_random_ids_decode_as_in_transformers_and_stream_to_the_same_text(model: Path) -> None:
+    ours, theirs = Tokenizer.open(model), AutoTokenizer.from_pretrained(model)
+    draw = random.Random(0)
+    for _ in range(300):
+        ids = [draw.randrange(min(ours.vocab_size, 400)) for _ in range(draw.randrange(1, 25))]
+        text = theirs.decode(ids, skip_special_tokens=True)
+        stream = ours.stream()
+        given = ""
+        for index, token in enumerate(ids):
+            given += stream.push(token)
+            assert given + stream.pending == ours.decode(ids[: index + 1])
+        assert given + stream.flush() == text == ours.decode(ids)
+
+
+def test_streaming_never_splits_a_character(model: Path) -> None:
+    tokenizer = Tokenizer.open(model)
+    text = "a 🦙🦙 東京é\n\nend — ok"
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "\ufffd" not in "".join(pieces)
+    assert "".join(pieces) + stream.flush() == text
+    assert len([piece for piece in pieces if piece]) > 5
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chats_are_those_of_transformers(model: Path, tmp_path: Path, add_generation_prompt: bool) -> None:
+    path = variant(model, tmp_path, chat_template=CHATML)
+    ours, theirs = Tokenizer.open(path), AutoTokenizer.from_pretrained(path)
+    expected = theirs.apply_chat_template(
+        CHAT, add_generation_prompt=add_generation_prompt, return_dict=False
+    )
+    assert ours.chat(CHAT, add_generation_prompt) == expected
+
+
+def test_a_template_file_comes_before_the_one_in_the_config(model: Path, tmp_path: Path) -> None:
+    path = variant(model, tmp_path, chat_template="wrong")
+    (path / "chat_template.jinja").write_text("{{ messages[0].content }}é\n")
+    ours, theirs = Tokenizer.open(path), AutoTokenizer.from_pretrained(path)
+    assert ours.chat_template == theirs.chat_template
+    assert ours.chat(CHAT) == theirs.apply_chat_template(CHAT, return_dict=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        (None, CHAT, "no chat template"),
+        (CHATML, [{"role": "wizard", "content": "x"}], "unknown role wizard"),
+        (CHATML, [], "at least one message"),
+        (CHATML, [{"content": "x"}], "message 0"),
+        ("{% if %}", CHAT, "does not parse"),
+        ("{{ messages.append(1) }}", CHAT, "refuses"),
+        ("{{ ''.__class__.__mro__ }}", CHAT, "refuses"),
+        ("{{ messages[0].content + 1 }}", CHAT, "refuses"),
+    ],
+)
+def test_chats_that_cannot_be_say_why(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, template: str | None, messages: list, words: str
+) -> None:
+    tokenizer = Tokenizer.open(variant(tiny_llama("llama2"), tmp_path, chat_template=template))
+    with pytest.raises(ConfigError, match=words):
+        tokenizer.chat(messages)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"model": {"type": "BPE"}}', '{"model": {"type": "BPE", "vocab": 1}}']
+)
+def test_a_damaged_tokenizer_is_named(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, content: str
+) -> None:
+    path = variant(tiny_llama("llama2"), tmp_path)
+    (path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.open(path)
+
+
+def test_a_directory_without_tokenizer_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model only"):
+        Tokenizer.open(tmp_path)
+
+
+def test_stop_tokens_come_from_the_generation_config_and_the_tokenizer(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = variant(tiny_llama("llama2"), tmp_path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    assert Tokenizer.open(path).eos_ids == {5, 7, 1}
