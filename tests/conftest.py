@@ -1,4 +1,4 @@
-"""Small real models for tests: random Llamas of each supported variant, and the shared ones where they are."""
+"""Small real models for tests: random Llamas of each variant, and the shared ones where they are."""
 
 import os
 from collections.abc import Callable
@@ -18,10 +18,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 VARIANTS = {
     "llama2": {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "llama3": {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE},
-    "linear": {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "linear": {
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
     "sharded": {"num_key_value_heads": 2},
     "bf16": {"num_key_value_heads": 2},
     "fp16": {"num_key_value_heads": 2},
@@ -77,7 +81,8 @@ def _save_tiny(variant: str, path: Path) -> Path:
         **VARIANTS[variant],
     )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(variant, torch.float32)
-    model = LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config)
+    torch.nn.Module.to(model, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0, 0.1) if name.endswith("norm.weight") else parameter.normal_(0.0, 0.15)
@@ -101,4 +106,6 @@ def _save_tokenizer(path: Path) -> None:
     )
     tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(
+        path
+    )

@@ -60,7 +60,9 @@ class Llama:
         hidden_size = _positive(config, "hidden_size", source)
         num_kv_heads = config.get("num_key_value_heads") or num_heads
         if num_heads % num_kv_heads:
-            raise CheckpointError(f"{source}: {num_heads} query heads do not divide by {num_kv_heads} key heads")
+            raise CheckpointError(
+                f"{source}: {num_heads} query heads do not divide by {num_kv_heads} key heads"
+            )
         eos = config.get("eos_token_id")
         llama = cls(
             num_layers=_positive(config, "num_hidden_layers", source),
@@ -78,7 +80,9 @@ class Llama:
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         )
         if llama.head_dim % 2:
-            raise UnsupportedError(f"{source}: head_dim {llama.head_dim} is odd; rotary embeddings need pairs")
+            raise UnsupportedError(
+                f"{source}: head_dim {llama.head_dim} is odd; rotary embeddings need pairs"
+            )
         return llama
 
     def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
@@ -127,15 +131,17 @@ def _llama3(inverse: np.ndarray, rope: Rope) -> np.ndarray:
         rope.high_freq_factor - rope.low_freq_factor
     )
     blended = (1 - ramp) * inverse / rope.factor + ramp * inverse
-    return np.where(wavelength > low, inverse / rope.factor, np.where(wavelength < high, inverse, blended)).astype(
-        np.float32
-    )
+    return np.where(
+        wavelength > low, inverse / rope.factor, np.where(wavelength < high, inverse, blended)
+    ).astype(np.float32)
 
 
 def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
     found = config.get("architectures") or [config.get("model_type", "no architecture")]
     if found != ["LlamaForCausalLM"] and not (found == ["llama"]):
-        raise UnsupportedError(f"{source}: found architecture {', '.join(map(str, found))}; supported: {SUPPORTED}")
+        raise UnsupportedError(
+            f"{source}: found architecture {', '.join(map(str, found))}; supported: {SUPPORTED}"
+        )
     for key, expected in (
         ("hidden_act", "silu"),
         ("attention_bias", False),

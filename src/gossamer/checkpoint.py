@@ -2,38 +2,26 @@
 
 Reading validates first: what `Checkpoint.open` returns has every tensor of its architecture, in the right
 shape, in files that are whole. Writing goes to `OUT.partial/` and is renamed once its zeros are checked.
-bfloat16 has no NumPy type: raw arrays hold its bit patterns as uint16.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-from safetensors import TensorSpec
 
 from gossamer.architecture import Llama
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.job import record
+from gossamer.weights import STORAGE, Entry, is_finite, read_header, to_float32, write_safetensors
 
-STORAGE = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(np.uint16),
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-}
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,17 +38,6 @@ COMPANIONS = (
 MANIFEST = "gossamer.json"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: `num_bytes` from `offset` of `file`."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-
-
 class Checkpoint:
     """A validated Llama directory. Tensors are read on demand and never all held at once."""
 
@@ -73,7 +50,9 @@ class Checkpoint:
         """Read config and headers; raises CheckpointError or UnsupportedError naming file and tensor."""
         directory = Path(path)
         config = _read_config(directory)
-        entries = {name: entry for file in _weight_files(directory) for name, entry in _read_header(file).items()}
+        entries = {
+            name: entry for file in _weight_files(directory) for name, entry in read_header(file).items()
+        }
         checkpoint = cls(directory, config, entries)
         checkpoint.entries = _expected_entries(checkpoint)
         return checkpoint
@@ -94,9 +73,11 @@ class Checkpoint:
     def raw(self, name: str) -> np.ndarray:
         """The tensor as stored (read-only, mapped); raises CheckpointError on NaN or infinite values."""
         entry = self.entries[name]
-        array = np.memmap(entry.file, STORAGE[entry.dtype], "r", entry.offset, entry.shape)
-        if not _is_finite(array, entry.dtype):
-            raise CheckpointError(f"{entry.file}: tensor {name} holds NaN or infinite values; the weights are damaged")
+        array = entry.array()
+        if not is_finite(array, entry.dtype):
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} holds NaN or infinite values; the weights are damaged"
+            )
         return array
 
     def float32(self, name: str) -> np.ndarray:
@@ -110,7 +91,10 @@ class Checkpoint:
 
     def sparsity(self) -> float:
         """Fraction of zeros over all decoder linears."""
-        zeros = [(int(np.count_nonzero(self.zeros(f"{n}.weight"))), self.entries[f"{n}.weight"]) for n in self.linears]
+        zeros = [
+            (int(np.count_nonzero(self.zeros(f"{n}.weight"))), self.entries[f"{n}.weight"])
+            for n in self.linears
+        ]
         return sum(count for count, _ in zeros) / sum(math.prod(entry.shape) for _, entry in zeros)
 
     @property
@@ -125,7 +109,7 @@ class Checkpoint:
         for name in sorted(self.entries):
             entry = self.entries[name]
             digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-            digest.update(np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.num_bytes,)))
+            digest.update(entry.array().data.cast("B"))
         return digest.hexdigest()
 
     def hash(self) -> str:
@@ -190,7 +174,9 @@ class Derived:
 
     def _finish(self) -> None:
         if lost := set(self.parent.names) - self._shards.written - self._dropped:
-            raise CheckpointError(f"{self.output}: the stage wrote no {sorted(lost)[0]} ({len(lost)} tensors missing)")
+            raise CheckpointError(
+                f"{self.output}: the stage wrote no {sorted(lost)[0]} ({len(lost)} tensors missing)"
+            )
         self._shards.close()
         _write_json(self.path / "config.json", self.config)
         child = Checkpoint.open(self.path)
@@ -249,29 +235,11 @@ class _ShardWriter:
             self._file(0).rename(self.directory / "model.safetensors")
             return
         files = [self._file(index).rename(self._file(index, count)) for index in range(count)]
-        weight_map = {name: file.name for file, names in zip(files, self._shards, strict=True) for name in names}
+        weight_map = {
+            name: file.name for file, names in zip(files, self._shards, strict=True) for name in names
+        }
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
         _write_json(self.directory / "model.safetensors.index.json", index)
-
-
-def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Storage form -> float32, exactly."""
-    if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def write_safetensors(file: Path, tensors: Mapping[str, tuple[np.ndarray, str]]) -> None:
-    """Write one safetensors file; a failing disk is an OSError."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "I32": "int32", "I64": "int64"}
-    views = {
-        name: TensorSpec(dtype=names[dtype], shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes)
-        for name, (array, dtype) in tensors.items()
-    }
-    try:
-        safetensors.serialize_file(views, str(file), {"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise OSError(errno.EIO, f"could not write: {error}", str(file)) from error
 
 
 def refuse_existing(output: Path, overwrite: bool) -> None:
@@ -308,7 +276,13 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
-        kind = "a directory without config.json" if directory.is_dir() else "a file" if directory.exists() else "nothing"
+        kind = (
+            "a directory without config.json"
+            if directory.is_dir()
+            else "a file"
+            if directory.exists()
+            else "nothing"
+        )
         raise CheckpointError(
             f"{directory}: found {kind}; expected a Hugging Face directory (config.json and *.safetensors)"
         )
@@ -332,32 +306,12 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / "model.safetensors"]
     if pickles := [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]:
         raise UnsupportedError(
-            f"{pickles[0]}: pickle weights can run code when opened; supported: safetensors (convert with transformers' save_pretrained)"
+            f"{pickles[0]}: pickle weights can run code when opened; supported: safetensors "
+            "(convert them with transformers' save_pretrained)"
         )
-    raise CheckpointError(f"{directory}: no model.safetensors and no model.safetensors.index.json; expected either")
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
-    """The file's tensors, after the safetensors library has validated lengths and offsets."""
-    try:
-        with safetensors.safe_open(file, "np"):
-            pass
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
-    with file.open("rb") as stream:
-        header_bytes = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(header_bytes))
-    header.pop("__metadata__", None)
-    return {
-        name: Entry(
-            file,
-            info["dtype"],
-            tuple(info["shape"]),
-            8 + header_bytes + info["data_offsets"][0],
-            info["data_offsets"][1] - info["data_offsets"][0],
-        )
-        for name, info in header.items()
-    }
+    raise CheckpointError(
+        f"{directory}: no model.safetensors and no model.safetensors.index.json; expected either"
+    )
 
 
 def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
@@ -368,32 +322,26 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
             shapes[f"{name}.weight_scale"] = (shapes[f"{name}.weight"][0], 1)
     for name, shape in shapes.items():
         if name not in found:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing; expected one of shape {list(shape)}")
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} is missing; expected one of shape {list(shape)}"
+            )
         if (entry := found[name]).shape != shape:
-            raise CheckpointError(f"{entry.file}: tensor {name} has shape {list(entry.shape)}; expected {list(shape)}")
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}; expected {list(shape)}"
+            )
         if entry.dtype not in STORAGE:
-            raise UnsupportedError(f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORAGE)}")
+            raise UnsupportedError(
+                f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORAGE)}"
+            )
     ignored = {"lm_head.weight"} if checkpoint.architecture.tie_word_embeddings else set()
-    extra = [n for n in found if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    extra = [
+        n for n in found if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
+    ]
     if extra:
-        raise UnsupportedError(f"{found[extra[0]].file}: tensor {extra[0]} is not part of a Llama; cannot place it")
+        raise UnsupportedError(
+            f"{found[extra[0]].file}: tensor {extra[0]} is not part of a Llama; cannot place it"
+        )
     return {name: found[name] for name in shapes}
-
-
-_CHUNK = 1 << 24
-
-
-def _is_finite(array: np.ndarray, dtype: str) -> bool:
-    """Whether all values are finite, looked at in pieces that fit the cache's neighbourhood."""
-    if dtype not in ("F32", "F16", "BF16"):
-        return True
-    flat = array.reshape(-1)
-    for start in range(0, flat.size, _CHUNK):
-        piece = flat[start : start + _CHUNK]
-        finite = (piece & 0x7F80) != 0x7F80 if dtype == "BF16" else np.isfinite(piece)
-        if not finite.all():
-            return False
-    return True
 
 
 def _check_zeros(parent: Checkpoint, child: Checkpoint) -> dict[str, Any]:
@@ -402,10 +350,12 @@ def _check_zeros(parent: Checkpoint, child: Checkpoint) -> dict[str, Any]:
     for name in (f"{linear}.weight" for linear in child.linears):
         zeros_NK = child.zeros(name)
         if lost := int(np.count_nonzero(parent.zeros(name) & ~zeros_NK)):
-            raise CheckpointError(f"{child.path}: {name} lost {lost} of its parent's zeros; nothing was written")
+            raise CheckpointError(
+                f"{child.path}: {name} lost {lost} of its parent's zeros; nothing was written"
+            )
         tensors[name] = {
             "sparsity": round(float(zeros_NK.mean()), 6),
-            "mask_hash": hashlib.sha256(np.packbits(zeros_NK)).hexdigest(),
+            "mask_hash": hashlib.sha256(np.packbits(zeros_NK).tobytes()).hexdigest(),
         }
     return tensors
 

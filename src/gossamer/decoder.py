@@ -1,6 +1,6 @@
-"""transformers' own Llama, filled from a checkpoint: whole for training, one layer at a time for compression."""
+"""transformers' own Llama, filled from a checkpoint: whole to train, layer by layer to compress."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from gossamer.checkpoint import Checkpoint, Derived
 from gossamer.errors import UnsupportedError
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+ROWS_AT_A_TIME = 16
 
 
 def tensor(source: Checkpoint, name: str) -> Tensor:
@@ -39,7 +40,8 @@ def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> LlamaF
     refuse_quantized(source)
     config = llama_config(source)
     config.dtype = dtype
-    model = LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config)
+    nn.Module.to(model, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensor(source, name))
@@ -91,6 +93,41 @@ class Block:
         positions_1T = torch.arange(hidden_BTD.shape[1]).unsqueeze(0)
         position_embeddings = self.rotary(hidden_BTD, positions_1T)
         return self.layer(hidden_BTD, position_embeddings=position_embeddings, position_ids=positions_1T)
+
+    def walk(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterable[Tensor]]]:
+        """Go through the layer group by group: yields each group and its input [rows, T, K], some rows at a time.
+
+        What the caller does to a group's weights before it asks for the next one counts from there on, so later
+        groups see the changed earlier ones, as in GPTQ's "true sequential", at the cost of about one forward pass.
+        At the end `hidden_BTD` holds the layer's output.
+        """
+        layer, (qkv, o, gate_up, down) = self.layer.requires_grad_(False), self.groups
+        pieces = hidden_BTD.split(ROWS_AT_A_TIME)
+        yield qkv, (layer.input_layernorm(h_BTD) for h_BTD in pieces)
+        mixed_BTK = torch.cat([self._attention(h_BTD) for h_BTD in pieces])
+        yield o, mixed_BTK.split(ROWS_AT_A_TIME)
+        for h_BTD, m_BTK in zip(pieces, mixed_BTK.split(ROWS_AT_A_TIME), strict=True):
+            h_BTD += layer.self_attn.o_proj(m_BTK)
+        yield gate_up, (layer.post_attention_layernorm(h_BTD) for h_BTD in pieces)
+        yield down, (self._gated(h_BTD) for h_BTD in pieces)
+        for h_BTD in pieces:
+            h_BTD += layer.mlp.down_proj(self._gated(h_BTD))
+
+    def _attention(self, hidden_BTD: Tensor) -> Tensor:
+        """What o_proj is given: the heads' mixed values [B, T, A E]."""
+        given: list[Tensor] = []
+        attention = self.layer.self_attn
+        handle = attention.o_proj.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        positions_1T = torch.arange(hidden_BTD.shape[1]).unsqueeze(0)
+        normed_BTD = self.layer.input_layernorm(hidden_BTD)
+        attention(normed_BTD, self.rotary(normed_BTD, positions_1T), attention_mask=None)
+        handle.remove()
+        return given[0]
+
+    def _gated(self, hidden_BTD: Tensor) -> Tensor:
+        """What down_proj is given: silu(gate) * up [B, T, F]."""
+        mlp, normed_BTD = self.layer.mlp, self.layer.post_attention_layernorm(hidden_BTD)
+        return mlp.act_fn(mlp.gate_proj(normed_BTD)) * mlp.up_proj(normed_BTD)
 
 
 def blocks(source: Checkpoint) -> Iterator[Block]:

@@ -1,9 +1,9 @@
 """Options of a verb: one dataclass is the configuration, the command line's flags and the record.
 
-    @dataclass(frozen=True)
-    class Prune:
-        model: str = option(help="checkpoint directory", positional=True)
-        sparsity: float = option(0.5, help="fraction of zeros in the decoder's linear weights")
+@dataclass(frozen=True)
+class Prune:
+    model: str = option(help="checkpoint directory", positional=True)
+    sparsity: float = option(0.5, help="fraction of zeros in the decoder's linear weights")
 """
 
 import dataclasses
