@@ -1,7 +1,7 @@
 """Text to token ids and back, as transformers does it, without transformers.
 
-`tokenizer.json` decides the ids (its post-processor decides on BOS); `tokenizer_config.json` names the special
-tokens; the chat template is a Jinja program by whoever made the model, so it runs in a sandbox.
+`tokenizer.json` decides the ids (its post-processor decides on BOS); `tokenizer_config.json` names the
+special tokens; the chat template is a Jinja program by whoever made the model, so it runs in a sandbox.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
@@ -46,7 +46,7 @@ class Tokenizer:
         """From the texts of the usual files; `content` is that of tokenizer.json, zero padding allowed."""
         self.bytes = content.rstrip(b"\0")
         self.chat_template = chat_template or _inline_template(config or {})
-        self._config = dict(config or {})
+        self._config: dict[str, Any] = dict(config or {})
         document = _parse_tokenizer(self.bytes, origin)
         if _is_llama_class(self._config, document):
             self._config = LLAMA_DEFAULTS | self._config
@@ -239,7 +239,7 @@ class TextStream:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` blocks, which only mark the assistant's part for training: the body as it is."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -23,7 +23,8 @@ TEXTS = [
     "e\u0301\ufffd\u200d\x00\x7f",
 ]
 CHATML = (
-    "{% for message in messages %}{% if loop.first and message['role'] == 'system' %}{% continue %}{% endif %}\n"
+    "{% for message in messages %}\n"
+    "{% if loop.first and message['role'] == 'system' %}{% continue %}{% endif %}\n"
     "    {% if message['role'] not in ['user', 'assistant', 'system'] %}\n"
     "        {{ raise_exception('unknown role ' + message['role']) }}\n"
     "    {% endif %}\n"
