@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.h' 2>/dev/null)
-CPP := $(shell find native -name '*.cpp' -o -name '*.h' 2>/dev/null)
+NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
+CPP := $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test check format torture wheel clean

@@ -1,6 +1,6 @@
-"""How a verb tells its caller how far it is: a stream of events that the caller may draw, print or drop."""
+"""What a verb tells its caller: events while it runs, tables when it is done. Drawing them is `cli`'s."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Value = float | int | str | bool | None
@@ -22,3 +22,17 @@ Progress = Callable[[Event], None]
 
 def quiet(event: Event) -> None:
     """Drop the event: the default of every verb called from Python."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under column heads; a result that has `tables()` is shown by them."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The table as GitHub shows it, numbers aligned right."""
+        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

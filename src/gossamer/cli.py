@@ -1,0 +1,272 @@
+"""The command line: each verb is one dataclass of options and one function; here they get flags and faces.
+
+Exit codes: 0 done, 2 bad usage or bad input, 130 Ctrl-C, 1 the environment (disk full, no permission).
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from gossamer.errors import ConfigError, GossamerError
+from gossamer.report import Event, Progress, Table
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb lives; modules are imported only when their verb is called."""
+
+    module: str
+    job: str
+    summary: str
+
+    def load(self, name: str) -> tuple[type, Callable[..., Any]]:
+        module = importlib.import_module(self.module)
+        return getattr(module, self.job), getattr(module, name)
+
+
+VERBS = {
+    "demo": Verb("gossamer.demo", "Demo", "the tour: this CPU, then a small model made sparse and won back"),
+    "compress": Verb("gossamer.pipeline", "Compress", "prune, train, quantize and pack in one go"),
+    "prune": Verb("gossamer.stages.prune", "Prune", "set weights to zero with SparseGPT"),
+    "pretrain": Verb("gossamer.stages.pretrain", "Pretrain", "train on text, zeros fixed"),
+    "finetune": Verb("gossamer.stages.finetune", "Finetune", "train on examples, zeros fixed, distilling"),
+    "quantize": Verb("gossamer.stages.quantize", "Quantize", "round to INT8 with every zero kept"),
+    "evaluate": Verb("gossamer.stages.evaluate", "Evaluate", "perplexity and exact-match tasks"),
+    "pack": Verb("gossamer.stages.pack", "Pack", "write the .goss file that the engine runs"),
+    "run": Verb("gossamer.tools.run", "Run", "complete a prompt, or chat"),
+    "serve": Verb("gossamer.server", "Serve", "an OpenAI-compatible server"),
+    "bench": Verb("gossamer.tools.bench", "Bench", "tokens/s beside bandwidth, measured in one run"),
+    "inspect": Verb("gossamer.tools.inspect", "Inspect", "sizes, sparsity and storage, layer by layer"),
+    "verify": Verb("gossamer.tools.verify", "Verify", "zeros kept, streams sound, backends agree"),
+    "doctor": Verb("gossamer.tools.doctor", "Doctor", "why this machine is fast or slow"),
+}
+
+
+def main() -> None:
+    """Entry point of `gossamer`: parse, run the verb, exit with its code."""
+    sys.exit(call(sys.argv[1:]))
+
+
+def call(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return usage()
+    name, *rest = arguments
+    as_json = "--json" in rest
+    try:
+        job, function = parse(name, [argument for argument in rest if argument != "--json"])
+        with progress_to_json() if as_json else progress_bars() as progress:
+            result = function(job, progress)
+            if isinstance(result, Iterator):
+                return stream(result, as_json)
+        show_json(result) if as_json else show(result)
+    except GossamerError as error:
+        return fail(str(error), 2)
+    except KeyboardInterrupt:
+        return fail("interrupted; no partial output was left", 130)
+    except (OSError, MemoryError) as error:
+        return fail(f"the environment failed: {error or 'out of memory'}", 1)
+    except ModuleNotFoundError as error:
+        return fail(f"`{name}` needs {error.name}: pip install 'gossamer[compress]'", 1)
+    return 0
+
+
+def usage() -> int:
+    """Print the verbs, one line each."""
+    table = RichTable.grid(padding=(0, 2))
+    for name, verb in VERBS.items():
+        table.add_row(Text(f"  {name}", style="bold"), verb.summary)
+    out.print("usage: gossamer VERB ... (gossamer VERB --help shows its flags; --json prints objects)\n")
+    out.print(table)
+    return 0
+
+
+def parse(name: str, arguments: list[str]) -> tuple[Any, Callable[..., Any]]:
+    """The verb's job, filled from the arguments, and its function; raises ConfigError for unknown words."""
+    if name not in VERBS:
+        raise ConfigError(f"unknown verb {name!r}{nearest(name, VERBS)}; `gossamer --help` lists the verbs")
+    job_type, function = VERBS[name].load(name)
+    fields = {field.name: field for field in dataclasses.fields(job_type)}
+    flags = flag_names(fields)
+    for argument in arguments:
+        if argument.startswith("--") and argument.split("=")[0] not in flags:
+            raise ConfigError(f"unknown flag {argument.split('=')[0]}{nearest(argument, flags)}")
+    parsed = tyro.cli(
+        flagged(job_type, fields),
+        prog=f"gossamer {name}",
+        description=VERBS[name].summary,
+        args=gather(arguments, {flag for flag, field in flags.items() if field and is_list(job_type, field)}),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return job_type(**{field: getattr(parsed, field) for field in fields}), function
+
+
+def flag_names(fields: dict[str, dataclasses.Field[Any]]) -> dict[str, str]:
+    """Every accepted flag -> the field it fills ("" for --help)."""
+    flags = {"--help": ""} | {f"--{name.replace('_', '-')}": name for name in fields}
+    return flags | {
+        field.metadata["short"]: name for name, field in fields.items() if field.metadata.get("short")
+    }
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """ "; did you mean X?" for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word.split("=")[0], list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def is_list(job_type: type, field: str) -> bool:
+    return typing.get_origin(typing.get_type_hints(job_type)[field]) is tuple
+
+
+def gather(arguments: list[str], list_flags: set[str]) -> list[str]:
+    """Put the values of a repeated list flag behind its first occurrence (tyro keeps only the last one)."""
+    plain: list[str] = []
+    values: dict[str, list[str]] = {}
+    current: list[str] = plain
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        if flag in list_flags:
+            current = values.setdefault(flag, [])
+            current += [value] if value else []
+        else:
+            current = plain if argument.startswith("-") else current
+            current.append(argument)
+    return plain + [word for flag, words in values.items() for word in (flag, *words)]
+
+
+def flagged(job_type: type, fields: dict[str, dataclasses.Field[Any]]) -> type:
+    """The job's dataclass with tyro's annotations made from each field's `option` metadata."""
+    hints = typing.get_type_hints(job_type)
+    specification = []
+    for name, field in fields.items():
+        short, positional = field.metadata.get("short"), field.metadata.get("positional")
+        face = tyro.conf.arg(
+            help=field.metadata.get("help"),
+            aliases=[short] if short else None,
+            metavar=name.upper() if positional else None,
+        )
+        annotated = Annotated[(hints[name], face, *([tyro.conf.Positional] if positional else []))]
+        specification.append((name, annotated, dataclasses.field(default=field.default)))
+    return dataclasses.make_dataclass(job_type.__name__, specification, frozen=True, kw_only=True)
+
+
+def fail(message: str, code: int) -> int:
+    err.print(Text.assemble(("gossamer: ", "bold red"), message), soft_wrap=True)
+    return code
+
+
+class progress_bars:
+    """Draws one bar per stage on stderr; used as a context manager."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Bars(*columns, TextColumn("{task.fields[figures]}"), console=err, transient=False)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Progress:
+        return self.event
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def event(self, event: Event) -> None:
+        if not self.tasks:
+            self.bars.start()
+        if event.stage not in self.tasks:
+            self.tasks[event.stage] = self.bars.add_task(event.stage, total=None, figures="")
+        task = self.tasks[event.stage]
+        figures = "  ".join(f"{name} {number(value)}" for name, value in event.metrics.items())
+        self.bars.update(
+            task,
+            completed=event.done,
+            total=event.total or None,
+            figures=figures or event.message,
+            description=event.stage,
+        )
+
+
+class progress_to_json:
+    """Prints each event as one JSON object a line, at most ten a second and the last of every stage."""
+
+    def __enter__(self) -> Progress:
+        self.last = 0.0
+        return self.event
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def event(self, event: Event) -> None:
+        if event.done >= event.total or time.monotonic() - self.last > 0.1:
+            self.last = time.monotonic()
+            print_json({"event": dataclasses.asdict(event)})
+
+
+def stream(pieces: Iterator[Any], as_json: bool) -> int:
+    """Print text as it comes (`run`)."""
+    for piece in pieces:
+        if as_json:
+            print_json(dataclasses.asdict(piece))
+        else:
+            print(piece.text, end="", flush=True)
+    if not as_json:
+        print()
+    return 0
+
+
+def show_json(result: Any) -> None:
+    print_json({"result": dataclasses.asdict(result)})
+
+
+def print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, default=str, ensure_ascii=False), flush=True)
+
+
+def show(result: Any) -> None:
+    """Draw the result's own tables, or its plain fields; then what it suggests to do next."""
+    tables = result.tables() if hasattr(result, "tables") else [field_table(result)] if result else []
+    for table in tables:
+        out.print(drawn(table))
+    for line in getattr(result, "closing", ()):
+        out.print(line, soft_wrap=True)
+
+
+def field_table(result: Any) -> Table:
+    plain = [
+        (field.name.replace("_", " "), number(getattr(result, field.name)))
+        for field in dataclasses.fields(result)
+        if isinstance(getattr(result, field.name), str | int | float)
+    ]
+    return Table("", ("", ""), plain)
+
+
+def drawn(table: Table) -> RichTable:
+    drawing = RichTable(title=table.title or None, title_justify="left", show_header=any(table.columns))
+    for index, column in enumerate(table.columns):
+        drawing.add_column(column, justify="left" if index == 0 else "right")
+    for row in table.rows:
+        drawing.add_row(*(Text(cell) for cell in row))
+    return drawing
+
+
+def number(value: Any) -> str:
+    """A figure as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
