@@ -1,0 +1,27 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) under a mask: rounding with second-order compensation.
+
+The sweep is SparseGPT's (see hessian.py) with another projection: each input's weights are rounded to
+their row's INT8 grid, zeros to zero, and the error is pushed to the inputs on the right. Rounding a kept
+weight may give zero; a zero always stays one.
+"""
+
+import torch
+from torch import Tensor
+
+from gossamer.compress.hessian import InverseFactor, fix_rows
+from gossamer.compress.int8 import quantize_weights
+
+
+def gptq(w_NK: Tensor, scale_N1: Tensor, factor: InverseFactor, *, block_size: int = 128) -> Tensor:
+    """INT8 weights [N, K] on the grid of `scale_N1`, zero wherever W is zero."""
+    w_KN, scale_N = w_NK.T.contiguous(), scale_N1[:, 0]
+    kept_KN = w_KN != 0
+    for start in range(0, len(w_KN), block_size):
+        block = slice(start, start + block_size)
+
+        def fix(j: int, row_N: Tensor, start: int = start) -> Tensor:
+            return quantize_weights(row_N, scale_N) * scale_N * kept_KN[start + j]
+
+        error_BN = fix_rows(w_KN[block], factor.u_KK[block, block], fix)
+        w_KN[block.stop :].addmm_(factor.u_KK[block, block.stop :].T, error_BN, alpha=-1)
+    return (w_KN.T / scale_N1).round().to(torch.int8)

@@ -1,0 +1,89 @@
+"""The layer-wise quadratic model that pruning and rounding minimize.
+
+A linear y = W x is replaced by W' so that the mean of ||W x - W' x||^2 over calibration tokens stays small:
+
+    H = 2/n X X^T                 [K, K], n tokens, one column of X each
+    error(W') = tr((W - W') H (W - W')^T) / 2
+
+Optimal Brain Surgeon (Hassibi & Stork 1993): fixing one input's weight w_j to a value q costs
+(w_j - q)^2 / (2 [H^-1]_jj), and the other weights make up for it by moving along column j of H^-1.
+SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) fix inputs from left to right, the same for all
+rows; what remains of H^-1 after each is a row of its upper Cholesky factor U, H^-1 = U^T U:
+
+    error_j = (w_j - q) / U_jj        w_j.. <- w_j.. - error_j U_j,j..        cost = error_j^2 / 2
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import CalibrationError
+
+
+def hessian(inputs: Iterable[Tensor]) -> Tensor:
+    """H = 2/n X X^T, float32 [K, K], from batches [..., K] of a linear's input; n is their number of tokens."""
+    num_tokens, gram_KK = 0, torch.zeros(0, 0)
+    for x in inputs:
+        x_TK = x.reshape(-1, x.shape[-1]).float()
+        if not num_tokens:
+            gram_KK = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
+        gram_KK.addmm_(x_TK.T, x_TK)
+        num_tokens += len(x_TK)
+    return gram_KK * (2.0 / num_tokens)
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper Cholesky factor of the dampened H^-1, and the inputs that never were anything but zero."""
+
+    u_KK: Tensor
+    dead_K: Tensor
+
+
+def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "linear") -> InverseFactor:
+    """Factor (H + dampening_frac mean(diag H) I)^-1 = U^T U, dead inputs with 1 on the diagonal.
+
+    With J the reversal, J H J = L L^T gives U = J L^-1 J: one Cholesky and one triangular inverse, in float64,
+    and the inverse itself is never formed. Raises CalibrationError naming the layer if H is not finite or, beyond
+    the rounding errors of its own data type, not positive definite.
+    """
+    h_KK = H_KK.double()
+    diagonal_K = h_KK.diagonal().clone()
+    dead_K = diagonal_K == 0
+    h_KK = h_KK + torch.diag(dead_K.double() + dampening_frac * diagonal_K.mean())
+    if not torch.isfinite(h_KK).all():
+        raise CalibrationError(f"{name}: the Hessian holds infinite or NaN values; the activations overflow here")
+    l_KK, info = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
+    pivots_K, scale_K = l_KK.diagonal().square(), h_KK.diagonal().flip(0)
+    if info.item() or (pivots_K <= torch.finfo(H_KK.dtype).eps * scale_K).any():
+        raise CalibrationError(
+            f"{name}: factorization of the Hessian failed: it is singular with dampening_frac {dampening_frac:g}, "
+            "so the calibration tokens do not span this layer's inputs; raise --dampening-frac (0.01 is usual) or "
+            "--num-calibration-samples"
+        )
+    inverse_KK = torch.linalg.solve_triangular(l_KK, torch.eye(len(l_KK), dtype=l_KK.dtype), upper=False)
+    return InverseFactor(inverse_KK.flip(0, 1).to(H_KK.dtype), dead_K)
+
+
+def fix_rows(w_BN: Tensor, u_BB: Tensor, fix: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Set each row j of a block to `fix(j, row)`, in order and in place, the rows below making up for it.
+
+    `w_BN` holds B inputs of N outputs (a block of W^T), `u_BB` the block's part of U.
+    Returns error_BN; the inputs after the block still have to move by -U[block, after]^T error_BN.
+    """
+    error_BN = torch.empty_like(w_BN)
+    for j, row_N in enumerate(w_BN):
+        fixed_N = fix(j, row_N)
+        error_BN[j] = (row_N - fixed_N) / u_BB[j, j]
+        w_BN[j + 1 :].addr_(u_BB[j, j + 1 :], error_BN[j], alpha=-1)
+        w_BN[j] = fixed_N
+    return error_BN
+
+
+def reconstruction_error(w_NK: Tensor, changed_NK: Tensor, H_KK: Tensor) -> float:
+    """Squared error of the layer's outputs over the squared outputs, both averaged over the tokens of H."""
+    delta_NK = changed_NK - w_NK
+    signal = ((w_NK @ H_KK) * w_NK).sum()
+    return (((delta_NK @ H_KK) * delta_NK).sum() / signal.clamp_min(torch.finfo(signal.dtype).tiny)).item()

@@ -1,0 +1,40 @@
+"""SparseGPT (Frantar & Alistarh, arXiv 2301.00774): one-shot pruning with second-order compensation.
+
+Inputs are taken in blocks of 128. In a block, the weights of least saliency are chosen among all of its
+(rows x inputs), then the inputs are fixed one by one and the error is pushed into those to the right:
+
+    saliency = w^2 / U_jj^2        H^-1 = U^T U (see hessian.py)
+
+Zeros that the weights come with, and all weights of inputs that are always zero, stay zero and count.
+"""
+
+from torch import Tensor
+
+from gossamer.compress.hessian import InverseFactor, fix_rows
+from gossamer.compress.magnitude import smallest
+
+
+def sparsegpt(w_NK: Tensor, factor: InverseFactor, sparsity: float, *, block_size: int = 128) -> Tensor:
+    """Return W [N, K] with round(sparsity N K) zeros, or as many as it came with where these are more."""
+    w_KN = w_NK.T.contiguous().masked_fill(factor.dead_K[:, None], 0.0)
+    zeros_KN = w_KN == 0
+    for start, quota in enumerate(zeros_per_block(zeros_KN, sparsity, block_size)):
+        block = slice(start * block_size, (start + 1) * block_size)
+        u_BB = factor.u_KK[block, block]
+        saliency_BN = (w_KN[block] / u_BB.diagonal()[:, None]).square().masked_fill(zeros_KN[block], -1.0)
+        pruned_BN = smallest(saliency_BN, quota)
+        error_BN = fix_rows(w_KN[block], u_BB, lambda j, row_N, pruned_BN=pruned_BN: row_N.masked_fill(pruned_BN[j], 0.0))
+        w_KN[block.stop :].addmm_(factor.u_KK[block, block.stop :].T, error_BN, alpha=-1)
+    return w_KN.T.contiguous()
+
+
+def zeros_per_block(zeros_KN: Tensor, sparsity: float, block_size: int) -> list[int]:
+    """How many zeros each block of inputs gets: the same share, save where it comes with more already."""
+    existing = [int(block_BN.sum()) for block_BN in zeros_KN.split(block_size)]
+    sizes = [block_BN.numel() for block_BN in zeros_KN.split(block_size)]
+    left, left_size = max(round(sparsity * zeros_KN.numel()), sum(existing)), sum(sizes)
+    quotas = [0] * len(sizes)
+    for block in sorted(range(len(sizes)), key=lambda b: existing[b] / sizes[b], reverse=True):
+        quotas[block] = max(existing[block], round(left * sizes[block] / left_size))
+        left, left_size = left - quotas[block], left_size - sizes[block]
+    return quotas
