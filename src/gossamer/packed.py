@@ -163,6 +163,21 @@ class Packed:
         """Bytes in the file of matrix `name`: values, masks, offsets, scales and sums."""
         return sum(self.tensors[tensor].nbytes for tensor in self.layers[name].tensors(name))
 
+    @property
+    def decoder(self) -> list[str]:
+        """Names of the decoder's linears: every matrix but the embedding and the head."""
+        return [name for name in self.layers if name not in (EMBEDDING, HEAD)]
+
+    def sparsity(self, names: Iterable[str]) -> float:
+        """Fraction of zeros over all of the named matrices."""
+        layers = [self.layers[name] for name in names]
+        return 1 - sum(layer.nonzeros for layer in layers) / sum(layer.num_weights for layer in layers)
+
+    def bits_per_weight(self, names: Iterable[str]) -> float:
+        """Bits in the file per weight of the named matrices, masks, offsets, scales and sums included."""
+        names = list(names)
+        return 8 * sum(map(self.layer_bytes, names)) / sum(self.layers[name].num_weights for name in names)
+
     def native_tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
         """Name -> (dtype, shape, byte offset in `buffer`, byte length), for `_native.Model`."""
         return {name: (t.dtype, t.shape, t.offset, t.nbytes) for name, t in self.tensors.items()}

@@ -58,9 +58,13 @@ class Layer:
     nonzeros: int
 
     @property
+    def num_weights(self) -> int:
+        return self.rows * self.columns
+
+    @property
     def sparsity(self) -> float:
         """Fraction of zeros."""
-        return 1 - self.nonzeros / (self.rows * self.columns)
+        return 1 - self.nonzeros / self.num_weights
 
     @property
     def padded_rows(self) -> int:
@@ -164,7 +168,7 @@ def _stored(header: dict[str, Any], begin: int, file_bytes: int, source: str) ->
         num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
         if first != position - begin or last - first != num_bytes or num_bytes % ALIGNMENT:
             raise FormatError(
-                f"{source}: tensor {name!a}, {dtype} {list(shape)}, lies at bytes {first} to {last}; expected "
+                f"{source}: tensor {name!a}, {dtype} {list(shape)}, is at bytes {first} to {last}; expected "
                 f"{num_bytes} bytes from {position - begin}, with no hole, a multiple of {ALIGNMENT}"
             )
         tensors[name] = Stored(dtype, shape, position, num_bytes)

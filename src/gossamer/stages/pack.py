@@ -1,0 +1,125 @@
+"""`pack`: a checkpoint directory becomes the one .goss file that `run`, `serve` and `bench` map."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gossamer.checkpoint import Checkpoint, refuse_existing
+from gossamer.errors import ConfigError
+from gossamer.job import option
+from gossamer.packed import EMBEDDING, Packed
+from gossamer.packing import cached_pack, pack_checkpoint
+from gossamer.report import Progress, Table, quiet
+
+__all__ = ["Pack", "PackResult", "StoredAs", "cached_pack", "pack"]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Write one memory-mappable file, each layer sparse or dense, whichever is smaller."""
+
+    model: str = option(
+        help="checkpoint directory: dense, sparse, or quantized by `quantize`", positional=True
+    )
+    output_file: str = option(help="file to write (.goss)", short="-o")
+    head: Literal["auto", "keep", "i8"] = option(
+        "auto", help="output head: as it is, int8, or (auto) int8 if the decoder is"
+    )
+    overwrite: bool = option(False, help="replace the output file")
+
+
+@dataclass(frozen=True)
+class StoredAs:
+    """How many matrices of one kind of layer are stored in one way, and what they take."""
+
+    kind: str
+    storage: str
+    values: str
+    num_matrices: int
+    sparsity: float
+    num_bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """`bits_per_weight` and `sparsity` are of the decoder's linears.
+
+    `head_error` is |rounded - w| / |w| of an output head rounded to int8 here, None where it was kept.
+    """
+
+    output_file: str
+    num_bytes: int
+    sparsity: float
+    bits_per_weight: float
+    head: str
+    head_error: float | None
+    seconds: float
+    stored: tuple[StoredAs, ...]
+
+    def tables(self) -> list[Table]:
+        """One row per kind of layer and way of storage."""
+        rows = [
+            (
+                f"{group.num_matrices} x {group.kind}",
+                f"{group.storage} {group.values}",
+                f"{group.sparsity:.1%}",
+                f"{group.bits_per_weight:.2f}",
+                f"{group.num_bytes:,}",
+            )
+            for group in self.stored
+        ]
+        title = f"{self.output_file}: {self.num_bytes:,} bytes in {self.seconds:.1f} s"
+        return [Table(title, ("matrices", "stored", "zeros", "bits/weight", "bytes"), rows)]
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        """What to know about the head, and the next command."""
+        run = f"Run it: gossamer run {self.output_file} 'Once upon a time'"
+        if self.head_error is None:
+            return (run,)
+        return (
+            f"The head is int8, its weights moved by {self.head_error:.2%}; `evaluate` shows the cost.",
+            run,
+        )
+
+
+def pack(job: Pack, progress: Progress = quiet) -> PackResult:
+    """Pack a directory; raises ConfigError if the output exists."""
+    start, output = time.monotonic(), Path(job.output_file)
+    refuse_existing(output, job.overwrite)
+    if output.is_dir():
+        raise ConfigError(f"{output} is a directory; -o of pack is the file to write, such as model.goss")
+    source = Checkpoint.open(job.model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    packing = pack_checkpoint(source, output, job.head, progress)
+    packed = Packed.open(output)
+    head = packed.layers[packed.head]
+    return PackResult(
+        output_file=str(output),
+        num_bytes=packed.file_bytes,
+        sparsity=packed.sparsity(packed.decoder),
+        bits_per_weight=packed.bits_per_weight(packed.decoder),
+        head=f"{head.values}{' (the embedding)' if packed.head == EMBEDDING else ''}",
+        head_error=packing.head_error,
+        seconds=time.monotonic() - start,
+        stored=stored_as(packed),
+    )
+
+
+def stored_as(packed: Packed) -> tuple[StoredAs, ...]:
+    """The file's matrices grouped by kind (q_proj, ..., lm_head) and storage."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for name, layer in packed.layers.items():
+        groups.setdefault((name.rpartition(".")[2], layer.storage, layer.values), []).append(name)
+    return tuple(
+        StoredAs(
+            *key,
+            num_matrices=len(names),
+            sparsity=packed.sparsity(names),
+            num_bytes=sum(map(packed.layer_bytes, names)),
+            bits_per_weight=packed.bits_per_weight(names),
+        )
+        for key, names in groups.items()
+    )
