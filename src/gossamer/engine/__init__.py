@@ -1,0 +1,9 @@
+"""CPU inference over packed models: no torch."""
+
+from gossamer.engine.engine import Engine
+from gossamer.engine.llm import LLM
+from gossamer.engine.request import Generation, Piece, Request
+from gossamer.engine.sampling import SamplingParams
+from gossamer.engine.scheduler import Scheduler
+
+__all__ = ["LLM", "Engine", "Generation", "Piece", "Request", "SamplingParams", "Scheduler"]

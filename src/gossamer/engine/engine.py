@@ -1,0 +1,98 @@
+"""A packed model opened for inference: the mapped file, its tokenizer and the native forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer import _native
+from gossamer.architecture import Llama
+from gossamer.engine.machine import default_threads
+from gossamer.engine.request import Request
+from gossamer.engine.sampling import SamplingParams
+from gossamer.errors import CheckpointError, ConfigError, FormatError
+from gossamer.packed import Packed
+from gossamer.tokens import Tokenizer
+
+LOGITS_CHUNK = 256  # tokens whose logits are computed in one call
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a request needs: the native model, the tokenizer and the limits of the architecture."""
+
+    path: Path
+    model: _native.Model
+    tokenizer: Tokenizer
+    architecture: Llama
+    num_threads: int
+
+    @classmethod
+    def open(cls, path: str | Path, num_threads: int | None = None) -> "Engine":
+        """Map a .goss file and validate it; FormatError names what is wrong with it."""
+        file = Path(path)
+        if file.is_dir():
+            raise ConfigError(
+                f"{file} is a directory; the engine runs .goss files. "
+                f"Pack it first: gossamer pack {file} -o FILE"
+            )
+        threads = default_threads() if num_threads is None else num_threads
+        if not isinstance(threads, int) or threads < 1:
+            raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
+        packed = Packed.open(file)
+        tokenizer = _tokenizer(packed)
+        model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), threads)
+        return cls(file, model, tokenizer, packed.architecture, threads)
+
+    def request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """A request for text (tokenized with BOS) or for token ids; ConfigError when it cannot be served."""
+        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        limit = self.architecture.max_position_embeddings
+        if not ids:
+            raise ConfigError("the prompt has no tokens; expected at least one.")
+        if len(ids) > limit:
+            raise ConfigError(
+                f"the prompt has {len(ids)} tokens; this model's context holds {limit}. Shorten the prompt."
+            )
+        room = limit - len(ids)
+        max_new_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        return Request(ids, params, self.tokenizer, max_new_tokens)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [T, V]: the logits after each of the T ids, for evaluation."""
+        ids_T = np.asarray(self._checked(ids), dtype=np.int32)
+        limit = self.architecture.max_position_embeddings
+        if not 0 < ids_T.size <= limit:
+            raise ConfigError(f"found {ids_T.size} token ids; expected 1 to {limit}, this model's context.")
+        sequence = self.model.new_sequence(ids_T.size)
+        chunks = [ids_T[start : start + LOGITS_CHUNK] for start in range(0, ids_T.size, LOGITS_CHUNK)]
+        return np.concatenate([self.model.forward([sequence], [chunk], True) for chunk in chunks])
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        if not isinstance(ids, Sequence | np.ndarray):
+            raise ConfigError(f"found the prompt {ids!r}; expected a text or a list of token ids.")
+        size = self.architecture.vocab_size
+        checked = [int(index) for index in ids]
+        if wrong := [index for index in checked if not 0 <= index < size]:
+            raise ConfigError(f"found token id {wrong[0]}; this model's ids are 0 to {size - 1}.")
+        return checked
+
+
+def _tokenizer(packed: Packed) -> Tokenizer:
+    content = packed.tokenizer_json
+    if content is None:
+        raise FormatError(f"{packed.path}: holds no tokenizer, so it can be measured but not asked.")
+    try:
+        return Tokenizer(
+            content,
+            packed.tokenizer_config,
+            chat_template=packed.chat_template,
+            generation_config=packed.generation_config,
+            model_config=packed.config,
+        )
+    except CheckpointError as error:
+        raise FormatError(f"{packed.path}: {error}") from error

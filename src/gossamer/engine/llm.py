@@ -1,0 +1,81 @@
+"""The engine for one caller: texts in, texts out."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.engine.engine import Engine, Prompt
+from gossamer.engine.request import Generation, Piece, Request
+from gossamer.engine.sampling import SamplingParams
+from gossamer.engine.scheduler import Scheduler
+from gossamer.tokens import Message, Tokenizer
+
+GREEDY = SamplingParams()
+
+
+class LLM:
+    """A packed model that generates text.
+
+    llm = LLM("model.goss")
+    [answer] = llm.generate("Once upon a time", SamplingParams(max_tokens=50))
+    for piece in llm.stream("Once upon a time"):
+        print(piece.text, end="")
+
+    Not for several threads at once (the server's one engine thread batches requests of many).
+    """
+
+    def __init__(self, path: str | Path, num_threads: int | None = None, *, max_batch: int = 16) -> None:
+        """Open a .goss file; `num_threads` None takes GOSSAMER_THREADS or the physical cores."""
+        self.engine = Engine.open(path, num_threads)
+        self._scheduler = Scheduler(self.engine.model, max_batch)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def generate(
+        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], params: SamplingParams = GREEDY
+    ) -> list[Generation]:
+        """Generate for one text, or for several texts or lists of token ids together; results in order."""
+        many = [prompts] if isinstance(prompts, str) else prompts
+        requests = [self.engine.request(prompt, params) for prompt in many]
+        self._run(requests)
+        return [request.result() for request in requests]
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams = GREEDY) -> Generation:
+        """Answer a chat: `[{"role": "user", "content": ...}, ...]` through the model's own template."""
+        [generation] = self.generate([self.tokenizer.chat(messages)], params)
+        return generation
+
+    def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[Piece]:
+        """Yield pieces of text as they become certain; their texts joined are `generate`'s text.
+
+        For a chat, stream `tokenizer.chat(messages)`. Closing the iterator drops the request.
+        """
+        request = self.engine.request(prompt, params)
+        self._scheduler.add(request)
+        try:
+            while request.pieces or request.finish_reason is None:
+                if request.pieces:
+                    yield request.pieces.popleft()
+                else:
+                    self._scheduler.step()
+        finally:
+            self._scheduler.drop(request)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """float32 [T, V]: the logits after each of the T ids."""
+        return self.engine.logits(ids)
+
+    def _run(self, requests: Sequence[Request]) -> None:
+        """Step until all are finished; an interruption leaves none behind."""
+        for request in requests:
+            self._scheduler.add(request)
+        try:
+            while any(request.finish_reason is None for request in requests):
+                self._scheduler.step()
+        finally:
+            for request in requests:
+                self._scheduler.drop(request)

@@ -1,0 +1,140 @@
+"""From logits to the next token, as transformers' logits processors do it, in NumPy.
+
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw. Each request
+owns its random generator and draws once a token, so a seed gives the same text alone or in a batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.errors import ConfigError
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to generate: `max_tokens` None means up to the context's end, `temperature` 0 means greedy."""
+
+    max_tokens: int | None = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        _check_count("max_tokens", self.max_tokens, low=1, none="up to the context's end")
+        _check_count("top_k", self.top_k, low=0)
+        _check_count("seed", self.seed, low=None, none="a random seed")
+        _check_number("temperature", self.temperature, low=0.0)
+        _check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
+        _check_number("min_p", self.min_p, low=0.0, high=1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, low=0.0, open_low=True)
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ConfigError(f"stop is {self.stop!r}; expected a list of non-empty strings.")
+
+
+class Sampler:
+    """Chooses one request's tokens; knows its parameters, its random generator and the ids seen so far."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+        self.params = params
+        seed = None if params.seed is None else params.seed % 2**64
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+        self._seen = set(prompt_ids)
+
+    def choose(self, logits_V: Logits) -> int:
+        """The next token's id for one row of raw logits."""
+        params = self.params
+        if params.repetition_penalty != 1.0:
+            logits_V = repetition_penalty(logits_V, self._seen, params.repetition_penalty)
+        chosen = int(np.argmax(logits_V)) if params.temperature == 0 else self._draw(logits_V)
+        self._seen.add(chosen)
+        return chosen
+
+    def _draw(self, logits_V: Logits) -> int:
+        params = self.params
+        scores_V = logits_V.astype(np.float64) / params.temperature
+        scores_V = top_k(scores_V, params.top_k)
+        scores_V = top_p(scores_V, params.top_p)
+        scores_V = min_p(scores_V, params.min_p)
+        kept = np.flatnonzero(scores_V > -np.inf)
+        cumulative = np.cumsum(softmax(scores_V[kept]))
+        target = self._generator.random() * cumulative[-1]
+        return int(kept[np.searchsorted(cumulative[:-1], target, side="right")])
+
+
+def softmax(scores_V: NDArray) -> NDArray:
+    """Probabilities of scores; -inf becomes 0."""
+    exponentials_V = np.exp(scores_V - scores_V.max())
+    return exponentials_V / exponentials_V.sum()
+
+
+def log_probability(logits_V: Logits, index: int) -> float:
+    """Natural log of the model's own probability of `index`, before any sampling option."""
+    shifted_V = logits_V.astype(np.float64) - float(logits_V.max())
+    return float(shifted_V[index] - np.log(np.exp(shifted_V).sum()))
+
+
+def repetition_penalty(logits_V: Logits, seen: set[int], penalty: float) -> Logits:
+    """Divide the positive and multiply the negative logits of ids already seen, prompt included."""
+    indices = np.fromiter(seen, dtype=np.int64, count=len(seen))
+    logits_V = logits_V.copy()
+    values = logits_V[indices]
+    logits_V[indices] = np.where(values < 0, values * penalty, values / penalty)
+    return logits_V
+
+
+def top_k(scores_V: NDArray, k: int) -> NDArray:
+    """Keep the k highest scores, and those equal to the k-th; 0 keeps all."""
+    if k == 0 or k >= scores_V.size:
+        return scores_V
+    threshold = np.partition(scores_V, -k)[-k]
+    return np.where(scores_V < threshold, -np.inf, scores_V)
+
+
+def top_p(scores_V: NDArray, p: float) -> NDArray:
+    """Keep the fewest highest scores whose probabilities reach p, at least one."""
+    if p >= 1.0:
+        return scores_V
+    ascending = np.argsort(scores_V, kind="stable")
+    cumulative = np.cumsum(softmax(scores_V)[ascending])
+    dropped = ascending[:-1][cumulative[:-1] <= 1.0 - p]
+    scores_V = scores_V.copy()
+    scores_V[dropped] = -np.inf
+    return scores_V
+
+
+def min_p(scores_V: NDArray, p: float) -> NDArray:
+    """Keep the scores whose probability is at least p times the highest one's."""
+    if p == 0.0:
+        return scores_V
+    probabilities_V = softmax(scores_V)
+    return np.where(probabilities_V < p * probabilities_V.max(), -np.inf, scores_V)
+
+
+def _check_count(name: str, value: object, *, low: int | None, none: str = "") -> None:
+    if value is None and none:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low):
+        return
+    bound = "" if low is None else f" of at least {low}"
+    raise ConfigError(f"{name} is {value!r}; expected an integer{bound}{f' (None: {none})' if none else ''}.")
+
+
+def _check_number(name: str, value: Any, *, low: float, high: float = np.inf, open_low: bool = False) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    if is_number and low <= value <= high and not (open_low and value == low):
+        return
+    interval = f"{'(' if open_low else '['}{low}, {high}{')' if high == np.inf else ']'}"
+    raise ConfigError(f"{name} is {value!r}; expected a number in {interval}.")
