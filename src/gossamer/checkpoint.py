@@ -36,6 +36,7 @@ COMPANIONS = (
     "NOTICE*",
 )
 MANIFEST = "gossamer.json"
+SHARD_BYTES = 2 << 30
 
 
 class Checkpoint:
@@ -201,10 +202,10 @@ class Derived:
 
 
 class _ShardWriter:
-    """Collects tensors and writes a shard whenever `limit_bytes` have come together."""
+    """Collects tensors and writes a shard whenever `SHARD_BYTES` have come together."""
 
-    def __init__(self, directory: Path, limit_bytes: int = 2 << 30) -> None:
-        self.directory, self.limit_bytes = directory, limit_bytes
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.written: set[str] = set()
         self._pending: dict[str, tuple[np.ndarray, str]] = {}
         self._shards: list[list[str]] = []
@@ -214,7 +215,7 @@ class _ShardWriter:
         assert name not in self.written, name
         self._pending[name] = (np.ascontiguousarray(array, STORAGE[dtype]), dtype)
         self.written.add(name)
-        if sum(tensor.nbytes for tensor, _ in self._pending.values()) >= self.limit_bytes:
+        if sum(tensor.nbytes for tensor, _ in self._pending.values()) >= SHARD_BYTES:
             self._flush()
 
     def _flush(self) -> None:

@@ -1,0 +1,153 @@
+"""The paper's path on the small model that ships with the package, and the dense control beside it.
+
+    dense -> prune 50% -> pretrain -> prune 70% -> finetune (SquareHead) -> quantize -> pack
+
+The control is the dense model trained on the same tokens in the same order, without zeros and teacher. It
+runs in a second process while the sparse path runs in this one: a small model gains little from two threads.
+"""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gossamer.report import Progress, quiet
+from gossamer.stages.finetune import Finetune, finetune
+from gossamer.stages.pack import Pack, pack
+from gossamer.stages.pretrain import Pretrain, pretrain
+from gossamer.stages.prune import Prune, prune
+from gossamer.stages.quantize import Quantize, quantize
+
+SHIPPED = Path(__file__).parent / "models" / "python-llama"
+CALIBRATION = ("python:doctests@3", "python:stdlib@1")
+TEXT = ("python:doctests@3", "python:stdlib@1")
+EXAMPLES = "python:doctests:16000"
+NUM_TOKENS = 300_000
+ROW_TOKENS = 256
+BATCH_TOKENS = 4096
+PRETRAIN_RATE, FINETUNE_RATE = 1e-3, 1e-3
+NUM_CALIBRATION_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the path leaves in its output directory."""
+
+    dense: Path
+    control: Path
+    one_shot: Path
+    recovered: Path
+    quantized: Path
+    packed: Path
+
+
+def recover(dense: Path, output: Path, seed: int = 0, progress: Progress = quiet) -> Models:
+    """Run the whole path and its control; existing outputs are replaced."""
+    names = ("control", "one-shot-70", "recovered-70", "quantized-70", "model.goss")
+    models = Models(dense, *(output / name for name in names))
+    pruned_50, pretrained_50, pruned_70 = (
+        output / name for name in ("pruned-50", "pretrained-50", "pruned-70")
+    )
+    with _other_process() as other:
+        control = other.submit(train_control, dense, output, seed)
+        with _one_thread():
+            _prune(dense, models.one_shot, 0.7, progress)
+            _prune(dense, pruned_50, 0.5, progress)
+            _pretrain(pruned_50, pretrained_50, seed, progress)
+            _prune(pretrained_50, pruned_70, 0.7, progress)
+            _finetune(pruned_70, models.recovered, dense, seed, progress)
+        control.result()
+    _quantize(models.recovered, models.quantized, progress)
+    pack(Pack(str(models.quantized), str(models.packed), overwrite=True), progress)
+    return models
+
+
+def train_control(dense: Path, output: Path, seed: int) -> None:
+    """The dense model through the same pretraining and fine-tuning: what the extra tokens alone are worth."""
+    with _one_thread():
+        _pretrain(dense, output / "control-pretrained", seed, quiet)
+        _finetune(output / "control-pretrained", output / "control", None, seed, quiet)
+
+
+def _prune(model: Path, output: Path, sparsity: float, progress: Progress) -> None:
+    prune(
+        Prune(
+            str(model),
+            str(output),
+            sparsity=sparsity,
+            dataset=CALIBRATION,
+            num_calibration_samples=NUM_CALIBRATION_SAMPLES,
+            max_seq_length=ROW_TOKENS,
+            overwrite=True,
+        ),
+        progress,
+    )
+
+
+def _pretrain(model: Path, output: Path, seed: int, progress: Progress) -> None:
+    pretrain(
+        Pretrain(
+            str(model),
+            str(output),
+            dataset=TEXT,
+            num_tokens=NUM_TOKENS,
+            max_length=ROW_TOKENS,
+            batch_tokens=BATCH_TOKENS,
+            learning_rate=PRETRAIN_RATE,
+            seed=seed,
+            overwrite=True,
+        ),
+        progress,
+    )
+
+
+def _finetune(model: Path, output: Path, teacher: Path | None, seed: int, progress: Progress) -> None:
+    finetune(
+        Finetune(
+            str(model),
+            str(output),
+            dataset=(f"{EXAMPLES}:{seed}",),
+            teacher=str(teacher) if teacher else None,
+            distill="squarehead" if teacher else "none",
+            num_train_epochs=1,
+            max_length=ROW_TOKENS,
+            batch_tokens=BATCH_TOKENS,
+            learning_rate=FINETUNE_RATE,
+            seed=seed,
+            overwrite=True,
+        ),
+        progress,
+    )
+
+
+def _quantize(model: Path, output: Path, progress: Progress) -> None:
+    quantize(
+        Quantize(
+            str(model),
+            str(output),
+            dataset=CALIBRATION,
+            num_calibration_samples=NUM_CALIBRATION_SAMPLES,
+            max_seq_length=ROW_TOKENS,
+            overwrite=True,
+        ),
+        progress,
+    )
+
+
+def _other_process() -> ProcessPoolExecutor:
+    """One fresh process (torch and fork do not mix)."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
