@@ -1,0 +1,5 @@
+"""The OpenAI-compatible server: no torch."""
+
+from gossamer.server.serve import Serve, ServeResult, serve
+
+__all__ = ["Serve", "ServeResult", "serve"]

@@ -1,0 +1,87 @@
+"""The verb `serve`: one packed model behind the OpenAI API until Ctrl-C."""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from gossamer.engine import Engine, Scheduler
+from gossamer.errors import ConfigError
+from gossamer.job import option
+from gossamer.report import Event, Progress, quiet
+from gossamer.server.app import Api
+from gossamer.server.worker import Worker
+
+GRACE_S = 5  # how long open answers may go on after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a packed model over HTTP with the OpenAI API."""
+
+    model: str = option(help="packed model (.goss)", positional=True)
+    host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 lets the whole network in")
+    port: int = option(8000, help="port to listen on; 0 takes a free one")
+    name: str = option("", help="the model's name in the API (default: that of the file)")
+    threads: int | None = option(None, help="threads that compute (default: the physical cores)")
+    max_batch: int = option(16, help="requests decoded together")
+    max_queue: int = option(256, help="requests under way or waiting; more are refused")
+    max_tokens: int | None = option(
+        None, help="tokens of a chat answer that sets no limit (default: the context)"
+    )
+
+
+@dataclass(frozen=True)
+class ServeResult:
+    """Where the server was."""
+
+    url: str
+    name: str
+
+
+def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
+    """Serve until Ctrl-C (raised as KeyboardInterrupt once connections are closed) or SIGTERM.
+
+    `progress` gets one event when the port accepts connections, with `url`, `port` and `name` as metrics.
+    """
+    _check(job)
+    engine = Engine.open(job.model, job.threads)
+    worker = Worker(Scheduler(engine.model, job.max_batch), job.max_queue)
+    name = job.name or Path(job.model).stem
+    config = uvicorn.Config(
+        Api(engine, worker, name, job.max_tokens).app(),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    server = uvicorn.Server(config)
+    with _listen(job.host, job.port) as listener:
+        port = listener.getsockname()[1]
+        url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"
+        worker.start(on_end=lambda: setattr(server, "should_exit", True))
+        try:
+            progress(Event("serve", f"{name} at {url}/v1", metrics={"url": url, "port": port, "name": name}))
+            server.run(sockets=[listener])
+        finally:
+            worker.stop()
+    return ServeResult(url, name)
+
+
+def _check(job: Serve) -> None:
+    if not 0 <= job.port <= 65535:
+        raise ConfigError(f"port is {job.port}; expected 0 to 65535.")
+    for option_name in ("max_batch", "max_queue", "max_tokens"):
+        value = getattr(job, option_name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{option_name} is {value}; expected at least 1.")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        reason = f"cannot listen on {host}:{port}: {error.strerror or error}"
+        raise OSError(error.errno, reason) from error

@@ -1,0 +1,211 @@
+"""The OpenAI API's shapes: requests read strictly, answers and errors as its clients expect them.
+
+A field that would change the answer and is not supported must be absent or hold its neutral value; fields
+that change nothing (`user`, `metadata`, `store`, ...) are accepted; a field nobody knows is an error.
+"""
+
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from gossamer.engine import SamplingParams
+from gossamer.errors import GossamerError
+
+COMPLETION_MAX_TOKENS = 16  # the API's own default for plain completions
+
+NEUTRAL: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("n", (1, None)),
+    ("best_of", (1, None)),
+    ("logprobs", (None, False)),
+    ("top_logprobs", (None, 0)),
+    ("echo", (False, None)),
+    ("suffix", (None, "")),
+    ("presence_penalty", (0, None)),
+    ("frequency_penalty", (0, None)),
+    ("logit_bias", (None, {})),
+    ("tools", (None, [])),
+    ("functions", (None, [])),
+    ("tool_choice", (None, "none", "auto")),
+    ("function_call", (None, "none", "auto")),
+    ("response_format", ({"type": "text"}, None)),
+    ("modalities", (["text"], None)),
+    ("reasoning_effort", (None, "none")),
+    ("audio", (None,)),
+    ("prediction", (None,)),
+    ("verbosity", (None, "medium")),
+    ("web_search_options", (None,)),
+)
+
+
+class RequestError(GossamerError):
+    """A request that cannot be served; becomes the API's error object with its HTTP status."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: HTTPStatus = HTTPStatus.BAD_REQUEST,
+    ) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Common(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields that both kinds of completion share."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # harmless: they change nothing in the answer
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    parallel_tool_calls: Any = None
+    # served with their neutral values only
+    n: Any = None
+    logprobs: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def params(self, default_max_tokens: int | None) -> SamplingParams:
+        """The engine's parameters: the API samples at temperature 1 unless told otherwise."""
+        named = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+        wanted = {name: value for name in named if (value := getattr(self, name)) is not None}
+        max_tokens = default_max_tokens if self.wanted_tokens is None else self.wanted_tokens
+        return SamplingParams(**{"temperature": 1.0, **wanted, "max_tokens": max_tokens})
+
+
+class TextPart(Struct, forbid_unknown_fields=True, tag="text"):
+    text: str
+
+
+class ChatMessage(Struct, forbid_unknown_fields=True):
+    """One chat message; what is not text (tool calls, images) is refused."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates know it."""
+        parts = self.content
+        content = "\n".join(part.text for part in parts) if isinstance(parts, list) else parts
+        return {"role": self.role, "content": content, "name": self.name}
+
+
+class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    top_logprobs: Any = None
+    tools: Any = None
+    functions: Any = None
+    tool_choice: Any = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    reasoning_effort: Any = None
+    audio: Any = None
+    prediction: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(Common, forbid_unknown_fields=True, kw_only=True):
+    prompt: str | list[Any]
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt of the request (each gets one choice): texts, or lists of token ids."""
+        many = self.prompt
+        if isinstance(many, str) or (many and all(type(entry) is int for entry in many)):
+            return [many]
+        if many and all(isinstance(entry, str) or _is_ids(entry) for entry in many):
+            return many
+        raise RequestError(
+            "prompt must be a text, a list of texts, a list of token ids, or a list of such lists.",
+            param="prompt",
+        )
+
+
+Body = TypeVar("Body", ChatRequest, CompletionRequest)
+
+
+def read_request(kind: type[Body], body: bytes) -> Body:
+    """Parse a body; RequestError for what is malformed, unknown or unsupported, naming the field."""
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        found = re.search(r"field `(\w+)`|`\$\.(\w+)", str(error))
+        param = next((name for name in found.groups() if name), None) if found else None
+        raise RequestError(f"the request body will not do: {error}", param=param) from error
+    for name, allowed in NEUTRAL:
+        value = getattr(request, name, None)
+        if not any(_same(value, neutral) for neutral in allowed):
+            raise RequestError(
+                f"{name} = {_shown(value)} is not supported by this server, only {_shown(allowed[0])}: "
+                "leave the field out.",
+                param=name,
+                code="unsupported_value",
+            )
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options is only for stream = true.", param="stream_options")
+    return request
+
+
+def error_body(
+    message: str, *, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """The API's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _is_ids(entry: Any) -> bool:
+    return isinstance(entry, Sequence) and bool(entry) and all(type(index) is int for index in entry)
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Equality under which 0 is not false."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _shown(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,148 @@
+"""The one thread that computes: it batches all requests and hands the pieces back to the event loop."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from http import HTTPStatus
+
+from gossamer.engine import Piece, Request, Scheduler
+from gossamer.server.wire import RequestError
+
+
+class Submission:
+    """Requests submitted together: the engine thread puts (index, piece), the event loop takes them."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = tuple(requests)
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
+
+    def put(self, item: tuple[int, Piece] | None) -> None:
+        """From any thread: a piece, or None when the engine stops before the requests are done."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+
+    def put_new_pieces(self) -> None:
+        """From the engine thread: all that came since the last time."""
+        for index, request in enumerate(self.requests):
+            while request.pieces:
+                self.put((index, request.pieces.popleft()))
+
+    async def get(self) -> tuple[int, Piece]:
+        """From the event loop: the next piece."""
+        item = await self._pieces.get()
+        if item is None:
+            raise _stopped()
+        return item
+
+
+class Worker:
+    """Owns the scheduler and its thread. Requests join and leave between steps."""
+
+    def __init__(self, scheduler: Scheduler, max_queue: int) -> None:
+        self._scheduler, self._max_queue = scheduler, max_queue
+        self._wake = threading.Condition()  # guards the next three
+        self._orders: deque[Callable[[], None]] = deque()
+        self._submissions: set[Submission] = set()
+        self._stopping = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="gossamer-engine")
+        self._future: Future[None] | None = None
+
+    def start(self, on_end: Callable[[], None]) -> None:
+        """Begin computing; `on_end` is called (in the engine thread) when that ends, however it ends."""
+        self._future = self._executor.submit(self._run)
+        self._future.add_done_callback(lambda _: on_end())
+
+    def stop(self) -> None:
+        """End after the step under way; raises what ended the engine, had it ended before."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._executor.shutdown()
+        if self._future is not None:
+            self._future.result()
+
+    @property
+    def alive(self) -> bool:
+        return self._future is not None and not self._future.done()
+
+    async def pieces(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(index of the request, piece) as they come, until all are finished.
+
+        Closing the iterator drops the requests. RequestError when the queue is full or the engine stops.
+        """
+        submission = Submission(requests)
+        self._submit(submission)
+        num_open = len(requests)
+        try:
+            while num_open:
+                index, piece = await submission.get()
+                num_open -= piece.finish_reason is not None
+                yield index, piece
+        finally:
+            self._withdraw(submission)
+
+    def check_room(self, num_requests: int) -> None:
+        """RequestError when the engine has stopped, or has no room for so many requests more."""
+        if self._stopping or not self.alive:
+            raise _stopped()
+        under_way = sum(len(submission.requests) for submission in self._submissions)
+        if under_way + num_requests > self._max_queue:
+            raise RequestError(
+                f"{under_way} requests are under way or waiting and {num_requests} came; this server takes "
+                f"{self._max_queue}. Try again later.",
+                code="queue_full",
+                status=HTTPStatus.SERVICE_UNAVAILABLE,
+            )
+
+    def _submit(self, submission: Submission) -> None:
+        with self._wake:
+            self.check_room(len(submission.requests))
+            self._submissions.add(submission)
+            self._orders.append(lambda: self._add(submission))
+            self._wake.notify()
+
+    def _withdraw(self, submission: Submission) -> None:
+        with self._wake:
+            self._submissions.discard(submission)
+            self._orders.append(lambda: self._drop(submission))
+            self._wake.notify()
+
+    def _run(self) -> None:
+        """The engine thread."""
+        try:
+            while self._carry_out_orders():
+                self._scheduler.step()
+                with self._wake:
+                    submissions = tuple(self._submissions)
+                for submission in submissions:
+                    submission.put_new_pieces()
+        finally:
+            with self._wake:
+                self._stopping = True
+                for submission in self._submissions:
+                    submission.put(None)
+
+    def _carry_out_orders(self) -> bool:
+        """Do what was ordered, waiting while there is nothing to do; False when it is time to stop."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._orders or not self._scheduler.idle)
+            orders, self._orders = self._orders, deque()
+        for order in orders:
+            order()
+        return not self._stopping
+
+    def _add(self, submission: Submission) -> None:
+        for request in submission.requests:
+            self._scheduler.add(request)
+        submission.put_new_pieces()
+
+    def _drop(self, submission: Submission) -> None:
+        for request in submission.requests:
+            self._scheduler.drop(request)
+
+
+def _stopped() -> RequestError:
+    return RequestError("the engine has stopped.", code="stopped", status=HTTPStatus.SERVICE_UNAVAILABLE)
