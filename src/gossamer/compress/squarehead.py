@@ -2,8 +2,8 @@
 
     loss = sum over layers l = 1..L of  mean((s_l - t_l)^2) / mean(t_l^2)
 
-s_l, t_l: hidden states [B, T, D] of student and teacher after layer l, the means taken over the tokens that are
-not padding and over D. Dividing by the teacher's mean square makes the layers weigh the same although the
+s_l, t_l: hidden states [B, T, D] of student and teacher after layer l, the means taken over D and the tokens
+that are not padding. Dividing by the teacher's mean square makes the layers weigh the same although the
 magnitude of hidden states grows with depth.
 Source: Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models" (2023).
 """
@@ -23,7 +23,9 @@ def squarehead_loss(
     token_mask_BT: nonzero where the token is not padding (None: no padding).
     """
     if len(student) != len(teacher):
-        raise ValueError(f"student has {len(student)} hidden states, teacher {len(teacher)}; they must pair up")
+        raise ValueError(
+            f"found {len(student)} hidden states of the student and {len(teacher)} of the teacher"
+        )
     kept = None if token_mask_BT is None else token_mask_BT.bool()
     return torch.stack([_layer_loss(s, t, kept) for s, t in zip(student, teacher, strict=True)]).sum()
 

@@ -1,0 +1,115 @@
+"""`pretrain`: next-token training of a dense or sparse model; zeros stay zeros."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.data import manifest, mixture, parse_weight, token_rows
+from gossamer.decoder import load_model, write_model
+from gossamer.errors import ConfigError
+from gossamer.job import option
+from gossamer.report import Event, Progress, quiet
+from gossamer.tokens import Tokenizer
+from gossamer.training.distillation import load_teacher
+from gossamer.training.rows import Rows, next_token_rows
+from gossamer.training.trainer import Recipe, train
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train on text with the model's zeros held fixed, so that it recovers from pruning."""
+
+    model: str = option(help="checkpoint directory", positional=True)
+    output_dir: str = option(help="directory to write", short="-o")
+    dataset: tuple[str, ...] = option(("python:stdlib",), help="training text: SRC[@WEIGHT]...")
+    num_tokens: int = option(10_000_000, help="tokens to train on; sources that are shorter begin again")
+    max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
+    batch_tokens: int = option(16_384, help="tokens an optimizer step")
+    learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
+    warmup_ratio: float = option(0.02, help="share of the steps in which the learning rate rises")
+    lr_schedule: Literal["linear", "cosine"] = option("linear", help="how the learning rate falls")
+    weight_decay: float = option(0.1, help="AdamW's decay of matrices (norms have none)")
+    max_grad_norm: float = option(1.0, help="gradients of a larger norm are scaled down to it")
+    teacher: str | None = option(None, help="directory of a dense model: adds the SquareHead loss")
+    precision: Literal["auto", "f32", "bf16"] = option(
+        "auto", help="of matrix products; weights are always trained in float32"
+    )
+    seed: int = option(0, help="order of the text")
+    overwrite: bool = option(False, help="replace the output directory")
+    offline: bool = option(False, help="never touch the network")
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """`losses`: one per optimizer step, the teacher's part included."""
+
+    output_dir: str
+    sparsity: float
+    num_tokens: int
+    num_steps: int
+    loss_first: float
+    loss_last: float
+    tokens_per_s: float
+    seconds: float
+    losses: tuple[float, ...]
+
+
+def pretrain(job: Pretrain, progress: Progress = quiet) -> PretrainResult:
+    """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
+    _check(job)
+    source = Checkpoint.open(job.model)
+    teacher = None if job.teacher is None else load_teacher(job.teacher, source)
+    with source.derive(job.output_dir, job, stage="pretrain", overwrite=job.overwrite) as target:
+        target.data = [manifest(parse_weight(name)[0]) for name in job.dataset]
+        model = load_model(source)
+        rows = _rows(job, source, progress)
+        batch_rows = max(1, job.batch_tokens // rows.input_ids_ST.shape[1])
+        recipe = Recipe(
+            stage="pretrain",
+            batch_rows=batch_rows,
+            learning_rate=job.learning_rate,
+            warmup_ratio=job.warmup_ratio,
+            schedule=job.lr_schedule,
+            weight_decay=job.weight_decay,
+            max_grad_norm=job.max_grad_norm,
+            seed=job.seed,
+            precision=job.precision,
+        )
+        history = train(model, rows, recipe, progress, teacher)
+        write_model(model, target)
+        target.num_threads, metrics = history.num_threads, history.metrics()
+        target.metrics.update(metrics)
+    return PretrainResult(
+        output_dir=job.output_dir,
+        sparsity=Checkpoint.open(job.output_dir).sparsity(),
+        num_tokens=history.num_tokens,
+        num_steps=len(history.losses),
+        loss_first=metrics["loss_first"],
+        loss_last=metrics["loss_last"],
+        tokens_per_s=metrics["tokens_per_s"],
+        seconds=metrics["seconds"],
+        losses=history.losses,
+    )
+
+
+def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:
+    """Whole rows for `num_tokens` (rounded up), tokenized before training begins."""
+    length = min(job.max_length, source.architecture.max_position_embeddings)
+    num_rows = math.ceil(job.num_tokens / length)
+    progress(Event("pretrain", f"tokenizing {num_rows * length:,} tokens"))
+    texts = mixture(job.dataset, job.seed, offline=job.offline)
+    return next_token_rows(token_rows(texts, Tokenizer.open(source.path), length), num_rows)
+
+
+def _check(job: Pretrain) -> None:
+    if job.num_tokens < 1 or job.max_length < 2 or job.batch_tokens < 1:
+        raise ConfigError(
+            f"--num-tokens {job.num_tokens}, --max-length {job.max_length}, "
+            f"--batch-tokens {job.batch_tokens}: expected at least 1, 2 and 1"
+        )
+    if not (job.learning_rate > 0 and math.isfinite(job.learning_rate)) or not 0 <= job.warmup_ratio < 1:
+        raise ConfigError(
+            f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
+            "expected a rate above 0 and a ratio in [0, 1)"
+        )

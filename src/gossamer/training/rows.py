@@ -1,0 +1,100 @@
+"""Token rows as arrays, ready for a trainer: nothing is tokenized or packed while it trains."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORED = -100
+Example = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Rows(Dataset[int]):
+    """S rows of T tokens. `positions` restart at 0 where an example begins; a token alone at 0 is padding.
+
+    int32: input_ids_ST; labels_ST (-100: no loss); positions_ST, or None where each row is one sequence;
+    lengths_S: tokens of each row that are not padding.
+    """
+
+    input_ids_ST: np.ndarray
+    labels_ST: np.ndarray
+    positions_ST: np.ndarray | None = None
+    lengths_S: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids_ST)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: list[int]) -> dict[str, Tensor]:
+        """The rows of one micro-batch, cut to the longest of them."""
+        if self.positions_ST is None or self.lengths_S is None:
+            return {
+                "input_ids": _tensor(self.input_ids_ST[indices]),
+                "labels": _tensor(self.labels_ST[indices]),
+            }
+        lengths = self.lengths_S[indices]
+        width = int(lengths.max())
+        return {
+            "input_ids": _tensor(self.input_ids_ST[indices, :width]),
+            "labels": _tensor(self.labels_ST[indices, :width]),
+            "position_ids": _tensor(self.positions_ST[indices, :width]),
+            "token_mask": torch.from_numpy(np.arange(width) < lengths[:, None]),
+        }
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def next_token_rows(rows: Iterable[np.ndarray], num_rows: int) -> Rows:
+    """The first `num_rows` rows of text [T]; every token but a row's first is predicted."""
+    ids_ST = np.stack([row.astype(np.int32) for row in islice(rows, num_rows)])
+    return Rows(ids_ST, ids_ST)
+
+
+def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, seed: int) -> Rows:
+    """Each epoch's examples in a new order, several to a row, none split.
+
+    Each example (input_ids, labels) takes the fullest open row in which it fits; rows are in training order.
+    """
+    shuffler = random.Random(seed)
+    rows: list[list[Example]] = []
+    for _ in range(num_epochs):
+        rows += _pack(shuffler.sample(examples, len(examples)), row_length)
+    ids, labels, positions = (np.full((len(rows), row_length), fill, np.int32) for fill in (0, IGNORED, 0))
+    for row, members in enumerate(rows):
+        start = 0
+        for example_ids, example_labels in members:
+            end = start + len(example_ids)
+            ids[row, start:end], labels[row, start:end] = example_ids, example_labels
+            labels[row, start] = IGNORED  # nothing predicts it: the token before belongs to another example
+            positions[row, start:end] = np.arange(end - start)
+            start = end
+    return Rows(ids, labels, positions, np.array([sum(len(e[0]) for e in row) for row in rows]))
+
+
+def _pack(examples: Sequence[Example], row_length: int, num_open: int = 16) -> list[list[Example]]:
+    """Best fit over `num_open` rows; a row is closed when none fits and it is the fullest."""
+    closed: list[list[Example]] = []
+    open_rows: list[tuple[int, list[Example]]] = []
+    for example in examples:
+        fitting = [i for i, (used, _) in enumerate(open_rows) if used + len(example[0]) <= row_length]
+        if fitting:
+            best = max(fitting, key=lambda i: open_rows[i][0])
+            used, members = open_rows[best]
+            members.append(example)
+            open_rows[best] = (used + len(example[0]), members)
+            continue
+        if len(open_rows) == num_open:
+            fullest = max(range(num_open), key=lambda i: open_rows[i][0])
+            closed.append(open_rows.pop(fullest)[1])
+        open_rows.append((len(example[0]), [example]))
+    return closed + [members for _, members in open_rows]
