@@ -57,7 +57,7 @@ def _slice(chance: random.Random) -> str:
 
 
 def _sorted(chance: random.Random) -> str:
-    return f'sorted("{_word(chance, 2, 5)}")'
+    return f'sorted("{_word(chance, 2, 4)}")'
 
 
 def _case(chance: random.Random) -> str:
@@ -73,7 +73,7 @@ def _len(chance: random.Random) -> str:
 
 
 def _extreme(chance: random.Random) -> str:
-    return f"{chance.choice(['max', 'min'])}({_numbers(chance, 2, 4, 100)})"
+    return f"{chance.choice(['max', 'min'])}({_numbers(chance, 2, 3, 100)})"
 
 
 def _add(chance: random.Random) -> str:
@@ -88,7 +88,7 @@ def _contains(chance: random.Random) -> str:
 
 def _replace(chance: random.Random) -> str:
     letters = _few_letters(chance)
-    word = _word(chance, 2, 6, letters + chance.choice(LETTERS))
+    word = _word(chance, 2, 5, letters + chance.choice(LETTERS))
     return f'"{word}".replace("{letters[0]}", "{chance.choice(LETTERS)}")'
 
 
