@@ -14,6 +14,8 @@ from gossamer.engine.request import Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.packed import Packed
+from gossamer.packing import cached_pack
+from gossamer.report import Progress, quiet
 from gossamer.tokens import Tokenizer
 
 LOGITS_CHUNK = 256  # tokens whose logits are computed in one call
@@ -32,21 +34,18 @@ class Engine:
     num_threads: int
 
     @classmethod
-    def open(cls, path: str | Path, num_threads: int | None = None) -> "Engine":
-        """Map a .goss file and validate it; FormatError names what is wrong with it."""
-        file = Path(path)
-        if file.is_dir():
-            raise ConfigError(
-                f"{file} is a directory; the engine runs .goss files. "
-                f"Pack it first: gossamer pack {file} -o FILE"
-            )
+    def open(cls, path: str | Path, num_threads: int | None = None, progress: Progress = quiet) -> "Engine":
+        """Map a .goss file and validate it (FormatError says what is wrong with it).
+
+        A checkpoint directory is packed once into the cache. `num_threads` None: see `default_threads`.
+        """
         threads = default_threads() if num_threads is None else num_threads
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
-        packed = Packed.open(file)
+        packed = Packed.open(cached_pack(path, progress) if Path(path).is_dir() else path)
         tokenizer = _tokenizer(packed)
         model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), threads)
-        return cls(file, model, tokenizer, packed.architecture, threads)
+        return cls(packed.path, model, tokenizer, packed.architecture, threads)
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """A request for text (tokenized with BOS) or for token ids; ConfigError when it cannot be served."""

@@ -10,6 +10,7 @@ from gossamer.engine.engine import Engine, Prompt
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
+from gossamer.report import Progress, quiet
 from gossamer.tokens import Message, Tokenizer
 
 GREEDY = SamplingParams()
@@ -26,9 +27,19 @@ class LLM:
     Not for several threads at once (the server's one engine thread batches requests of many).
     """
 
-    def __init__(self, path: str | Path, num_threads: int | None = None, *, max_batch: int = 16) -> None:
-        """Open a .goss file; `num_threads` None takes GOSSAMER_THREADS or the physical cores."""
-        self.engine = Engine.open(path, num_threads)
+    def __init__(
+        self,
+        path: str | Path,
+        num_threads: int | None = None,
+        *,
+        max_batch: int = 16,
+        progress: Progress = quiet,
+    ) -> None:
+        """Open a .goss file, or a directory, which is packed once into the cache.
+
+        `num_threads` None takes GOSSAMER_THREADS or the physical cores.
+        """
+        self.engine = Engine.open(path, num_threads, progress)
         self._scheduler = Scheduler(self.engine.model, max_batch)
 
     @property

@@ -18,12 +18,14 @@ GRACE_S = 5  # how long open answers may go on after Ctrl-C
 
 @dataclass(frozen=True)
 class Serve:
-    """Serve a packed model over HTTP with the OpenAI API."""
+    """Serve a model over HTTP with the OpenAI API."""
 
-    model: str = option(help="packed model (.goss)", positional=True)
+    model: str = option(
+        help="a .goss file, or a checkpoint directory (packed once into a cache)", positional=True
+    )
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 lets the whole network in")
     port: int = option(8000, help="port to listen on; 0 takes a free one")
-    name: str = option("", help="the model's name in the API (default: that of the file)")
+    name: str = option("", help="the model's name in the API (default: the file's or directory's)")
     threads: int | None = option(None, help="threads that compute (default: the physical cores)")
     max_batch: int = option(16, help="requests decoded together")
     max_queue: int = option(256, help="requests under way or waiting; more are refused")
@@ -46,9 +48,9 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     `progress` gets one event when the port accepts connections, with `url`, `port` and `name` as metrics.
     """
     _check(job)
-    engine = Engine.open(job.model, job.threads)
+    engine = Engine.open(job.model, job.threads, progress)
     worker = Worker(Scheduler(engine.model, job.max_batch), job.max_queue)
-    name = job.name or Path(job.model).stem
+    name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
     config = uvicorn.Config(
         Api(engine, worker, name, job.max_tokens).app(),
         log_config=None,
