@@ -12,7 +12,6 @@ from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.report import Event, Progress, Table, quiet
 from gossamer.stages.evaluate import Evaluate, evaluate
-from gossamer.stages.pack import resolve
 from gossamer.tools.bench import CpuTour, cpu_tour
 
 HELD_OUT = "python:stdlib:held-out"
@@ -149,7 +148,7 @@ def num_bytes(path: Path) -> int:
 def side_by_side(models: recovery.Models) -> dict[str, dict[str, str]]:
     """Greedy answers of the dense, the one-shot and the recovered model to the same prompts."""
     paths = {"dense": models.dense, "70% one-shot": models.one_shot, "70% recovered": models.recovered}
-    engines = {name: LLM(resolve(str(path))) for name, path in paths.items()}
+    engines = {name: LLM(path) for name, path in paths.items()}
     params = SamplingParams(max_tokens=24, stop=["\n"])
     return {
         prompt: {name: engine.generate(prompt, params)[0].text for name, engine in engines.items()}

@@ -75,10 +75,10 @@ class Engine:
         if not isinstance(ids, Sequence | np.ndarray):
             raise ConfigError(f"found the prompt {ids!r}; expected a text or a list of token ids.")
         size = self.architecture.vocab_size
-        checked = [int(index) for index in ids]
-        if wrong := [index for index in checked if not 0 <= index < size]:
-            raise ConfigError(f"found token id {wrong[0]}; this model's ids are 0 to {size - 1}.")
-        return checked
+        for index in ids:
+            if not isinstance(index, int | np.integer) or not 0 <= index < size:
+                raise ConfigError(f"found token id {index!r}; this model's ids are 0 to {size - 1}.")
+        return [int(index) for index in ids]
 
 
 def _tokenizer(packed: Packed) -> Tokenizer:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from gossamer.engine import LLM, Piece, SamplingParams
 from gossamer.job import option
 from gossamer.report import Progress, quiet
-from gossamer.stages.pack import resolve
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Run:
 
 def run(job: Run, progress: Progress = quiet) -> Iterator[Piece]:
     """Yield the completion piece by piece."""
-    llm = LLM(resolve(job.model, progress), num_threads=job.threads)
+    llm = LLM(job.model, job.threads, progress=progress)
     params = SamplingParams(
         max_tokens=job.max_tokens,
         temperature=job.temperature,

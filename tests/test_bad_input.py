@@ -1,0 +1,307 @@
+"""The table of bad inputs: one clear message, the right exit code, and nothing half-written.
+
+Each row: what is given, the command line, what the message must say, the exit code.
+"""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gossamer import cli
+from gossamer.stages.pack import Pack, pack
+
+Tiny = Callable[[str], Path]
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+CALIBRATE = ["--dataset", "{text}", "--num-calibration-samples", "4", "--max-seq-length", "32"]
+PRUNE = ["prune", "{model}", "-o", "{out}", *CALIBRATE]
+FINETUNE = ["finetune", "{model}", "-o", "{out}", "--dataset", "{rows}", "--num-train-epochs", "1"]
+
+
+def rewrite(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(model: Path, **changes: object) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def truncate(file: Path, by: int = 100) -> None:
+    os.truncate(file, file.stat().st_size - by)
+
+
+def flip(file: Path, position: int, mask: int = 0xFF) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= mask
+    file.write_bytes(content)
+
+
+def make_output(model: Path) -> None:
+    (model.parent / "out").mkdir()
+    (model.parent / "out" / "precious.txt").write_text("keep")
+
+
+def remove_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def remove_shard(model: Path) -> None:
+    (model / "model-00002-of-00004.safetensors").unlink()
+
+
+def put(value: float) -> Callable[[Path], None]:
+    return lambda model: rewrite(model, lambda tensors: tensors[Q_PROJ].__setitem__((3, 4), value))
+
+
+def remove_tensor(model: Path) -> None:
+    rewrite(model, lambda tensors: tensors.__delitem__(Q_PROJ))
+
+
+def make_sparse(model: Path) -> None:
+    def zero(tensors: dict[str, torch.Tensor]) -> None:
+        for name, weight in tensors.items():
+            if "_proj" in name:
+                weight[:, ::2] = 0
+
+    rewrite(model, zero)
+
+
+def dead_input(model: Path) -> None:
+    """Two inputs that are always equal: without dampening their Hessian is singular."""
+
+    def twin(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.embed_tokens.weight"][:, 1] = tensors["model.embed_tokens.weight"][:, 0]
+        norm = tensors["model.layers.0.input_layernorm.weight"]
+        norm[1] = norm[0]
+
+    rewrite(model, twin)
+
+
+def other_tokenizer(model: Path) -> None:
+    teacher = Path(shutil.copytree(model, model.parent / "teacher"))
+    text = (teacher / "tokenizer.json").read_text()
+    (teacher / "tokenizer.json").write_text(text.replace('"Ġ"', '"Ġ̂"'))
+
+
+def smaller_teacher(model: Path) -> None:
+    def drop_last_layer(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+            del tensors[name]
+
+    teacher = Path(shutil.copytree(model, model.parent / "teacher"))
+    rewrite(teacher, drop_last_layer)
+    edit_config(teacher, num_hidden_layers=1)
+
+
+def bad_row(model: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a"}]
+    (model.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def packed(change: Callable[[Path], None]) -> Callable[[Path], None]:
+    def make(model: Path) -> None:
+        make_sparse(model)
+        pack(Pack(str(model), str(model.parent / "model.goss")))
+        change(model.parent / "model.goss")
+
+    return make
+
+
+def newer(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"version":"1"', b'"version":"7"', 1))
+
+
+def nothing(model: Path) -> None:
+    pass
+
+
+Case = tuple[str, str, Callable[[Path], None], list[str], list[str]]
+TABLE: list[Case] = [
+    ("output exists", "llama2", make_output, PRUNE, ["out exists", "--overwrite"]),
+    (
+        "not a checkpoint",
+        "llama2",
+        lambda m: (m / "config.json").unlink(),
+        PRUNE,
+        ["without config.json", "Hugging Face"],
+    ),
+    (
+        "unknown architecture",
+        "llama2",
+        lambda m: edit_config(m, architectures=["GPT2LMHeadModel"]),
+        PRUNE,
+        ["GPT2LMHeadModel", "supported: LlamaForCausalLM"],
+    ),
+    ("pickle weights", "llama2", remove_weights, PRUNE, ["pytorch_model.bin", "supported: safetensors"]),
+    ("truncated", "llama2", lambda m: truncate(m / "model.safetensors"), PRUNE, ["model.safetensors"]),
+    ("corrupt header", "llama2", lambda m: flip(m / "model.safetensors", 9), PRUNE, ["model.safetensors"]),
+    ("shard missing", "sharded", remove_shard, PRUNE, ["model-00002-of-00004.safetensors", "missing"]),
+    (
+        "tensor missing",
+        "llama2",
+        remove_tensor,
+        PRUNE,
+        [Q_PROJ, "missing"],
+    ),
+    ("NaN", "llama2", put(float("nan")), PRUNE, ["model.safetensors", Q_PROJ, "NaN"]),
+    ("infinite", "llama2", put(float("inf")), PRUNE, ["model.safetensors", Q_PROJ]),
+    ("sparsity of 1", "llama2", nothing, [*PRUNE, "--sparsity", "1.0"], ["--sparsity is 1", "below 1"]),
+    ("negative sparsity", "llama2", nothing, [*PRUNE, "--sparsity", "-0.1"], ["-0.1", "at least 0"]),
+    ("below the parent's", "llama2", make_sparse, [*PRUNE, "--sparsity", "0.3"], ["0.3", "0.5"]),
+    (
+        "short calibration",
+        "llama2",
+        nothing,
+        [*PRUNE, "--num-calibration-samples", "4000"],
+        ["4000 samples", "128000 are needed"],
+    ),
+    (
+        "singular Hessian",
+        "llama2",
+        dead_input,
+        [*PRUNE, "--dampening-frac", "0"],
+        ["model.layers.0.self_attn.q_proj", "--dampening-frac"],
+    ),
+    (
+        "teacher of another shape",
+        "llama2",
+        smaller_teacher,
+        [*FINETUNE, "--teacher", "{teacher}"],
+        ["1", "2", "layers"],
+    ),
+    (
+        "teacher of another tokenizer",
+        "llama2",
+        other_tokenizer,
+        [*FINETUNE, "--teacher", "{teacher}"],
+        ["tokenizer"],
+    ),
+    ("row without its fields", "llama2", bad_row, FINETUNE, ["rows.jsonl:2", "completion"]),
+    (".goss truncated", "llama2", packed(truncate), ["run", "{goss}", "hi"], ["model.goss"]),
+    (
+        ".goss header flipped",
+        "llama2",
+        packed(lambda f: flip(f, 20)),
+        ["run", "{goss}", "hi"],
+        ["model.goss"],
+    ),
+    (".goss of a newer version", "llama2", packed(newer), ["run", "{goss}", "hi"], ["version", "7"]),
+    ("no .goss", "llama2", nothing, ["run", "{goss}", "hi"], ["model.goss"]),
+    (
+        "unknown flag",
+        "llama2",
+        nothing,
+        [*PRUNE, "--sparcity", "0.5"],
+        ["--sparcity", "did you mean --sparsity"],
+    ),
+    ("unknown verb", "llama2", nothing, ["prun", "{model}"], ["did you mean prune"]),
+]
+
+
+@pytest.mark.parametrize("given, variant, prepare, arguments, says", TABLE, ids=[case[0] for case in TABLE])
+def test_bad_input_is_refused_with_a_message(
+    given: str,
+    variant: str,
+    prepare: Callable[[Path], None],
+    arguments: list[str],
+    says: list[str],
+    tiny_llama: Tiny,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = workplace(tiny_llama, variant, tmp_path)
+    prepare(places["model"])
+    before = sorted(tmp_path.rglob("*"))
+    code = cli.call([argument.format(**places) for argument in arguments])
+    message = capsys.readouterr().err
+    assert code == 2, message
+    assert all(phrase in message.replace("\n", " ") for phrase in says), message
+    assert "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def workplace(tiny_llama: Tiny, variant: str, directory: Path) -> dict[str, Path]:
+    """A copy of a tiny model to damage, with a text and examples to calibrate and train on."""
+    places = {name: directory / name for name in ("model", "out", "teacher")}
+    shutil.copytree(tiny_llama(variant), places["model"])
+    places["text"] = directory / "text.txt"
+    places["text"].write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    places["rows"] = directory / "rows.jsonl"
+    places["rows"].write_text('{"prompt": "a b", "completion": "c"}\n' * 8)
+    places["goss"] = directory / "model.goss"
+    return places
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_packed_file_never_crashes(
+    seed: int, tiny_llama: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any byte of header, masks, offsets or values: an error of ours, or a file that still runs."""
+    places = workplace(tiny_llama, "llama2", tmp_path)
+    packed(nothing)(places["model"])
+    generator = np.random.default_rng(seed)
+    for _ in range(3):
+        flip(
+            places["goss"],
+            int(generator.integers(places["goss"].stat().st_size)),
+            int(generator.integers(1, 256)),
+        )
+    code = cli.call(["run", str(places["goss"]), "hi", "--max-tokens", "2"])
+    assert code in (0, 2), capsys.readouterr().err
+
+
+def start(arguments: list[str], limit_bytes: int | None = None) -> subprocess.Popen[str]:
+    """The command line in a process of its own, where every file may grow to `limit_bytes`."""
+
+    def limit() -> None:
+        if limit_bytes is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "gossamer", *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=limit
+    )
+
+
+@pytest.mark.parametrize("verb", ["prune", "pack"])
+def test_a_disk_that_takes_no_more_leaves_nothing(verb: str, tiny_llama: Tiny, tmp_path: Path) -> None:
+    places = workplace(tiny_llama, "llama2", tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    arguments = PRUNE if verb == "prune" else ["pack", "{model}", "-o", "{goss}"]
+    process = start([argument.format(**places) for argument in arguments], limit_bytes=50_000)
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, message
+    assert "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_exits_130_and_leaves_nothing(tiny_llama: Tiny, tmp_path: Path) -> None:
+    places = workplace(tiny_llama, "llama2", tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    training = ["--num-tokens", "3000000", "--max-length", "64", "--batch-tokens", "256"]
+    output = ["-o", str(places["out"]), "--dataset", "python:stdlib"]
+    process = start(["pretrain", str(places["model"]), *output, *training])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out.partial").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, message
+    assert "Traceback" not in message
+    assert sorted(tmp_path.rglob("*")) == before

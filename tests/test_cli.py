@@ -1,0 +1,57 @@
+"""The command line: flags are the jobs' fields, lists gather, --json prints objects and nothing else."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gossamer import cli
+from gossamer.stages.pretrain import Pretrain
+from gossamer.stages.prune import Prune
+
+REQUIRED = ["model", "-o", "out"]
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.call([name, "--help"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    job, _ = cli.VERBS[name].load(name)
+    for field in dataclasses.fields(job):
+        if not field.metadata["positional"]:
+            assert f"--{field.name.replace('_', '-')}" in shown
+        assert field.metadata["help"], f"{name}: {field.name} has no help"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dataset", "a", "b@2"],
+        ["--dataset", "a", "--seed", "3", "--dataset", "b@2"],
+        ["--dataset=a", "--dataset=b@2"],
+    ],
+)
+def test_a_list_flag_takes_several_values_and_repeats(words: list[str]) -> None:
+    job, _ = cli.parse("pretrain", [*REQUIRED, *words])
+    assert isinstance(job, Pretrain)
+    assert job.dataset == ("a", "b@2")
+
+
+def test_flags_become_the_job() -> None:
+    words = ["model", "--output-dir", "out", "--sparsity", "0.7", "--dataset", "a", "--overwrite"]
+    job, function = cli.parse("prune", words)
+    assert job == Prune("model", "out", sparsity=0.7, dataset=("a",), overwrite=True)
+    assert function.__name__ == "prune"
+
+
+def test_json_prints_objects_only(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.call(["pack", str(tiny_llama("llama2")), "-o", str(tmp_path / "m.goss"), "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-1]["result"]["num_bytes"] == (tmp_path / "m.goss").stat().st_size
+    assert all(set(line) <= {"event", "result"} for line in lines)
