@@ -202,7 +202,7 @@ def cached_pack(directory: str | Path, progress: Progress = quiet) -> Path:
             start = time.monotonic()
             pack_checkpoint(source, path, progress=progress)
             cost = {"bytes": path.stat().st_size, "seconds": round(time.monotonic() - start, 2)}
-            progress(Event("pack", f"kept as {path}", 1, 1, cost))
+            progress(Event("cache", f"kept as {path}", 1, 1, cost))
     return path
 
 
