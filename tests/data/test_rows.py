@@ -1,0 +1,162 @@
+"""Rows of tokens: training, calibration, evaluation and supervised examples."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from gossamer.data import Format, calibration_rows, evaluation_rows, supervised_examples, token_rows
+from gossamer.errors import CalibrationError, ConfigError
+from gossamer.tokens import Tokenizer
+
+TINY = Callable[[str], Path]
+TEXTS = ["def f(x):\n    return x\n", "import os\n", "print('hello, world')\n" * 5]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_llama: TINY) -> Tokenizer:
+    return Tokenizer.open(tiny_llama("llama2"))
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_are_the_documents_joined_each_after_bos(tokenizer: Tokenizer) -> None:
+    joined = [i for text in TEXTS for i in [tokenizer.bos_id, *tokenizer.encode(text, bos=False)]]
+    rows = list(token_rows(iter(TEXTS), tokenizer, 16))
+    assert len(rows) == len(joined) // 16 and rows[0].dtype == np.int64
+    np.testing.assert_array_equal(np.concatenate(rows), joined[: len(rows) * 16])
+
+
+def test_calibration_takes_the_head_and_says_how_much_is_missing(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(TEXTS))
+    rows = calibration_rows(str(tmp_path / "a.txt"), tokenizer, 2, 8)
+    head = [tokenizer.bos_id, *tokenizer.encode(TEXTS[0].strip("\n"), bos=False)][:16]
+    assert rows.shape == (2, 8) and rows.dtype == np.int64
+    np.testing.assert_array_equal(rows.reshape(-1)[: len(head)], head)
+    with pytest.raises(CalibrationError, match=r"holds \d+ tokens, 5000 are needed \(50 samples of 100\)"):
+        calibration_rows(str(tmp_path / "a.txt"), tokenizer, 50, 100)
+
+
+def test_calibration_from_several_sources_mixes_them(tokenizer: Tokenizer) -> None:
+    rows = calibration_rows(("python:stdlib@0.5", "python:doctests@0.5"), tokenizer, 64, 256)
+    text = tokenizer.decode(rows.reshape(-1).tolist())
+    assert ">>> " in text and "return " in text
+
+
+def test_evaluation_rows_cut_the_whole_text(tokenizer: Tokenizer, tiny_llama: TINY, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(TEXTS * 9))
+    text = "\n".join(TEXTS * 9)
+    ids = AutoTokenizer.from_pretrained(tiny_llama("llama2"))(text, add_special_tokens=False).input_ids
+    rows = evaluation_rows(str(tmp_path / "a.txt"), tokenizer)
+    assert rows.shape == (len(ids) // 255, 256) and (rows[:, 0] == tokenizer.bos_id).all()
+    np.testing.assert_array_equal(rows[:, 1:].reshape(-1), ids[: len(ids) // 255 * 255])
+
+
+def test_evaluation_needs_a_row_and_an_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short")
+    with pytest.raises(ConfigError, match="a row to evaluate needs 255"):
+        evaluation_rows(str(tmp_path / "a.txt"), tokenizer)
+    with pytest.raises(ConfigError, match="has no end"):
+        evaluation_rows("python:doctests", tokenizer)
+
+
+def labelled(tokenizer: Tokenizer, ids: list[int], labels: list[int]) -> str:
+    """The text that is learned; labels are the ids where they are not -100."""
+    assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
+    return tokenizer.decode([label for label in labels if label != -100])
+
+
+def test_prompts_are_not_learned_and_answers_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", [{"prompt": "2 + 2 = ", "completion": "4, I think"}])
+    ((ids, labels),) = supervised_examples(source, "prompt-completion", tokenizer, 512)
+    assert ids[0] == tokenizer.bos_id and ids[-1] in tokenizer.eos_ids
+    assert labelled(tokenizer, ids, labels) == "4, I think"
+    assert tokenizer.decode(ids) == "2 + 2 = 4, I think"
+
+
+def test_instructions_carry_their_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Add.", "input": "", "response": "3"},
+    ]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    (with_input, without) = supervised_examples(source, "instruct", tokenizer, 512)
+    assert labelled(tokenizer, *with_input) == labelled(tokenizer, *without) == "3"
+    assert "1 2" in tokenizer.decode(with_input[0]) and "Input" not in tokenizer.decode(without[0])
+
+
+def test_chat_learns_every_turn_of_the_assistant(tiny_llama: TINY, tmp_path: Path) -> None:
+    content = (tiny_llama("llama2") / "tokenizer.json").read_bytes()
+    template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + ';' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = Tokenizer(content, {"bos_token": "<s>", "eos_token": "</s>"}, chat_template=template)
+    turns = [
+        ("system", "Be brief."),
+        ("user", "hi"),
+        ("assistant", "yes"),
+        ("user", "so"),
+        ("assistant", "no"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    source = write_rows(tmp_path / "a.jsonl", [{"messages": messages}])
+    ((ids, labels),) = supervised_examples(source, "chat", tokenizer, 512)
+    assert labelled(tokenizer, ids, labels) == "yes;no;"
+    assert tokenizer.decode(ids) == "<system>Be brief.;<user>hi;<assistant>yes;<user>so;<assistant>no;"
+
+
+def test_an_answer_that_is_cut_away_leaves_no_example(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": "x" * 60, "completion": "y"},
+        {"prompt": "x", "completion": "y" * 60},
+    ]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    ((ids, labels),) = supervised_examples(source, "prompt-completion", tokenizer, 10)
+    assert len(ids) == len(labels) == 10 and labels[-1] != -100
+
+
+def test_doctests_are_examples(tokenizer: Tokenizer) -> None:
+    examples = list(supervised_examples("python:doctests:30", "prompt-completion", tokenizer, 512))
+    assert len(examples) == 30
+    for ids, labels in examples:
+        answer = labelled(tokenizer, ids, labels)
+        prompt = tokenizer.decode(ids).removesuffix(answer)
+        assert prompt.startswith(">>> ") and answer == repr(eval(prompt[4:])) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "message"),
+    [
+        (
+            "prompt-completion",
+            {"prompt": "a"},
+            r"a\.jsonl:2: no text in field 'completion'; found fields \['prompt'\]",
+        ),
+        ("instruct", {"instruction": "a"}, r"a\.jsonl:2: no text in field 'output' or 'response'"),
+        ("chat", {"text": "a"}, r"a\.jsonl:2: no list in field 'messages'"),
+        ("chat", {"messages": [{"role": "user"}]}, r"a\.jsonl:2: no text in field 'content'"),
+        ("chat", {"messages": ["hi"]}, r"a\.jsonl:2: a message is str"),
+    ],
+)
+def test_rows_without_their_fields_are_named(
+    form: Format, row: dict[str, object], message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    good = {
+        "prompt": "a", "completion": "b", "instruction": "a", "output": "b",
+        "messages": [{"role": "user", "content": "a"}],
+    }  # fmt: skip
+    with_template = Tokenizer(
+        tokenizer.bytes, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    source = write_rows(tmp_path / "a.jsonl", [good, row])
+    with pytest.raises(ConfigError, match=message):
+        list(supervised_examples(source, form, with_template, 512))
