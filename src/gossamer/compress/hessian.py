@@ -54,7 +54,9 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
     dead_K = diagonal_K == 0
     h_KK = h_KK + torch.diag(dead_K.double() + dampening_frac * diagonal_K.mean())
     if not torch.isfinite(h_KK).all():
-        raise CalibrationError(f"{name}: the Hessian holds infinite or NaN values; the activations overflow here")
+        raise CalibrationError(
+            f"{name}: the Hessian holds infinite or NaN values; the activations overflow here"
+        )
     l_KK, info = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
     pivots_K, scale_K = l_KK.diagonal().square(), h_KK.diagonal().flip(0)
     if info.item() or (pivots_K <= torch.finfo(H_KK.dtype).eps * scale_K).any():

@@ -32,9 +32,13 @@ def fake_quantize_tokens(x_TK: Tensor) -> Tensor:
     return (q_TK * scale_T1).to(x_TK.dtype)
 
 
-def row_scales(w_NK: Tensor) -> Tensor:
-    """Scales [N, 1] of the weights' output rows."""
-    return nonzero(w_NK.abs().amax(1, keepdim=True) / 127)
+def row_scales(w_NK: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Scales [N, 1] of the weights' output rows, float32, to values that `dtype` holds exactly.
+
+    Whoever loads the model casts the scales to the model's type; so it changes nothing.
+    """
+    tiny = torch.finfo(dtype).tiny
+    return nonzero(w_NK.float().abs().amax(1, keepdim=True) / 127).clamp_min(tiny).to(dtype).float()
 
 
 def quantize_weights(w: Tensor, scale: Tensor) -> Tensor:

@@ -19,12 +19,19 @@ def smoothing_scales(x_amax_K: Tensor, w_amax_K: Tensor, strength: float) -> Ten
     return torch.where(usable_K, scale_K, 1.0)
 
 
+def divide_norm(norm_K: Tensor, scale_K: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The RMSNorm's weight over s, as `dtype` can store it, and the s that this stored weight stands for."""
+    divided_K = (norm_K / scale_K).to(dtype).to(norm_K.dtype)
+    usable_K = torch.isfinite(divided_K) & (divided_K != 0)
+    return torch.where(usable_K, divided_K, norm_K), torch.where(usable_K, norm_K / divided_K, 1.0)
+
+
 def share_over_query_heads(amax_K: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
-    """Largest value over the query heads of each key/value head, for o_proj's inputs [A E] (A = G x heads)."""
+    """For o_proj's inputs [A E]: the largest value among the query heads of each key/value head."""
     amax_GAE = amax_K.view(num_kv_heads, -1, head_dim)
     return amax_GAE.amax(1, keepdim=True).expand_as(amax_GAE).reshape(-1)
 
 
-def rows_of_values(scale_K: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+def value_rows(scale_K: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
     """The scales of v_proj's rows [G E] from those of o_proj's inputs [A E]."""
     return scale_K.view(num_kv_heads, -1, head_dim)[:, 0].reshape(-1)

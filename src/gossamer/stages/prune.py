@@ -26,7 +26,9 @@ class Prune:
 
     model: str = option(help="checkpoint directory", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
-    sparsity: float = option(0.5, help="fraction of zeros in the decoder's linear weights, existing ones included")
+    sparsity: float = option(
+        0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
+    )
     method: Literal["sparsegpt", "magnitude"] = option("sparsegpt", help="how weights are chosen")
     dataset: tuple[str, ...] = option(("python:stdlib",), help="calibration text: SRC[@WEIGHT]...")
     num_calibration_samples: int = option(128, help="rows of calibration text")
@@ -73,7 +75,9 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
 def prune_group(group: Mapping[str, nn.Linear], H_KK: Tensor, job: Prune) -> list[float]:
     """Prune the linears that share an input in place; returns the relative error of each."""
     errors = []
-    factor = inverse_factor(H_KK, job.dampening_frac, name=", ".join(group)) if job.method == "sparsegpt" else None
+    factor = (
+        inverse_factor(H_KK, job.dampening_frac, name=", ".join(group)) if job.method == "sparsegpt" else None
+    )
     for linear in group.values():
         w_NK = linear.weight.detach()
         if factor is None:

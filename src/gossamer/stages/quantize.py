@@ -1,0 +1,191 @@
+"""`quantize`: INT8 weights and activations in the compressed-tensors format, every zero kept."""
+
+import fnmatch
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.checkpoint import Checkpoint, Derived
+from gossamer.compress.gptq import gptq
+from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
+from gossamer.compress.int8 import fake_quantize_tokens, row_scales
+from gossamer.compress.smooth import divide_norm, share_over_query_heads, smoothing_scales, value_rows
+from gossamer.data import calibration_rows, manifest
+from gossamer.decoder import TORCH_DTYPE, Block, blocks, embed, write_tensor
+from gossamer.errors import ConfigError
+from gossamer.job import option
+from gossamer.report import Event, Progress, quiet
+from gossamer.tokens import Tokenizer
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Round the decoder's linears to INT8 (SmoothQuant, then GPTQ under the mask)."""
+
+    model: str = option(help="checkpoint directory", positional=True)
+    output_dir: str = option(help="directory to write", short="-o")
+    scheme: Literal["W8A8"] = option("W8A8", help="INT8 weights per row, INT8 activations per token")
+    smoothing_strength: float = option(
+        0.8, help="how much of the activations' outliers moves into the weights"
+    )
+    dataset: tuple[str, ...] = option(("python:stdlib",), help="calibration text: SRC[@WEIGHT]...")
+    num_calibration_samples: int = option(128, help="rows of calibration text")
+    max_seq_length: int = option(2048, help="tokens a row; the model's context where that is shorter")
+    ignore: tuple[str, ...] = option(
+        (), help="linears to leave as they are, such as '*.layers.0.mlp.down_proj'"
+    )
+    block_size: int = option(128, help="inputs rounded before the error is pushed on")
+    dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
+    overwrite: bool = option(False, help="replace the output directory")
+    offline: bool = option(False, help="never touch the network")
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """`mean_error`: mean over the linears of the squared output error of the weights, relative to the outputs."""
+
+    output_dir: str
+    sparsity: float
+    num_quantized: int
+    ignored: list[str]
+    mean_error: float
+    seconds: float
+
+
+def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
+    """Quantize layer by layer; later groups and layers see the earlier ones' weights and activations rounded."""
+    start, source = time.monotonic(), Checkpoint.open(job.model)
+    ignored = matching(source.linears, job.ignore)
+    if not 0 <= job.smoothing_strength <= 1:
+        raise ConfigError(
+            f"--smoothing-strength is {job.smoothing_strength:g}; expected a number from 0 to 1"
+        )
+    errors: list[float] = []
+    with source.derive(job.output_dir, job, stage="quantize", overwrite=job.overwrite) as target:
+        target.data = [manifest(name) for name in job.dataset]
+        hidden_BTD = embed(source, calibration_ids(source, job))
+        for block in blocks(source):
+            smooth(block, source, hidden_BTD, job.smoothing_strength, ignored)
+            for group, inputs in block.walk(hidden_BTD):
+                rounded = {name: linear for name, linear in group.items() if name not in ignored}
+                errors += quantize_group(target, rounded, hessian(inputs), job) if rounded else []
+                progress(
+                    Event("quantize", next(iter(group)), len(errors), len(source.linears) - len(ignored))
+                )
+            write_unquantized(target, block, ignored)
+        target.copy_rest()
+        target.replace_config({**source.config, "quantization_config": quantization_config(ignored)})
+        target.num_threads = torch.get_num_threads()
+        target.metrics["mean_error"] = sum(errors) / len(errors)
+    sparsity = Checkpoint.open(job.output_dir).sparsity()
+    seconds = time.monotonic() - start
+    return QuantizeResult(job.output_dir, sparsity, len(errors), ignored, sum(errors) / len(errors), seconds)
+
+
+def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
+    """The linears that shell patterns select; ConfigError for a pattern without any, or if none is left."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(
+                f"--ignore {pattern!r} matches none of the decoder's linears; they are named like {next(iter(names))}"
+            )
+    matched = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    if len(matched) == len(names):
+        raise ConfigError("--ignore matches every linear of the decoder; nothing is left to quantize")
+    return matched
+
+
+def calibration_ids(source: Checkpoint, job: Quantize) -> Tensor:
+    """Token ids [B, T]; raises CalibrationError where the text is too short."""
+    length = min(job.max_seq_length, source.architecture.max_position_embeddings)
+    rows_BT = calibration_rows(
+        job.dataset, Tokenizer.open(source.path), job.num_calibration_samples, length, offline=job.offline
+    )
+    return torch.from_numpy(rows_BT)
+
+
+def smooth(
+    block: Block, source: Checkpoint, hidden_BTD: Tensor, strength: float, ignored: Collection[str]
+) -> None:
+    """Fold smoothing scales into every producer of the layer, in place; its float output stays the same."""
+    layer, shape = block.layer, source.architecture
+    heads = shape.num_kv_heads, shape.head_dim
+    amax = [largest(x.abs().amax((0, 1)) for x in inputs) for _, inputs in block.walk(hidden_BTD.clone())]
+    amax[1] = share_over_query_heads(amax[1], *heads)
+    for group, x_amax_K, producer in zip(
+        block.groups,
+        amax,
+        (layer.input_layernorm, layer.self_attn.v_proj, layer.post_attention_layernorm, layer.mlp.up_proj),
+        strict=True,
+    ):
+        read = [linear.weight.data.abs().amax(0) for name, linear in group.items() if name not in ignored]
+        if not read:
+            continue
+        over_attention = producer is layer.self_attn.v_proj
+        w_amax_K = share_over_query_heads(largest(read), *heads) if over_attention else largest(read)
+        scale_K = smoothing_scales(x_amax_K, w_amax_K, strength)
+        if isinstance(producer, nn.Linear):
+            scale_N = value_rows(scale_K, *heads) if over_attention else scale_K
+            producer.weight.data /= scale_N[:, None]
+        else:
+            dtype = stored_dtype(source, block, "input_layernorm")
+            producer.weight.data, scale_K = divide_norm(producer.weight.data, scale_K, dtype)
+        for linear in group.values():
+            linear.weight.data *= scale_K
+
+
+def largest(amax: Iterable[Tensor]) -> Tensor:
+    """Elementwise maximum of vectors [K]."""
+    return torch.stack(list(amax)).amax(0)
+
+
+def stored_dtype(source: Checkpoint, block: Block, name: str) -> torch.dtype:
+    """The type in which the checkpoint stores a weight of the layer."""
+    return TORCH_DTYPE[source.dtype(f"model.layers.{block.index}.{name}.weight")]
+
+
+def quantize_group(
+    target: Derived, group: Mapping[str, nn.Linear], H_KK: Tensor, job: Quantize
+) -> list[float]:
+    """Round the linears that share an input, in place and to disk; returns the relative error of each."""
+    errors, factor = [], inverse_factor(H_KK, job.dampening_frac, name=", ".join(group))
+    for name, linear in group.items():
+        w_NK = linear.weight.detach()
+        scale_N1 = row_scales(w_NK, TORCH_DTYPE[target.parent.dtype(f"{name}.weight")])
+        q_NK = gptq(w_NK, scale_N1, factor, block_size=job.block_size)
+        target.write(f"{name}.weight", q_NK.numpy(), "I8")
+        target.write(f"{name}.weight_scale", scale_N1.numpy(), "F32")
+        linear.weight.data = q_NK * scale_N1
+        linear.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
+        errors.append(reconstruction_error(w_NK, linear.weight.data, H_KK))
+    return errors
+
+
+def write_unquantized(target: Derived, block: Block, ignored: Collection[str]) -> None:
+    """Store what stays floating point: the norms and the ignored linears, smoothed."""
+    for name, parameter in block.layer.named_parameters():
+        name = f"model.layers.{block.index}.{name}"
+        if name.removesuffix(".weight") not in block.linears or name.removesuffix(".weight") in ignored:
+            write_tensor(target, name, parameter)
+
+
+def quantization_config(ignored: Collection[str]) -> dict[str, Any]:
+    """What transformers, compressed-tensors and vLLM read; never a `sparsity_config` (vLLM refuses it)."""
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**int8, "strategy": "channel", "dynamic": False},
+                "input_activations": {**int8, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", *ignored],
+    }
