@@ -37,7 +37,7 @@ class SquareHead:
         """Wrap `trainer.compute_loss`; the trainer's model must pair up with the teacher's layers."""
         model = trainer.model
         assert isinstance(model, PreTrainedModel)
-        self.teacher.to(trainer.args.device)
+        nn.Module.to(self.teacher, trainer.args.device)
         decoder: nn.Module = model.base_model
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         decoder.register_forward_hook(self._after_decoder)
@@ -51,7 +51,7 @@ class SquareHead:
         ) -> Any:
             mask_BT = _token_mask(inputs)
             result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss, outputs = result if return_outputs else (result, None)
+            loss, outputs = result if isinstance(result, tuple) else (result, None)
             if torch.is_grad_enabled():
                 # A loss / num_items_in_batch is already spread over the accumulated batches; ours is a mean.
                 steps = 1 if num_items_in_batch is None else trainer.current_gradient_accumulation_steps

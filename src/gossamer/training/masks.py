@@ -1,7 +1,7 @@
 """Training under fixed masks: the zeros of the decoder's linear weights stay zero, exactly.
 
 Three things keep them there. Gradients of pruned weights are zeroed as soon as they are accumulated, hence
-before any clipping, so that the clipped norm counts only weights that can move (Agarwalla et al., 2024). AdamW's
+before any clipping, so that the clipped norm counts only weights that can move (arXiv 2405.03594). AdamW's
 moments of pruned weights are then zero too, and an update 0 / (0 + eps) plus weight decay of 0 moves nothing.
 After every optimizer step the weights are looked at: one that moved all the same fails the run.
 """
@@ -54,11 +54,11 @@ class MaskCallback(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise if a pruned weight moved."""
         for name, (weight, zeros_NK) in self._masked.items():
-            moved = (weight.detach() != 0) & zeros_NK
-            if moved.any():
+            count = int(torch.count_nonzero((weight.detach() != 0) & zeros_NK))
+            if count:
                 raise GossamerError(
-                    f"step {state.global_step + 1}: {int(moved.sum())} pruned weights of {name} are no longer "
-                    "zero; the optimizer or another callback writes to them: use AdamW or SGD, or leave it out"
+                    f"step {state.global_step + 1}: {count} pruned weights of {name} became nonzero; the "
+                    "optimizer or another callback writes to them: use AdamW, or leave that callback out"
                 )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

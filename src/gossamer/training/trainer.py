@@ -89,11 +89,12 @@ def train(
         trainer = _RowTrainer(model, arguments, rows, callbacks=[MaskCallback(), monitor])
         trainer.remove_callback(PrinterCallback)
         if teacher is not None:
-            SquareHead(teacher.to(torch.bfloat16 if precision == "bf16" else torch.float32)).attach(trainer)
+            nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
+            SquareHead(teacher).attach(trainer)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    model.to("cpu").eval()
+    nn.Module.to(model, "cpu").eval()
     num_tokens = rows.input_ids_ST.size if rows.lengths_S is None else int(rows.lengths_S.sum())
     return History(tuple(monitor.losses), num_tokens, seconds, precision, torch.get_num_threads())
 

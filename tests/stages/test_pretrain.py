@@ -1,0 +1,134 @@
+"""`pretrain`: directory to directory, zeros kept; nothing is left behind when it fails."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.errors import ConfigError
+from gossamer.report import Event, quiet
+from gossamer.stages.pretrain import Pretrain, pretrain
+
+Llamas = Callable[[str], Path]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "text.txt"
+    file.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return str(file)
+
+
+def job(model: Path, output: Path, text: str, **changes: object) -> Pretrain:
+    settings = {
+        "dataset": (text,),
+        "num_tokens": 1500,
+        "max_length": 32,
+        "batch_tokens": 256,
+        "learning_rate": 3e-3,
+        "precision": "f32",
+    }
+    return Pretrain(str(model), str(output), **(settings | changes))  # pyright: ignore
+
+
+def sparse_copy(model: Path, output: Path, sparsity: float = 0.5) -> Path:
+    """The directory with the smallest weights of each decoder linear set to zero."""
+    shutil.copytree(model, output)
+    tensors = load_file(output / "model.safetensors")
+    for name, weight in tensors.items():
+        if "_proj" in name:
+            threshold = weight.float().abs().flatten().kthvalue(int(sparsity * weight.numel())).values
+            tensors[name] = torch.where(weight.float().abs() <= threshold, 0, weight)
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    return output
+
+
+@pytest.mark.parametrize("variant", ["llama3", "bf16"])
+def test_sparse_model_learns_and_keeps_its_zeros(
+    tiny_llama: Llamas, tmp_path: Path, text: str, variant: str
+) -> None:
+    parent = sparse_copy(tiny_llama(variant), tmp_path / "sparse")
+    events: list[Event] = []
+    result = pretrain(job(parent, tmp_path / "out", text), events.append)
+
+    before, after = Checkpoint.open(parent), Checkpoint.open(tmp_path / "out")
+    for name in before.linears:
+        zeros_NK = before.zeros(f"{name}.weight")
+        assert zeros_NK.mean() == pytest.approx(0.5, abs=0.01)
+        assert not after.float32(f"{name}.weight")[zeros_NK].any()
+        assert not np.array_equal(before.float32(f"{name}.weight"), after.float32(f"{name}.weight"))
+    assert [after.dtype(name) for name in after.names] == [before.dtype(name) for name in before.names]
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+    assert (result.num_tokens, result.num_steps) == (47 * 32, 6)
+    assert result.loss_last < result.loss_first == pytest.approx(result.losses[0], abs=1e-4)
+    assert events[-1].done == events[-1].total == 6
+
+    manifest = json.loads((tmp_path / "out" / "gossamer.json").read_text())
+    assert manifest["stage"] == "pretrain"
+    assert manifest["metrics"]["num_tokens"] == 47 * 32
+    assert manifest["metrics"]["loss_last"] == result.loss_last
+    assert manifest["num_threads"] == torch.get_num_threads()
+    assert manifest["data"][0]["source"] == text
+
+
+def test_dense_model_trains_the_same_twice(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:
+    parent = tiny_llama("llama2")
+    for output in ("first", "second"):
+        pretrain(job(parent, tmp_path / output, text, num_tokens=600))
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    other = job(parent, tmp_path / "third", text, num_tokens=600, seed=1)
+    assert pretrain(other).losses != pretrain(job(parent, tmp_path / "fourth", text, num_tokens=600)).losses
+
+
+def test_teacher_adds_its_loss(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:
+    parent = sparse_copy(tiny_llama("llama3"), tmp_path / "sparse")
+    alone = pretrain(job(parent, tmp_path / "alone", text, num_tokens=256))
+    taught = pretrain(
+        job(parent, tmp_path / "taught", text, num_tokens=256, teacher=str(tiny_llama("llama3")))
+    )
+    assert taught.losses[0] > alone.losses[0] + 0.01
+
+
+def test_interrupt_leaves_nothing(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:
+    """Ctrl-C in the middle of training goes through the Trainer and takes the partial output with it."""
+
+    def press_control_c(event: Event) -> None:
+        if event.done == 2:
+            raise KeyboardInterrupt
+
+    (tmp_path / "work").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(job(tiny_llama("llama2"), tmp_path / "work" / "out", text), press_control_c)
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_loss_that_is_not_finite_leaves_nothing(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ConfigError, match="lower --learning-rate"):
+        pretrain(job(tiny_llama("llama2"), tmp_path / "work" / "out", text, learning_rate=1e18), quiet)
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": 0}, "--num-tokens 0"),
+        ({"batch_tokens": 0}, "--batch-tokens 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan"),
+        ({"warmup_ratio": 1.5}, r"--warmup-ratio 1\.5"),
+    ],
+)
+def test_bad_options(
+    tiny_llama: Llamas, tmp_path: Path, text: str, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pretrain(job(tiny_llama("llama2"), tmp_path / "out", text, **change))
+    assert not (tmp_path / "out").exists()

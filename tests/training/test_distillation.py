@@ -1,0 +1,113 @@
+"""The SquareHead teacher inside transformers' Trainer and TRL's SFTTrainer, against the loss written out."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from gossamer.training.distillation import SquareHead
+from gossamer.training.masks import MaskCallback
+
+
+@pytest.fixture
+def pair(tiny_llama: Any) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """A sparse student and its dense teacher."""
+    teacher = LlamaForCausalLM.from_pretrained(tiny_llama("llama3"))
+    student = copy.deepcopy(teacher)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            if "_proj" in name:
+                weight.mul_(torch.rand_like(weight) < 0.6)
+    return student, teacher
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Any) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama("llama3"))
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def settings(output_dir: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "train_sampling_strategy": "sequential",
+    } | changes
+
+
+@torch.no_grad()
+def squarehead_written_out(
+    student: LlamaForCausalLM, teacher: LlamaForCausalLM, ids_BT: Tensor, mask_BT: Tensor
+) -> float:
+    hidden = [
+        model(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
+        for model in (student, teacher)
+    ]
+    total = 0.0
+    for s_BTD, t_BTD in zip(hidden[0][1:], hidden[1][1:], strict=True):
+        s_ND, t_ND = s_BTD[mask_BT.bool()], t_BTD[mask_BT.bool()]
+        total += float(((s_ND - t_ND) ** 2).mean() / (t_ND**2).mean())
+    return total
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_adds_the_loss_inside_sft_trainer(
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    accumulation: int,
+) -> None:
+    """First logged loss = cross-entropy + SquareHead, averaged over accumulated batches, without padding."""
+    texts = ["def f(x):", "import os\nimport sys, json\n", "x = 1", "class A:\n    pass\n"][
+        : 2 * accumulation
+    ]
+    losses = []
+    for teacher in (None, pair[1]):
+        trainer = SFTTrainer(
+            copy.deepcopy(pair[0]),
+            args=SFTConfig(**settings(tmp_path, gradient_accumulation_steps=accumulation), max_length=64),
+            train_dataset=datasets.Dataset.from_dict({"text": texts}),
+            processing_class=tokenizer,
+            callbacks=[MaskCallback()],
+        )
+        if teacher is not None:
+            SquareHead(teacher, weight=0.5).attach(trainer)
+        batches = list(trainer.get_train_dataloader())
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    expected = [squarehead_written_out(*pair, b["input_ids"], b["attention_mask"]) for b in batches]
+    assert losses[1] - losses[0] == pytest.approx(0.5 * sum(expected) / accumulation, rel=1e-4)
+
+
+def test_a_student_that_is_its_teacher_loses_nothing(
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM], tmp_path: Path
+) -> None:
+    ids_T = torch.arange(2, 30)
+    _, teacher = pair
+    student, distillation = copy.deepcopy(teacher), SquareHead(teacher)
+    trainer = Trainer(
+        student,
+        TrainingArguments(**settings(tmp_path)),
+        train_dataset=[{"input_ids": ids_T, "labels": ids_T}] * 2,
+    )
+    distillation.attach(trainer)
+    trainer.train()
+    assert distillation.last == pytest.approx(0.0, abs=1e-9)
+    assert all(parameter.grad is None for parameter in teacher.parameters())

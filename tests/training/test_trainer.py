@@ -1,0 +1,153 @@
+"""Rows of tokens and the trainer that eats them, against transformers run example by example."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+from gossamer.errors import ConfigError
+from gossamer.report import Event, quiet
+from gossamer.training.rows import Example, next_token_rows, packed_rows
+from gossamer.training.trainer import Recipe, train
+
+RECIPE = Recipe(
+    stage="test",
+    batch_rows=4,
+    learning_rate=1e-3,
+    warmup_ratio=0.0,
+    schedule="linear",
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    seed=0,
+    precision="f32",
+)
+
+
+@pytest.fixture
+def model(tiny_llama: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(tiny_llama("llama3"))
+
+
+def examples(count: int) -> list[Example]:
+    """Prompts of 2 to 5 tokens with answers of 1 to 6."""
+    generator = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        prompt = generator.integers(2, 320, generator.integers(2, 6)).tolist()
+        answer = generator.integers(2, 320, generator.integers(1, 7)).tolist()
+        made.append((prompt + answer, [-100] * len(prompt) + answer))
+    return made
+
+
+def changed(recipe: Recipe, **changes: Any) -> Recipe:
+    return Recipe(**(vars(recipe) | changes))
+
+
+@given(
+    lengths=st.lists(st.integers(2, 20), min_size=1, max_size=60),
+    num_epochs=st.integers(1, 3),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=50, deadline=None)
+def test_packing_keeps_every_example_whole(lengths: list[int], num_epochs: int, seed: int) -> None:
+    """Reading the rows back by their positions gives each epoch's examples, nothing else."""
+    made = [([n] * length, [-100] + [n] * (length - 1)) for n, length in enumerate(lengths)]
+    packed = packed_rows(made, 24, num_epochs, seed)
+    assert packed.positions_ST is not None and packed.lengths_S is not None
+    found = []
+    for row, length in enumerate(packed.lengths_S):
+        ids, positions = packed.input_ids_ST[row, :length], packed.positions_ST[row, :length]
+        for piece, labels in zip(
+            np.split(ids, np.flatnonzero(positions == 0)[1:]),
+            np.split(packed.labels_ST[row, :length], np.flatnonzero(positions == 0)[1:]),
+            strict=True,
+        ):
+            found.append((piece.tolist(), labels.tolist()))
+        assert (packed.labels_ST[row, length:] == -100).all()
+    assert sorted(found) == sorted(made * num_epochs)
+
+
+@torch.no_grad()
+def test_packed_loss_equals_example_by_example(model: LlamaForCausalLM) -> None:
+    """Packed examples neither see nor predict one another: the mean loss is that of separate runs."""
+    made = examples(12)
+    summed, count = 0.0, 0
+    for ids, labels in made:
+        logits_TV = model(input_ids=torch.tensor([ids])).logits[0]
+        summed += float(cross_entropy(logits_TV[:-1], torch.tensor(labels[1:]), reduction="sum"))
+        count += sum(label != -100 for label in labels[1:])
+    with torch.enable_grad():
+        history = train(
+            copy.deepcopy(model), packed_rows(made, 32, 1, seed=0), changed(RECIPE, batch_rows=12), quiet
+        )
+    assert len(history.losses) == 1
+    assert history.losses[0] == pytest.approx(summed / count, rel=1e-5)
+    assert history.num_tokens == sum(len(ids) for ids, _ in made)
+
+
+def test_packed_teacher_sees_the_same_and_padding_does_not_count(model: LlamaForCausalLM) -> None:
+    """Logged loss - cross-entropy = SquareHead over the examples' tokens, each run alone."""
+    made, teacher = examples(6), copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight.mul_(0.9)
+    errors, squares = np.zeros(2), np.zeros(2)
+    with torch.no_grad():
+        for ids, _ in made:
+            ours, theirs = (
+                llama(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[1:]
+                for llama in (model, teacher)
+            )
+            errors += [float((s - t).square().sum()) for s, t in zip(ours, theirs, strict=True)]
+            squares += [float(t.square().sum()) for t in theirs]
+    recipe = changed(RECIPE, batch_rows=6)
+    alone = train(copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), recipe, quiet)
+    taught = train(model, packed_rows(made, 24, 1, seed=0), recipe, quiet, teacher)
+    assert taught.losses[0] - alone.losses[0] == pytest.approx((errors / squares).sum(), rel=1e-4)
+
+
+def test_training_is_deterministic_and_learns(model: LlamaForCausalLM) -> None:
+    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (64, 1))), 64)
+    twin = copy.deepcopy(model)
+    events: list[Event] = []
+    first = train(model, rows, RECIPE, events.append)
+    second = train(twin, rows, RECIPE, quiet)
+    assert first.losses == second.losses
+    assert len(first.losses) == 16 and first.losses[-1] < 0.7 * first.losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert [event.done for event in events] == list(range(1, 17))
+    assert events[-1].metrics["learning_rate"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_bf16_is_near_float32(model: LlamaForCausalLM) -> None:
+    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (16, 1))), 16)
+    exact = train(copy.deepcopy(model), rows, RECIPE, quiet)
+    rounded = train(model, rows, changed(RECIPE, precision="bf16"), quiet)
+    assert rounded.losses == pytest.approx(exact.losses, rel=0.03)
+    assert rounded.losses != exact.losses
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_a_loss_that_is_not_finite_stops(model: LlamaForCausalLM) -> None:
+    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (64, 1))), 64)
+    with pytest.raises(
+        ConfigError, match=r"step \d+: the loss is (nan|inf).*--learning-rate \(it is 1e\+18\)"
+    ):
+        train(model, rows, changed(RECIPE, learning_rate=1e18), quiet)
+
+
+def test_nothing_is_left_in_the_temporary_folder(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (4, 1))), 4)
+    train(model, rows, RECIPE, quiet)
+    assert not list(tmp_path.iterdir())
