@@ -47,6 +47,7 @@ LayerEntry layer_entry(nb::handle entry) {
 }
 
 Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict layers) {
+  if (buffer.size() == 0) throw FormatError("found an empty buffer; expected a whole packed model");
   if (reinterpret_cast<std::uintptr_t>(buffer.data()) % 64 != 0) {
     throw EngineError("the packed model's buffer must begin at a multiple of 64 bytes, as a memory map does");
   }

@@ -1,0 +1,103 @@
+"""The engine's core, in C++ (native/): kernels, decoder and thread pool. One call is one step.
+
+Buffers hold a whole .goss file and begin at a multiple of 64 bytes, as a memory map does. `tensors` says where
+each tensor lies, name -> (dtype, shape, byte offset, byte length); `layers` has the header's table of matrices,
+name -> {"storage", "values", "rows", "columns"}. Contents are checked before a kernel touches them (FormatError).
+"""
+
+from collections.abc import Mapping, Sequence as _Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+
+_Isa = Literal["scalar", "avx512"]
+_Tensors = Mapping[str, tuple[str, tuple[int, ...], int, int]]
+
+class _Kernel(TypedDict):
+    family: str
+    values: Literal["f32", "bf16", "i8"]
+    storage: Literal["dense", "sparse"]
+    isa: _Isa
+
+class Sequence:
+    """Cached keys and values (float32) of one sequence of tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+class Model:
+    """A Llama over the packed file in `buffer`; `config` is `Packed.native_config()`."""
+
+    def __init__(
+        self, buffer: np.ndarray, tensors: _Tensors, config: Mapping[str, Any], num_threads: int
+    ) -> None: ...
+    def new_sequence(self, capacity: int) -> Sequence:
+        """An empty sequence with room for `capacity` tokens."""
+
+    def forward(
+        self, sequences: _Sequence[Sequence], ids: _Sequence[np.ndarray], all_logits: bool = False
+    ) -> np.ndarray:
+        """Feed int32 ids [new tokens] to each sequence; float32 logits [rows, V] of each one's last token.
+
+        With `all_logits` there is a row for every new token, sequence after sequence. The GIL is released.
+        EngineError when ids, sequences or capacities do not fit; then nothing has changed.
+        """
+
+    def time_linears(self, repeats: int) -> list[float]:
+        """Seconds that one pass over all decoder matrices takes for one token, `repeats` times."""
+
+    @property
+    def bytes_per_step(self) -> int:
+        """File bytes that one decode step of one sequence touches."""
+
+    @property
+    def num_threads(self) -> int: ...
+
+def isa() -> _Isa:
+    """The instruction set in use: the best of this machine, capped by GOSSAMER_ISA."""
+
+def kernels() -> list[_Kernel]:
+    """The table of kernels, one row per family, values, storage and instruction set."""
+
+def matmul(
+    isa: str,
+    buffer: np.ndarray,
+    tensors: _Tensors,
+    layers: Mapping[str, Mapping[str, Any]],
+    name: str,
+    x_TK: np.ndarray,
+) -> np.ndarray:
+    """float32 y [T, N] of matrix `name` and inputs [T, K] (float32), by the row of the table for `isa`."""
+
+def accumulators(
+    isa: str,
+    buffer: np.ndarray,
+    tensors: _Tensors,
+    layers: Mapping[str, Mapping[str, Any]],
+    name: str,
+    x_TK: np.ndarray,
+) -> np.ndarray:
+    """The exact int32 sums [T, N] under an int8 `matmul`, with signed int8 inputs."""
+
+def rmsnorm(isa: str, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+    """float32 weight * x / sqrt(mean(x^2) + eps)."""
+
+def quantize(isa: str, x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 q + 128 [T, K] and float32 scales [T, 1] of dynamic symmetric quantization per token."""
+
+def swiglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> np.ndarray:
+    """float32 gate / (1 + exp(-gate)) * up."""
+
+def attention(isa: str, q_AE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
+    """float32 [A, E]: softmax(q k^T / sqrt(E)) v over S positions of one key/value head."""
+
+def read_bandwidth(num_threads: int, prefetch_bytes: int, buffer: np.ndarray, repeats: int) -> list[float]:
+    """Bytes/s of reading the whole buffer, `repeats` times, with software prefetch that far ahead (0: none)."""

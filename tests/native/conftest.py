@@ -1,0 +1,112 @@
+"""Matrices as the engine finds them in a mapped file, and small int8 models."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gossamer import panels
+from gossamer.architecture import Llama
+from gossamer.packed import Packed, PackedWriter
+from gossamer.packing import round_rows
+
+DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8"}
+
+
+def aligned(num_bytes: int) -> np.ndarray:
+    memory = np.zeros(num_bytes + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + num_bytes]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix `w` in a buffer of its own."""
+
+    buffer: np.ndarray
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+    layers: dict[str, dict[str, Any]]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.buffer, self.tensors, self.layers, "w"
+
+    def with_buffer(self, buffer: np.ndarray) -> "Matrix":
+        copy = aligned(buffer.size)
+        copy[:] = buffer
+        return replace(self, buffer=copy)
+
+
+def make_matrix(values: str, storage: str, w_NK: np.ndarray, scale_N: np.ndarray) -> Matrix:
+    """`w_NK` is float32, bfloat16 bit patterns (uint16) or int8; scales are for int8."""
+    rows, columns = w_NK.shape
+    arrays: dict[str, tuple[str, np.ndarray]] = {}
+    if storage == "sparse":
+        stream, offsets = panels.encode_sparse_i8(w_NK)
+        arrays = {"w.weight.stream": ("U8", stream), "w.weight.offsets": ("U64", offsets)}
+    else:
+        arrays["w.weight"] = (DTYPES[values], panels.to_panels(w_NK))
+    if values == "i8":
+        pad = (0, -rows % 16)
+        arrays["w.weight_scale"] = ("F32", np.pad(scale_N.astype(np.float32), pad))
+        arrays["w.weight_sum"] = ("I32", np.pad(w_NK.sum(axis=1, dtype=np.int32), pad))
+    tensors, position = {}, 0
+    for name, (dtype, array) in arrays.items():
+        tensors[name] = (dtype, array.shape, position, array.nbytes)
+        position += array.nbytes
+    buffer = aligned(position)
+    for name, (_, array) in arrays.items():
+        begin = tensors[name][2]
+        buffer[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
+    layer = {"storage": storage, "values": values, "rows": rows, "columns": columns}
+    return Matrix(buffer, tensors, {"w": layer})
+
+
+@pytest.fixture(scope="session")
+def matrix() -> Callable[..., Matrix]:
+    return make_matrix
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "num_hidden_layers": 3,
+    "vocab_size": 331,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_int8(path: Path, sparsity: float) -> Packed:
+    """A random W8A8 Llama: sparse or dense int8 linears and head, a float32 embedding."""
+    rng = np.random.default_rng(5)
+    with PackedWriter(path, config=json.dumps(CONFIG)) as writer:
+        for tensor, shape in Llama.parse(CONFIG).tensor_shapes().items():
+            name = tensor.removesuffix(".weight")
+            if len(shape) == 1:
+                writer.norm(tensor, 1 + 0.1 * rng.standard_normal(shape).astype(np.float32))
+                continue
+            w_NK = rng.standard_normal(shape).astype(np.float32) / np.float32(
+                np.sqrt(shape[1] * (1 - sparsity))
+            )
+            w_NK[rng.random(shape) < sparsity] = 0
+            if name == "model.embed_tokens":
+                writer.dense(name, w_NK)
+            else:
+                writer.int8(name, *round_rows(w_NK))
+    return Packed.open(path)
+
+
+@pytest.fixture(scope="session", params=[0.7, 0.0], ids=["sparse", "dense"])
+def int8_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    return write_int8(tmp_path_factory.mktemp("int8") / "model.goss", request.param)

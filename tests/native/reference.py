@@ -1,0 +1,98 @@
+"""The INT8 decoder in NumPy: what the engine computes, written for reading and without its kernels.
+
+Per token and matrix: scale = max|x| / 127.5, q = clamp(round(x / scale), -128, 127),
+y = (integer product) * (x_scale * w_scale). Everything else is float32 as in transformers' Llama, in the order
+that the kernels' headers state: rounding to int8 turns a difference in a sum's last bit into a whole step.
+"""
+
+import numpy as np
+
+from gossamer.packed import EMBEDDING, Packed
+
+
+class Reference:
+    """Logits of one sequence, all tokens at once; tensors decoded by `Packed`, the format's specification."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed, self.llama = packed, packed.architecture
+        self.cache = {name: packed.stored(name) for name in packed.layers}
+
+    def logits(self, ids_T: np.ndarray) -> np.ndarray:
+        hidden_TD = self.cache[EMBEDDING][ids_T]
+        for index in range(self.llama.num_layers):
+            prefix = f"model.layers.{index}"
+            x_TD = self.rmsnorm(hidden_TD, f"{prefix}.input_layernorm.weight")
+            hidden_TD = hidden_TD + self.attention(x_TD, f"{prefix}.self_attn")
+            x_TD = self.rmsnorm(hidden_TD, f"{prefix}.post_attention_layernorm.weight")
+            gate_TF, up_TF = (self.linear(x_TD, f"{prefix}.mlp.{name}_proj") for name in ("gate", "up"))
+            silu_TF = gate_TF / (1 + exponential(-gate_TF))
+            hidden_TD = hidden_TD + self.linear(silu_TF * up_TF, f"{prefix}.mlp.down_proj")
+        return self.linear(self.rmsnorm(hidden_TD, "model.norm.weight"), self.packed.head)
+
+    def rmsnorm(self, x_TD: np.ndarray, name: str) -> np.ndarray:
+        mean_T1 = np.square(x_TD, dtype=np.float64).mean(axis=1, keepdims=True).astype(np.float32)
+        return self.packed.norm(name) * (x_TD * (1 / np.sqrt(mean_T1 + np.float32(self.llama.rms_norm_eps))))
+
+    def linear(self, x_TK: np.ndarray, name: str) -> np.ndarray:
+        w_NK = self.cache[name]
+        assert w_NK.dtype == np.int8
+        x_scale_T1 = np.abs(x_TK).max(axis=1, keepdims=True) / np.float32(127.5)
+        q_TK = np.clip(np.rint(x_TK / x_scale_T1), -128, 127).astype(np.float64)
+        sums_TN = (q_TK @ w_NK.T.astype(np.float64)).astype(np.float32)  # exact: integers below 2^53
+        return sums_TN * (x_scale_T1 * self.packed.scale(name))
+
+    def attention(self, x_TD: np.ndarray, prefix: str) -> np.ndarray:
+        llama, T = self.llama, len(x_TD)
+        q_ATE = self.rotate(self.heads(x_TD, f"{prefix}.q_proj", llama.num_heads))
+        k_GTE = self.rotate(self.heads(x_TD, f"{prefix}.k_proj", llama.num_kv_heads))
+        v_GTE = self.heads(x_TD, f"{prefix}.v_proj", llama.num_kv_heads)
+        shared = llama.num_heads // llama.num_kv_heads
+        k_ATE, v_ATE = k_GTE.repeat(shared, axis=0), v_GTE.repeat(shared, axis=0)
+        scale = np.float32(1 / np.sqrt(llama.head_dim))
+        scores_ATT = products_in_order(q_ATE, k_ATE.transpose(0, 2, 1)) * scale
+        scores_ATT = np.where(np.tri(T, dtype=bool), scores_ATT, -np.inf)
+        weights_ATT = exponential(scores_ATT - scores_ATT.max(axis=2, keepdims=True))
+        weights_ATT = np.where(np.tri(T, dtype=bool), weights_ATT, np.float32(0))
+        out_ATE = products_in_order(weights_ATT, v_ATE) / sums_in_lanes(weights_ATT)
+        return self.linear(out_ATE.transpose(1, 0, 2).reshape(T, -1), f"{prefix}.o_proj")
+
+    def heads(self, x_TD: np.ndarray, name: str, num_heads: int) -> np.ndarray:
+        return self.linear(x_TD, name).reshape(len(x_TD), num_heads, -1).transpose(1, 0, 2)
+
+    def rotate(self, x_HTE: np.ndarray) -> np.ndarray:
+        """The rotate-half convention of Hugging Face."""
+        angles_TE = np.outer(np.arange(x_HTE.shape[1], dtype=np.float32), self.llama.inverse_frequencies())
+        halves = (f(angles_TE.astype(np.float64)).astype(np.float32) for f in (np.cos, np.sin))
+        cosine, sine = (np.concatenate([half, half], axis=1) for half in halves)
+        first, second = np.split(x_HTE, 2, axis=2)
+        return x_HTE * cosine + np.concatenate([-second, first], axis=2) * sine
+
+
+def exponential(x: np.ndarray) -> np.ndarray:
+    """exp(x) in float32 as native/kernels/exponential.hpp defines it (Cephes; about 1 unit in the last place)."""
+    x = np.clip(x, np.float32(-87), np.float32(88)).astype(np.float32)
+    n = np.rint(x * np.float32(1.44269504088896341))
+    r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + np.float32(c)
+    return ((p * (r * r) + r) + np.float32(1)) * np.exp2(n)
+
+
+def products_in_order(a_AMK: np.ndarray, b_AKN: np.ndarray) -> np.ndarray:
+    """a @ b in float32, summed over k from the first to the last."""
+    total_AMN = np.zeros((*a_AMK.shape[:2], b_AKN.shape[2]), np.float32)
+    for k in range(a_AMK.shape[2]):
+        total_AMN += a_AMK[:, :, k, None] * b_AKN[:, None, k, :]
+    return total_AMN
+
+
+def sums_in_lanes(weights_ATS: np.ndarray) -> np.ndarray:
+    """Sums over the last axis [A, T, 1]: 16 running sums (of every 16th number), then those in order."""
+    lanes = np.zeros((*weights_ATS.shape[:2], 16), np.float32)
+    for s in range(weights_ATS.shape[2]):
+        lanes[:, :, s % 16] += weights_ATS[:, :, s]
+    total = np.zeros((*weights_ATS.shape[:2], 1), np.float32)
+    for lane in range(16):
+        total += lanes[:, :, lane, None]
+    return total

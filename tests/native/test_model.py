@@ -1,0 +1,131 @@
+"""The decoder in one call: int8 against NumPy on every level; batches, passes and threads change nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gossamer import _native
+from gossamer.errors import EngineError, FormatError
+from gossamer.packed import Packed
+from native.reference import Reference
+
+NUM_PROMPT, NUM_GREEDY = 40, 60
+GREEDY = """
+import sys
+import numpy as np
+from gossamer import _native
+from gossamer.packed import Packed
+
+packed = Packed.open(sys.argv[1])
+model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 2)
+sequence, ids, rows = model.new_sequence(256), np.load(sys.argv[2]).astype(np.int32), []
+rows.append(model.forward([sequence], [ids], True))
+for _ in range(int(sys.argv[4])):
+    rows.append(model.forward([sequence], [rows[-1][-1:].argmax(axis=1).astype(np.int32)]))
+np.save(sys.argv[3], np.concatenate(rows))
+"""
+
+
+def open_model(packed: Packed, num_threads: int = 1) -> _native.Model:
+    return _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), num_threads)
+
+
+def prompt(length: int = NUM_PROMPT, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 331, length).astype(np.int32)
+
+
+def test_int8_equals_numpy_and_itself_on_every_level(int8_model: Packed, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", prompt())
+    found = []
+    for isa in ("scalar", "avx512"):
+        output = tmp_path / f"{isa}.npy"
+        arguments = [str(int8_model.path), str(tmp_path / "ids.npy"), str(output), str(NUM_GREEDY)]
+        environment = os.environ | {"GOSSAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", GREEDY, *arguments], env=environment, check=True)
+        found.append(np.load(output))
+    np.testing.assert_array_equal(found[0], found[1])
+    greedy = found[0][NUM_PROMPT - 1 : -1].argmax(axis=1)
+    expected = Reference(int8_model).logits(np.concatenate([prompt(), greedy]))
+    assert np.abs(found[0] - expected).max() <= 1e-3 * np.abs(expected).max()
+    np.testing.assert_array_equal(
+        expected[NUM_PROMPT - 1 :].argmax(axis=1), found[0][NUM_PROMPT - 1 :].argmax(axis=1)
+    )
+
+
+def test_passes_batches_and_threads_give_the_same_bits(int8_model: Packed) -> None:
+    prompts = [prompt(length, seed) for seed, length in enumerate((1, 300, 9, 33))]
+    model = open_model(int8_model)
+    alone = []
+    for ids in prompts:
+        sequence, rows = model.new_sequence(300), []
+        for piece in np.array_split(ids, 7 if len(ids) < 20 else 2):
+            rows += [model.forward([sequence], [piece], True)] if piece.size else []
+        alone.append(np.concatenate(rows))
+    for num_threads in (1, 2, 3):
+        model = open_model(int8_model, num_threads)
+        sequences = [model.new_sequence(301) for _ in prompts]
+        last = model.forward(sequences, prompts)
+        np.testing.assert_array_equal(last, [rows[-1] for rows in alone])
+        for sequence in sequences:
+            sequence.truncate(0)
+        np.testing.assert_array_equal(model.forward(sequences, prompts, True), np.concatenate(alone))
+
+
+def test_a_truncated_sequence_goes_on_as_if_never_longer(int8_model: Packed) -> None:
+    model = open_model(int8_model)
+    sequence, other = model.new_sequence(64), model.new_sequence(20)
+    model.forward([sequence], [prompt(30)])
+    sequence.truncate(11)
+    assert (sequence.length, sequence.capacity) == (11, 64)
+    model.forward([other], [prompt(30)[:11]])
+    np.testing.assert_array_equal(
+        model.forward([sequence], [prompt(5, 1)]), model.forward([other], [prompt(5, 1)])
+    )
+
+
+def test_requests_that_do_not_fit_change_nothing(int8_model: Packed) -> None:
+    model, other = open_model(int8_model), open_model(int8_model)
+    sequence, stranger = model.new_sequence(8), other.new_sequence(8)
+    bad = [
+        ([sequence], [prompt(9)]),
+        ([sequence], [np.array([331], np.int32)]),
+        ([sequence], [np.array([-1], np.int32)]),
+        ([sequence], [prompt(0)]),
+        ([sequence, sequence], [prompt(1), prompt(1)]),
+        ([stranger], [prompt(1)]),
+        ([sequence], []),
+        ([], []),
+    ]
+    for sequences, ids in bad:
+        with pytest.raises(EngineError):
+            model.forward(sequences, ids)
+    with pytest.raises(EngineError):
+        sequence.truncate(1)
+    with pytest.raises(EngineError):
+        model.new_sequence(0)
+    assert sequence.length == 0
+
+
+def test_a_config_that_contradicts_the_matrices_is_refused(int8_model: Packed) -> None:
+    config = int8_model.native_config()
+    for change in (
+        {"hidden_size": 80},
+        {"num_heads": 5},
+        {"vocab_size": 330},
+        {"num_layers": 4},
+        {"head_dim": 0},
+    ):
+        with pytest.raises(FormatError):
+            _native.Model(int8_model.buffer, int8_model.native_tensors(), config | change, 1)
+
+
+def test_bytes_of_a_step_are_those_of_the_file(int8_model: Packed) -> None:
+    """All matrices but the embedding, a row of that, and the norms; less slack and padding of small tensors."""
+    step = open_model(int8_model).bytes_per_step
+    matrices = sum(int8_model.layer_bytes(name) for name in int8_model.layers if name != "model.embed_tokens")
+    assert 0.9 * matrices < step <= matrices + 8 * 96 * 4
+    assert len(open_model(int8_model, 2).time_linears(3)) == 3
