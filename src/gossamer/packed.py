@@ -38,6 +38,7 @@ from gossamer.packed_header import (
     Layer,
     Stored,
     check_tensors,
+    norm_tensors,
     read_header,
     read_model,
 )
@@ -137,6 +138,8 @@ class Packed:
             raise FormatError(
                 f"{source}: found {nonzeros} nonzero weights; the layer table says {layer.nonzeros}"
             )
+        if not _is_finite(w_NK):
+            raise FormatError(f"{source} holds NaN or infinite weights; the file is damaged")
         return w_NK
 
     def scale(self, name: str) -> np.ndarray:
@@ -156,8 +159,23 @@ class Packed:
         return widen_bf16(w_NK) if w_NK.dtype == np.uint16 else w_NK
 
     def norm(self, name: str) -> np.ndarray:
-        """float32 [D] weights of an RMSNorm, such as `model.norm.weight`."""
-        return self.array(name)[: self.architecture.hidden_size]
+        """float32 [D] weights of an RMSNorm, such as `model.norm.weight`; FormatError unless finite."""
+        if not np.isfinite(padded := self.array(name)).all():
+            raise FormatError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
+        return padded[: self.architecture.hidden_size]
+
+    def check(self) -> None:
+        """Decode everything; FormatError for the first matrix or norm that is not sound."""
+        for name, layer in self.layers.items():
+            w_NK = self.stored(name)
+            if layer.values != "i8":
+                continue
+            self.scale(name)
+            sum_N = self.array(f"{name}.weight_sum")
+            if not np.array_equal(sum_N, _padded(w_NK.sum(axis=1, dtype=np.int32), PANEL_ROWS)):
+                raise FormatError(f"{self.path}: {name}: the row sums are not those of its weights")
+        for name in norm_tensors(self.architecture):
+            self.norm(name)
 
     def layer_bytes(self, name: str) -> int:
         """Bytes in the file of matrix `name`: values, masks, offsets, scales and sums."""
@@ -342,6 +360,12 @@ def count_nonzero(w_NK: np.ndarray) -> int:
         parts = np.array_split(w_NK, -(-w_NK.size // (1 << 24)))
         return sum(int(np.count_nonzero(part & 0x7FFF)) for part in parts)
     return int(np.count_nonzero(w_NK))
+
+
+def _is_finite(w_NK: np.ndarray) -> bool:
+    if w_NK.dtype == np.uint16:
+        return bool((w_NK & 0x7F80 != 0x7F80).all())
+    return w_NK.dtype == np.int8 or bool(np.isfinite(w_NK).all())
 
 
 def widen_bf16(bits: np.ndarray) -> np.ndarray:

@@ -136,7 +136,7 @@ def swap(header: Header) -> None:
 
 
 EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
-    "newer version": (lambda h: set_version(h, "2"), "version '2'; expected 1; it is newer than this program"),
+    "newer version": (lambda h: set_version(h, "2"), "version '2'; expected 1; it is newer than"),
     "much newer version": (lambda h: set_version(h, "9" * 5000), "newer than this program"),
     "version 0": (lambda h: set_version(h, "0"), "version '0'; expected 1"),
     "version a number": (lambda h: set_version(h, 1), "version 1; expected 1"),

@@ -1,0 +1,170 @@
+"""`inspect`: what a checkpoint directory or a packed file holds, and where it comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gossamer.architecture import Llama
+from gossamer.checkpoint import Checkpoint
+from gossamer.job import option
+from gossamer.packed import EMBEDDING, HEAD, Packed
+from gossamer.packing import matrix_names
+from gossamer.report import Event, Progress, Table, quiet
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show sizes, sparsity and storage of a model, layer by layer."""
+
+    model: str = option(help="a checkpoint directory or a .goss file", positional=True)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix: `storage` dense or sparse, `values` f32, bf16, f16 or i8; bytes include scales."""
+
+    name: str
+    rows: int
+    columns: int
+    storage: str
+    values: str
+    nonzeros: int
+    num_bytes: int
+
+    @property
+    def layer(self) -> str:
+        """The part of the model it belongs to: `embed_tokens`, `layers.3`, `lm_head`."""
+        return ".".join(self.name.split(".")[1:3]) if ".layers." in self.name else self.name.split(".")[-1]
+
+    @property
+    def num_weights(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage that led to the model, and the sha256 of the checkpoint that it was given."""
+
+    stage: str
+    parent: str
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """`sparsity` and `bits_per_weight` are of the decoder's linears; `provenance` is oldest first."""
+
+    model: str
+    kind: str
+    architecture: Llama
+    num_parameters: int
+    num_bytes: int
+    sparsity: float
+    bits_per_weight: float
+    matrices: tuple[Matrix, ...]
+    provenance: tuple[Step, ...]
+
+    def tables(self) -> list[Table]:
+        """The model as a whole, and a row per decoder layer."""
+        llama = self.architecture
+        heads = f"{llama.num_heads} query, {llama.num_kv_heads} key/value heads of {llama.head_dim}"
+        facts = [
+            ("kind", self.kind),
+            ("architecture", f"Llama, {llama.num_layers} layers, {heads}"),
+            ("width", f"{llama.hidden_size}, MLP {llama.intermediate_size}, vocabulary {llama.vocab_size:,}"),
+            ("rope", f"{llama.rope.kind}, base {llama.rope.theta:g}"),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("bytes", f"{self.num_bytes:,}"),
+            ("decoder zeros", f"{self.sparsity:.2%}"),
+            ("decoder bits/weight", f"{self.bits_per_weight:.2f}"),
+            *(
+                (f"step {i}: {step.stage}", f"from {step.parent[:16]}")
+                for i, step in enumerate(self.provenance, 1)
+            ),
+        ]
+        parts = dict.fromkeys(matrix.layer for matrix in self.matrices)
+        rows = [_row(part, [matrix for matrix in self.matrices if matrix.layer == part]) for part in parts]
+        columns = ("part", "stored", "zeros", "bits/weight", "bytes")
+        return [Table(self.model, ("", ""), facts), Table("", columns, rows)]
+
+
+def inspect(job: Inspect, progress: Progress = quiet) -> InspectResult:
+    """Describe a model; raises FormatError or CheckpointError for what is neither."""
+    path = Path(job.model)
+    if path.is_file():
+        return _packed(Packed.open(path))
+    return _directory(Checkpoint.open(path), progress)
+
+
+def _packed(packed: Packed) -> InspectResult:
+    matrices = [
+        Matrix(
+            name,
+            layer.rows,
+            layer.columns,
+            layer.storage,
+            layer.values,
+            layer.nonzeros,
+            packed.layer_bytes(name),
+        )
+        for name, layer in packed.layers.items()
+    ]
+    kind = f"packed file, format version {packed.metadata['version']}"
+    provenance = (Step("pack", packed.metadata["parent"]),) if packed.metadata["parent"] else ()
+    return _result(str(packed.path), kind, packed.architecture, packed.file_bytes, matrices, provenance)
+
+
+def _directory(source: Checkpoint, progress: Progress) -> InspectResult:
+    names = list(matrix_names(source))
+    matrices = []
+    for index, name in enumerate(names, start=1):
+        progress(Event("inspect", name, index, len(names)))
+        tensors = [f"{name}.weight", f"{name}.weight_scale"]
+        num_bytes = sum(source.entries[tensor].num_bytes for tensor in tensors if tensor in source.entries)
+        zeros_NK = source.zeros(f"{name}.weight")
+        (rows, columns), nonzeros = zeros_NK.shape, zeros_NK.size - int(np.count_nonzero(zeros_NK))
+        values = source.dtype(f"{name}.weight").lower()
+        matrices.append(Matrix(name, rows, columns, "dense", values, nonzeros, num_bytes))
+    kind = "quantized directory" if "quantization_config" in source.config else "directory"
+    num_bytes = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
+    lineage = (source.manifest or {}).get("lineage", [])
+    provenance = tuple(Step(step["stage"], step["parent"]) for step in lineage)
+    return _result(str(source.path), kind, source.architecture, num_bytes, matrices, provenance)
+
+
+def _result(
+    model: str,
+    kind: str,
+    architecture: Llama,
+    num_bytes: int,
+    matrices: Sequence[Matrix],
+    provenance: tuple[Step, ...],
+) -> InspectResult:
+    decoder = [matrix for matrix in matrices if matrix.name not in (EMBEDDING, HEAD)]
+    shapes = architecture.tensor_shapes().values()
+    return InspectResult(
+        model=model,
+        kind=kind,
+        architecture=architecture,
+        num_parameters=sum(int(np.prod(shape)) for shape in shapes),
+        num_bytes=num_bytes,
+        sparsity=_sparsity(decoder),
+        bits_per_weight=_bits_per_weight(decoder),
+        matrices=tuple(matrices),
+        provenance=provenance,
+    )
+
+
+def _sparsity(matrices: Sequence[Matrix]) -> float:
+    return 1 - sum(m.nonzeros for m in matrices) / sum(m.num_weights for m in matrices)
+
+
+def _bits_per_weight(matrices: Sequence[Matrix]) -> float:
+    return 8 * sum(m.num_bytes for m in matrices) / sum(m.num_weights for m in matrices)
+
+
+def _row(part: str, matrices: Sequence[Matrix]) -> tuple[str, ...]:
+    stored = ", ".join(dict.fromkeys(f"{matrix.storage} {matrix.values}" for matrix in matrices))
+    num_bytes = sum(matrix.num_bytes for matrix in matrices)
+    return part, stored, f"{_sparsity(matrices):.1%}", f"{_bits_per_weight(matrices):.2f}", f"{num_bytes:,}"

@@ -1,0 +1,214 @@
+"""`verify`: is this model sound, did it keep its parent's zeros, does the engine compute what torch does?
+
+Every check either passes and says what it looked at, or raises the error that names what is wrong.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.engine import LLM
+from gossamer.errors import CheckpointError, EngineError, FormatError
+from gossamer.job import option
+from gossamer.packed import EMBEDDING, HEAD, Packed
+from gossamer.packing import cached_pack, check_quantization, round_rows, row_scales
+from gossamer.report import Event, Progress, Table, quiet
+
+FLOAT_TOLERANCE, INT8_TOLERANCE = (
+    1e-4,
+    2e-2,
+)  # of logits, relative to the largest; an int8 input may round apart
+NUM_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a model's files, its zeros since a parent, and its engine against torch."""
+
+    model: str = option(help="a checkpoint directory or a .goss file", positional=True)
+    parent: str | None = option(None, help="directory that it was made from: its zeros must still be zeros")
+    skip_engine: bool = option(False, help="leave out the comparison of the engine with torch (big models)")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check that passed, or (`skipped`) could not be made here."""
+
+    name: str
+    detail: str
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """Everything that was checked; what fails is an error instead."""
+
+    model: str
+    checks: tuple[Check, ...]
+
+    def tables(self) -> list[Table]:
+        """One row per check."""
+        rows = [("skipped" if check.skipped else "ok", check.name, check.detail) for check in self.checks]
+        return [Table(self.model, ("", "check", "found"), rows)]
+
+
+def verify(job: Verify, progress: Progress = quiet) -> VerifyResult:
+    """Check a directory or a file; the first failure is a CheckpointError, FormatError or EngineError."""
+    path, checks = Path(job.model), []
+    parent = Checkpoint.open(job.parent) if job.parent is not None else None
+    found = (
+        _packed_checks(Packed.open(path), parent)
+        if path.is_file()
+        else _checks(Checkpoint.open(path), parent)
+    )
+    for check in found:
+        checks.append(check)
+        progress(Event("verify", check.name, len(checks)))
+    if not job.skip_engine:
+        checks.append(_backends(path if path.is_file() else cached_pack(path, progress)))
+    return VerifyResult(job.model, tuple(checks))
+
+
+def _checks(source: Checkpoint, parent: Checkpoint | None) -> Iterator[Check]:
+    for name in source.names:
+        source.raw(name)
+    yield Check("tensors", f"{len(source.names)} whole and finite")
+    yield _no_sparsity_config(source.config, source.path / "config.json")
+    int8 = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
+    if check_quantization(source):
+        for name in int8:
+            row_scales(source, name)
+        yield Check("quantization", f"int-quantized W8A8, {len(int8)} of {len(source.linears)} linears")
+    if source.manifest is not None:
+        yield _recorded_masks(source)
+    if parent is not None:
+        yield _zeros_kept(
+            parent, lambda name: source.zeros(f"{name}.weight"), str(source.path), CheckpointError
+        )
+
+
+def _packed_checks(packed: Packed, parent: Checkpoint | None) -> Iterator[Check]:
+    packed.check()
+    storages = [packed.layers[name].storage for name in packed.decoder]
+    yield Check(
+        "contents", f"{storages.count('sparse')} sparse and {storages.count('dense')} dense linears decode"
+    )
+    yield _no_sparsity_config(packed.config, packed.path)
+    if parent is None:
+        return
+    if packed.metadata["parent"] == parent.hash():
+        yield _same_tensors(packed, parent)
+    else:
+        yield Check("tensors", "not the directory that was packed: only zeros are compared", skipped=True)
+
+    def zeros(name: str) -> np.ndarray:
+        return packed.linear(name) == 0
+
+    yield _zeros_kept(parent, zeros, str(packed.path), FormatError)
+
+
+def _no_sparsity_config(config: dict, file: Path) -> Check:
+    """vLLM refuses models that announce one; the zeros speak for themselves."""
+    quantization = config.get("quantization_config") or {}
+    if "sparsity_config" in config or "sparsity_config" in quantization:
+        raise CheckpointError(f"{file}: found a sparsity_config; vLLM refuses such models, take it out")
+    return Check("no sparsity_config", "none in config.json")
+
+
+def _recorded_masks(source: Checkpoint) -> Check:
+    """The zeros are those of gossamer.json."""
+    recorded = (source.manifest or {}).get("tensors", {})
+    for name in (f"{linear}.weight" for linear in source.linears):
+        mask_hash = hashlib.sha256(np.packbits(source.zeros(name)).tobytes()).hexdigest()
+        if (expected := recorded.get(name, {}).get("mask_hash")) != mask_hash:
+            raise CheckpointError(
+                f"{source.path}: the zeros of {name} have the hash {mask_hash[:16]}; gossamer.json recorded "
+                f"{str(expected)[:16]}: the weights were changed since"
+            )
+    return Check("masks", f"{len(source.linears)} linears have the zeros that gossamer.json recorded")
+
+
+def _zeros_kept(
+    parent: Checkpoint, zeros: Callable[[str], np.ndarray], where: str, error: type[Exception]
+) -> Check:
+    """Every zero of the parent's linears is one of the child's."""
+    kept = total = 0
+    for name in parent.linears:
+        before_NK, after_NK = parent.zeros(f"{name}.weight"), zeros(name)
+        if before_NK.shape != after_NK.shape:
+            raise error(f"{where}: {name} is {after_NK.shape}; in {parent.path} it is {before_NK.shape}")
+        if lost := int(np.count_nonzero(before_NK & ~after_NK)):
+            raise error(
+                f"{where}: {name} lost {lost} of the zeros of {parent.path}; the stage before is at fault"
+            )
+        kept, total = kept + int(np.count_nonzero(before_NK)), total + before_NK.size
+    return Check("zeros kept", f"all {kept:,} of {parent.path} ({kept / total:.2%} of the linears)")
+
+
+def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
+    """The file decodes to the directory's numbers, bit for bit (a head rounded here: to its rounding)."""
+    for name, layer in packed.layers.items():
+        expected_NK, scale_N = _expected(parent, name, layer.values == "i8")
+        same = np.array_equal(
+            packed.stored(name) if layer.values == "i8" else packed.linear(name), expected_NK
+        )
+        if not same or (scale_N is not None and not np.array_equal(packed.scale(name), scale_N)):
+            raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
+    for name, shape in parent.architecture.tensor_shapes().items():
+        if len(shape) == 1 and not np.array_equal(packed.norm(name), parent.float32(name)):
+            raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
+    return Check("tensors", f"all decode to those of {parent.path}")
+
+
+def _expected(parent: Checkpoint, name: str, int8: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """What matrix `name` must decode to: int8 weights and scales, or float32 weights."""
+    tied = parent.architecture.tie_word_embeddings and name == HEAD
+    tensor = f"{EMBEDDING if tied else name}.weight"
+    if not int8:
+        return parent.float32(tensor), None
+    if parent.dtype(tensor) == "I8":
+        return parent.raw(tensor), row_scales(parent, name)
+    return round_rows(parent.float32(tensor))
+
+
+def _backends(path: Path) -> Check:
+    """The engine's logits beside those of transformers' Llama with the same weights."""
+    name = "backends agree"
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
+        return Check(name, "needs torch: pip install 'gossamer[compress]'", skipped=True)
+    packed = Packed.open(path)
+    length = min(NUM_TOKENS, packed.architecture.max_position_embeddings)
+    ids = np.random.default_rng(0).integers(packed.architecture.vocab_size, size=length).tolist()
+    expected_TV = _torch_logits(packed, ids)
+    error = float(np.abs(LLM(path).logits(ids) - expected_TV).max() / np.abs(expected_TV).max())
+    int8 = any(layer.values == "i8" for layer in packed.layers.values())
+    tolerance = INT8_TOLERANCE if int8 else FLOAT_TOLERANCE
+    if not error <= tolerance:
+        raise EngineError(f"{path}: the engine's logits are {error:.2e} off torch's; at most {tolerance:.0e}")
+    return Check(name, f"logits of {length} tokens differ by {error:.1e}, at most {tolerance:.0e}")
+
+
+def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:
+    """float32 [T, V]: transformers' Llama, inputs of int8 matrices rounded as compressed-tensors does."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gossamer.compress.int8 import fake_quantize_tokens
+
+    config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
+    config["tie_word_embeddings"] = False
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            matrix = packed.head if name == f"{HEAD}.weight" else name.removesuffix(".weight")
+            values = packed.linear(matrix) if matrix in packed.layers else packed.norm(name)
+            parameter.copy_(torch.from_numpy(values.copy()))
+        for name, module in model.named_modules():
+            if name in packed.layers and packed.layers[name].values == "i8":
+                module.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
+        return model(torch.tensor([ids])).logits[0].numpy()

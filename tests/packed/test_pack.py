@@ -1,0 +1,267 @@
+"""Checkpoints of every kind become one file that decodes to their tensors."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.errors import CheckpointError, ConfigError, FormatError, UnsupportedError
+from gossamer.packed import EMBEDDING, Packed
+from gossamer.packing import cached_pack
+from gossamer.report import Event
+from gossamer.stages.pack import Pack, pack
+
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**INT8, "strategy": "channel", "dynamic": False},
+            "input_activations": {**INT8, "strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def prune_by_hand(source: Path, output: Path, sparsity: float = 0.7) -> Path:
+    """Copy a one-file float32 directory with zeros in its decoder linears."""
+    shutil.copytree(source, output)
+    tensors, rng = load_file(output / "model.safetensors"), np.random.default_rng(1)
+    for name in Checkpoint.open(source).linears:
+        tensors[f"{name}.weight"][rng.random(tensors[f"{name}.weight"].shape) < sparsity] = 0
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    return output
+
+
+def quantize_by_hand(source: Path, output: Path, ignore: tuple[str, ...] = (), config: Any = W8A8) -> Path:
+    """Copy a one-file float32 directory with its decoder linears rounded to int8, zeros kept."""
+    shutil.copytree(source, output)
+    tensors = load_file(output / "model.safetensors")
+    for name in Checkpoint.open(source).linears:
+        if name not in ignore:
+            w_NK = tensors[f"{name}.weight"]
+            scale_N1 = np.abs(w_NK).max(axis=1, keepdims=True) / np.float32(127)
+            tensors[f"{name}.weight"] = np.rint(w_NK / scale_N1).astype(np.int8)
+            tensors[f"{name}.weight_scale"] = scale_N1
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    text = json.loads((output / "config.json").read_text()) | {"quantization_config": config}
+    (output / "config.json").write_text(json.dumps(text))
+    return output
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llama2 at 70% zeros in int8, except the last down_proj."""
+    directory = tmp_path_factory.mktemp("quantized")
+    pruned = prune_by_hand(tiny_llama("llama2"), directory / "pruned")
+    return quantize_by_hand(pruned, directory / "int8", ("model.layers.1.mlp.down_proj",))
+
+
+def packed_from(source: Path, output: Path, **options: Any) -> Packed:
+    pack(Pack(str(source), str(output), **options))
+    return Packed.open(output)
+
+
+@pytest.mark.parametrize("variant", ["llama2", "llama3", "linear", "sharded", "bf16", "fp16"])
+def test_dense_directories(variant: str, tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny_llama(variant))
+    packed = packed_from(source.path, tmp_path / "model.goss")
+    for name in packed.layers:
+        assert packed.layers[name].values == ("bf16" if variant == "bf16" else "f32")
+        assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
+    for name, shape in source.architecture.tensor_shapes().items():
+        if len(shape) == 1:
+            assert np.array_equal(packed.norm(name), source.float32(name))
+    tied = source.architecture.tie_word_embeddings
+    assert packed.head == (EMBEDDING if tied else "lm_head") and tied == (variant == "llama3")
+    assert packed.architecture == source.architecture and packed.metadata["parent"] == source.hash()
+    assert packed.tokenizer_json == (source.path / "tokenizer.json").read_bytes()
+    assert packed.tokenizer_config == json.loads((source.path / "tokenizer_config.json").read_text())
+
+
+def test_pruned_directory_keeps_its_zeros(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    source = Checkpoint.open(prune_by_hand(tiny_llama("llama2"), tmp_path / "pruned"))
+    result = pack(Pack(str(source.path), str(tmp_path / "model.goss")))
+    packed = Packed.open(tmp_path / "model.goss")
+    assert result.sparsity == pytest.approx(source.sparsity()) and 0.65 < result.sparsity < 0.75
+    for name in packed.decoder:
+        assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
+
+
+def test_quantized_directory(quantized: Path, tmp_path: Path) -> None:
+    source = Checkpoint.open(quantized)
+    events: list[Event] = []
+    result = pack(Pack(str(quantized), str(tmp_path / "model.goss")), events.append)
+    packed = Packed.open(tmp_path / "model.goss")
+    for name in packed.decoder:
+        layer = packed.layers[name]
+        if name == "model.layers.1.mlp.down_proj":
+            assert (layer.storage, layer.values) == ("dense", "f32")
+            assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
+        else:
+            assert (layer.storage, layer.values) == ("sparse", "i8")
+            assert np.array_equal(packed.stored(name), source.raw(f"{name}.weight"))
+            assert np.array_equal(packed.scale(name), source.float32(f"{name}.weight_scale")[:, 0])
+    assert {event.message for event in events} == set(packed.layers)
+    assert all(event.metrics["storage"] == packed.layers[event.message].storage for event in events)
+    assert result.head == "i8" and "stored" in asdict(result)
+
+
+def test_rounded_head_and_its_reported_error(quantized: Path, tmp_path: Path) -> None:
+    result = pack(Pack(str(quantized), str(tmp_path / "model.goss")))
+    w_VD, rounded_VD = (
+        Checkpoint.open(quantized).float32("lm_head.weight"),
+        Packed.open(tmp_path / "model.goss").linear("lm_head"),
+    )
+    step_V = np.abs(w_VD).max(axis=1) / 127
+    assert (np.abs(w_VD - rounded_VD) <= 0.5001 * step_V[:, None]).all()
+    assert result.head_error == pytest.approx(
+        np.linalg.norm(w_VD - rounded_VD) / np.linalg.norm(w_VD), rel=1e-5
+    )
+    assert any("head is int8" in line for line in result.closing)
+
+
+@pytest.mark.parametrize(
+    ("variant", "head", "expected"),
+    [
+        ("llama2", "auto", "f32"),
+        ("llama2", "i8", "i8"),
+        ("llama3", "auto", "f32 (the embedding)"),
+        ("llama3", "i8", "i8"),
+    ],
+)
+def test_head_of_float_models(
+    variant: str,
+    head: Literal["auto", "i8"],
+    expected: str,
+    tiny_llama: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    result = pack(Pack(str(tiny_llama(variant)), str(tmp_path / "model.goss"), head=head))
+    assert result.head == expected and (result.head_error is None) == (head == "auto")
+
+
+def test_head_of_quantized_models(quantized: Path, tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    assert packed_from(quantized, tmp_path / "kept.goss", head="keep").layers["lm_head"].values == "f32"
+    tied = quantize_by_hand(tiny_llama("llama3"), tmp_path / "tied")
+    packed = packed_from(tied, tmp_path / "tied.goss")
+    assert packed.layers["lm_head"].values == "i8" and packed.layers[EMBEDDING].values == "f32"
+    assert packed_from(tied, tmp_path / "kept-tied.goss", head="keep").head == EMBEDDING
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """W8A8 with settings of its weights or inputs changed (`weights__num_bits=4`), or of the whole."""
+    config = json.loads(json.dumps(W8A8))
+    for key, value in changes.items():
+        part, _, setting = key.partition("__")
+        (config["config_groups"]["group_0"][part] if setting else config)[setting or part] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (changed(quant_method="gptq"), "quant_method = 'gptq'"),
+        (changed(format="pack-quantized"), "format = 'pack-quantized'"),
+        (changed(weights__num_bits=4), "weights.num_bits = 4"),
+        (changed(weights__type="float"), "weights.type = 'float'"),
+        (changed(weights__strategy="group"), "weights.strategy = 'group'"),
+        (changed(weights__symmetric=False), "weights.symmetric = False"),
+        (changed(input_activations__dynamic=False), "input_activations.dynamic = False"),
+        (changed(input_activations__strategy="tensor"), "input_activations.strategy = 'tensor'"),
+        (changed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (changed(sparsity_config={"format": "sparse-bitmask"}), "sparsity_config"),
+        (changed(config_groups={}), "config_groups"),
+        ("bitsandbytes", "bitsandbytes"),
+    ],
+)
+def test_other_quantizations_are_unsupported(
+    config: Any, found: str, quantized: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(quantized, tmp_path / "foreign")
+    text = json.loads((quantized / "config.json").read_text()) | {"quantization_config": config}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(text))
+    with pytest.raises(UnsupportedError, match="supported: compressed-tensors int-quantized W8A8") as caught:
+        pack(Pack(str(tmp_path / "foreign"), str(tmp_path / "model.goss")))
+    assert found in str(caught.value) and not (tmp_path / "model.goss").exists()
+
+
+def test_int8_without_a_quantization_config(quantized: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantized, tmp_path / "bare")
+    text = json.loads((quantized / "config.json").read_text())
+    del text["quantization_config"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="int8 without a quantization_config"):
+        pack(Pack(str(tmp_path / "bare"), str(tmp_path / "model.goss")))
+
+
+def test_output_that_exists(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    output = tmp_path / "model.goss"
+    output.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        pack(Pack(str(tiny_llama("llama2")), str(output)))
+    assert output.read_bytes() == b"mine"
+    assert packed_from(tiny_llama("llama2"), output, overwrite=True).layers
+    with pytest.raises(ConfigError, match="is a directory"):
+        pack(Pack(str(tiny_llama("llama2")), str(tmp_path), overwrite=True))
+
+
+def test_damaged_weights_leave_no_file(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama("llama2"), tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="up_proj"):
+        pack(Pack(str(tmp_path / "damaged"), str(tmp_path / "out" / "model.goss")))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_without_tokenizer_json(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama("llama2"), tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        pack(Pack(str(tmp_path / "bare"), str(tmp_path / "model.goss")))
+
+
+def test_chat_template_travels(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama("llama2"), tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text("{{ messages }} \u2013 Grüße")
+    assert (
+        packed_from(tmp_path / "chat", tmp_path / "model.goss").chat_template == "{{ messages }} \u2013 Grüße"
+    )
+
+
+def test_cache(tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    shutil.copytree(tiny_llama("llama2"), source)
+    events: list[Event] = []
+    first = cached_pack(source, events.append)
+    assert events[-1].metrics["bytes"] == first.stat().st_size
+    written = first.stat().st_mtime_ns
+    assert cached_pack(source, events.append) == first and first.stat().st_mtime_ns == written
+    first.write_bytes(first.read_bytes()[:-64])
+    assert cached_pack(source) == first and Packed.open(first).layers
+    (source / "generation_config.json").write_text('{"eos_token_id": 7}')
+    second = cached_pack(source)
+    assert second != first and Packed.open(second).generation_config == {"eos_token_id": 7}
+    with pytest.raises(CheckpointError):
+        cached_pack(tmp_path)
+
+
+def test_a_packed_file_is_no_checkpoint(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    packed_from(tiny_llama("llama2"), tmp_path / "model.goss")
+    with pytest.raises(CheckpointError, match=r"model\.goss"):
+        pack(Pack(str(tmp_path / "model.goss"), str(tmp_path / "again.goss")))
+    with pytest.raises(FormatError, match="no packed model"):
+        Packed.open(tiny_llama("llama2") / "model.safetensors")
