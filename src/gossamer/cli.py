@@ -184,7 +184,8 @@ class progress_bars:
         return self.event
 
     def __exit__(self, *error: object) -> None:
-        self.bars.stop()
+        if self.tasks:
+            self.bars.stop()
 
     def event(self, event: Event) -> None:
         if not self.tasks:

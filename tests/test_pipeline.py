@@ -1,0 +1,80 @@
+"""The whole path on a tiny model: every directory loads elsewhere, zeros grow, what stands is skipped."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.engine import LLM, SamplingParams
+from gossamer.pipeline import Compress, compress
+
+STAGES = ["prune", "pretrain", "prune", "pretrain", "finetune", "quantize", "pack"]
+
+
+@pytest.fixture(scope="module")
+def job(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Compress:
+    """`compress` run once, with every kind of training, on a copy of a tiny tied Llama 3."""
+    directory = tmp_path_factory.mktemp("compress")
+    shutil.copytree(tiny_llama("llama3"), directory / "model")
+    (directory / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
+    rows = [{"prompt": f"{a} + {b} = ", "completion": str(a + b)} for a in range(6) for b in range(6)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = Compress(
+        str(directory / "model"),
+        str(directory / "out"),
+        dataset=(str(directory / "text.txt"),),
+        sparsity=0.7,
+        num_calibration_samples=8,
+        max_seq_length=64,
+        pretrain_dataset=(str(directory / "text.txt"),),
+        num_tokens=2048,
+        finetune_dataset=(str(directory / "rows.jsonl"),),
+        format="prompt-completion",
+        num_train_epochs=1,
+    )
+    result = compress(made)
+    assert [(stage, how) for stage, _, how in result.stages] == [(stage, "ran") for stage in STAGES]
+    assert result.sparsity >= 0.699
+    assert result.num_bytes == Path(result.packed).stat().st_size
+    return made
+
+
+def test_zeros_only_grow_and_every_directory_loads(job: Compress) -> None:
+    directories = sorted(Path(job.output_dir).glob("[0-9]-*"))
+    for parent, child in pairwise(directories):
+        before, after = Checkpoint.open(parent), Checkpoint.open(child)
+        for name in (f"{linear}.weight" for linear in before.linears):
+            assert not np.any(before.zeros(name) & ~after.zeros(name)), f"{child}: {name}"
+    for directory in directories:
+        config = json.loads((directory / "config.json").read_text())
+        assert "sparsity_config" not in json.dumps(config)
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        ids = AutoTokenizer.from_pretrained(directory)("def f(x):", return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert torch.isfinite(model(ids).logits).all()
+
+
+def test_the_packed_file_is_safetensors_and_runs(job: Compress) -> None:
+    packed = Path(job.output_dir) / "model.goss"
+    with safe_open(packed, "np") as file:
+        assert file.metadata()["format"] == "gossamer"
+        assert len(list(file.keys())) > 14
+    [answer] = LLM(packed).generate("def f(x):", SamplingParams(max_tokens=8))
+    assert len(answer.token_ids) == 8 or answer.finish_reason == "stop"
+
+
+def test_what_stands_is_skipped_and_what_changed_runs_again(job: Compress) -> None:
+    assert {how for _, _, how in compress(job).stages} == {"stood"}
+    changed = compress(dataclasses.replace(job, num_train_epochs=2))
+    assert [how for _, _, how in changed.stages] == ["stood"] * 4 + ["ran"] * 3
+    shutil.rmtree(Path(job.output_dir) / "1-prune")
+    assert compress(dataclasses.replace(job, num_train_epochs=2)).stages[0][2] == "ran"
