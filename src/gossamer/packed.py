@@ -47,6 +47,7 @@ from gossamer.panels import ALIGNMENT, PANEL_ROWS
 __all__ = ["EMBEDDING", "HEAD", "Layer", "Packed", "PackedWriter", "Stored"]
 
 _VALUES: dict[np.dtype, Literal["f32", "bf16"]] = {np.dtype("<f4"): "f32", np.dtype("<u2"): "bf16"}
+_COPY_BYTES = 1 << 24
 _NORM_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entries of a norm, a matrix take
 
 
@@ -240,7 +241,7 @@ class PackedWriter:
         self._file: BinaryIO
 
     def __enter__(self) -> Self:
-        self._file = self.partial.open("wb", buffering=0)
+        self._file = self.partial.open("w+b", buffering=0)
         try:
             self._file.seek(self._data_begin)
             if self._tokenizer:
@@ -287,6 +288,19 @@ class PackedWriter:
         self._tensor(f"{name}.weight_scale", "F32", [_padded(scale_N.astype("<f4"), PANEL_ROWS)])
         self._tensor(f"{name}.weight_sum", "I32", [_padded(sum_N, PANEL_ROWS)])
         return layer
+
+    def repeat(self, name: str, written: str) -> Layer:
+        """Add a matrix equal to one already written, as other bytes of the file: for synthetic models."""
+        layer = self.layers[name] = self.layers[written]
+        for tensor, former in zip(layer.tensors(name), layer.tensors(written), strict=True):
+            entry = self._entries[former]
+            self._tensor(tensor, entry["dtype"], self._read(*entry["data_offsets"]), tuple(entry["shape"]))
+        return layer
+
+    def _read(self, begin: int, end: int) -> Iterable[np.ndarray]:
+        for at in range(begin, end, _COPY_BYTES):
+            data = os.pread(self._file.fileno(), min(_COPY_BYTES, end - at), self._data_begin + at)
+            yield np.frombuffer(data, np.uint8)
 
     def _matrix(self, name: str, layer: Layer, w_NK: np.ndarray) -> Layer:
         self.layers[name] = layer

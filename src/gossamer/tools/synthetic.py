@@ -1,0 +1,221 @@
+"""Models of real shapes with random weights: what decoding costs depends on shapes and zeros, not on training.
+
+Random rows are made once and repeated, each time as other bytes of the file or of memory: no cache helps.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gossamer import panels
+from gossamer.architecture import Llama
+from gossamer.errors import UnsupportedError
+from gossamer.packed import EMBEDDING, HEAD, Layer, PackedWriter
+from gossamer.packing import cache_directory
+from gossamer.report import Event, Progress, quiet
+
+Shape = Literal["llama-2-7b", "llama-3.2-1b", "tinyllama-1.1b"]
+Values = Literal["f32", "bf16", "i8", "i4"]
+
+BLOCK_ROWS = 256
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+}
+_COMMON |= {"eos_token_id": 2, "max_position_embeddings": 4096}
+
+
+def _config(layers: int, hidden: int, inner: int, heads: tuple[int, int], vocabulary: int) -> dict[str, Any]:
+    return _COMMON | {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": vocabulary,
+    }
+
+
+CONFIGS: dict[Shape, dict[str, Any]] = {
+    "llama-2-7b": _config(32, 4096, 11008, (32, 32), 32000),
+    "llama-3.2-1b": _config(16, 2048, 8192, (32, 8), 128256) | {"tie_word_embeddings": True},
+    "tinyllama-1.1b": _config(22, 2048, 5632, (32, 4), 32000),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which synthetic model: a shape with `layers` decoder layers of `values`, `sparsity` of them zero."""
+
+    shape: Shape
+    values: Values
+    sparsity: float
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(
+        cls,
+        shape: Shape,
+        values: Values,
+        sparsity: float,
+        layers: int | None = None,
+        vocabulary: int | None = None,
+    ) -> "Recipe":
+        """The shape's own layers and vocabulary unless others are given."""
+        if values == "i4":
+            raise UnsupportedError("int4 weights are not supported yet; use --values i8, bf16 or f32")
+        config = CONFIGS[shape]
+        return cls(
+            shape, values, sparsity, layers or config["num_hidden_layers"], vocabulary or config["vocab_size"]
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return CONFIGS[self.shape] | {"num_hidden_layers": self.layers, "vocab_size": self.vocabulary}
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.shape}-{self.layers}x-{self.vocabulary}-{self.values}-{self.sparsity:g}.goss"
+
+
+def random_int8(rows: int, columns: int, sparsity: float, rng: np.random.Generator) -> np.ndarray:
+    """int8 [rows, columns]: nonzero everywhere but for a random fraction `sparsity`."""
+    q_NK = rng.integers(1, 128, (rows, columns), np.int8)
+    q_NK[rng.random((rows, columns), np.float32) < sparsity] = 0
+    return q_NK
+
+
+def row_scales(rows: int, columns: int) -> np.ndarray:
+    """float32 [rows] that keep outputs about as large as inputs."""
+    return np.full(rows, 1 / (80 * np.sqrt(columns)), np.float32)
+
+
+def synthetic_file(recipe: Recipe, progress: Progress = quiet) -> Path:
+    """The recipe's .goss file in the cache, written on first use."""
+    path = cache_directory() / recipe.file_name
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng, llama = np.random.default_rng(0), Llama.parse(recipe.config)
+    names = list(llama.tensor_shapes())
+    with PackedWriter(path, config=json.dumps(recipe.config)) as writer:
+        for index, tensor in enumerate(names, start=1):
+            progress(Event("write synthetic model", tensor, index, len(names)))
+            _write(writer, llama, tensor.removesuffix(".weight"), recipe, rng)
+        if recipe.values == "i8" and HEAD not in writer.layers:
+            _write(writer, llama, HEAD, recipe, rng)
+    return path
+
+
+def _write(writer: PackedWriter, llama: Llama, name: str, recipe: Recipe, rng: np.random.Generator) -> None:
+    """One matrix or norm; a decoder matrix equals the first layer's, in bytes of its own."""
+    if name.endswith("norm"):
+        return writer.norm(f"{name}.weight", np.ones(llama.hidden_size, np.float32))
+    first = ".".join(["model.layers.0", *name.split(".")[3:]]) if ".layers." in name else name
+    if first in writer.layers:
+        writer.repeat(name, first)
+        return None
+    vocabulary = (llama.vocab_size, llama.hidden_size)
+    rows, columns = vocabulary if name in (EMBEDDING, HEAD) else llama.linear_shapes(0)[name]
+    if recipe.values == "i8" and name != EMBEDDING:
+        sparsity = 0.0 if name == HEAD else recipe.sparsity
+        block = random_int8(min(rows, BLOCK_ROWS), columns, sparsity, rng)
+        writer.int8(name, np.resize(block, (rows, columns)), row_scales(rows, columns))
+        return None
+    writer.dense(name, np.resize(_random_float(recipe.values, columns, rng), (rows, columns)))
+    return None
+
+
+def _random_float(values: Values, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """[16, columns] float32, or bfloat16 bit patterns (uint16)."""
+    w_NK = (rng.standard_normal((panels.PANEL_ROWS, columns)) / np.sqrt(columns)).astype(np.float32)
+    return w_NK if values == "f32" else (w_NK.view(np.uint32) >> 16).astype(np.uint16)
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """A packed model in memory: the arguments of `_native.Model`, and the bytes of its decoder matrices."""
+
+    buffer: np.ndarray
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
+    config: dict[str, Any]
+    num_bytes: int
+
+
+def synthetic_image(recipe: Recipe) -> Image:
+    """The recipe in memory, each panel a copy of one of 16 random ones: seconds instead of a file."""
+    rng, llama = np.random.default_rng(0), Llama.parse(recipe.config)
+    pieces: dict[str, tuple[str, np.ndarray]] = {}
+    table: dict[str, Layer] = {}
+    for name, (rows, columns) in llama.linear_shapes(0).items():
+        layer, arrays = _matrix(recipe, rows, columns, rng)
+        for index in range(llama.num_layers):
+            other = name.replace(".0.", f".{index}.", 1)
+            table[other] = layer
+            pieces |= {f"{other}.{suffix}": array for suffix, array in arrays.items()}
+    num_bytes = sum(array.nbytes for _, array in pieces.values())
+    embedding = np.resize(_random_float("f32", llama.hidden_size, rng), (llama.vocab_size, llama.hidden_size))
+    table[EMBEDDING] = Layer("dense", "f32", *embedding.shape, nonzeros=embedding.size)
+    pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels(embedding))
+    for name, shape in llama.tensor_shapes().items():
+        if len(shape) == 1:
+            pieces[name] = ("F32", np.ones(shape, np.float32))
+    buffer, tensors = _lay_out(pieces)
+    return Image(buffer, tensors, _native_config(llama, table), num_bytes)
+
+
+def _matrix(
+    recipe: Recipe, rows: int, columns: int, rng: np.random.Generator
+) -> tuple[Layer, dict[str, tuple[str, np.ndarray]]]:
+    """A matrix of `rows` (a multiple of 256) and the tensors that hold it, by suffix."""
+    repeats, rest = divmod(rows, BLOCK_ROWS)
+    assert rest == 0, f"{rows} rows are no multiple of {BLOCK_ROWS}"
+    if recipe.values != "i8":
+        panel = panels.to_panels(_random_float(recipe.values, columns, rng))
+        dtype = "F32" if recipe.values == "f32" else "BF16"
+        weight = np.concatenate([panel] * (rows // panels.PANEL_ROWS))
+        return Layer("dense", recipe.values, rows, columns, rows * columns), {"weight": (dtype, weight)}
+    block = random_int8(BLOCK_ROWS, columns, recipe.sparsity, rng)
+    arrays = {
+        "weight_scale": ("F32", row_scales(rows, columns)),
+        "weight_sum": ("I32", np.tile(block.sum(axis=1, dtype=np.int32), repeats)),
+    }
+    nonzeros = int(np.count_nonzero(block)) * repeats
+    if recipe.sparsity == 0:
+        weight = np.concatenate([panels.to_panels(block)] * repeats)
+        return Layer("dense", "i8", rows, columns, nonzeros), arrays | {"weight": ("I8", weight)}
+    piece, lengths_P = panels.encode_panels(block)
+    stream = np.zeros(panels.stream_bytes(rows, columns, nonzeros), np.uint8)
+    stream[: piece.size * repeats] = np.tile(piece, repeats)
+    arrays["weight.stream"] = ("U8", stream)
+    arrays["weight.offsets"] = ("U64", panels.panel_offsets(np.tile(lengths_P, repeats)))
+    return Layer("sparse", "i8", rows, columns, nonzeros), arrays
+
+
+def _lay_out(
+    pieces: dict[str, tuple[str, np.ndarray]],
+) -> tuple[np.ndarray, dict[str, tuple[str, tuple[int, ...], int, int]]]:
+    """One buffer that begins at a multiple of 64 bytes with all pieces in it, and where each lies."""
+    total = sum(array.nbytes for _, array in pieces.values())
+    memory = np.empty(total + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    buffer, tensors, position = memory[begin : begin + total], {}, 0
+    for name, (dtype, array) in pieces.items():
+        assert array.nbytes % 64 == 0, f"{name} takes {array.nbytes} bytes, no multiple of 64"
+        tensors[name] = (dtype, array.shape, position, array.nbytes)
+        buffer[position : position + array.nbytes] = array.reshape(-1).view(np.uint8)
+        position += array.nbytes
+    return buffer, tensors
+
+
+def _native_config(llama: Llama, table: dict[str, Layer]) -> dict[str, Any]:
+    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+    numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
+    linears = {name: asdict(layer) for name, layer in table.items()}
+    return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}
