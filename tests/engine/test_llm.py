@@ -1,0 +1,190 @@
+"""The engine end to end: against transformers where it has an answer, else against itself."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.engine import LLM, SamplingParams
+from gossamer.errors import ConfigError
+from gossamer.packing import pack_checkpoint
+
+VARIANTS = ["llama2", "llama3", "linear", "sharded", "bf16", "fp16"]
+PROMPTS = ["Once upon a time", "def f(x):\n    return", "a", "The little dog was", "x = [1, 2", "Lily"]
+GREEDY = SamplingParams(max_tokens=60)
+
+
+@pytest.fixture(scope="module")
+def opened(
+    tiny_llama: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Callable[[str], LLM]:
+    """name -> LLM over a freshly packed tiny variant or shared model."""
+    made: dict[str, LLM] = {}
+
+    def make(name: str) -> LLM:
+        if name not in made:
+            path = tmp_path_factory.mktemp("packed") / f"{name}.goss"
+            pack_checkpoint(Checkpoint.open(directory(name, tiny_llama, request)), path)
+            made[name] = LLM(path, 1)  # two threads would wait for each other on a busy machine
+        return made[name]
+
+    return make
+
+
+def directory(name: str, tiny_llama: Callable[[str], Path], request: pytest.FixtureRequest) -> Path:
+    if name in VARIANTS:
+        return tiny_llama(name)
+    return request.getfixturevalue("shared_data") / "models" / name
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "stories3m", "stories260k"])
+def test_greedy_tokens_and_logits_are_those_of_transformers(
+    name: str,
+    opened: Callable[[str], LLM],
+    tiny_llama: Callable[[str], Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    path, llm = directory(name, tiny_llama, request), opened(name)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    ids = inputs.input_ids
+    with torch.no_grad():
+        expected = model.generate(**inputs, max_new_tokens=200, do_sample=False, pad_token_id=0)[0]
+        logits_TV = model(expected[None]).logits[0].numpy()
+    new = expected[ids.shape[1] :].tolist()
+    [found] = llm.generate("Once upon a time", SamplingParams(max_tokens=200))
+    assert found.token_ids == new
+    assert found.text == tokenizer.decode(new, skip_special_tokens=True)
+    assert found.finish_reason == ("stop" if new[-1] in llm.tokenizer.eos_ids else "length")
+    error = np.abs(llm.logits(expected.tolist()) - logits_TV).max() / np.abs(logits_TV).max()
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama3", "stories3m"])
+def test_a_batch_gives_each_what_it_gets_alone(name: str, opened: Callable[[str], LLM]) -> None:
+    llm = opened(name)
+    for params in (GREEDY, SamplingParams(max_tokens=60, temperature=0.9, top_p=0.9, seed=5, logprobs=True)):
+        together = llm.generate(PROMPTS, params)
+        for prompt, generation in zip(PROMPTS, together, strict=True):
+            [alone] = llm.generate(prompt, params)
+            assert replace(generation, timings=alone.timings) == alone
+        pieces = list(llm.stream(PROMPTS[0], params))
+        assert "".join(piece.text for piece in pieces) == together[0].text
+        assert [token for piece in pieces for token in piece.token_ids] == together[0].token_ids
+        assert pieces[-1].finish_reason == together[0].finish_reason
+
+
+def test_logits_do_not_depend_on_how_a_prompt_is_cut(opened: Callable[[str], LLM]) -> None:
+    llm = opened("llama3")
+    ids = [index % 300 for index in range(2, 400)]
+    whole_TV = llm.logits(ids)
+    sequence = llm.engine.model.new_sequence(len(ids))
+    rows = []
+    for start, end in ((0, 1), (1, 2), (2, 37), (37, 300), (300, 398)):
+        chunk = np.asarray(ids[start:end], dtype=np.int32)
+        rows.append(llm.engine.model.forward([sequence], [chunk], True))
+    np.testing.assert_array_equal(np.concatenate(rows), whole_TV)
+
+
+def test_more_prompts_than_the_batch_holds_wait_their_turn(opened: Callable[[str], LLM]) -> None:
+    path = opened("llama2").engine.path
+    narrow, wide = LLM(path, 1, max_batch=2), LLM(path, 1, max_batch=32)
+    prompts = [prompt * repeat for prompt in PROMPTS for repeat in (1, 3)]
+    found = [generation.token_ids for generation in narrow.generate(prompts, GREEDY)]
+    assert found == [generation.token_ids for generation in wide.generate(prompts, GREEDY)]
+
+
+def test_a_long_prompt_enters_in_parts_beside_others(opened: Callable[[str], LLM]) -> None:
+    llm = opened("llama2")
+    long, short = [index % 300 + 2 for index in range(480)], [5, 6, 7]
+    results = llm.generate([long, short, long], SamplingParams(max_tokens=20))
+    assert results[0].token_ids == results[2].token_ids == llm.generate([long], GREEDY)[0].token_ids[:20]
+    assert results[1].token_ids == llm.generate([short], GREEDY)[0].token_ids[:20]
+
+
+def test_generation_stops_at_the_context_limit(opened: Callable[[str], LLM]) -> None:
+    llm = opened("llama2")
+    ids = [index % 300 + 2 for index in range(505)]
+    for params in (SamplingParams(max_tokens=100), SamplingParams(max_tokens=None)):
+        [generation] = llm.generate([ids], params)
+        assert (len(generation.token_ids), generation.finish_reason) == (7, "length")
+    [full] = llm.generate([ids + ids[:7]], GREEDY)
+    assert (full.token_ids, full.text, full.finish_reason) == ([], "", "length")
+    with pytest.raises(ConfigError, match=r"513.*512"):
+        llm.generate([ids + ids[:8]], GREEDY)
+
+
+@pytest.mark.parametrize("name", ["llama2", "stories3m"])
+def test_stop_strings_cut_the_text_exactly(name: str, opened: Callable[[str], LLM]) -> None:
+    llm = opened(name)
+    [plain] = llm.generate(PROMPTS[0], GREEDY)
+    for start in range(1, len(plain.text) - 8, 13):
+        for stop in (plain.text[start : start + 1], plain.text[start : start + 7]):
+            params = replace(GREEDY, stop=[stop, "\N{SNOWMAN}"])
+            [found] = llm.generate(PROMPTS[0], params)
+            assert found.text == plain.text[: plain.text.index(stop)]
+            assert found.finish_reason == "stop"
+            assert llm.tokenizer.decode(found.token_ids).startswith(found.text + stop)
+            assert stop not in llm.tokenizer.decode(found.token_ids[:-1])
+            assert "".join(piece.text for piece in llm.stream(PROMPTS[0], params)) == found.text
+
+
+def test_an_unbroken_stream_gives_out_text_early_and_can_be_left(opened: Callable[[str], LLM]) -> None:
+    llm = opened("stories3m")
+    stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=400))
+    assert next(stream).text
+    other = llm.stream(PROMPTS[3], GREEDY)
+    text = next(stream).text + next(other).text
+    stream.close()
+    assert text
+    assert "".join(piece.text for piece in other) in llm.generate(PROMPTS[3], GREEDY)[0].text
+    assert llm._scheduler.idle
+
+
+def test_logprobs_are_the_models_own(opened: Callable[[str], LLM]) -> None:
+    llm = opened("stories3m")
+    params = SamplingParams(max_tokens=20, temperature=1.5, seed=1, repetition_penalty=1.2, logprobs=True)
+    [generation] = llm.generate("Once", params)
+    ids = llm.tokenizer.encode("Once")
+    logits_TV = torch.from_numpy(llm.logits(ids + generation.token_ids)[len(ids) - 1 : -1])
+    expected_TV = torch.log_softmax(logits_TV.double(), -1)
+    expected = expected_TV.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+    np.testing.assert_allclose(generation.logprobs or [], expected.numpy(), atol=1e-5)
+
+
+def test_timings_add_up(opened: Callable[[str], LLM]) -> None:
+    llm, start = opened("stories3m"), time.perf_counter()
+    [generation] = llm.generate("Once", GREEDY)
+    timings = generation.timings
+    assert 0 <= timings.queued_s < timings.prefill_s + timings.decode_s <= time.perf_counter() - start
+    assert timings.prefill_s > 0 < timings.decode_s
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [([], "no tokens"), ([0, 320], "320"), ([-1], "-1"), (7, "list of token ids"), ([None], "None")],
+)
+def test_prompts_that_cannot_be_are_refused(opened: Callable[[str], LLM], prompt: object, words: str) -> None:
+    llm = opened("llama2")
+    with pytest.raises(ConfigError, match=words):
+        llm.engine.request(prompt, GREEDY)
+
+
+def test_a_directory_is_packed_once_into_the_cache(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    first = LLM(tiny_llama("llama2"), 1)
+    written = first.engine.path.stat().st_mtime_ns
+    second = LLM(tiny_llama("llama2"), 1)
+    assert (second.engine.path, second.engine.path.stat().st_mtime_ns) == (first.engine.path, written)
+    assert second.generate("a", GREEDY)[0].token_ids == first.generate("a", GREEDY)[0].token_ids
