@@ -15,7 +15,7 @@ def numpy_squarehead(student: np.ndarray, teacher: np.ndarray, mask_BT: np.ndarr
         for b, t in zip(*np.nonzero(mask_BT), strict=True):
             errors.append(np.mean((s_BTD[b, t] - t_BTD[b, t]) ** 2))
             squares.append(np.mean(t_BTD[b, t] ** 2))
-        total += np.mean(errors) / np.mean(squares)
+        total += float(np.mean(errors) / np.mean(squares))
     return total
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from gossamer.training.distillation import SquareHead
 from gossamer.training.masks import MaskCallback
@@ -99,13 +100,13 @@ def test_adds_the_loss_inside_sft_trainer(
 def test_a_student_that_is_its_teacher_loses_nothing(
     pair: tuple[LlamaForCausalLM, LlamaForCausalLM], tmp_path: Path
 ) -> None:
-    ids_T = torch.arange(2, 30)
+    row = {"input_ids": list(range(2, 30)), "labels": list(range(2, 30))}
     _, teacher = pair
     student, distillation = copy.deepcopy(teacher), SquareHead(teacher)
     trainer = Trainer(
         student,
         TrainingArguments(**settings(tmp_path)),
-        train_dataset=[{"input_ids": ids_T, "labels": ids_T}] * 2,
+        train_dataset=datasets.Dataset.from_list([row, row]),
     )
     distillation.attach(trainer)
     trainer.train()

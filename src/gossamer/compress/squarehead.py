@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 
 def squarehead_loss(
@@ -31,9 +32,14 @@ def squarehead_loss(
 
 
 def _layer_loss(student_BTD: Tensor, teacher_BTD: Tensor, kept_BT: Tensor | None) -> Tensor:
-    """mean((s - t)^2) / mean(t^2) over the kept tokens; both means share their denominator, so it cancels."""
-    teacher = teacher_BTD.detach().float()
-    square_error, square = (student_BTD.float() - teacher).square(), teacher.square()
-    if kept_BT is not None:
-        square_error, square = square_error[kept_BT], square[kept_BT]
-    return square_error.sum() / square.sum()
+    """mean((s - t)^2) / mean(t^2) over the kept tokens; both means share their denominator, so it cancels.
+
+    At padding the target becomes the student itself, which adds neither error nor gradient and copies nothing
+    of the student.
+    """
+    student, target = student_BTD.float(), teacher_BTD.detach().float()
+    if kept_BT is None:
+        return mse_loss(student, target, reduction="sum") / target.square().sum()
+    square = target.square().sum(-1)[kept_BT].sum()
+    target = torch.where(kept_BT.unsqueeze(-1), target, student.detach())
+    return mse_loss(student, target, reduction="sum") / square

@@ -15,7 +15,7 @@ from gossamer.training.distillation import load_teacher
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.trainer import Recipe, train
 
-ROW_LENGTH = 256
+ROW_LENGTH = 128
 
 
 @dataclass(frozen=True)
