@@ -4,11 +4,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.engine import LLM, SamplingParams
@@ -53,7 +54,7 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(
     request: pytest.FixtureRequest,
 ) -> None:
     path, llm = directory(name, tiny_llama, request), opened(name)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model: Any = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
     inputs = tokenizer("Once upon a time", return_tensors="pt")
     ids = inputs.input_ids
@@ -173,7 +174,7 @@ def test_timings_add_up(opened: Callable[[str], LLM]) -> None:
     ("prompt", "words"),
     [([], "no tokens"), ([0, 320], "320"), ([-1], "-1"), (7, "list of token ids"), ([None], "None")],
 )
-def test_prompts_that_cannot_be_are_refused(opened: Callable[[str], LLM], prompt: object, words: str) -> None:
+def test_prompts_that_cannot_be_are_refused(opened: Callable[[str], LLM], prompt: Any, words: str) -> None:
     llm = opened("llama2")
     with pytest.raises(ConfigError, match=words):
         llm.engine.request(prompt, GREEDY)

@@ -1,6 +1,6 @@
 """The engine for one caller: texts in, texts out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ class LLM:
         [generation] = self.generate([self.tokenizer.chat(messages)], params)
         return generation
 
-    def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[Piece]:
+    def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Generator[Piece, None, None]:
         """Yield pieces of text as they become certain; their texts joined are `generate`'s text.
 
         For a chat, stream `tokenizer.chat(messages)`. Closing the iterator drops the request.

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
 
 import msgspec
@@ -39,8 +39,14 @@ class Api:
         self._max_tokens = max_tokens
         self._created = int(time.time())
 
-    def app(self) -> Starlette:
-        """The ASGI application."""
+    def app(self, on_ready: Callable[[], None]) -> Starlette:
+        """The ASGI application; `on_ready` is called once, when requests and signals are taken."""
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            on_ready()
+            yield
+
         routes = [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
@@ -54,7 +60,7 @@ class Api:
             HTTPException: _refuse_http,
             Exception: _fail,
         }
-        return Starlette(routes=routes, exception_handlers=handlers)
+        return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
 
     async def chat(self, http: HttpRequest) -> Response:
         body = read_request(ChatRequest, await http.body())

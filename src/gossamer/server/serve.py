@@ -51,20 +51,22 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     engine = Engine.open(job.model, job.threads, progress)
     worker = Worker(Scheduler(engine.model, job.max_batch), job.max_queue)
     name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
-    config = uvicorn.Config(
-        Api(engine, worker, name, job.max_tokens).app(),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    server = uvicorn.Server(config)
+    api = Api(engine, worker, name, job.max_tokens)
     with _listen(job.host, job.port) as listener:
         port = listener.getsockname()[1]
         url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"
+        ready = Event("serve", f"{name} at {url}/v1", metrics={"url": url, "port": port, "name": name})
+        server = uvicorn.Server(
+            uvicorn.Config(
+                api.app(on_ready=lambda: progress(ready)),
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
         worker.start(on_end=lambda: setattr(server, "should_exit", True))
         try:
-            progress(Event("serve", f"{name} at {url}/v1", metrics={"url": url, "port": port, "name": name}))
             server.run(sockets=[listener])
         finally:
             worker.stop()

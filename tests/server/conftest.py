@@ -1,0 +1,101 @@
+"""A real server process over a tiny chat model and, where it is, a real one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.packing import pack_checkpoint
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'wizard' %}{{ raise_exception('no wizards here') }}{% endif %}"
+    "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+)
+SCRIPT = """
+import json, sys
+from gossamer.server import Serve, serve
+options = json.loads(sys.argv[1])
+try:
+    serve(Serve(**options), lambda event: print(json.dumps(dict(event.metrics)), flush=True))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server process, the address it reported, and the packed file it serves."""
+
+    process: subprocess.Popen[str]
+    url: str
+    name: str
+    path: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def start(path: Path, **options: object) -> Running:
+    arguments = json.dumps({"model": str(path), "port": 0, "threads": 1} | options)
+    command = [sys.executable, "-c", SCRIPT, arguments]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None and process.stderr is not None
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
+    ready = json.loads(line)
+    return Running(process, ready["url"], ready["name"], path)
+
+
+def end(running: Running) -> None:
+    running.process.terminate()
+    running.process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def packed(
+    tiny_llama: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Callable[[str], Path]:
+    """name -> a .goss file; "chat" is tiny with a chat template, "plain" tiny without."""
+
+    def make(name: str) -> Path:
+        file = tmp_path_factory.mktemp("served") / f"{name}.goss"
+        if name == "stories3m":
+            source = request.getfixturevalue("shared_data") / "models" / name
+        else:
+            source = tmp_path_factory.mktemp("source") / name
+            source.symlink_to(tiny_llama("llama3"))
+        if name == "chat":
+            source = with_template(source, tmp_path_factory.mktemp("source") / name)
+        pack_checkpoint(Checkpoint.open(source), file)
+        return file
+
+    return make
+
+
+def with_template(source: Path, copy: Path) -> Path:
+    copy.mkdir()
+    for file in source.iterdir():
+        (copy / file.name).symlink_to(file.resolve())
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def chat_server(packed: Callable[[str], Path]) -> Iterator[Running]:
+    running = start(packed("chat"))
+    yield running
+    end(running)
