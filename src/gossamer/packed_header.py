@@ -23,6 +23,7 @@ VERSION = 1
 TOKENIZER = "tokenizer.json"
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+MAX_NUMBER = 1e30  # of a configuration: in float32's range, its square in float64's
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 DTYPES = {
@@ -242,10 +243,15 @@ def _check_architecture(architecture: Llama, num_tensors: int, source: str) -> N
         rope.original_max_position_embeddings,
     )
     for number in (architecture.rms_norm_eps, rope.theta, *stretch):
-        if not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
+        if not isinstance(number, int | float) or not 0 < number < MAX_NUMBER:
             raise FormatError(
-                f"{source}: the model config has the number {number!a}; expected finite and positive"
+                f"{source}: the model config has the number {number!a}; expected it from 0 to {MAX_NUMBER:g}"
             )
+    if rope.kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+        raise FormatError(f"{source}: the model config has equal low_freq_factor and high_freq_factor")
+    for token in (architecture.bos_token_id or 0, *architecture.eos_token_ids):
+        if not _is_size(token):
+            raise FormatError(f"{source}: the model config has the token id {token!a:.80}; expected a number")
     if architecture.num_layers * 7 > num_tensors:
         raise FormatError(f"{source}: {num_tensors} tensors cannot hold {architecture.num_layers} layers")
 

@@ -89,6 +89,12 @@ def test_flipped_data_bytes_never_crash(synthetic: Any, tmp_path: Path) -> None:
 Q = "model.layers.1.mlp.down_proj"  # sparse; layers.0's q_proj is dense
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
 def set_version(header: Header, version: Any) -> None:
     header["__metadata__"]["version"] = version
 
@@ -160,6 +166,11 @@ EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "huge head_dim": (lambda h: set_config(h, head_dim=1 << 40), "head_dim"),
     "eps not a number": (lambda h: set_config(h, rms_norm_eps=float("nan")), "nan"),
     "infinite theta": (lambda h: set_config(h, rope_theta=1e999), "inf"),
+    "theta 0": (lambda h: set_config(h, rope_theta=0), "number 0"),
+    "llama3 rope by 0": (lambda h: set_config(h, rope_scaling=dict(LLAMA3, low_freq_factor=0)), "number 0"),
+    "llama3 rope, no width": (lambda h: set_config(h, rope_scaling=dict(LLAMA3, low_freq_factor=4)), "equal"),
+    "eos a word": (lambda h: set_config(h, eos_token_id=["</s>"]), "token id '</s>'"),
+    "bos negative": (lambda h: set_config(h, bos_token_id=-1), "token id -1"),
     "wider model": (lambda h: set_config(h, hidden_size=64), "the config says"),
     "larger vocabulary": (lambda h: set_config(h, vocab_size=102), "the config says 102 x 36"),
     "no layer table": (lambda h: h["__metadata__"].pop("layers"), "lack layers"),

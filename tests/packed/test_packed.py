@@ -90,6 +90,27 @@ def test_the_same_model_gives_the_same_bytes(
     assert make_synthetic(tmp_path / "again.goss").path.read_bytes() == synthetic.path.read_bytes()
 
 
+def test_a_repeated_matrix_has_bytes_of_its_own(synthetic: Any, tmp_path: Path) -> None:
+    packed = Packed.open(synthetic.path)
+    with PackedWriter(tmp_path / "repeated.goss", config=packed.metadata["config"]) as writer:
+        for name, w_NK in synthetic.stored.items():
+            first = name.replace("layers.1", "layers.0")
+            if first != name:
+                writer.repeat(name, first)
+            elif name in synthetic.scales:
+                writer.int8(name, w_NK, synthetic.scales[name])
+            else:
+                writer.dense(name, w_NK)
+        for name, w_D in synthetic.norms.items():
+            writer.norm(name, w_D)
+    repeated = Packed.open(tmp_path / "repeated.goss")
+    repeated.check()
+    for name in synthetic.scales:
+        first = name.replace("layers.1", "layers.0")
+        assert np.array_equal(repeated.stored(name), synthetic.stored[first])
+        assert np.array_equal(repeated.scale(name), synthetic.scales[first])
+
+
 def test_tied_head_is_the_embedding(make_synthetic: Callable, tmp_path: Path, synthetic: Any) -> None:
     config = Packed.open(synthetic.path).config | {"tie_word_embeddings": True}
     packed = Packed.open(make_synthetic(tmp_path / "tied.goss", config).path)
