@@ -14,7 +14,8 @@ from gossamer.checkpoint import Checkpoint, Derived
 from gossamer.errors import UnsupportedError
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
-ROWS_AT_A_TIME = 16
+PIECE_TOKENS = 4096
+KEPT_BYTES = 1 << 30
 
 
 def tensor(source: Checkpoint, name: str) -> Tensor:
@@ -95,23 +96,26 @@ class Block:
         return self.layer(hidden_BTD, position_embeddings=position_embeddings, position_ids=positions_1T)
 
     def walk(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterable[Tensor]]]:
-        """Go through the layer group by group: yields each group and its input [rows, T, K], some rows at a time.
+        """Go through the layer group by group: yields each group and its input [rows, T, K] in pieces.
 
-        What the caller does to a group's weights before it asks for the next one counts from there on, so later
-        groups see the changed earlier ones, as in GPTQ's "true sequential", at the cost of about one forward pass.
+        What the caller does to a group's weights before it asks for the next one counts from there on, so
+        later groups see the changed earlier ones (GPTQ's "true sequential") for about one forward pass.
         At the end `hidden_BTD` holds the layer's output.
         """
         layer, (qkv, o, gate_up, down) = self.layer.requires_grad_(False), self.groups
-        pieces = hidden_BTD.split(ROWS_AT_A_TIME)
+        rows = max(1, PIECE_TOKENS // hidden_BTD.shape[1])
+        pieces = hidden_BTD.split(rows)
         yield qkv, (layer.input_layernorm(h_BTD) for h_BTD in pieces)
-        mixed_BTK = torch.cat([self._attention(h_BTD) for h_BTD in pieces])
-        yield o, mixed_BTK.split(ROWS_AT_A_TIME)
-        for h_BTD, m_BTK in zip(pieces, mixed_BTK.split(ROWS_AT_A_TIME), strict=True):
+        mixed = [self._attention(h_BTD) for h_BTD in pieces]
+        yield o, mixed
+        for h_BTD, m_BTK in zip(pieces, mixed, strict=True):
             h_BTD += layer.self_attn.o_proj(m_BTK)
         yield gate_up, (layer.post_attention_layernorm(h_BTD) for h_BTD in pieces)
-        yield down, (self._gated(h_BTD) for h_BTD in pieces)
-        for h_BTD in pieces:
-            h_BTD += layer.mlp.down_proj(self._gated(h_BTD))
+        num_bytes = 4 * hidden_BTD[..., 0].numel() * layer.mlp.down_proj.in_features
+        gated = [self._gated(h_BTD) for h_BTD in pieces] if num_bytes <= KEPT_BYTES else None
+        yield down, gated or (self._gated(h_BTD) for h_BTD in pieces)
+        for index, h_BTD in enumerate(pieces):
+            h_BTD += layer.mlp.down_proj(gated[index] if gated else self._gated(h_BTD))
 
     def _attention(self, hidden_BTD: Tensor) -> Tensor:
         """What o_proj is given: the heads' mixed values [B, T, A E]."""

@@ -11,6 +11,13 @@ SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) fix inputs from left to
 rows; what remains of H^-1 after each is a row of its upper Cholesky factor U, H^-1 = U^T U:
 
     error_j = (w_j - q) / U_jj        w_j.. <- w_j.. - error_j U_j,j..        cost = error_j^2 / 2
+
+By then the layer's input is no longer what it was: earlier layers have changed. With x' the input in the
+unchanged model and C = 2/n X' X^T, the weights whose outputs come nearest the unchanged model's are
+
+    V = argmin mean ||V x - W x'||^2 + l |V - W|^2 = W + W (C - H) (H + l I)^-1        l: the dampening
+
+and the sweep starts from V in the place of W, so that later layers make up for earlier ones.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,15 +30,24 @@ from gossamer.errors import CalibrationError
 
 
 def hessian(inputs: Iterable[Tensor]) -> Tensor:
-    """H = 2/n X X^T, float32 [K, K], from batches [..., K] of a linear's input; n is their number of tokens."""
-    num_tokens, gram_KK = 0, torch.zeros(0, 0)
-    for x in inputs:
-        x_TK = x.reshape(-1, x.shape[-1]).float()
+    """H = 2/n X X^T, float32 [K, K], over the n tokens in batches [..., K] of a linear's input."""
+    H_KK, _ = hessians((x, x) for x in inputs)
+    return H_KK
+
+
+def hessians(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """H = 2/n X X^T and C = 2/n X' X^T [K, K] from batches of a linear's input in two models, X and X'."""
+    num_tokens, H_KK, C_KK = 0, torch.zeros(0, 0), torch.zeros(0, 0)
+    for x, other in pairs:
+        x_TK, other_TK = x.reshape(-1, x.shape[-1]).float(), other.reshape(-1, x.shape[-1]).float()
         if not num_tokens:
-            gram_KK = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
-        gram_KK.addmm_(x_TK.T, x_TK)
+            H_KK = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
+            C_KK = H_KK.clone()
+        H_KK.addmm_(x_TK.T, x_TK)
+        if other is not x:
+            C_KK.addmm_(other_TK.T, x_TK)
         num_tokens += len(x_TK)
-    return gram_KK * (2.0 / num_tokens)
+    return H_KK * (2.0 / num_tokens), C_KK * (2.0 / num_tokens)
 
 
 @dataclass(frozen=True)
@@ -45,9 +61,9 @@ class InverseFactor:
 def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "linear") -> InverseFactor:
     """Factor (H + dampening_frac mean(diag H) I)^-1 = U^T U, dead inputs with 1 on the diagonal.
 
-    With J the reversal, J H J = L L^T gives U = J L^-1 J: one Cholesky and one triangular inverse, in float64,
-    and the inverse itself is never formed. Raises CalibrationError naming the layer if H is not finite or, beyond
-    the rounding errors of its own data type, not positive definite.
+    With J the reversal, J H J = L L^T gives U = J L^-1 J: one Cholesky and one triangular inverse, in
+    float64, and the inverse itself is never formed. Raises CalibrationError naming the layer if H is not
+    finite or, beyond the rounding errors of its own data type, not positive definite.
     """
     h_KK = H_KK.double()
     diagonal_K = h_KK.diagonal().clone()
@@ -61,12 +77,17 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
     pivots_K, scale_K = l_KK.diagonal().square(), h_KK.diagonal().flip(0)
     if info.item() or (pivots_K <= torch.finfo(H_KK.dtype).eps * scale_K).any():
         raise CalibrationError(
-            f"{name}: factorization of the Hessian failed: it is singular with dampening_frac {dampening_frac:g}, "
-            "so the calibration tokens do not span this layer's inputs; raise --dampening-frac (0.01 is usual) or "
-            "--num-calibration-samples"
+            f"{name}: factorization of the Hessian failed: it is singular with dampening_frac "
+            f"{dampening_frac:g}, so the calibration tokens do not span this layer's inputs; "
+            "raise --dampening-frac (0.01 is usual) or --num-calibration-samples"
         )
     inverse_KK = torch.linalg.solve_triangular(l_KK, torch.eye(len(l_KK), dtype=l_KK.dtype), upper=False)
     return InverseFactor(inverse_KK.flip(0, 1).to(H_KK.dtype), dead_K)
+
+
+def towards(w_NK: Tensor, H_KK: Tensor, C_KK: Tensor, factor: InverseFactor) -> Tensor:
+    """V [N, K]: the weights whose outputs on this model's input come nearest W's on the unchanged model's."""
+    return w_NK + w_NK @ (C_KK - H_KK) @ factor.u_KK.T @ factor.u_KK
 
 
 def fix_rows(w_BN: Tensor, u_BB: Tensor, fix: Callable[[int, Tensor], Tensor]) -> Tensor:

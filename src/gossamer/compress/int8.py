@@ -4,10 +4,10 @@
     activations  s_t = max_k |x_tk| / 127.5      q = round(clamp(x / s_t, -128, 127))      (at run time)
     linear       y_tn = float(sum_k q_tk q_nk) * (s_t * s_n), the sum in INT32
 
-The activations' arithmetic is compressed-tensors' (0.20, `calculate_qparams` and `_quantize_dequantize`, dynamic
-TOKEN strategy): float32; the range is (127 + 128) / 2 = 127.5, so a token's largest positive value clamps to 127
-and its largest negative one can reach -128; `round` is to nearest, ties to even; a token whose scale comes out as
-0 (all inputs zero) gets float32's epsilon, 2^-23, as scale. A row of zeros gets the same as weight scale.
+The activations' arithmetic is compressed-tensors' (0.20, `calculate_qparams` and `_quantize_dequantize`,
+dynamic TOKEN strategy): float32; half the range is (127 + 128) / 2 = 127.5, so a token's largest positive
+value clamps to 127 and its largest negative one can reach -128; `round` is to nearest, ties to even; a token
+whose scale comes out as 0 (all inputs zero) gets float32's epsilon, 2^-23. So does a weight row of zeros.
 The divisor of the weights is ours to choose (the file stores the scale): 127 clamps nothing.
 """
 

@@ -4,8 +4,8 @@
 
 diag(1/s) is folded into what produces x, so the float model computes the same function:
 q,k,v and gate,up <- the RMSNorm's weight; o <- the rows of v_proj (attention is linear in the values; the
-query heads of one key/value head share s); down <- the rows of up_proj (SwiGLU is linear in `up`). A producer's
-row scale is absorbed by its INT8 row scale, so the last two cost nothing. Zeros stay zeros.
+query heads of one key/value head share s); down <- the rows of up_proj (SwiGLU is linear in `up`). The row
+scale of a linear producer is absorbed by its INT8 scale, so the last two cost nothing. Zeros stay zeros.
 """
 
 import torch

@@ -14,10 +14,20 @@ from gossamer.compress.hessian import InverseFactor, fix_rows
 from gossamer.compress.magnitude import smallest
 
 
-def sparsegpt(w_NK: Tensor, factor: InverseFactor, sparsity: float, *, block_size: int = 128) -> Tensor:
-    """Return W [N, K] with round(sparsity N K) zeros, or as many as it came with where these are more."""
-    w_KN = w_NK.T.contiguous().masked_fill(factor.dead_K[:, None], 0.0)
-    zeros_KN = w_KN == 0
+def sparsegpt(
+    w_NK: Tensor,
+    factor: InverseFactor,
+    sparsity: float,
+    *,
+    block_size: int = 128,
+    target_NK: Tensor | None = None,
+) -> Tensor:
+    """Return weights near W [N, K] (or near `target_NK`: see `towards`) with W's zeros among theirs.
+
+    They have round(sparsity N K) zeros, or as many as W and the dead inputs bring where these are more.
+    """
+    zeros_KN = (w_NK.T == 0) | factor.dead_K[:, None]
+    w_KN = (w_NK if target_NK is None else target_NK).T.contiguous().masked_fill(factor.dead_K[:, None], 0.0)
     for start, quota in enumerate(zeros_per_block(zeros_KN, sparsity, block_size)):
         block = slice(start * block_size, (start + 1) * block_size)
         u_BB = factor.u_KK[block, block]

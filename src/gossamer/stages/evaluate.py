@@ -41,7 +41,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Perplexity (None without --dataset) over `num_tokens`, accuracy a task, and accuracy a kind of its examples.
+    """Perplexity (None without --dataset) over `num_tokens`; accuracy of each task and kind of example.
 
     `recovery`: accuracy over the baseline's, and for "perplexity" the baseline's over ours; 1 is all of it.
     """

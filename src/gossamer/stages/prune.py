@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checkpoint import Checkpoint
-from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
+from gossamer.compress.hessian import hessians, inverse_factor, towards
 from gossamer.compress.magnitude import magnitude
 from gossamer.compress.sparsegpt import sparsegpt
-from gossamer.data import calibration_rows, manifest
+from gossamer.data import manifest
 from gossamer.decoder import blocks, embed, write_block
 from gossamer.errors import ConfigError
 from gossamer.job import option
-from gossamer.report import Event, Progress, quiet
-from gossamer.tokens import Tokenizer
+from gossamer.report import Event, Progress, Table, quiet
+from gossamer.stages.calibration import calibration_ids
 
 
 @dataclass(frozen=True)
@@ -41,61 +41,64 @@ class Prune:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """`mean_error`: mean over the linears of the squared output error relative to the squared outputs."""
+    """`errors`: after each layer, the squared distance of the hidden states to the parent's, relative."""
 
     output_dir: str
     sparsity: float
-    mean_error: float
+    errors: list[float]
     num_tokens: int
     seconds: float
 
+    def tables(self) -> list[Table]:
+        """What was reached."""
+        rows = [
+            (f"{self.sparsity:.2%}", f"{self.errors[-1]:.4f}", f"{self.num_tokens:,}", f"{self.seconds:.1f}")
+        ]
+        columns = ("zeros", "error after the last layer", "calibration tokens", "seconds")
+        return [Table(self.output_dir, columns, rows)]
+
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
-    """Prune layer by layer; later groups and layers see the earlier ones pruned already."""
+    """Prune layer by layer, two copies of the model in step: the one being pruned and the parent.
+
+    Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent.
+    """
     start, source = time.monotonic(), Checkpoint.open(job.model)
     check_sparsity(source, job.sparsity)
     errors: list[float] = []
+    done, total = 0, len(source.linears)
     with source.derive(job.output_dir, job, stage="prune", overwrite=job.overwrite) as target:
         target.data = [manifest(name) for name in job.dataset]
         ids_BT = calibration_ids(source, job)
-        hidden_BTD = embed(source, ids_BT)
-        for block in blocks(source):
-            for group, inputs in block.walk(hidden_BTD):
-                errors += prune_group(group, hessian(inputs), job)
-                metrics = {"sparsity": job.sparsity, "error": errors[-1]}
-                progress(Event("prune", next(iter(group)), len(errors), len(source.linears), metrics))
+        hidden_BTD, parent_BTD = embed(source, ids_BT), embed(source, ids_BT)
+        for block, parent in zip(blocks(source), blocks(source), strict=True):
+            walks = zip(block.walk(hidden_BTD), parent.walk(parent_BTD), strict=True)
+            for (group, inputs), (_, parent_inputs) in walks:
+                prune_group(group, *hessians(zip(inputs, parent_inputs, strict=True)), job)
+                done += len(group)
+                progress(Event("prune", next(iter(group)), done, total, {"error": (errors or [0.0])[-1]}))
+            errors.append(((hidden_BTD - parent_BTD).square().mean() / parent_BTD.square().mean()).item())
             write_block(target, block)
         target.copy_rest()
         target.num_threads = torch.get_num_threads()
-        target.metrics["mean_error"] = sum(errors) / len(errors)
+        target.metrics["errors"] = errors
     sparsity, seconds = Checkpoint.open(job.output_dir).sparsity(), time.monotonic() - start
-    return PruneResult(job.output_dir, sparsity, sum(errors) / len(errors), ids_BT.numel(), seconds)
+    return PruneResult(job.output_dir, sparsity, errors, ids_BT.numel(), seconds)
 
 
-def prune_group(group: Mapping[str, nn.Linear], H_KK: Tensor, job: Prune) -> list[float]:
-    """Prune the linears that share an input in place; returns the relative error of each."""
-    errors = []
-    factor = (
-        inverse_factor(H_KK, job.dampening_frac, name=", ".join(group)) if job.method == "sparsegpt" else None
-    )
+def prune_group(group: Mapping[str, nn.Linear], H_KK: Tensor, C_KK: Tensor, job: Prune) -> None:
+    """Prune the linears that share an input, in place."""
+    if job.method == "magnitude":
+        for linear in group.values():
+            linear.weight.data = magnitude(linear.weight.data, job.sparsity)
+        return
+    factor = inverse_factor(H_KK, job.dampening_frac, name=", ".join(group))
     for linear in group.values():
-        w_NK = linear.weight.detach()
-        if factor is None:
-            pruned_NK = magnitude(w_NK, job.sparsity)
-        else:
-            pruned_NK = sparsegpt(w_NK, factor, job.sparsity, block_size=job.block_size)
-        errors.append(reconstruction_error(w_NK, pruned_NK, H_KK))
-        linear.weight.data = pruned_NK
-    return errors
-
-
-def calibration_ids(source: Checkpoint, job: Prune) -> Tensor:
-    """Token ids [B, T]; raises CalibrationError where the text is too short."""
-    length = min(job.max_seq_length, source.architecture.max_position_embeddings)
-    rows_BT = calibration_rows(
-        job.dataset, Tokenizer.open(source.path), job.num_calibration_samples, length, offline=job.offline
-    )
-    return torch.from_numpy(rows_BT)
+        w_NK = linear.weight.data
+        target_NK = towards(w_NK, H_KK, C_KK, factor)
+        linear.weight.data = sparsegpt(
+            w_NK, factor, job.sparsity, block_size=job.block_size, target_NK=target_NK
+        )
 
 
 def check_sparsity(source: Checkpoint, sparsity: float) -> None:
@@ -104,6 +107,6 @@ def check_sparsity(source: Checkpoint, sparsity: float) -> None:
         raise ConfigError(f"--sparsity is {sparsity:g}; expected a fraction of zeros, at least 0 and below 1")
     if (found := source.sparsity()) > sparsity + 5e-4:
         raise ConfigError(
-            f"--sparsity is {sparsity:g}, but {source.path} is {found:.4f} sparse already and its zeros are kept; "
-            "give a higher total, or a denser model"
+            f"--sparsity is {sparsity:g}, but {source.path} is {found:.4f} sparse already and its zeros "
+            "are kept; give a higher total, or a denser model"
         )

@@ -14,12 +14,12 @@ from gossamer.compress.gptq import gptq
 from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
 from gossamer.compress.int8 import fake_quantize_tokens, row_scales
 from gossamer.compress.smooth import divide_norm, share_over_query_heads, smoothing_scales, value_rows
-from gossamer.data import calibration_rows, manifest
+from gossamer.data import manifest
 from gossamer.decoder import TORCH_DTYPE, Block, blocks, embed, write_tensor
 from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.report import Event, Progress, quiet
-from gossamer.tokens import Tokenizer
+from gossamer.stages.calibration import calibration_ids
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Quantize:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """`mean_error`: mean over the linears of the squared output error of the weights, relative to the outputs."""
+    """`mean_error`: mean over the linears of the squared output error relative to the squared outputs."""
 
     output_dir: str
     sparsity: float
@@ -57,7 +57,7 @@ class QuantizeResult:
 
 
 def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
-    """Quantize layer by layer; later groups and layers see the earlier ones' weights and activations rounded."""
+    """Quantize layer by layer; later groups and layers see earlier weights and activations rounded."""
     start, source = time.monotonic(), Checkpoint.open(job.model)
     ignored = matching(source.linears, job.ignore)
     if not 0 <= job.smoothing_strength <= 1:
@@ -91,21 +91,13 @@ def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(
-                f"--ignore {pattern!r} matches none of the decoder's linears; they are named like {next(iter(names))}"
+                f"--ignore {pattern!r} matches none of the decoder's linears; "
+                f"they are named like {next(iter(names))}"
             )
     matched = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
     if len(matched) == len(names):
         raise ConfigError("--ignore matches every linear of the decoder; nothing is left to quantize")
     return matched
-
-
-def calibration_ids(source: Checkpoint, job: Quantize) -> Tensor:
-    """Token ids [B, T]; raises CalibrationError where the text is too short."""
-    length = min(job.max_seq_length, source.architecture.max_position_embeddings)
-    rows_BT = calibration_rows(
-        job.dataset, Tokenizer.open(source.path), job.num_calibration_samples, length, offline=job.offline
-    )
-    return torch.from_numpy(rows_BT)
 
 
 def smooth(

@@ -1,0 +1,157 @@
+"""`prune` on random Llamas of every variant and on the two real models."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gossamer.checkpoint import Checkpoint
+from gossamer.errors import CalibrationError, ConfigError
+from gossamer.report import Event
+from gossamer.stages.evaluate import Evaluate, evaluate
+from gossamer.stages.prune import Prune, prune
+
+TinyLlama = Callable[[str], Path]
+
+
+def small(model: Path, output: Path, text: Path, sparsity: float = 0.5) -> Prune:
+    """A job of 16 rows of 64 tokens."""
+    return Prune(
+        str(model),
+        str(output),
+        sparsity,
+        dataset=(str(text),),
+        num_calibration_samples=16,
+        max_seq_length=64,
+    )
+
+
+def left_nothing(output: Path) -> bool:
+    return not output.exists() and not output.with_name(output.name + ".partial").exists()
+
+
+@pytest.mark.parametrize("variant", ["llama2", "llama3", "sharded", "bf16", "fp16"])
+def test_every_variant_gets_exact_zeros_and_loads_in_transformers(
+    variant: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    job = small(tiny_llama(variant), tmp_path / "pruned", text_file, 0.6)
+    result = prune(job, events.append)
+    parent, child = Checkpoint.open(job.model), Checkpoint.open(job.output_dir)
+    for name in child.names:
+        assert child.dtype(name) == parent.dtype(name)
+        if name.removesuffix(".weight") in child.linears:
+            zeros = np.count_nonzero(child.zeros(name))
+            assert abs(zeros - round(0.6 * child.raw(name).size)) <= (variant == "fp16")  # may underflow
+        else:
+            np.testing.assert_array_equal(child.raw(name), parent.raw(name))
+    assert result.sparsity == pytest.approx(0.6, abs=1e-3) and len(result.errors) == 2
+    assert events[-1].done == events[-1].total == 14
+    _, loading = AutoModelForCausalLM.from_pretrained(job.output_dir, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    record = json.loads((Path(job.output_dir) / "gossamer.json").read_text())
+    assert record["job"]["sparsity"] == 0.6 and record["data"][0]["sha256"]
+
+
+def test_pruning_again_keeps_zeros_and_counts_them(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    first = small(tiny_llama("llama3"), tmp_path / "half", text_file, 0.5)
+    second = small(Path(first.output_dir), tmp_path / "more", text_file, 0.7)
+    prune(first)
+    prune(second)
+    half, more = Checkpoint.open(first.output_dir), Checkpoint.open(second.output_dir)
+    for name in more.linears:
+        zeros = more.zeros(f"{name}.weight")
+        assert (zeros | ~half.zeros(f"{name}.weight")).all()
+        assert np.count_nonzero(zeros) == round(0.7 * zeros.size)
+    with pytest.raises(ConfigError, match=r"0\.6,.*0\.6999"):
+        prune(small(Path(second.output_dir), tmp_path / "less", text_file, 0.6))
+    assert left_nothing(tmp_path / "less")
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
+def test_sparsity_outside_its_range_is_refused(
+    sparsity: float, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="at least 0 and below 1"):
+        prune(small(tiny_llama("llama2"), tmp_path / "out", text_file, sparsity))
+    assert left_nothing(tmp_path / "out")
+
+
+def test_short_calibration_text_is_refused(tiny_llama: TinyLlama, text_file: Path, tmp_path: Path) -> None:
+    job = replace(small(tiny_llama("llama2"), tmp_path / "out", text_file), num_calibration_samples=9999)
+    with pytest.raises(CalibrationError, match=f"{9999 * 64}"):
+        prune(job)
+    assert left_nothing(tmp_path / "out")
+
+
+def test_a_failing_layer_is_named_and_leaves_nothing(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """Two equal neurons in the second layer: the Hessian of its down_proj is singular without dampening."""
+    model = tmp_path / "twins"
+    shutil.copytree(tiny_llama("llama2"), model)
+    weights = load_file(model / "model.safetensors")
+    for projection in ("gate_proj", "up_proj"):
+        weight_NK = weights[f"model.layers.1.mlp.{projection}.weight"]
+        weight_NK[7] = weight_NK[4]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    job = replace(small(model, tmp_path / "out", text_file), sparsity=0.0, dampening_frac=0.0)
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.down_proj.*--dampening-frac"):
+        prune(job)
+    assert left_nothing(tmp_path / "out")
+    prune(replace(job, dampening_frac=0.01))
+
+
+def test_an_output_that_exists_is_kept_unless_told_otherwise(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama("llama2"), tmp_path / "out", text_file)
+    prune(job)
+    before = (tmp_path / "out" / "gossamer.json").read_bytes()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        prune(job)
+    assert (tmp_path / "out" / "gossamer.json").read_bytes() == before
+    prune(replace(job, sparsity=0.25, overwrite=True))
+    assert Checkpoint.open(tmp_path / "out").sparsity() == pytest.approx(0.25, abs=1e-3)
+
+
+def test_magnitude_keeps_the_largest_weights_as_they_are(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = replace(small(tiny_llama("llama2"), tmp_path / "out", text_file), method="magnitude")
+    prune(job)
+    parent, child = Checkpoint.open(job.model), Checkpoint.open(job.output_dir)
+    for name in child.linears:
+        before, after = parent.float32(f"{name}.weight"), child.float32(f"{name}.weight")
+        kept = after != 0
+        np.testing.assert_array_equal(after[kept], before[kept])
+        assert abs(before[kept]).min() >= abs(before[~kept]).max()
+
+
+@pytest.mark.parametrize(
+    ("model", "sparsity", "bound"),
+    [
+        ("stories260k", 0.5, 21.85),
+        ("stories260k", 0.7, 126.9),
+        ("stories3m", 0.5, 19.26),
+        ("stories3m", 0.7, 101.1),
+    ],
+)
+def test_no_worse_than_llm_compressor(
+    model: str, sparsity: float, bound: float, shared_data: Path, reserved_slice: Path, tmp_path: Path
+) -> None:
+    """The setting of shared/data/README.md: 128 rows of 512 tokens, perplexity on the reserved slice."""
+    calibration = str(shared_data / "text" / "tinystories-train-a.txt")
+    source = str(shared_data / "models" / model)
+    job = Prune(source, str(tmp_path / "out"), sparsity, dataset=(calibration,), max_seq_length=512)
+    prune(job)
+    result = evaluate(Evaluate(job.output_dir, dataset=str(reserved_slice)))
+    assert result.perplexity is not None and result.perplexity <= bound
