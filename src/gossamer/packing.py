@@ -28,6 +28,7 @@ Head = Literal["auto", "keep", "i8"]
 
 SCHEME = "compressed-tensors int-quantized W8A8, weights symmetric per channel, inputs dynamic per token"
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+_DEFAULTS = {"type": "int", "symmetric": True, "dynamic": False}  # for what a file leaves out
 _INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -100,7 +101,7 @@ def _different(config: Any) -> str | None:
         if group.get("output_activations"):
             return "output_activations"
         for part, expected in (("weights", _WEIGHTS), ("input_activations", _INPUTS)):
-            settings = group.get(part) or {}
+            settings = _DEFAULTS | (group.get(part) or {})
             for key, value in expected.items():
                 if settings.get(key) != value:
                     return f"{part}.{key} = {settings.get(key)!r}"

@@ -176,6 +176,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(weights__num_bits=4), "weights.num_bits = 4"),
         (changed(weights__type="float"), "weights.type = 'float'"),
         (changed(weights__strategy="group"), "weights.strategy = 'group'"),
+        (changed(weights__dynamic=True), "weights.dynamic = True"),
         (changed(weights__symmetric=False), "weights.symmetric = False"),
         (changed(input_activations__dynamic=False), "input_activations.dynamic = False"),
         (changed(input_activations__strategy="tensor"), "input_activations.strategy = 'tensor'"),
@@ -194,6 +195,15 @@ def test_other_quantizations_are_unsupported(
     with pytest.raises(UnsupportedError, match="supported: compressed-tensors int-quantized W8A8") as caught:
         pack(Pack(str(tmp_path / "foreign"), str(tmp_path / "model.goss")))
     assert found in str(caught.value) and not (tmp_path / "model.goss").exists()
+
+
+def test_settings_left_out_have_their_usual_values(quantized: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantized, tmp_path / "terse")
+    config = json.loads((quantized / "config.json").read_text())
+    for part in ("weights", "input_activations"):
+        del config["quantization_config"]["config_groups"]["group_0"][part]["symmetric"]
+    (tmp_path / "terse" / "config.json").write_text(json.dumps(config))
+    assert packed_from(tmp_path / "terse", tmp_path / "model.goss").layers["lm_head"].values == "i8"
 
 
 def test_int8_without_a_quantization_config(quantized: Path, tmp_path: Path) -> None:
