@@ -105,7 +105,8 @@ def test_stop_strings_end_the_text(chat_server: Running, llm: LLM) -> None:
     }
     text, reason, _ = stream_text(chat_server.client, **request)
     assert (text, reason) == (plain.text[: plain.text.index(stop)], "stop")
-    choice = chat_server.client.completions.create(**request | {"stop": ["\N{SNOWMAN}", stop]}).choices[0]
+    request["stop"] = ["\N{SNOWMAN}", stop]
+    choice = chat_server.client.completions.create(**request).choices[0]
     assert (choice.text, choice.finish_reason) == (text, "stop")
 
 
