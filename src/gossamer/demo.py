@@ -131,6 +131,7 @@ def measure(models: recovery.Models, seed: int, progress: Progress) -> tuple[Row
             seed=seed,
         )
         figures = evaluate(job)
+        assert figures.perplexity is not None
         accuracy = figures.accuracy["doctest"]
         recovery_share = accuracy / rows[0].accuracy if rows else 1.0
         unseen = figures.accuracy["doctest-unseen"]
