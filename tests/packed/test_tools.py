@@ -101,6 +101,17 @@ def test_a_lost_zero_is_found(tiny_llama: Callable[[str], Path], tmp_path: Path)
         verify(Verify(str(tmp_path / "dense.goss"), str(child)))
 
 
+def test_another_shape_is_no_parent(tiny_llama: Callable[[str], Path], synthetic) -> None:
+    with pytest.raises(FormatError, match=r"q_proj is \(30, 36\); in .* it is \(48, 48\)"):
+        verify(Verify(str(synthetic.path), str(tiny_llama("llama2")), skip_engine=True))
+
+
+def test_another_model_is_no_parent(tiny_llama: Callable[[str], Path], synthetic, shared_data: Path) -> None:
+    for model in (tiny_llama("llama2"), synthetic.path):
+        with pytest.raises((CheckpointError, FormatError), match=r"has 14 linears; .* 42, is no parent"):
+            verify(Verify(str(model), str(shared_data / "models" / "stories3m"), skip_engine=True))
+
+
 def test_changed_weights_are_found(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
     child = half_pruned(tiny_llama("llama2"), tmp_path / "half")
     tensors = load_file(child / "model.safetensors")

@@ -5,7 +5,7 @@ Every check either passes and says what it looked at, or raises the error that n
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,9 +86,11 @@ def _checks(source: Checkpoint, parent: Checkpoint | None) -> Iterator[Check]:
     if source.manifest is not None:
         yield _recorded_masks(source)
     if parent is not None:
-        yield _zeros_kept(
-            parent, lambda name: source.zeros(f"{name}.weight"), str(source.path), CheckpointError
-        )
+
+        def zeros(name: str) -> np.ndarray:
+            return source.zeros(f"{name}.weight")
+
+        yield _zeros_kept(parent, source.linears, zeros, str(source.path), CheckpointError)
 
 
 def _packed_checks(packed: Packed, parent: Checkpoint | None) -> Iterator[Check]:
@@ -108,7 +110,7 @@ def _packed_checks(packed: Packed, parent: Checkpoint | None) -> Iterator[Check]
     def zeros(name: str) -> np.ndarray:
         return packed.linear(name) == 0
 
-    yield _zeros_kept(parent, zeros, str(packed.path), FormatError)
+    yield _zeros_kept(parent, packed.decoder, zeros, str(packed.path), FormatError)
 
 
 def _no_sparsity_config(config: dict, file: Path) -> Check:
@@ -133,9 +135,17 @@ def _recorded_masks(source: Checkpoint) -> Check:
 
 
 def _zeros_kept(
-    parent: Checkpoint, zeros: Callable[[str], np.ndarray], where: str, error: type[Exception]
+    parent: Checkpoint,
+    names: Sequence[str],
+    zeros: Callable[[str], np.ndarray],
+    where: str,
+    error: type[Exception],
 ) -> Check:
-    """Every zero of the parent's linears is one of the child's."""
+    """Every zero of the parent's linears is one of the child's, whose linears have these `names`."""
+    if set(names) != set(parent.linears):
+        raise error(
+            f"{where} has {len(names)} linears; {parent.path}, with {len(parent.linears)}, is no parent"
+        )
     kept = total = 0
     for name in parent.linears:
         before_NK, after_NK = parent.zeros(f"{name}.weight"), zeros(name)
