@@ -1,7 +1,10 @@
 """`pretrain`: directory to directory, zeros kept; nothing is left behind when it fails."""
 
 import json
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,16 +100,18 @@ def test_teacher_adds_its_loss(tiny_llama: Llamas, tmp_path: Path, text: str) ->
     assert taught.losses[0] > alone.losses[0] + 0.01
 
 
-def test_interrupt_leaves_nothing(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:
-    """Ctrl-C in the middle of training goes through the Trainer and takes the partial output with it."""
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.1])
+def test_interrupt_leaves_nothing(tiny_llama: Llamas, tmp_path: Path, text: str, delay_s: float) -> None:
+    """Ctrl-C, wherever in a step it lands, goes through the Trainer and takes the partial output with it."""
 
     def press_control_c(event: Event) -> None:
         if event.done == 2:
-            raise KeyboardInterrupt
+            threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     (tmp_path / "work").mkdir()
+    endless = job(tiny_llama("llama2"), tmp_path / "work" / "out", text, num_tokens=300_000)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(job(tiny_llama("llama2"), tmp_path / "work" / "out", text), press_control_c)
+        pretrain(endless, press_control_c)
     assert not list((tmp_path / "work").iterdir())
 
 

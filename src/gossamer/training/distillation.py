@@ -1,7 +1,8 @@
 """A dense teacher beside any transformers `Trainer`: `SquareHead(teacher).attach(trainer)`."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,6 @@ class SquareHead:
         assert isinstance(model, PreTrainedModel)
         nn.Module.to(self.teacher, trainer.args.device)
         decoder: nn.Module = model.base_model
-        decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
-        decoder.register_forward_hook(self._after_decoder)
         compute_loss = trainer.compute_loss
 
         def with_squarehead(
@@ -50,7 +49,8 @@ class SquareHead:
             num_items_in_batch: Tensor | int | None = None,
         ) -> Any:
             mask_BT = _token_mask(inputs)
-            result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with self._watching(decoder):
+                result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if isinstance(result, tuple) else (result, None)
             if torch.is_grad_enabled():
                 # A loss / num_items_in_batch is already spread over the accumulated batches; ours is a mean.
@@ -60,6 +60,17 @@ class SquareHead:
             return (loss, outputs) if return_outputs else loss
 
         trainer.compute_loss = with_squarehead
+
+    @contextmanager
+    def _watching(self, decoder: nn.Module) -> Iterator[None]:
+        """Note the decoder's inputs and hidden states while the student computes its loss."""
+        before = decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        after = decoder.register_forward_hook(self._after_decoder)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
 
     def _loss(self, mask_BT: Tensor | None) -> Tensor:
         with torch.no_grad():

@@ -21,7 +21,7 @@ from gossamer.training.rows import IGNORED, Rows
 
 Precision = Literal["auto", "f32", "bf16"]
 Schedule = Literal["linear", "cosine"]
-MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 EAGER_ROW_LENGTH = 512
 
 
