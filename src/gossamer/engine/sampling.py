@@ -107,11 +107,13 @@ def top_p(scores_V: NDArray, p: float) -> NDArray:
     """Keep the fewest highest scores whose probabilities reach p, at least one."""
     if p >= 1.0:
         return scores_V
-    ascending = np.argsort(scores_V, kind="stable")
-    cumulative = np.cumsum(softmax(scores_V)[ascending])
-    dropped = ascending[:-1][cumulative[:-1] <= 1.0 - p]
-    scores_V = scores_V.copy()
-    scores_V[dropped] = -np.inf
+    probabilities_V = softmax(scores_V)
+    tiny_V = probabilities_V < (1.0 - p) / scores_V.size  # together less than 1 - p: no need to sort them
+    large = np.flatnonzero(~tiny_V)
+    ascending = large[np.argsort(probabilities_V[large], kind="stable")]
+    below = probabilities_V[tiny_V].sum() + np.cumsum(probabilities_V[ascending])
+    scores_V = np.where(tiny_V, -np.inf, scores_V)
+    scores_V[ascending[:-1][below[:-1] <= 1.0 - p]] = -np.inf
     return scores_V
 
 

@@ -55,7 +55,7 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     with _listen(job.host, job.port) as listener:
         port = listener.getsockname()[1]
         url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"
-        ready = Event("serve", f"{name} at {url}/v1", metrics={"url": url, "port": port, "name": name})
+        ready = Event("serve", f"{name} at {url}/v1", 1, 1, metrics={"url": url, "port": port, "name": name})
         server = uvicorn.Server(
             uvicorn.Config(
                 api.app(on_ready=lambda: progress(ready)),

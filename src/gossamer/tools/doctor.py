@@ -77,9 +77,10 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
     if job.megabytes < 1:
         raise ConfigError(f"megabytes is {job.megabytes}; expected at least 1.")
     num_threads = machine.default_threads()
-    progress(Event("doctor", f"reading {job.megabytes} MB of memory"))
+    progress(Event("doctor", f"reading {job.megabytes} MB of memory", 0, 1))
     buffer = _touched(job.megabytes << 20)
     one, all_threads = (_best_rate(buffer, threads) for threads in (1, num_threads))
+    progress(Event("doctor", "done", 1, 1))
     memory_bytes, available_bytes = machine.memory_bytes()
     packages = {name: _version(name) for name in PACKAGES}
     return DoctorResult(
@@ -130,9 +131,7 @@ def _advice(num_threads: int, one: float, all_threads: float, packages: dict[str
             "and the rates above."
         )
     if num_threads > 1 and all_threads < 1.2 * one:
-        advice.append(
-            "Memory is the limit, not cores: one thread reads nearly as fast as all. More channels would help."
-        )
+        advice.append("Memory is the limit, not cores: one thread reads nearly as fast as all of them.")
     if packages["torch"] == "not installed":
         advice.append("To prune, train and quantize here: pip install 'gossamer[compress]'.")
     return advice
