@@ -77,6 +77,10 @@ def test_old_style_rope_settings_are_read() -> None:
     assert (rope.theta, rope.kind, rope.factor) == (500000.0, "linear", 4.0)
     with pytest.raises(UnsupportedError, match="yarn"):
         Llama.parse(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    with pytest.raises(CheckpointError, match="num_key_value_heads is '2'"):
+        Llama.parse(config | {"num_key_value_heads": "2"})
+    with pytest.raises(CheckpointError, match="rms_norm_eps"):
+        Llama.parse(config | {"rms_norm_eps": "tiny"})
     with pytest.raises(UnsupportedError, match="attention_bias"):
         Llama.parse(config | {"attention_bias": True})
 

@@ -58,7 +58,7 @@ class Llama:
         _refuse_unknown(config, source)
         num_heads = _positive(config, "num_attention_heads", source)
         hidden_size = _positive(config, "hidden_size", source)
-        num_kv_heads = config.get("num_key_value_heads") or num_heads
+        num_kv_heads = _positive(config, "num_key_value_heads", source, num_heads)
         if num_heads % num_kv_heads:
             raise CheckpointError(
                 f"{source}: {num_heads} query heads do not divide by {num_kv_heads} key heads"
@@ -70,12 +70,12 @@ class Llama:
             intermediate_size=_positive(config, "intermediate_size", source),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=config.get("head_dim") or hidden_size // num_heads,
+            head_dim=_positive(config, "head_dim", source, hidden_size // num_heads),
             vocab_size=_positive(config, "vocab_size", source),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(config, "rms_norm_eps", source, 1e-6),
             rope=_rope(config, source),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            max_position_embeddings=_positive(config, "max_position_embeddings", source, 2048),
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
         )
@@ -152,17 +152,24 @@ def _refuse_unknown(config: Mapping[str, Any], source: str) -> None:
             raise UnsupportedError(f"{source}: found {key} = {value!r}; supported: {expected!r}")
 
 
-def _positive(config: Mapping[str, Any], key: str, source: str) -> int:
-    value = config.get(key)
+def _positive(config: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise CheckpointError(f"{source}: {key} is {value!r}; expected a positive whole number")
     return value
 
 
+def _number(config: Mapping[str, Any], key: str, source: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise CheckpointError(f"{source}: {key} is {value!r}; expected a number")
+    return float(value)
+
+
 def _rope(config: Mapping[str, Any], source: str) -> Rope:
     """transformers 5 writes `rope_parameters`; older files `rope_theta` and `rope_scaling`."""
     settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(settings.get("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = _number(settings, "rope_theta", source, _number(config, "rope_theta", source, 10000.0))
     kind = settings.get("rope_type", settings.get("type", "default"))
     if kind == "default":
         return Rope(theta)
