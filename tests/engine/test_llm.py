@@ -1,5 +1,6 @@
 """The engine end to end: against transformers where it has an answer, else against itself."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from gossamer.checkpoint import Checkpoint
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import ConfigError
-from gossamer.packing import pack_checkpoint
+from gossamer.packed import PackedWriter
+from gossamer.packing import pack_checkpoint, round_rows
 
 VARIANTS = ["llama2", "llama3", "linear", "sharded", "bf16", "fp16"]
 PROMPTS = ["Once upon a time", "def f(x):\n    return", "a", "The little dog was", "x = [1, 2", "Lily"]
@@ -33,11 +35,29 @@ def opened(
     def make(name: str) -> LLM:
         if name not in made:
             path = tmp_path_factory.mktemp("packed") / f"{name}.goss"
-            pack_checkpoint(Checkpoint.open(directory(name, tiny_llama, request)), path)
+            if name == "int8":
+                pack_int8(Checkpoint.open(tiny_llama("llama3")), path)
+            else:
+                pack_checkpoint(Checkpoint.open(directory(name, tiny_llama, request)), path)
             made[name] = LLM(path, 1)  # two threads would wait for each other on a busy machine
         return made[name]
 
     return make
+
+
+def pack_int8(source: Checkpoint, path: Path) -> None:
+    """The checkpoint with 70% of each decoder matrix set to zero and the rest rounded to int8."""
+    content = (source.path / "tokenizer.json").read_bytes()
+    with PackedWriter(path, config=json.dumps(source.config), tokenizer=content) as writer:
+        for name, shape in source.architecture.tensor_shapes().items():
+            weight = source.float32(name)
+            if len(shape) == 1:
+                writer.norm(name, weight)
+            elif name.removesuffix(".weight") in source.linears:
+                weight[np.abs(weight) < np.quantile(np.abs(weight), 0.7)] = 0
+                writer.int8(name.removesuffix(".weight"), *round_rows(weight), storage="sparse")
+            else:
+                writer.dense(name.removesuffix(".weight"), weight)
 
 
 def directory(name: str, tiny_llama: Callable[[str], Path], request: pytest.FixtureRequest) -> Path:
@@ -70,7 +90,7 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama3", "stories3m"])
+@pytest.mark.parametrize("name", ["llama3", "int8", "stories3m"])
 def test_a_batch_gives_each_what_it_gets_alone(name: str, opened: Callable[[str], LLM]) -> None:
     llm = opened(name)
     for params in (GREEDY, SamplingParams(max_tokens=60, temperature=0.9, top_p=0.9, seed=5, logprobs=True)):
@@ -84,8 +104,9 @@ def test_a_batch_gives_each_what_it_gets_alone(name: str, opened: Callable[[str]
         assert pieces[-1].finish_reason == together[0].finish_reason
 
 
-def test_logits_do_not_depend_on_how_a_prompt_is_cut(opened: Callable[[str], LLM]) -> None:
-    llm = opened("llama3")
+@pytest.mark.parametrize("name", ["llama3", "int8"])
+def test_logits_do_not_depend_on_how_a_prompt_is_cut(name: str, opened: Callable[[str], LLM]) -> None:
+    llm = opened(name)
     ids = [index % 300 for index in range(2, 400)]
     whole_TV = llm.logits(ids)
     sequence = llm.engine.model.new_sequence(len(ids))
