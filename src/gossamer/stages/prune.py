@@ -13,7 +13,7 @@ from gossamer.compress.hessian import hessians, inverse_factor, towards
 from gossamer.compress.magnitude import magnitude
 from gossamer.compress.sparsegpt import sparsegpt
 from gossamer.data import manifest
-from gossamer.decoder import blocks, embed, write_block
+from gossamer.decoder import blocks, embed, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.report import Event, Progress, Table, quiet
@@ -64,6 +64,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent.
     """
     start, source = time.monotonic(), Checkpoint.open(job.model)
+    refuse_quantized(source)
     check_sparsity(source, job.sparsity)
     errors: list[float] = []
     done, total = 0, len(source.linears)

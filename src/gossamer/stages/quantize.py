@@ -15,7 +15,7 @@ from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_er
 from gossamer.compress.int8 import fake_quantize_tokens, row_scales
 from gossamer.compress.smooth import divide_norm, share_over_query_heads, smoothing_scales, value_rows
 from gossamer.data import manifest
-from gossamer.decoder import TORCH_DTYPE, Block, blocks, embed, write_tensor
+from gossamer.decoder import TORCH_DTYPE, Block, blocks, embed, refuse_quantized, write_tensor
 from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.report import Event, Progress, quiet
@@ -59,6 +59,7 @@ class QuantizeResult:
 def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     """Quantize layer by layer; later groups and layers see earlier weights and activations rounded."""
     start, source = time.monotonic(), Checkpoint.open(job.model)
+    refuse_quantized(source)
     ignored = matching(source.linears, job.ignore)
     if not 0 <= job.smoothing_strength <= 1:
         raise ConfigError(

@@ -1,0 +1,170 @@
+"""`evaluate` against transformers' own logits and generation."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gossamer import doctests
+from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
+from gossamer.stages.evaluate import Evaluate, TorchBackend, evaluate
+
+TinyLlama = Callable[[str], Path]
+Backend = Literal["torch", "engine"]
+PAIRS = {
+    "3 + 4 = ": "7",
+    "def square(x): return ": "x * x",
+    "import numpy as ": "np",
+    "xs = ": "[1, 2, 3]",
+    "x: ": "int",
+}
+PROMPTS = ["def ", "import numpy as np\n", "x", "class Tokenizer:\n    def __init__(self", "return 1 + "]
+
+
+def reference_perplexity(model_dir: Path, text: str, num_rows: int | None = None) -> float:
+    """shared/data/README.md's protocol, written with transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    rows = [ids[start : start + 255] for start in range(0, len(ids) - 254, 255)][:num_rows]
+    total = 0.0
+    for row in rows:
+        ids_1T = torch.tensor([[tokenizer.bos_token_id, *row]])
+        with torch.no_grad():
+            total += model(ids_1T, labels=ids_1T).loss.item() * 255
+    return math.exp(total / (255 * len(rows)))
+
+
+def reference_completions(model_dir: Path, prompts: list[str], max_tokens: int) -> list[str]:
+    """transformers' greedy generation, one prompt at a time."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    texts = []
+    for prompt in prompts:
+        encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        chosen = model.generate(**encoded, max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
+        texts.append(tokenizer.decode(chosen[0, encoded.input_ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@pytest.fixture(scope="module")
+def parrot(tiny_llama: TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that has learnt `PAIRS` by heart."""
+    path = tmp_path_factory.mktemp("parrot") / "parrot"
+    shutil.copytree(tiny_llama("llama2"), path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
+    rows = [tokenizer(f"{prompt}{answer}\n").input_ids for prompt, answer in PAIRS.items()]
+    for _ in range(80):
+        loss = sum(model(ids_1T, labels=ids_1T).loss for ids_1T in (torch.tensor([row]) for row in rows))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+@pytest.mark.parametrize("variant", ["llama2", "llama3"])
+def test_perplexity_equals_transformers(
+    variant: str,
+    backend: Backend,
+    tiny_llama: TinyLlama,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    result = evaluate(Evaluate(str(tiny_llama(variant)), dataset=str(text_file), backend=backend, limit=20))
+    expected = reference_perplexity(tiny_llama(variant), text_file.read_text(), 20)
+    assert result.perplexity == pytest.approx(expected, rel=1e-4)
+    assert result.num_tokens == 20 * 255
+
+
+def test_batched_completions_equal_transformers_one_by_one(tiny_llama: TinyLlama) -> None:
+    model = tiny_llama("llama3")
+    completions = TorchBackend(str(model)).complete(PROMPTS, "", 12)
+    assert completions == reference_completions(model, PROMPTS, 12)
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_exact_match_counts_right_and_wrong_answers(
+    backend: Backend, parrot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    wrong = {"3 + 4 = ": "8"}
+    file = tmp_path / "task.jsonl"
+    rows = [{"prompt": p, "answer": wrong.get(p, f" {a} "), "kind": p[0]} for p, a in PAIRS.items()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(Evaluate(str(parrot), tasks=(str(file),), backend=backend))
+    assert result.num_examples == {str(file): 5}
+    assert result.accuracy == {str(file): pytest.approx(0.8)}
+    assert result.accuracy_by_kind[str(file)] == {"3": 0.0, "d": 1.0, "i": 1.0, "x": 1.0}
+
+
+def test_doctests_are_scored_by_kind_and_a_random_model_fails_most(tiny_llama: TinyLlama) -> None:
+    tasks = ("doctest", "doctest-unseen")
+    result = evaluate(Evaluate(str(tiny_llama("llama2")), tasks=tasks, limit=32, seed=3))
+    assert set(result.accuracy_by_kind["doctest"]) <= set(doctests.KINDS)
+    assert set(result.accuracy_by_kind["doctest-unseen"]) == set(doctests.UNSEEN_KINDS)
+    assert result.num_examples == {"doctest": 32, "doctest-unseen": 32}
+    assert result.accuracy["doctest"] < 0.5
+    assert [row[0] for row in result.tables()[0].rows] == ["doctest", "doctest-unseen"]
+
+
+def test_a_model_recovers_all_of_itself(tiny_llama: TinyLlama, text_file: Path) -> None:
+    model = str(tiny_llama("llama2"))
+    result = evaluate(Evaluate(model, dataset=str(text_file), baseline=model, limit=4))
+    assert result.recovery == {"perplexity": 1.0}
+    assert result.tables()[0].columns[-1] == "recovery"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ConfigError, "nothing to evaluate"),
+        ({"tasks": ("mmlu",)}, ConfigError, "mmlu.*doctest"),
+        ({"tasks": ("nowhere.jsonl",)}, ConfigError, "nowhere.jsonl"),
+        ({"tasks": ("doctest",), "limit": -1}, ConfigError, "-1"),
+        ({"tasks": ("doctest",), "model": "nowhere"}, CheckpointError, "nowhere"),
+    ],
+)
+def test_bad_options(
+    options: dict[str, Any], error: type[Exception], message: str, tiny_llama: TinyLlama
+) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(Evaluate(**{"model": str(tiny_llama("llama2")), **options}))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"}', r"task.jsonl:2.*answer.*prompt"),
+        ("[1]", "task.jsonl:2.*list"),
+        ("{", "task.jsonl:2.*JSON"),
+    ],
+)
+def test_bad_rows_are_named(line: str, message: str, tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    file = tmp_path / "task.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=message):
+        evaluate(Evaluate(str(tiny_llama("llama2")), tasks=(str(file),)))
+
+
+def test_packed_file_needs_the_engine(tmp_path: Path) -> None:
+    (tmp_path / "model.goss").write_bytes(b"")
+    with pytest.raises(UnsupportedError, match="--backend engine"):
+        evaluate(Evaluate(str(tmp_path / "model.goss"), tasks=("doctest",)))
+
+
+@pytest.mark.parametrize(("model", "expected"), [("stories3m", 6.205), ("stories260k", 4.924)])
+def test_dense_reference_points(model: str, expected: float, shared_data: Path, reserved_slice: Path) -> None:
+    result = evaluate(Evaluate(str(shared_data / "models" / model), dataset=str(reserved_slice)))
+    assert result.perplexity == pytest.approx(expected, abs=6e-4)
