@@ -1,11 +1,13 @@
 """The engine's core, in C++ (native/): kernels, decoder and thread pool. One call is one step.
 
-Buffers hold a whole .goss file and begin at a multiple of 64 bytes, as a memory map does. `tensors` says where
-each tensor lies, name -> (dtype, shape, byte offset, byte length); `layers` has the header's table of matrices,
-name -> {"storage", "values", "rows", "columns"}. Contents are checked before a kernel touches them (FormatError).
+Buffers hold a whole .goss file and begin at a multiple of 64 bytes, as a memory map does. `tensors` says
+where each tensor lies, name -> (dtype, shape, byte offset, byte length); `layers` has the header's table of
+matrices, name -> {"storage", "values", "rows", "columns"}. Contents are checked before a kernel touches them
+(FormatError).
 """
 
-from collections.abc import Mapping, Sequence as _Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as _Sequence
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -100,4 +102,4 @@ def attention(isa: str, q_AE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) ->
     """float32 [A, E]: softmax(q k^T / sqrt(E)) v over S positions of one key/value head."""
 
 def read_bandwidth(num_threads: int, prefetch_bytes: int, buffer: np.ndarray, repeats: int) -> list[float]:
-    """Bytes/s of reading the whole buffer, `repeats` times, with software prefetch that far ahead (0: none)."""
+    """Bytes/s of reading the whole buffer, `repeats` times; `prefetch_bytes` ahead in software (0: none)."""

@@ -32,8 +32,8 @@ class Matrix:
     layers: dict[str, dict[str, Any]]
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.buffer, self.tensors, self.layers, "w"
+    def arguments(self) -> dict[str, Any]:
+        return {"buffer": self.buffer, "tensors": self.tensors, "layers": self.layers, "name": "w"}
 
     def with_buffer(self, buffer: np.ndarray) -> "Matrix":
         copy = aligned(buffer.size)

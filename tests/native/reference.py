@@ -1,8 +1,8 @@
 """The INT8 decoder in NumPy: what the engine computes, written for reading and without its kernels.
 
 Per token and matrix: scale = max|x| / 127.5, q = clamp(round(x / scale), -128, 127),
-y = (integer product) * (x_scale * w_scale). Everything else is float32 as in transformers' Llama, in the order
-that the kernels' headers state: rounding to int8 turns a difference in a sum's last bit into a whole step.
+y = (integer product) * (x_scale * w_scale). Everything else is float32 as in transformers' Llama, in the
+order that the kernels' headers state: rounding to int8 turns a sum's last bit into a whole step.
 """
 
 import numpy as np
@@ -69,7 +69,7 @@ class Reference:
 
 
 def exponential(x: np.ndarray) -> np.ndarray:
-    """exp(x) in float32 as native/kernels/exponential.hpp defines it (Cephes; about 1 unit in the last place)."""
+    """exp(x) in float32 as native/kernels/exponential.hpp defines it (Cephes; to about the last bit)."""
     x = np.clip(x, np.float32(-87), np.float32(88)).astype(np.float32)
     n = np.rint(x * np.float32(1.44269504088896341))
     r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)

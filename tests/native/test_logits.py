@@ -21,7 +21,8 @@ def compare(directory: Path, path: Path) -> None:
     pack_checkpoint(Checkpoint.open(directory), path)
     packed = Packed.open(path)
     model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 2)
-    theirs = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    theirs = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    theirs.eval()
     ids_T = np.random.default_rng(0).integers(0, packed.architecture.vocab_size, 300)
     with torch.inference_mode():
         expected_TV = theirs(torch.from_numpy(ids_T[None])).logits[0].numpy()
@@ -38,11 +39,13 @@ def greedy(model: _native.Model, first: int, count: int) -> list[int]:
 
 
 def theirs_greedy(model: LlamaForCausalLM, first: int, count: int) -> list[int]:
-    start = torch.tensor([[first]])
-    output = model.generate(
-        start, attention_mask=torch.ones_like(start), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
-    )  # fmt: skip
-    return output[0].tolist()
+    ids, cache = [first], None
+    with torch.inference_mode():
+        for _ in range(count):
+            output = model(torch.tensor([ids[-1:]]), past_key_values=cache, use_cache=True)
+            ids.append(int(output.logits[0, -1].argmax()))
+            cache = output.past_key_values
+    return ids
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

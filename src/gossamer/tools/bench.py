@@ -1,21 +1,22 @@
-"""`bench`: tokens per second beside gigabytes per second, and the share of what memory can give, in one run."""
+"""`bench`: tokens per second beside gigabytes per second and the share of what memory can give."""
 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 
 from gossamer import _native
 from gossamer.engine.machine import cpu_model, default_threads
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job import option
 from gossamer.packed import Packed
 from gossamer.packing import cached_pack
 from gossamer.report import Event, Progress, Table, quiet
 from gossamer.tools.readers import best_bandwidth
-from gossamer.tools.synthetic import CONFIGS, Recipe, Shape, Values, synthetic_file
+from gossamer.tools.synthetic import CONFIGS, Recipe, synthetic_file
 from gossamer.tools.tour import CpuTour, LayerSpeed, cpu_tour
 
 __all__ = ["Bench", "BenchResult", "CpuTour", "LayerSpeed", "bench", "cpu_tour"]
@@ -28,10 +29,14 @@ class Bench:
     """Measure MODEL, or a synthetic model of a real shape: decoding, prompts, and memory, in turns."""
 
     model: str | None = option(None, help="a .goss file or a checkpoint directory", positional=True)
-    shape: Shape | None = option(None, help="a synthetic model of this shape instead (kept in the cache)")
+    shape: Literal["llama-2-7b", "llama-3.2-1b", "tinyllama-1.1b"] | None = option(
+        None, help="a synthetic model of this shape instead (kept in the cache)"
+    )
     layers: int | None = option(None, help="decoder layers of the synthetic model (default: all)")
     sparsity: float = option(0.7, help="fraction of zeros in its decoder linears (int8; others are dense)")
-    values: Values = option("i8", help="its value type; i8 also stores the head in int8")
+    values: Literal["f32", "bf16", "i8", "i4"] = option(
+        "i8", help="its value type; i8 also stores the head in int8"
+    )
     prompt: int = option(64, help="tokens in the prompt", short="-p")
     new: int = option(32, help="tokens to decode", short="-n")
     batch: int = option(1, help="sequences at once", short="-b")
@@ -129,6 +134,8 @@ def check(job: Bench) -> None:
 def model_file(job: Bench, progress: Progress) -> Path:
     """The packed file to measure; a directory is packed, a shape written, into the cache."""
     if job.shape is not None:
+        if job.values == "i4":
+            raise UnsupportedError("int4 weights are not supported yet; use --values i8, bf16 or f32")
         sparsity = job.sparsity if job.values == "i8" else 0.0
         return synthetic_file(Recipe.of(job.shape, job.values, sparsity, job.layers), progress)
     assert job.model is not None

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights: what decoding costs depends on shapes and zeros, not on training.
+"""Models of real shapes with random weights: the cost of decoding hangs on shapes and zeros, not on training.
 
 Random rows are made once and repeated, each time as other bytes of the file or of memory: no cache helps.
 """
@@ -12,13 +12,12 @@ import numpy as np
 
 from gossamer import panels
 from gossamer.architecture import Llama
-from gossamer.errors import UnsupportedError
 from gossamer.packed import EMBEDDING, HEAD, Layer, PackedWriter
 from gossamer.packing import cache_directory
 from gossamer.report import Event, Progress, quiet
 
 Shape = Literal["llama-2-7b", "llama-3.2-1b", "tinyllama-1.1b"]
-Values = Literal["f32", "bf16", "i8", "i4"]
+Values = Literal["f32", "bf16", "i8"]
 
 BLOCK_ROWS = 256
 _COMMON = {
@@ -68,12 +67,9 @@ class Recipe:
         vocabulary: int | None = None,
     ) -> "Recipe":
         """The shape's own layers and vocabulary unless others are given."""
-        if values == "i4":
-            raise UnsupportedError("int4 weights are not supported yet; use --values i8, bf16 or f32")
         config = CONFIGS[shape]
-        return cls(
-            shape, values, sparsity, layers or config["num_hidden_layers"], vocabulary or config["vocab_size"]
-        )
+        num_layers, vocab_size = config["num_hidden_layers"], config["vocab_size"]
+        return cls(shape, values, sparsity, layers or num_layers, vocabulary or vocab_size)
 
     @property
     def config(self) -> dict[str, Any]:
