@@ -173,7 +173,7 @@ def fail(message: str, code: int) -> int:
 
 
 class progress_bars:
-    """Draws one bar per stage on stderr; used as a context manager."""
+    """Draws one bar per stage on stderr, or one line where that is no terminal; used as a context manager."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -188,12 +188,16 @@ class progress_bars:
             self.bars.stop()
 
     def event(self, event: Event) -> None:
+        figures = "  ".join(f"{name} {number(value)}" for name, value in event.metrics.items())
+        if not err.is_terminal:
+            if event.total and event.done >= event.total:
+                err.print(f"{event.stage}: {event.message}  {figures}".rstrip(), soft_wrap=True, markup=False)
+            return
         if not self.tasks:
             self.bars.start()
         if event.stage not in self.tasks:
             self.tasks[event.stage] = self.bars.add_task(event.stage, total=None, figures="")
         task = self.tasks[event.stage]
-        figures = "  ".join(f"{name} {number(value)}" for name, value in event.metrics.items())
         self.bars.update(
             task,
             completed=event.done,

@@ -125,6 +125,14 @@ def test_more_prompts_than_the_batch_holds_wait_their_turn(opened: Callable[[str
     assert found == [generation.token_ids for generation in wide.generate(prompts, GREEDY)]
 
 
+@pytest.mark.parametrize("name", ["llama2", "int8"])
+def test_threads_do_not_change_a_bit(name: str, opened: Callable[[str], LLM]) -> None:
+    one = opened(name)
+    three = LLM(one.engine.path, 3)
+    ids = [index % 300 for index in range(40)]
+    np.testing.assert_array_equal(three.logits(ids), one.logits(ids))
+
+
 def test_a_long_prompt_enters_in_parts_beside_others(opened: Callable[[str], LLM]) -> None:
     llm = opened("llama2")
     long, short = [index % 300 + 2 for index in range(480)], [5, 6, 7]

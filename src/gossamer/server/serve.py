@@ -45,7 +45,7 @@ class ServeResult:
 def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     """Serve until Ctrl-C (raised as KeyboardInterrupt once connections are closed) or SIGTERM.
 
-    `progress` gets one event when the port accepts connections, with `url`, `port` and `name` as metrics.
+    `progress` gets one event when the port accepts connections, with `url` and `name` as metrics.
     """
     _check(job)
     engine = Engine.open(job.model, job.threads, progress)
@@ -55,7 +55,7 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     with _listen(job.host, job.port) as listener:
         port = listener.getsockname()[1]
         url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"
-        ready = Event("serve", f"{name} at {url}/v1", 1, 1, metrics={"url": url, "port": port, "name": name})
+        ready = Event("serve", "ready, Ctrl-C ends it", 1, 1, metrics={"url": url, "name": name})
         server = uvicorn.Server(
             uvicorn.Config(
                 api.app(on_ready=lambda: progress(ready)),
