@@ -119,14 +119,14 @@ class Block:
 
     def _attention(self, hidden_BTD: Tensor) -> Tensor:
         """What o_proj is given: the heads' mixed values [B, T, A E]."""
-        given: list[Tensor] = []
         attention = self.layer.self_attn
-        handle = attention.o_proj.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
         positions_1T = torch.arange(hidden_BTD.shape[1]).unsqueeze(0)
         normed_BTD = self.layer.input_layernorm(hidden_BTD)
-        attention(normed_BTD, self.rotary(normed_BTD, positions_1T), attention_mask=None)
-        handle.remove()
-        return given[0]
+        o_proj, attention.o_proj = attention.o_proj, nn.Identity()
+        try:
+            return attention(normed_BTD, self.rotary(normed_BTD, positions_1T), attention_mask=None)[0]
+        finally:
+            attention.o_proj = o_proj
 
     def _gated(self, hidden_BTD: Tensor) -> Tensor:
         """What down_proj is given: silu(gate) * up [B, T, F]."""

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from gossamer.errors import CalibrationError
 
+SLAB = 128
+
 
 def hessian(inputs: Iterable[Tensor]) -> Tensor:
     """H = 2/n X X^T, float32 [K, K], over the n tokens in batches [..., K] of a linear's input."""
@@ -43,10 +45,13 @@ def hessians(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if not num_tokens:
             H_KK = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
             C_KK = H_KK.clone()
-        H_KK.addmm_(x_TK.T, x_TK)
+        for start in range(0, len(H_KK), SLAB):  # the lower triangle, in slabs: H is symmetric
+            slab = slice(start, start + SLAB)
+            H_KK[start:, slab].addmm_(x_TK[:, start:].T, x_TK[:, slab])
         if other is not x:
             C_KK.addmm_(other_TK.T, x_TK)
         num_tokens += len(x_TK)
+    H_KK = H_KK.tril() + H_KK.tril(-1).T
     return H_KK * (2.0 / num_tokens), C_KK * (2.0 / num_tokens)
 
 
