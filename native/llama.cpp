@@ -97,9 +97,9 @@ Llama::Llama(const Packed& packed, LlamaConfig config, ThreadPool& pool)
       up_(kMaxTokens * inner_stride_ * sizeof(float)),
       product_(kMaxTokens * hidden_stride_ * sizeof(float)),
       rows_(std::size_t(pool.size()) * hidden_stride_ * sizeof(float)),
-      x_(kMaxTokens * input_stride_ * sizeof(float)),
-      x_i8_(kMaxTokens * input_stride_),
-      scales_(kMaxTokens * sizeof(float)),
+      x_(std::size_t(std::max(kMaxTokens, pool.size())) * input_stride_ * sizeof(float)),
+      x_i8_(std::size_t(std::max(kMaxTokens, pool.size())) * input_stride_),
+      scales_(std::size_t(std::max(kMaxTokens, pool.size())) * sizeof(float)),
       rotary_(kMaxTokens * std::size_t(config_.head_dim) * sizeof(float)),
       scores_(std::size_t(pool.size())) {
   std::vector<std::pair<std::string, Linear>> all;
@@ -184,37 +184,59 @@ void Llama::embed(const Pass& pass, int thread) {
 void Llama::decoder_layer(const Pass& pass, int index, int thread) {
   const Layer& layer = layers_[index];
   const int T = int(pass.tokens.size());
-  const Part part(T, thread, pool_.size());
   normalize(layer.input_norm, layer.qkv, T, nullptr, thread);
   multiply(layer.qkv, T, {q_.floats(), k_.floats(), v_.floats()}, thread);
   pool_.barrier();
   attend(pass, index, thread);
   pool_.barrier();
-  for (int t = part.begin; t < part.end; ++t) {
-    prepare(layer.o, attended_.floats() + t * q_stride_, config_.num_heads * config_.head_dim, t, T);
-  }
-  pool_.barrier();
+  for_tokens(T, thread, [&](int t) {
+    prepare(layer.o, attended_.floats() + t * q_stride_, config_.num_heads * config_.head_dim, t, T, thread);
+  });
   multiply(layer.o, T, {product_.floats()}, thread);
   add_to_hidden(layer.o, T, thread);
   pool_.barrier();
   normalize(layer.post_attention_norm, layer.gate_up, T, nullptr, thread);
   multiply(layer.gate_up, T, {gate_.floats(), up_.floats()}, thread);
-  for (const Share& share : layer.gate_up.shares[thread]) {
+  activate(layer.gate_up, T, thread);
+  pool_.barrier();
+  for_tokens(T, thread, [&](int t) {
+    prepare(layer.down, gate_.floats() + t * inner_stride_, config_.intermediate_size, t, T, thread);
+  });
+  multiply(layer.down, T, {product_.floats()}, thread);
+  add_to_hidden(layer.down, T, thread);
+  pool_.barrier();
+}
+
+// Work that a group's inputs need, token by token, split among the threads. For a single token every thread does it
+// for itself: that takes a microsecond, and so does the barrier that it saves.
+template <class Work>
+void Llama::for_tokens(int num_tokens, int thread, Work work) {
+  if (num_tokens == 1) return work(0);
+  const Part part(num_tokens, thread, pool_.size());
+  for (int t = part.begin; t < part.end; ++t) work(t);
+  pool_.barrier();
+}
+
+// Where a thread finds the inputs of a group: its own copy of a single token's, else the shared blocks.
+Activations Llama::inputs(int columns, int num_tokens, int thread) const {
+  const std::size_t first = num_tokens == 1 ? std::size_t(thread) : 0;
+  return {.num_tokens = num_tokens,
+          .padded_columns = Activations::padded(columns),
+          .x = x_.floats() + first * input_stride_,
+          .q = x_i8_.bytes() + first * input_stride_,
+          .scale = scales_.floats() + first};
+}
+
+// SwiGLU of the rows that this thread has just multiplied, in place of the gate.
+void Llama::activate(const Group& gate_up, int num_tokens, int thread) {
+  for (const Share& share : gate_up.shares[thread]) {
     const int first = share.begin * kPanelRows;
     const int count = std::min(share.end * kPanelRows, config_.intermediate_size) - first;
-    for (int t = 0; t < T; ++t) {
+    for (int t = 0; t < num_tokens; ++t) {
       float* gate = gate_.floats() + t * inner_stride_ + first;
       kernels_.swiglu(gate, up_.floats() + t * inner_stride_ + first, count, gate);
     }
   }
-  pool_.barrier();
-  for (int t = part.begin; t < part.end; ++t) {
-    prepare(layer.down, gate_.floats() + t * inner_stride_, config_.intermediate_size, t, T);
-  }
-  pool_.barrier();
-  multiply(layer.down, T, {product_.floats()}, thread);
-  add_to_hidden(layer.down, T, thread);
-  pool_.barrier();
 }
 
 void Llama::attend(const Pass& pass, int layer, int thread) {
@@ -264,40 +286,35 @@ void Llama::head(const Pass& pass, int thread) {
   multiply(head_, count, {pass.logits}, thread);
 }
 
-// RMSNorm of hidden rows (all, or those listed) as the input of a group; ends with a barrier.
+// RMSNorm of hidden rows (all, or those listed) as the input of a group.
 void Llama::normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread) {
   float* row = rows_.floats() + thread * hidden_stride_;
-  const Part part(num_tokens, thread, pool_.size());
-  for (int t = part.begin; t < part.end; ++t) {
+  for_tokens(num_tokens, thread, [&](int t) {
     const float* hidden = hidden_.floats() + (rows ? rows[t] : t) * hidden_stride_;
     kernels_.rmsnorm(hidden, weight, config_.rms_norm_eps, config_.hidden_size, row);
-    prepare(group, row, config_.hidden_size, t, num_tokens);
-  }
-  pool_.barrier();
+    prepare(group, row, config_.hidden_size, t, num_tokens, thread);
+  });
 }
 
 // Puts one row of inputs into its place in the blocks that the group's kernels read.
-void Llama::prepare(const Group& group, const float* row, int columns, int token, int num_tokens) {
-  const Activations layout{.num_tokens = num_tokens, .padded_columns = Activations::padded(columns),
-                           .x = x_.floats(), .q = x_i8_.bytes()};
-  const int first = token / kTokenBlock * kTokenBlock, slot = token - first, width = layout.block_tokens(first);
-  const std::size_t block = std::size_t(first) * layout.padded_columns;
+void Llama::prepare(const Group& group, const float* row, int columns, int token, int num_tokens, int thread) {
+  const Activations place = inputs(columns, num_tokens, thread);
+  const int first = token / kTokenBlock * kTokenBlock, slot = token - first, width = place.block_tokens(first);
+  const std::size_t row_begin = num_tokens == 1 ? std::size_t(thread) : 0;
+  const std::size_t block = row_begin * input_stride_ + std::size_t(first) * place.padded_columns;
   if (group.needs_i8) {
-    kernels_.quantize(row, columns, x_i8_.bytes() + block + 4 * slot, std::size_t(4) * width, scales_.floats() + token);
+    std::uint8_t* q = x_i8_.bytes() + block + 4 * slot;
+    kernels_.quantize(row, columns, q, std::size_t(4) * width, scales_.floats() + row_begin + token);
   }
   if (!group.needs_f32) return;
   float* x = x_.floats() + block + slot;
   for (int k = 0; k < columns; ++k) x[std::size_t(k) * width] = row[k];
-  for (int k = columns; k < layout.padded_columns; ++k) x[std::size_t(k) * width] = 0;
+  for (int k = columns; k < place.padded_columns; ++k) x[std::size_t(k) * width] = 0;
 }
 
 void Llama::multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread) {
   const bool paired = outputs.size() == 2;
-  const Activations x{.num_tokens = num_tokens,
-                      .padded_columns = Activations::padded(group.linears[0].columns),
-                      .x = x_.floats(),
-                      .q = x_i8_.bytes(),
-                      .scale = scales_.floats()};
+  const Activations x = inputs(group.linears[0].columns, num_tokens, thread);
   for (const Share& share : group.shares[thread]) {
     for (int i = share.linear; i <= share.linear + int(paired); ++i) {
       const Linear& w = group.linears[i];
@@ -318,9 +335,12 @@ void Llama::add_to_hidden(const Group& group, int num_tokens, int thread) {
 }
 
 double Llama::time_linears() {
-  std::fill_n(x_.floats(), input_stride_, 0.5f);
-  for (std::size_t i = 0; i < input_stride_; ++i) x_i8_.bytes()[i] = std::uint8_t(i * 37);
-  scales_.floats()[0] = 0.01f;
+  for (int thread = 0; thread < pool_.size(); ++thread) {
+    const std::size_t first = std::size_t(thread) * input_stride_;
+    std::fill_n(x_.floats() + first, input_stride_, 0.5f);
+    for (std::size_t i = 0; i < input_stride_; ++i) x_i8_.bytes()[first + i] = std::uint8_t(i * 37);
+    scales_.floats()[thread] = 0.01f;
+  }
   const auto begin = std::chrono::steady_clock::now();
   pool_.run([&](int thread) {
     for (const Layer& layer : layers_) {

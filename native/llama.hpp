@@ -1,6 +1,7 @@
 // The whole decoder of a Llama: one call is one step for a batch of sequences with any number of new tokens each.
 //
-// All threads run the step together and meet at nine barriers a layer; matrices are split among them by bytes.
+// All threads run the step together and meet at five barriers a layer (four more for several tokens); matrices are
+// split among them by bytes.
 // Every output row is computed by one thread in a fixed order, so results do not depend on the number of threads.
 #pragma once
 
@@ -110,7 +111,11 @@ class Llama {
   void attend_head(const Run& run, int layer, int head, int thread);
   void head(const Pass& pass, int thread);
   void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
-  void prepare(const Group& group, const float* row, int columns, int token, int num_tokens);
+  void prepare(const Group& group, const float* row, int columns, int token, int num_tokens, int thread);
+  Activations inputs(int columns, int num_tokens, int thread) const;
+  template <class Work>
+  void for_tokens(int num_tokens, int thread, Work work);
+  void activate(const Group& gate_up, int num_tokens, int thread);
   void multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread);
   void add_to_hidden(const Group& group, int num_tokens, int thread);
   void rotate(float* head, int token) const;

@@ -109,8 +109,13 @@ void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, 
   for (int i = 0; i < count; i += kLanes) {
     const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i);
     const __m128i steps = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_div_ps(x, divisor)));
+    const __m128i unsigned_steps = _mm_xor_si128(steps, _mm_set1_epi8(-128));
+    if (stride == 4 && i + kLanes <= count) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), unsigned_steps);
+      continue;
+    }
     alignas(16) std::uint8_t bytes[kLanes];
-    _mm_store_si128(reinterpret_cast<__m128i*>(bytes), _mm_xor_si128(steps, _mm_set1_epi8(-128)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(bytes), unsigned_steps);
     for (int j = 0; j < kLanes && i + j < count; j += 4) std::memcpy(q + (i + j) / 4 * stride, bytes + j, 4);
   }
 }
