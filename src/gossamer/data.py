@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from gossamer.sources import (
     manifest,
     mixture,
     parse_weight,
+    pieces,
     read_text,
     table_rows,
 )
@@ -35,6 +38,7 @@ __all__ = [
     "parse_weight",
     "supervised_examples",
     "token_rows",
+    "write_completions",
 ]
 
 DEFAULT_DOCTESTS = 20_000
@@ -135,6 +139,17 @@ def supervised_examples(
             ids, labels = _answer_example(prompt, answer, tokenizer)
         if any(label != IGNORED for label in labels[:max_length]):
             yield ids[:max_length], labels[:max_length]
+
+
+def write_completions(path: Path, source: str, num: int, seed: int, num_characters: int = 600) -> None:
+    """Write `num` short pieces of a text as completions of nothing (.jsonl).
+
+    Among fine-tuning examples they keep a model from forgetting the text it was pretrained on.
+    """
+    cut = (piece for text in mixture([source], seed) for piece in pieces(text, num_characters))
+    with path.open("w", encoding="utf-8") as file:
+        for text in islice(cut, num):
+            file.write(json.dumps({"prompt": "", "completion": text}) + "\n")
 
 
 def _supervised_rows(source: str, format: Format) -> Iterator[tuple[str, dict[str, Any]]]:

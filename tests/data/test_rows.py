@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from gossamer.data import Format, calibration_rows, evaluation_rows, supervised_examples, token_rows
+from gossamer.data import (
+    Format,
+    calibration_rows,
+    evaluation_rows,
+    supervised_examples,
+    token_rows,
+    write_completions,
+)
 from gossamer.errors import CalibrationError, ConfigError
 from gossamer.tokens import Tokenizer
 
@@ -122,6 +129,17 @@ def test_an_answer_that_is_cut_away_leaves_no_example(tokenizer: Tokenizer, tmp_
     source = write_rows(tmp_path / "a.jsonl", rows)
     ((ids, labels),) = supervised_examples(source, "prompt-completion", tokenizer, 10)
     assert len(ids) == len(labels) == 10 and labels[-1] != -100
+
+
+def test_text_can_be_completions_of_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "".join(f"line_{number} = {number}\n" for number in range(300))
+    (tmp_path / "a.txt").write_text(text)
+    write_completions(tmp_path / "a.jsonl", f"{tmp_path}/a.txt", 5, seed=0)
+    examples = list(supervised_examples(f"{tmp_path}/a.jsonl", "prompt-completion", tokenizer, 2048))
+    assert len(examples) == 5
+    for ids, labels in examples:
+        piece = labelled(tokenizer, ids, labels)
+        assert piece in text and 500 < len(piece) <= 600
 
 
 def test_doctests_are_examples(tokenizer: Tokenizer) -> None:
