@@ -2,388 +2,181 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <chrono>
 #include <memory>
 #include <mutex>
 #include <set>
 
-#include "kernels/table.hpp"
 #include "llama.hpp"
 #include "packed.hpp"
-
-namespace nb = nanobind;
-using namespace nb::literals;
+#include "python.hpp"
 
 namespace gossamer {
+
+using namespace nb::literals;
+
 namespace {
 
-using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-// A NumPy array [rows, columns] over owned memory with rows `stride` apart.
-template <class T>
-nb::ndarray<nb::numpy, T, nb::ndim<2>> to_numpy(std::unique_ptr<T[]> data, std::size_t rows, std::size_t columns,
-                                                std::size_t stride) {
-  T* pointer = data.release();
-  nb::capsule owner(pointer, [](void* memory) noexcept { delete[] static_cast<T*>(memory); });
-  const std::size_t shape[] = {rows, columns};
-  const std::int64_t strides[] = {std::int64_t(stride), 1};
-  return nb::ndarray<nb::numpy, T, nb::ndim<2>>(pointer, 2, shape, owner, strides);
-}
-
-LayerEntry layer_entry(nb::handle entry) {
-  return {.storage = parse_storage(nb::cast<std::string>(entry["storage"])),
-          .values = parse_values(nb::cast<std::string>(entry["values"])),
-          .rows = nb::cast<int>(entry["rows"]),
-          .columns = nb::cast<int>(entry["columns"])};
-}
-
-Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict layers) {
-  if (buffer.size() == 0) throw FormatError("found an empty buffer; expected a whole packed model");
-  if (reinterpret_cast<std::uintptr_t>(buffer.data()) % 64 != 0) {
-    throw EngineError("the packed model's buffer must begin at a multiple of 64 bytes, as a memory map does");
-  }
-  Packed packed{.data = buffer.data(), .num_bytes = buffer.size()};
-  for (auto [name, entry] : tensors) {
-    packed.tensors[nb::cast<std::string>(name)] = {.dtype = nb::cast<std::string>(entry[0]),
-                                                   .shape = nb::cast<std::vector<std::size_t>>(nb::list(entry[1])),
-                                                   .offset = nb::cast<std::size_t>(entry[2]),
-                                                   .num_bytes = nb::cast<std::size_t>(entry[3])};
-  }
-  for (auto [name, entry] : layers) packed.layers[nb::cast<std::string>(name)] = layer_entry(entry);
-  return packed;
-}
-
 LlamaConfig read_config(nb::dict config) {
-  const auto number = [&](const char* key) { return nb::cast<int>(config[key]); };
-  const auto frequencies = nb::cast<Floats>(config["inverse_frequencies"]);
-  return {.num_layers = number("num_layers"),
-          .hidden_size = number("hidden_size"),
-          .intermediate_size = number("intermediate_size"),
-          .num_heads = number("num_heads"),
-          .num_kv_heads = number("num_kv_heads"),
-          .head_dim = number("head_dim"),
-          .vocab_size = number("vocab_size"),
-          .rms_norm_eps = nb::cast<float>(config["rms_norm_eps"]),
-          .inverse_frequencies = std::vector<float>(frequencies.data(), frequencies.data() + frequencies.size())};
+    const auto number = [&](const char* key) { return nb::cast<int>(config[key]); };
+    const auto frequencies = nb::cast<Floats>(config["inverse_frequencies"]);
+    return {.num_layers = number("num_layers"),
+            .hidden_size = number("hidden_size"),
+            .intermediate_size = number("intermediate_size"),
+            .num_heads = number("num_heads"),
+            .num_kv_heads = number("num_kv_heads"),
+            .head_dim = number("head_dim"),
+            .vocab_size = number("vocab_size"),
+            .rms_norm_eps = nb::cast<float>(config["rms_norm_eps"]),
+            .inverse_frequencies =
+                std::vector<float>(frequencies.data(), frequencies.data() + frequencies.size())};
 }
-
-class Model;
 
 // The cached keys and values of one conversation.
 class Sequence {
- public:
-  Sequence(const void* model, const LlamaConfig& config, int capacity)
-      : model_(model), cache_(config.num_layers, config.num_kv_heads, config.head_dim, capacity) {}
+  public:
+    Sequence(const void* model, const LlamaConfig& config, int capacity)
+        : model_(model), cache_(config.num_layers, config.num_kv_heads, config.head_dim, capacity) {}
 
-  int length() const { return cache_.length(); }
-  int capacity() const { return cache_.capacity(); }
-  void truncate(int length) {
-    if (length < 0 || length > cache_.length()) {
-      throw EngineError("cannot truncate a sequence of " + std::to_string(cache_.length()) + " tokens to " +
-                        std::to_string(length));
+    int length() const { return cache_.length(); }
+    int capacity() const { return cache_.capacity(); }
+    void truncate(int length) {
+        if (length < 0 || length > cache_.length()) {
+            throw EngineError("cannot truncate a sequence of " + std::to_string(cache_.length()) +
+                              " tokens to " + std::to_string(length));
+        }
+        cache_.set_length(length);
     }
-    cache_.set_length(length);
-  }
-  bool belongs_to(const void* model) const { return model_ == model; }
-  KvCache& cache() { return cache_; }
+    bool belongs_to(const void* model) const { return model_ == model; }
+    KvCache& cache() { return cache_; }
 
- private:
-  const void* model_;
-  KvCache cache_;
+  private:
+    const void* model_;
+    KvCache cache_;
 };
 
 class Model {
- public:
-  Model(Bytes buffer, nb::dict tensors, nb::dict config, int num_threads)
-      : buffer_(buffer), pool_(std::clamp(num_threads, 1, 1024)) {
-    const Packed packed = read_packed(buffer, tensors, nb::cast<nb::dict>(config["linears"]));
-    LlamaConfig shape = read_config(config);
-    nb::gil_scoped_release unlocked;
-    llama_ = std::make_unique<Llama>(packed, std::move(shape), pool_);
-  }
-
-  std::unique_ptr<Sequence> new_sequence(int capacity) {
-    if (capacity < 1) throw EngineError("a sequence needs a capacity of at least 1 token");
-    return std::make_unique<Sequence>(this, llama_->config(), capacity);
-  }
-
-  nb::ndarray<nb::numpy, float, nb::ndim<2>> forward(const std::vector<Sequence*>& sequences,
-                                                     const std::vector<Ids>& ids, bool all_logits) {
-    const std::vector<NewTokens> batch = check(sequences, ids);
-    std::size_t rows = batch.size();
-    if (all_logits) {
-      rows = 0;
-      for (const NewTokens& fresh : batch) rows += fresh.ids.size();
+  public:
+    Model(Bytes buffer, nb::dict tensors, nb::dict config, int num_threads)
+        : buffer_(buffer), pool_(std::clamp(num_threads, 1, 1024)) {
+        const Packed packed = read_packed(buffer, tensors, nb::cast<nb::dict>(config["linears"]));
+        LlamaConfig shape = read_config(config);
+        nb::gil_scoped_release unlocked;
+        llama_ = std::make_unique<Llama>(packed, std::move(shape), pool_);
     }
-    const std::size_t stride = std::size_t(llama_->padded_vocab());
-    std::unique_ptr<float[]> logits(new float[rows * stride]);
-    {
-      nb::gil_scoped_release unlocked;
-      const std::lock_guard<std::mutex> lock(mutex_);
-      llama_->forward(batch, all_logits, logits.get());
+
+    std::unique_ptr<Sequence> new_sequence(int capacity) {
+        if (capacity < 1) throw EngineError("a sequence needs a capacity of at least 1 token");
+        return std::make_unique<Sequence>(this, llama_->config(), capacity);
     }
-    return to_numpy(std::move(logits), rows, std::size_t(llama_->config().vocab_size), stride);
-  }
 
-  std::vector<double> time_linears(int repeats) {
-    nb::gil_scoped_release unlocked;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<double> seconds;
-    for (int i = 0; i < repeats; ++i) seconds.push_back(llama_->time_linears());
-    return seconds;
-  }
-
-  std::size_t bytes_per_step() const { return llama_->bytes_per_step(); }
-  int num_threads() const { return pool_.size(); }
-
- private:
-  std::vector<NewTokens> check(const std::vector<Sequence*>& sequences, const std::vector<Ids>& ids) const {
-    if (sequences.size() != ids.size() || sequences.empty()) {
-      throw EngineError("found " + std::to_string(sequences.size()) + " sequences and " + std::to_string(ids.size()) +
-                        " arrays of ids; expected as many of each, at least one");
-    }
-    std::vector<NewTokens> batch;
-    std::set<const Sequence*> seen;
-    for (std::size_t i = 0; i < sequences.size(); ++i) {
-      Sequence* sequence = sequences[i];
-      if (sequence == nullptr || !sequence->belongs_to(this)) throw EngineError("a sequence belongs to another model");
-      if (!seen.insert(sequence).second) throw EngineError("a sequence occurs twice in one step");
-      if (ids[i].size() == 0) throw EngineError("a sequence has no new tokens; expected at least one");
-      if (ids[i].size() > std::size_t(sequence->capacity() - sequence->length())) {
-        throw EngineError("found " + std::to_string(sequence->length()) + " + " + std::to_string(ids[i].size()) +
-                          " tokens; the sequence holds " + std::to_string(sequence->capacity()));
-      }
-      const std::span<const std::int32_t> tokens(ids[i].data(), ids[i].size());
-      for (std::int32_t id : tokens) {
-        if (id < 0 || id >= llama_->config().vocab_size) {
-          throw EngineError("found token id " + std::to_string(id) + "; expected 0 .. " +
-                            std::to_string(llama_->config().vocab_size - 1));
+    nb::ndarray<nb::numpy, float, nb::ndim<2>> forward(const std::vector<Sequence*>& sequences,
+                                                       const std::vector<Ids>& ids, bool all_logits) {
+        const std::vector<NewTokens> batch = check(sequences, ids);
+        std::size_t rows = batch.size();
+        if (all_logits) {
+            rows = 0;
+            for (const NewTokens& fresh : batch) rows += fresh.ids.size();
         }
-      }
-      batch.push_back({&sequence->cache(), tokens});
+        const std::size_t stride = std::size_t(llama_->padded_vocab());
+        std::unique_ptr<float[]> logits(new float[rows * stride]);
+        {
+            nb::gil_scoped_release unlocked;
+            const std::lock_guard<std::mutex> lock(mutex_);
+            llama_->forward(batch, all_logits, logits.get());
+        }
+        return to_numpy(std::move(logits), rows, std::size_t(llama_->config().vocab_size), stride);
     }
-    return batch;
-  }
 
-  Bytes buffer_;  // keeps the memory map alive
-  ThreadPool pool_;
-  std::unique_ptr<Llama> llama_;
-  std::mutex mutex_;
-};
-
-const char* name(Values values) { return values == Values::f32 ? "f32" : values == Values::bf16 ? "bf16" : "i8"; }
-const char* name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
-
-nb::list kernels() {
-  nb::list rows;
-  const auto add = [&](const char* family, const char* values, const char* storage, Isa isa) {
-    nb::dict row;
-    row["family"] = family;
-    row["values"] = values;
-    row["storage"] = storage;
-    row["isa"] = gossamer::name(isa);
-    rows.append(row);
-  };
-  for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
-  for (const VectorRow& row : vector_table()) {
-    for (const char* family : {"rmsnorm", "quantize", "swiglu", "attention", "read"}) add(family, "f32", "dense", row.isa);
-  }
-  return rows;
-}
-
-Isa runnable(const std::string& level) {
-  const Isa wanted = parse_isa(level);
-  if (wanted > machine_isa()) throw UnsupportedError("this machine has no " + level + " instructions");
-  return wanted;
-}
-
-// One matrix of a packed buffer, checked, for the entries that run a single kernel.
-struct Matrix {
-  Linear w;
-  const MatmulRow* row;
-
-  Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict layers, const std::string& name)
-      : w(read_packed(buffer, tensors, layers).linear(name)),
-        row(&find_matmul(w.storage, w.values, runnable(level))) {
-    ThreadPool pool(1);
-    check_contents({{name, w}}, pool);
-  }
-};
-
-// Inputs in the blocks that kernels read; quantized as `level` does it where the weights are int8.
-struct Inputs {
-  std::vector<float> x, scale;
-  std::vector<std::uint8_t> q;
-  Activations activations;
-
-  Inputs(const VectorRow& vectors, const Linear& w, const FloatMatrix& x_TK) {
-    const int T = int(x_TK.shape(0)), K = int(x_TK.shape(1));
-    if (K != w.columns || T < 1) throw EngineError("the inputs do not fit the matrix");
-    const int padded = Activations::padded(K);
-    x.resize(std::size_t(T) * padded);
-    q.resize(std::size_t(T) * padded);
-    scale.resize(std::size_t(T));
-    activations = {.num_tokens = T, .padded_columns = padded, .x = x.data(), .q = q.data(), .scale = scale.data()};
-    for (int t = 0; t < T; ++t) {
-      const int first = t / kTokenBlock * kTokenBlock, width = activations.block_tokens(first);
-      const std::size_t block = std::size_t(first) * padded;
-      const float* row = x_TK.data() + std::size_t(t) * K;
-      vectors.quantize(row, K, q.data() + block + 4 * (t - first), std::size_t(4) * width, &scale[t]);
-      for (int k = 0; k < K; ++k) x[block + std::size_t(k) * width + (t - first)] = row[k];
+    std::vector<double> time_linears(int repeats) {
+        nb::gil_scoped_release unlocked;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        std::vector<double> seconds;
+        for (int i = 0; i < repeats; ++i) seconds.push_back(llama_->time_linears());
+        return seconds;
     }
-  }
+
+    std::size_t bytes_per_step() const { return llama_->bytes_per_step(); }
+    int num_threads() const { return pool_.size(); }
+
+  private:
+    std::vector<NewTokens> check(const std::vector<Sequence*>& sequences, const std::vector<Ids>& ids) const {
+        if (sequences.size() != ids.size() || sequences.empty()) {
+            throw EngineError("found " + std::to_string(sequences.size()) + " sequences and " +
+                              std::to_string(ids.size()) +
+                              " arrays of ids; expected as many of each, at least one");
+        }
+        std::vector<NewTokens> batch;
+        std::set<const Sequence*> seen;
+        for (std::size_t i = 0; i < sequences.size(); ++i) {
+            Sequence* sequence = sequences[i];
+            if (sequence == nullptr || !sequence->belongs_to(this))
+                throw EngineError("a sequence belongs to another model");
+            if (!seen.insert(sequence).second) throw EngineError("a sequence occurs twice in one step");
+            if (ids[i].size() == 0) throw EngineError("a sequence has no new tokens; expected at least one");
+            if (ids[i].size() > std::size_t(sequence->capacity() - sequence->length())) {
+                throw EngineError("found " + std::to_string(sequence->length()) + " + " +
+                                  std::to_string(ids[i].size()) + " tokens; the sequence holds " +
+                                  std::to_string(sequence->capacity()));
+            }
+            const std::span<const std::int32_t> tokens(ids[i].data(), ids[i].size());
+            for (std::int32_t id : tokens) {
+                if (id < 0 || id >= llama_->config().vocab_size) {
+                    throw EngineError("found token id " + std::to_string(id) + "; expected 0 .. " +
+                                      std::to_string(llama_->config().vocab_size - 1));
+                }
+            }
+            batch.push_back({&sequence->cache(), tokens});
+        }
+        return batch;
+    }
+
+    Bytes buffer_;  // keeps the memory map alive
+    ThreadPool pool_;
+    std::unique_ptr<Llama> llama_;
+    std::mutex mutex_;
 };
-
-nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const std::string& level, Bytes buffer, nb::dict tensors,
-                                                  nb::dict layers, const std::string& name, FloatMatrix x_TK) {
-  const Matrix matrix(level, buffer, tensors, layers, name);
-  const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
-  const std::size_t stride = std::size_t(matrix.w.padded_rows());
-  std::unique_ptr<float[]> y(new float[x_TK.shape(0) * stride]);
-  matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.get(), stride);
-  return to_numpy(std::move(y), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
-}
-
-nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>> accumulators(const std::string& level, Bytes buffer,
-                                                               nb::dict tensors, nb::dict layers,
-                                                               const std::string& name, FloatMatrix x_TK) {
-  const Matrix matrix(level, buffer, tensors, layers, name);
-  if (matrix.row->accumulate == nullptr) throw UnsupportedError(name + ": only int8 products have integer sums");
-  const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
-  const std::size_t stride = std::size_t(matrix.w.padded_rows());
-  std::unique_ptr<std::int32_t[]> acc(new std::int32_t[x_TK.shape(0) * stride]);
-  matrix.row->accumulate(matrix.w, 0, matrix.w.num_panels(), inputs.activations, acc.get(), stride);
-  return to_numpy(std::move(acc), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
-}
-
-nb::ndarray<nb::numpy, float, nb::ndim<2>> rmsnorm(const std::string& level, FloatMatrix x_TD, Floats weight_D,
-                                                   float eps) {
-  const std::size_t T = x_TD.shape(0), D = x_TD.shape(1);
-  if (weight_D.size() != D) throw EngineError("the weights do not fit the inputs");
-  std::unique_ptr<float[]> y(new float[T * D]);
-  for (std::size_t t = 0; t < T; ++t) {
-    find_vector(runnable(level)).rmsnorm(x_TD.data() + t * D, weight_D.data(), eps, int(D), y.get() + t * D);
-  }
-  return to_numpy(std::move(y), T, D, D);
-}
-
-nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
-  const std::size_t T = x_TK.shape(0), K = x_TK.shape(1), padded = round_up(K, 4);
-  std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * padded]);
-  std::unique_ptr<float[]> scale(new float[T]);
-  for (std::size_t t = 0; t < T; ++t) {
-    find_vector(runnable(level)).quantize(x_TK.data() + t * K, int(K), q.get() + t * padded, 4, &scale[t]);
-  }
-  return nb::make_tuple(to_numpy(std::move(q), T, K, padded), to_numpy(std::move(scale), T, 1, 1));
-}
-
-nb::ndarray<nb::numpy, float, nb::ndim<2>> swiglu(const std::string& level, FloatMatrix gate_TN, FloatMatrix up_TN) {
-  const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
-  if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
-  std::unique_ptr<float[]> y(new float[T * N]);
-  for (std::size_t t = 0; t < T; ++t) {
-    find_vector(runnable(level)).swiglu(gate_TN.data() + t * N, up_TN.data() + t * N, int(N), y.get() + t * N);
-  }
-  return to_numpy(std::move(y), T, N, N);
-}
-
-// Attention of queries q_AE over keys and values k_SE, v_SE of their key/value head.
-nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, FloatMatrix q_AE, FloatMatrix k_SE,
-                                                     FloatMatrix v_SE) {
-  const int A = int(q_AE.shape(0)), E = int(q_AE.shape(1)), S = int(k_SE.shape(0));
-  if (int(k_SE.shape(1)) != E || int(v_SE.shape(1)) != E || int(v_SE.shape(0)) != S || S < 1) {
-    throw EngineError("queries, keys and values do not fit together");
-  }
-  KvCache cache(1, 1, E, S);
-  for (int s = 0; s < S; ++s) cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E);
-  std::vector<float> scores(std::size_t(A) * round_up(S, 16));
-  std::unique_ptr<float[]> out(new float[std::size_t(A) * E]);
-  find_vector(runnable(level))
-      .attention({.q_AE = q_AE.data(),
-                  .k_blocks = cache.keys(0, 0),
-                  .v_SE = cache.values(0, 0),
-                  .num_heads = A,
-                  .num_positions = S,
-                  .head_dim = E,
-                  .scale = float(1.0 / std::sqrt(double(E))),
-                  .scores = scores.data(),
-                  .out_AE = out.get()});
-  return to_numpy(std::move(out), std::size_t(A), std::size_t(E), std::size_t(E));
-}
-
-std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, Bytes buffer, int repeats) {
-  const std::size_t chunk = 256 * 1024, num_chunks = buffer.size() / chunk;
-  if (num_chunks < 1) throw EngineError("the buffer is smaller than 256 KiB; nothing to measure");
-  nb::gil_scoped_release unlocked;
-  ThreadPool pool(std::clamp(num_threads, 1, 1024));
-  const auto read = find_vector(isa()).read;
-  std::vector<std::uint64_t> sums(std::size_t(pool.size()) * 8);
-  std::vector<double> rates;
-  for (int i = 0; i < repeats; ++i) {
-    const auto begin = std::chrono::steady_clock::now();
-    pool.run([&](int thread) {
-      const Part part(int(num_chunks), thread, pool.size());
-      sums[std::size_t(thread) * 8] = read(buffer.data() + part.begin * chunk, (part.end - part.begin) * chunk, prefetch_bytes);
-    });
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-    rates.push_back(double(num_chunks * chunk) / seconds);
-  }
-  return rates;
-}
 
 // Raises gossamer.errors.<kind> for the C++ errors of view.hpp.
 void raise_python(const char* kind, const char* message) {
-  const nb::object type = nb::module_::import_("gossamer.errors").attr(kind);
-  PyErr_SetString(type.ptr(), message);
+    const nb::object type = nb::module_::import_("gossamer.errors").attr(kind);
+    PyErr_SetString(type.ptr(), message);
 }
 
 void translate(const std::exception_ptr& error, void*) {
-  try {
-    std::rethrow_exception(error);
-  } catch (const FormatError& e) {
-    raise_python("FormatError", e.what());
-  } catch (const EngineError& e) {
-    raise_python("EngineError", e.what());
-  } catch (const ConfigError& e) {
-    raise_python("ConfigError", e.what());
-  } catch (const UnsupportedError& e) {
-    raise_python("UnsupportedError", e.what());
-  }
+    try {
+        std::rethrow_exception(error);
+    } catch (const FormatError& e) {
+        raise_python("FormatError", e.what());
+    } catch (const EngineError& e) {
+        raise_python("EngineError", e.what());
+    } catch (const ConfigError& e) {
+        raise_python("ConfigError", e.what());
+    } catch (const UnsupportedError& e) {
+        raise_python("UnsupportedError", e.what());
+    }
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-  nb::register_exception_translator(translate);
-  nb::class_<Sequence>(m, "Sequence")
-      .def_prop_ro("length", &Sequence::length)
-      .def_prop_ro("capacity", &Sequence::capacity)
-      .def("truncate", &Sequence::truncate, "length"_a);
-  nb::class_<Model>(m, "Model")
-      .def(nb::init<Bytes, nb::dict, nb::dict, int>(), "buffer"_a, "tensors"_a, "config"_a, "num_threads"_a)
-      .def("new_sequence", &Model::new_sequence, "capacity"_a, nb::keep_alive<0, 1>())
-      .def("forward", &Model::forward, "sequences"_a, "ids"_a, "all_logits"_a = false)
-      .def("time_linears", &Model::time_linears, "repeats"_a)
-      .def_prop_ro("bytes_per_step", &Model::bytes_per_step)
-      .def_prop_ro("num_threads", &Model::num_threads);
-  m.def("isa", [] { return std::string(gossamer::name(isa())); });
-  m.def("kernels", &kernels);
-  m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
-  m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
-  m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
-  m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
-  m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
-  m.def("attention", &attention, "isa"_a, "q_AE"_a, "k_SE"_a, "v_SE"_a);
-  m.def("read_bandwidth", &read_bandwidth, "num_threads"_a, "prefetch_bytes"_a, "buffer"_a, "repeats"_a);
+    nb::register_exception_translator(translate);
+    nb::class_<Sequence>(m, "Sequence")
+        .def_prop_ro("length", &Sequence::length)
+        .def_prop_ro("capacity", &Sequence::capacity)
+        .def("truncate", &Sequence::truncate, "length"_a);
+    nb::class_<Model>(m, "Model")
+        .def(nb::init<Bytes, nb::dict, nb::dict, int>(), "buffer"_a, "tensors"_a, "config"_a, "num_threads"_a)
+        .def("new_sequence", &Model::new_sequence, "capacity"_a, nb::keep_alive<0, 1>())
+        .def("forward", &Model::forward, "sequences"_a, "ids"_a, "all_logits"_a = false)
+        .def("time_linears", &Model::time_linears, "repeats"_a)
+        .def_prop_ro("bytes_per_step", &Model::bytes_per_step)
+        .def_prop_ro("num_threads", &Model::num_threads);
+    bind_kernels(m);
 }
 
 }  // namespace gossamer

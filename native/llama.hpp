@@ -1,8 +1,9 @@
-// The whole decoder of a Llama: one call is one step for a batch of sequences with any number of new tokens each.
+// The whole decoder of a Llama: one call is one step for a batch of sequences with any number of new tokens
+// each.
 //
-// All threads run the step together and meet at five barriers a layer (four more for several tokens); matrices are
-// split among them by bytes.
-// Every output row is computed by one thread in a fixed order, so results do not depend on the number of threads.
+// All threads run the step together and meet at five barriers a layer (four more for several tokens);
+// matrices are split among them by bytes. Every output row is computed by one thread in a fixed order, so
+// results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -20,117 +21,117 @@
 namespace gossamer {
 
 struct LlamaConfig {
-  int num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
-  float rms_norm_eps;
-  std::vector<float> inverse_frequencies;  // [E / 2]
+    int num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
+    float rms_norm_eps;
+    std::vector<float> inverse_frequencies;  // [E / 2]
 };
 
 // 64-byte aligned memory, touched only where it is used.
 class Scratch {
- public:
-  explicit Scratch(std::size_t num_bytes) : memory_(std::aligned_alloc(64, round_up(num_bytes + 64, 64))) {
-    if (memory_ == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
+  public:
+    explicit Scratch(std::size_t num_bytes) : memory_(std::aligned_alloc(64, round_up(num_bytes + 64, 64))) {
+        if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    ~Scratch() { std::free(memory_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
 
-  float* floats() const { return static_cast<float*>(memory_); }
-  std::uint8_t* bytes() const { return static_cast<std::uint8_t*>(memory_); }
+    float* floats() const { return static_cast<float*>(memory_); }
+    std::uint8_t* bytes() const { return static_cast<std::uint8_t*>(memory_); }
 
- private:
-  void* memory_;
+  private:
+    void* memory_;
 };
 
 // Panels [begin, end) of one matrix of a group.
 struct Share {
-  int linear, begin, end;
+    int linear, begin, end;
 };
 
 // Matrices with the same input, multiplied in one parallel region.
 struct Group {
-  std::vector<Linear> linears;
-  std::vector<const MatmulRow*> kernels;
-  std::vector<std::vector<Share>> shares;  // of each thread
-  bool needs_f32 = false, needs_i8 = false;
+    std::vector<Linear> linears;
+    std::vector<const MatmulRow*> kernels;
+    std::vector<std::vector<Share>> shares;  // of each thread
+    bool needs_f32 = false, needs_i8 = false;
 
-  // `paired`: matrix 0 is split and the others follow (gate and up, so that SwiGLU needs no barrier).
-  Group(std::vector<Linear> matrices, bool paired, int num_threads);
+    // `paired`: matrix 0 is split and the others follow (gate and up, so that SwiGLU needs no barrier).
+    Group(std::vector<Linear> matrices, bool paired, int num_threads);
 };
 
 struct Layer {
-  const float* input_norm;
-  const float* post_attention_norm;
-  Group qkv, o, gate_up, down;
+    const float* input_norm;
+    const float* post_attention_norm;
+    Group qkv, o, gate_up, down;
 };
 
 // New tokens of one sequence: ids at positions cache->length() and up.
 struct NewTokens {
-  KvCache* cache;
-  std::span<const std::int32_t> ids;
+    KvCache* cache;
+    std::span<const std::int32_t> ids;
 };
 
 class Llama {
- public:
-  static constexpr int kMaxTokens = 256;  // of one pass; longer prompts take several
+  public:
+    static constexpr int kMaxTokens = 256;  // of one pass; longer prompts take several
 
-  Llama(const Packed& packed, LlamaConfig config, ThreadPool& pool);
+    Llama(const Packed& packed, LlamaConfig config, ThreadPool& pool);
 
-  // Advances all sequences. Logits [rows, padded_vocab()]: of every new token, or of each sequence's last.
-  // Ids and capacities must have been checked.
-  void forward(std::span<const NewTokens> batch, bool all_logits, float* logits);
+    // Advances all sequences. Logits [rows, padded_vocab()]: of every new token, or of each sequence's last.
+    // Ids and capacities must have been checked.
+    void forward(std::span<const NewTokens> batch, bool all_logits, float* logits);
 
-  // Seconds that all decoder matrices take for one token.
-  double time_linears();
+    // Seconds that all decoder matrices take for one token.
+    double time_linears();
 
-  std::size_t bytes_per_step() const;
-  int padded_vocab() const { return head_.linears[0].padded_rows(); }
-  const LlamaConfig& config() const { return config_; }
+    std::size_t bytes_per_step() const;
+    int padded_vocab() const { return head_.linears[0].padded_rows(); }
+    const LlamaConfig& config() const { return config_; }
 
- private:
-  struct Token {
-    std::int32_t id;
-    int position;
-  };
-  struct Run {  // consecutive tokens of one sequence within a pass
-    KvCache* cache;
-    int first, count, position;
-  };
-  struct Pass {
-    std::vector<Token> tokens;
-    std::vector<Run> runs;
-    std::vector<int> outputs;  // tokens whose logits are wanted
-    float* logits;
-  };
+  private:
+    struct Token {
+        std::int32_t id;
+        int position;
+    };
+    struct Run {  // consecutive tokens of one sequence within a pass
+        KvCache* cache;
+        int first, count, position;
+    };
+    struct Pass {
+        std::vector<Token> tokens;
+        std::vector<Run> runs;
+        std::vector<int> outputs;  // tokens whose logits are wanted
+        float* logits;
+    };
 
-  Layer read_layer(const Packed& packed, int index, std::vector<std::pair<std::string, Linear>>& all) const;
-  void run(const Pass& pass);
-  void embed(const Pass& pass, int thread);
-  void decoder_layer(const Pass& pass, int layer, int thread);
-  void attend(const Pass& pass, int layer, int thread);
-  void attend_head(const Run& run, int layer, int head, int thread);
-  void head(const Pass& pass, int thread);
-  void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
-  void prepare(const Group& group, const float* row, int columns, int token, int num_tokens, int thread);
-  Activations inputs(int columns, int num_tokens, int thread) const;
-  template <class Work>
-  void for_tokens(int num_tokens, int thread, Work work);
-  void activate(const Group& gate_up, int num_tokens, int thread);
-  void multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread);
-  void add_to_hidden(const Group& group, int num_tokens, int thread);
-  void rotate(float* head, int token) const;
+    Layer read_layer(const Packed& packed, int index, std::vector<std::pair<std::string, Linear>>& all) const;
+    void run(const Pass& pass);
+    void embed(const Pass& pass, int thread);
+    void decoder_layer(const Pass& pass, int layer, int thread);
+    void attend(const Pass& pass, int layer, int thread);
+    void attend_head(const Run& run, int layer, int head, int thread);
+    void head(const Pass& pass, int thread);
+    void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
+    void prepare(const Group& group, const float* row, int columns, int token, int num_tokens, int thread);
+    Activations inputs(int columns, int num_tokens, int thread) const;
+    template <class Work>
+    void for_tokens(int num_tokens, int thread, Work work);
+    void activate(const Group& gate_up, int num_tokens, int thread);
+    void multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread);
+    void add_to_hidden(const Group& group, int num_tokens, int thread);
+    void rotate(float* head, int token) const;
 
-  LlamaConfig config_;
-  ThreadPool& pool_;
-  const VectorRow& kernels_;
-  Linear embedding_;
-  const float* final_norm_;
-  std::vector<Layer> layers_;
-  Group head_;
-  // Strides of the scratch, in floats.
-  std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
-  Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, scales_, rotary_;
-  std::vector<std::vector<float>> scores_;  // of each thread
+    LlamaConfig config_;
+    ThreadPool& pool_;
+    const VectorRow& kernels_;
+    Linear embedding_;
+    const float* final_norm_;
+    std::vector<Layer> layers_;
+    Group head_;
+    // Strides of the scratch, in floats.
+    std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
+    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, scales_, rotary_;
+    std::vector<std::vector<float>> scores_;  // of each thread
 };
 
 }  // namespace gossamer

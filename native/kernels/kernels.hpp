@@ -5,22 +5,22 @@
 
 namespace gossamer {
 
-#define GOSSAMER_MATMUL(level, family) \
-  namespace level {                    \
-  void matmul_##family(const Linear&, int, int, const Activations&, float*, std::size_t); \
-  }
-#define GOSSAMER_ACCUMULATE(level, family) \
-  namespace level {                        \
-  void accumulate_##family(const Linear&, int, int, const Activations&, std::int32_t*, std::size_t); \
-  }
-#define GOSSAMER_VECTOR(level)                                                        \
-  namespace level {                                                                   \
-  void rmsnorm(const float*, const float*, float, int, float*);                       \
-  void quantize(const float*, int, std::uint8_t*, std::size_t, float*);               \
-  void swiglu(const float*, const float*, int, float*);                               \
-  void attention(const AttentionTask&);                                               \
-  std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t);                  \
-  }
+#define GOSSAMER_MATMUL(level, family)                                                      \
+    namespace level {                                                                       \
+    void matmul_##family(const Linear&, int, int, const Activations&, float*, std::size_t); \
+    }
+#define GOSSAMER_ACCUMULATE(level, family)                                                             \
+    namespace level {                                                                                  \
+    void accumulate_##family(const Linear&, int, int, const Activations&, std::int32_t*, std::size_t); \
+    }
+#define GOSSAMER_VECTOR(level)                                            \
+    namespace level {                                                     \
+    void rmsnorm(const float*, const float*, float, int, float*);         \
+    void quantize(const float*, int, std::uint8_t*, std::size_t, float*); \
+    void swiglu(const float*, const float*, int, float*);                 \
+    void attention(const AttentionTask&);                                 \
+    std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t);    \
+    }
 
 GOSSAMER_MATMUL(scalar, dense_f32)
 GOSSAMER_MATMUL(scalar, dense_bf16)

@@ -27,21 +27,22 @@ std::span<const MatmulRow> matmul_table() { return kMatmul; }
 std::span<const VectorRow> vector_table() { return kVector; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa) {
-  const MatmulRow* found = nullptr;
-  for (const MatmulRow& row : kMatmul) {
-    const bool fits = row.storage == storage && row.values == values && row.isa <= isa;
-    if (fits && (found == nullptr || row.isa > found->isa)) found = &row;
-  }
-  if (found == nullptr) throw UnsupportedError("no kernel multiplies sparse f32 or bf16 weights; store them dense");
-  return *found;
+    const MatmulRow* found = nullptr;
+    for (const MatmulRow& row : kMatmul) {
+        const bool fits = row.storage == storage && row.values == values && row.isa <= isa;
+        if (fits && (found == nullptr || row.isa > found->isa)) found = &row;
+    }
+    if (found == nullptr)
+        throw UnsupportedError("no kernel multiplies sparse f32 or bf16 weights; store them dense");
+    return *found;
 }
 
 const VectorRow& find_vector(Isa isa) {
-  const VectorRow* found = &kVector[0];
-  for (const VectorRow& row : kVector) {
-    if (row.isa <= isa && row.isa > found->isa) found = &row;
-  }
-  return *found;
+    const VectorRow* found = &kVector[0];
+    for (const VectorRow& row : kVector) {
+        if (row.isa <= isa && row.isa > found->isa) found = &row;
+    }
+    return *found;
 }
 
 }  // namespace gossamer

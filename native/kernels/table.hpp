@@ -10,44 +10,46 @@
 
 namespace gossamer {
 
-// y_TN[t * stride + n] = sum_k w_NK[n, k] x_TK[t, k] for the rows of panels [begin, end), padding rows included.
-using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride);
+// y_TN[t * stride + n] = sum_k w_NK[n, k] x_TK[t, k] for the rows of panels [begin, end), padding rows
+// included.
+using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& x, float* y_TN,
+                        std::size_t stride);
 
 // The exact integer sums under an i8 product: acc_TN[t, n] = sum_k w_NK[n, k] q_TK[t, k], with the signed q.
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
 struct MatmulRow {
-  Values values;
-  Storage storage;
-  Isa isa;
-  Matmul matmul;
-  Accumulate accumulate;  // i8 only
+    Values values;
+    Storage storage;
+    Isa isa;
+    Matmul matmul;
+    Accumulate accumulate;  // i8 only
 };
 
 // One new token against the cached positions of one key/value head (attention.cpp).
 struct AttentionTask {
-  const float* q_AE;      // rotated queries of the heads that share the key/value head
-  const float* k_blocks;  // [position / 16][E][16]
-  const float* v_SE;      // [position][E padded to 16]
-  int num_heads;
-  int num_positions;
-  int head_dim;
-  float scale;
-  float* scores;  // scratch [num_heads][num_positions padded to 16]
-  float* out_AE;
+    const float* q_AE;      // rotated queries of the heads that share the key/value head
+    const float* k_blocks;  // [position / 16][E][16]
+    const float* v_SE;      // [position][E padded to 16]
+    int num_heads;
+    int num_positions;
+    int head_dim;
+    float scale;
+    float* scores;  // scratch [num_heads][num_positions padded to 16]
+    float* out_AE;
 };
 
 // Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
 struct VectorRow {
-  Isa isa;
-  void (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
-  // Writes q + 128 in runs of 4 inputs, `stride` bytes apart, and the scale max|x| / 127.5.
-  void (*quantize)(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale);
-  void (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
-  void (*attention)(const AttentionTask& task);
-  // Sums `count` bytes (a multiple of 64), touching each cache line once: the read-bandwidth probe.
-  std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
+    Isa isa;
+    void (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
+    // Writes q + 128 in runs of 4 inputs, `stride` bytes apart, and the scale max|x| / 127.5.
+    void (*quantize)(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale);
+    void (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
+    void (*attention)(const AttentionTask& task);
+    // Sums `count` bytes (a multiple of 64), touching each cache line once: the read-bandwidth probe.
+    std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
 };
 
 std::span<const MatmulRow> matmul_table();

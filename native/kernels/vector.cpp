@@ -1,12 +1,12 @@
 // What surrounds the products: RMSNorm, quantization of activations, SwiGLU, and the read-bandwidth probe.
 //
-//   rmsnorm    y = weight * (x / sqrt(mean(x^2) + eps)); squares summed in float64, in 16 lanes, then lane after lane
-//   quantize   scale = max|x| / 127.5;  q = clamp(round(x / scale), -128, 127), stored as q + 128
+//   rmsnorm    y = weight * (x / sqrt(mean(x^2) + eps)); squares summed in float64, in 16 lanes, then lane
+//   after lane quantize   scale = max|x| / 127.5;  q = clamp(round(x / scale), -128, 127), stored as q + 128
 //              (compressed-tensors' dynamic symmetric per-token scheme; scale = 2^-23 when x is all zeros)
 //   swiglu     y = gate / (1 + exp(-gate)) * up
 //
-// Only correctly rounded operations in a stated order: every level gives the same bits, so that INT8 results do not
-// hang on which level ran.
+// Only correctly rounded operations in a stated order: every level gives the same bits, so that INT8 results
+// do not hang on which level ran.
 
 #include <algorithm>
 #include <bit>
@@ -24,49 +24,49 @@ constexpr int kLanes = 16;
 constexpr float kEpsilon = 1.1920929e-7f;  // 2^-23
 
 float inverse_rms(const double (&lanes)[kLanes], int count, float eps) {
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return 1.0f / std::sqrt(float(sum / count) + eps);
+    double sum = 0;
+    for (double lane : lanes) sum += lane;
+    return 1.0f / std::sqrt(float(sum / count) + eps);
 }
 
 float quantization_scale(float largest) {
-  const float scale = largest / 127.5f;
-  return scale == 0.0f ? kEpsilon : scale;
+    const float scale = largest / 127.5f;
+    return scale == 0.0f ? kEpsilon : scale;
 }
 
 }  // namespace
 
 namespace scalar {
 void rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
-  double lanes[kLanes] = {};
-  for (int i = 0; i < count; ++i) lanes[i % kLanes] += double(x_D[i]) * double(x_D[i]);
-  const float inverse = inverse_rms(lanes, count, eps);
-  for (int i = 0; i < count; ++i) y_D[i] = weight_D[i] * (x_D[i] * inverse);
+    double lanes[kLanes] = {};
+    for (int i = 0; i < count; ++i) lanes[i % kLanes] += double(x_D[i]) * double(x_D[i]);
+    const float inverse = inverse_rms(lanes, count, eps);
+    for (int i = 0; i < count; ++i) y_D[i] = weight_D[i] * (x_D[i] * inverse);
 }
 
 void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale) {
-  float largest = 0;
-  for (int i = 0; i < count; ++i) largest = std::max(largest, std::abs(x_K[i]));
-  *scale = quantization_scale(largest);
-  for (int i = 0; i < int(round_up(count, 4)); ++i) {
-    const float steps = i < count ? x_K[i] / *scale : 0.0f;
-    q[i / 4 * stride + i % 4] = std::uint8_t(std::clamp(int(std::nearbyint(steps)), -128, 127) + 128);
-  }
+    float largest = 0;
+    for (int i = 0; i < count; ++i) largest = std::max(largest, std::abs(x_K[i]));
+    *scale = quantization_scale(largest);
+    for (int i = 0; i < int(round_up(count, 4)); ++i) {
+        const float steps = i < count ? x_K[i] / *scale : 0.0f;
+        q[i / 4 * stride + i % 4] = std::uint8_t(std::clamp(int(std::nearbyint(steps)), -128, 127) + 128);
+    }
 }
 
 void swiglu(const float* gate, const float* up, int count, float* y) {
-  for (int i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + exponential_of(-gate[i])) * up[i];
+    for (int i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + exponential_of(-gate[i])) * up[i];
 }
 
 std::uint64_t read(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes) {
-  std::uint64_t sum = 0;
-  for (std::size_t i = 0; i < count; i += kVectorBytes) {
-    if (prefetch_bytes != 0) __builtin_prefetch(data + i + prefetch_bytes);
-    std::uint64_t words[8];
-    std::memcpy(words, data + i, sizeof words);
-    for (std::uint64_t word : words) sum += word;
-  }
-  return sum;
+    std::uint64_t sum = 0;
+    for (std::size_t i = 0; i < count; i += kVectorBytes) {
+        if (prefetch_bytes != 0) __builtin_prefetch(data + i + prefetch_bytes);
+        std::uint64_t words[8];
+        std::memcpy(words, data + i, sizeof words);
+        for (std::uint64_t word : words) sum += word;
+    }
+    return sum;
 }
 
 }  // namespace scalar
@@ -75,73 +75,78 @@ GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {
 
-inline __mmask16 first_lanes(int count) { return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1); }
+inline __mmask16 first_lanes(int count) {
+    return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1);
+}
 
 }  // namespace
 
 void rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
-  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-  for (int i = 0; i < count; i += kLanes) {
-    const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_D + i);
-    const __m512d x_low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-    const __m512d x_high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-    low = _mm512_add_pd(low, _mm512_mul_pd(x_low, x_low));
-    high = _mm512_add_pd(high, _mm512_mul_pd(x_high, x_high));
-  }
-  double lanes[kLanes];
-  _mm512_storeu_pd(lanes, low);
-  _mm512_storeu_pd(lanes + 8, high);
-  const __m512 inverse = _mm512_set1_ps(inverse_rms(lanes, count, eps));
-  for (int i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = first_lanes(count - i);
-    const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x_D + i), inverse);
-    _mm512_mask_storeu_ps(y_D + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weight_D + i), x));
-  }
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    for (int i = 0; i < count; i += kLanes) {
+        const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_D + i);
+        const __m512d x_low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+        const __m512d x_high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+        low = _mm512_add_pd(low, _mm512_mul_pd(x_low, x_low));
+        high = _mm512_add_pd(high, _mm512_mul_pd(x_high, x_high));
+    }
+    double lanes[kLanes];
+    _mm512_storeu_pd(lanes, low);
+    _mm512_storeu_pd(lanes + 8, high);
+    const __m512 inverse = _mm512_set1_ps(inverse_rms(lanes, count, eps));
+    for (int i = 0; i < count; i += kLanes) {
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x_D + i), inverse);
+        _mm512_mask_storeu_ps(y_D + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weight_D + i), x));
+    }
 }
 
 void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale) {
-  __m512 largest = _mm512_setzero_ps();
-  for (int i = 0; i < count; i += kLanes) {
-    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i)));
-  }
-  *scale = quantization_scale(_mm512_reduce_max_ps(largest));
-  const __m512 divisor = _mm512_set1_ps(*scale);
-  for (int i = 0; i < count; i += kLanes) {
-    const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i);
-    const __m128i steps = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_div_ps(x, divisor)));
-    const __m128i unsigned_steps = _mm_xor_si128(steps, _mm_set1_epi8(-128));
-    if (stride == 4 && i + kLanes <= count) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), unsigned_steps);
-      continue;
+    __m512 largest = _mm512_setzero_ps();
+    for (int i = 0; i < count; i += kLanes) {
+        largest =
+            _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i)));
     }
-    alignas(16) std::uint8_t bytes[kLanes];
-    _mm_store_si128(reinterpret_cast<__m128i*>(bytes), unsigned_steps);
-    for (int j = 0; j < kLanes && i + j < count; j += 4) std::memcpy(q + (i + j) / 4 * stride, bytes + j, 4);
-  }
+    *scale = quantization_scale(_mm512_reduce_max_ps(largest));
+    const __m512 divisor = _mm512_set1_ps(*scale);
+    for (int i = 0; i < count; i += kLanes) {
+        const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i);
+        const __m128i steps = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_div_ps(x, divisor)));
+        const __m128i unsigned_steps = _mm_xor_si128(steps, _mm_set1_epi8(-128));
+        if (stride == 4 && i + kLanes <= count) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), unsigned_steps);
+            continue;
+        }
+        alignas(16) std::uint8_t bytes[kLanes];
+        _mm_store_si128(reinterpret_cast<__m128i*>(bytes), unsigned_steps);
+        for (int j = 0; j < kLanes && i + j < count; j += 4)
+            std::memcpy(q + (i + j) / 4 * stride, bytes + j, 4);
+    }
 }
 
 void swiglu(const float* gate, const float* up, int count, float* y) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  for (int i = 0; i < count; i += kLanes) {
-    const __mmask16 mask = first_lanes(count - i);
-    const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
-    const __m512 negative = _mm512_xor_ps(g, _mm512_set1_ps(-0.0f));
-    const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential_of(negative)));
-    _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i)));
-  }
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (int i = 0; i < count; i += kLanes) {
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
+        const __m512 negative = _mm512_xor_ps(g, _mm512_set1_ps(-0.0f));
+        const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential_of(negative)));
+        _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i)));
+    }
 }
 
 std::uint64_t read(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes) {
-  __m512i sums[4] = {};
-  for (std::size_t i = 0; i + 4 * kVectorBytes <= count; i += 4 * kVectorBytes) {
-    for (int j = 0; j < 4; ++j) {
-      const std::uint8_t* line = data + i + std::size_t(j) * kVectorBytes;
-      if (prefetch_bytes != 0) _mm_prefetch(reinterpret_cast<const char*>(line + prefetch_bytes), _MM_HINT_T0);
-      sums[j] = _mm512_add_epi64(sums[j], _mm512_loadu_si512(line));
+    __m512i sums[4] = {};
+    for (std::size_t i = 0; i + 4 * kVectorBytes <= count; i += 4 * kVectorBytes) {
+        for (int j = 0; j < 4; ++j) {
+            const std::uint8_t* line = data + i + std::size_t(j) * kVectorBytes;
+            if (prefetch_bytes != 0)
+                _mm_prefetch(reinterpret_cast<const char*>(line + prefetch_bytes), _MM_HINT_T0);
+            sums[j] = _mm512_add_epi64(sums[j], _mm512_loadu_si512(line));
+        }
     }
-  }
-  const __m512i low = _mm512_add_epi64(sums[0], sums[1]), high = _mm512_add_epi64(sums[2], sums[3]);
-  return std::uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
+    const __m512i low = _mm512_add_epi64(sums[0], sums[1]), high = _mm512_add_epi64(sums[2], sums[3]);
+    return std::uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
 }
 
 }  // namespace avx512

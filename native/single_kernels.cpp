@@ -1,0 +1,214 @@
+// The table of kernels as Python sees it, and entries that run one row of it: for tests and measurements.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <memory>
+
+#include "isa.hpp"
+#include "kernels/table.hpp"
+#include "kv_cache.hpp"
+#include "packed.hpp"
+#include "python.hpp"
+#include "threads.hpp"
+
+namespace gossamer {
+
+using namespace nb::literals;
+
+namespace {
+
+const char* name(Values values) {
+    return values == Values::f32 ? "f32" : values == Values::bf16 ? "bf16" : "i8";
+}
+const char* name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
+
+nb::list kernels() {
+    nb::list rows;
+    const auto add = [&](const char* family, const char* values, const char* storage, Isa isa) {
+        nb::dict row;
+        row["family"] = family;
+        row["values"] = values;
+        row["storage"] = storage;
+        row["isa"] = gossamer::name(isa);
+        rows.append(row);
+    };
+    for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
+    for (const VectorRow& row : vector_table()) {
+        for (const char* family : {"rmsnorm", "quantize", "swiglu", "attention", "read"})
+            add(family, "f32", "dense", row.isa);
+    }
+    return rows;
+}
+
+Isa runnable(const std::string& level) {
+    const Isa wanted = parse_isa(level);
+    if (wanted > machine_isa()) throw UnsupportedError("this machine has no " + level + " instructions");
+    return wanted;
+}
+
+// One matrix of a packed buffer, checked, for the entries that run a single kernel.
+struct Matrix {
+    Linear w;
+    const MatmulRow* row;
+
+    Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict layers,
+           const std::string& name)
+        : w(read_packed(buffer, tensors, layers).linear(name)),
+          row(&find_matmul(w.storage, w.values, runnable(level))) {
+        ThreadPool pool(1);
+        check_contents({{name, w}}, pool);
+    }
+};
+
+// Inputs in the blocks that kernels read; quantized as `level` does it where the weights are int8.
+struct Inputs {
+    std::vector<float> x, scale;
+    std::vector<std::uint8_t> q;
+    Activations activations;
+
+    Inputs(const VectorRow& vectors, const Linear& w, const FloatMatrix& x_TK) {
+        const int T = int(x_TK.shape(0)), K = int(x_TK.shape(1));
+        if (K != w.columns || T < 1) throw EngineError("the inputs do not fit the matrix");
+        const int padded = Activations::padded(K);
+        x.resize(std::size_t(T) * padded);
+        q.resize(std::size_t(T) * padded);
+        scale.resize(std::size_t(T));
+        activations = {
+            .num_tokens = T, .padded_columns = padded, .x = x.data(), .q = q.data(), .scale = scale.data()};
+        for (int t = 0; t < T; ++t) {
+            const int first = t / kTokenBlock * kTokenBlock, width = activations.block_tokens(first);
+            const std::size_t block = std::size_t(first) * padded;
+            const float* row = x_TK.data() + std::size_t(t) * K;
+            vectors.quantize(row, K, q.data() + block + 4 * (t - first), std::size_t(4) * width, &scale[t]);
+            for (int k = 0; k < K; ++k) x[block + std::size_t(k) * width + (t - first)] = row[k];
+        }
+    }
+};
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const std::string& level, Bytes buffer, nb::dict tensors,
+                                                  nb::dict layers, const std::string& name,
+                                                  FloatMatrix x_TK) {
+    const Matrix matrix(level, buffer, tensors, layers, name);
+    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const std::size_t stride = std::size_t(matrix.w.padded_rows());
+    std::unique_ptr<float[]> y(new float[x_TK.shape(0) * stride]);
+    matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.get(), stride);
+    return to_numpy(std::move(y), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
+}
+
+nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>> accumulators(const std::string& level, Bytes buffer,
+                                                               nb::dict tensors, nb::dict layers,
+                                                               const std::string& name, FloatMatrix x_TK) {
+    const Matrix matrix(level, buffer, tensors, layers, name);
+    if (matrix.row->accumulate == nullptr)
+        throw UnsupportedError(name + ": only int8 products have integer sums");
+    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const std::size_t stride = std::size_t(matrix.w.padded_rows());
+    std::unique_ptr<std::int32_t[]> acc(new std::int32_t[x_TK.shape(0) * stride]);
+    matrix.row->accumulate(matrix.w, 0, matrix.w.num_panels(), inputs.activations, acc.get(), stride);
+    return to_numpy(std::move(acc), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> rmsnorm(const std::string& level, FloatMatrix x_TD,
+                                                   Floats weight_D, float eps) {
+    const std::size_t T = x_TD.shape(0), D = x_TD.shape(1);
+    if (weight_D.size() != D) throw EngineError("the weights do not fit the inputs");
+    std::unique_ptr<float[]> y(new float[T * D]);
+    for (std::size_t t = 0; t < T; ++t) {
+        find_vector(runnable(level))
+            .rmsnorm(x_TD.data() + t * D, weight_D.data(), eps, int(D), y.get() + t * D);
+    }
+    return to_numpy(std::move(y), T, D, D);
+}
+
+nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
+    const std::size_t T = x_TK.shape(0), K = x_TK.shape(1), padded = round_up(K, 4);
+    std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * padded]);
+    std::unique_ptr<float[]> scale(new float[T]);
+    for (std::size_t t = 0; t < T; ++t) {
+        find_vector(runnable(level))
+            .quantize(x_TK.data() + t * K, int(K), q.get() + t * padded, 4, &scale[t]);
+    }
+    return nb::make_tuple(to_numpy(std::move(q), T, K, padded), to_numpy(std::move(scale), T, 1, 1));
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> swiglu(const std::string& level, FloatMatrix gate_TN,
+                                                  FloatMatrix up_TN) {
+    const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
+    if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
+    std::unique_ptr<float[]> y(new float[T * N]);
+    for (std::size_t t = 0; t < T; ++t) {
+        find_vector(runnable(level))
+            .swiglu(gate_TN.data() + t * N, up_TN.data() + t * N, int(N), y.get() + t * N);
+    }
+    return to_numpy(std::move(y), T, N, N);
+}
+
+// Attention of queries q_AE over keys and values k_SE, v_SE of their key/value head.
+nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, FloatMatrix q_AE,
+                                                     FloatMatrix k_SE, FloatMatrix v_SE) {
+    const int A = int(q_AE.shape(0)), E = int(q_AE.shape(1)), S = int(k_SE.shape(0));
+    if (int(k_SE.shape(1)) != E || int(v_SE.shape(1)) != E || int(v_SE.shape(0)) != S || S < 1) {
+        throw EngineError("queries, keys and values do not fit together");
+    }
+    KvCache cache(1, 1, E, S);
+    for (int s = 0; s < S; ++s)
+        cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E);
+    std::vector<float> scores(std::size_t(A) * round_up(S, 16));
+    std::unique_ptr<float[]> out(new float[std::size_t(A) * E]);
+    find_vector(runnable(level))
+        .attention({.q_AE = q_AE.data(),
+                    .k_blocks = cache.keys(0, 0),
+                    .v_SE = cache.values(0, 0),
+                    .num_heads = A,
+                    .num_positions = S,
+                    .head_dim = E,
+                    .scale = float(1.0 / std::sqrt(double(E))),
+                    .scores = scores.data(),
+                    .out_AE = out.get()});
+    return to_numpy(std::move(out), std::size_t(A), std::size_t(E), std::size_t(E));
+}
+
+std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, Bytes buffer, int repeats) {
+    const std::size_t chunk = 256 * 1024, num_chunks = buffer.size() / chunk;
+    if (num_chunks < 1) throw EngineError("the buffer is smaller than 256 KiB; nothing to measure");
+    nb::gil_scoped_release unlocked;
+    ThreadPool pool(std::clamp(num_threads, 1, 1024));
+    const auto read = find_vector(isa()).read;
+    std::vector<std::uint64_t> sums(std::size_t(pool.size()) * 8);
+    std::vector<double> rates;
+    for (int i = 0; i < repeats; ++i) {
+        const auto begin = std::chrono::steady_clock::now();
+        pool.run([&](int thread) {
+            const Part part(int(num_chunks), thread, pool.size());
+            sums[std::size_t(thread) * 8] =
+                read(buffer.data() + part.begin * chunk, (part.end - part.begin) * chunk, prefetch_bytes);
+        });
+        const double seconds =
+            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        rates.push_back(double(num_chunks * chunk) / seconds);
+    }
+    return rates;
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+    m.def("isa", [] { return std::string(gossamer::name(isa())); });
+    m.def("kernels", &kernels);
+    m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
+    m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
+    m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
+    m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
+    m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
+    m.def("attention", &attention, "isa"_a, "q_AE"_a, "k_SE"_a, "v_SE"_a);
+    m.def("read_bandwidth", &read_bandwidth, "num_threads"_a, "prefetch_bytes"_a, "buffer"_a, "repeats"_a);
+}
+
+}  // namespace gossamer
