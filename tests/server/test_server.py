@@ -149,7 +149,7 @@ def test_the_stream_is_server_sent_events(chat_server: Running) -> None:
 def test_models_and_health(chat_server: Running) -> None:
     [model] = chat_server.client.models.list().data
     assert model.id == chat_server.name == chat_server.client.models.retrieve(model.id).id
-    assert httpx.get(f"{chat_server.url}/health", timeout=60).json() == {"status": "ok"}
+    assert httpx.get(f"{chat_server.url}/health", timeout=60).json() == {"status": "ok", "requests": 0}
 
 
 GOOD_CHAT = {"messages": MESSAGES, "max_tokens": 2}
@@ -240,26 +240,32 @@ def test_a_model_without_a_chat_template_says_so(packed: Callable[[str], Path]) 
     end(running)
 
 
+def under_way(running: Running) -> int:
+    return httpx.get(f"{running.url}/health", timeout=60).json()["requests"]
+
+
 @pytest.mark.parametrize("streamed", [True, False])
-def test_the_place_of_a_client_that_leaves_is_free_again(
+def test_what_a_client_that_leaves_asked_for_is_dropped(
     packed: Callable[[str], Path], streamed: bool
 ) -> None:
-    running = start(packed("stories3m"), max_queue=1, max_batch=1)
-    body = {"model": running.name, "prompt": "Once", "max_tokens": 500, "temperature": 1, "stream": streamed}
-    url = f"{running.url}/v1/completions"
-    request = httpx.Request("POST", url, json=body)
+    many = 500  # one at a time: many times longer than the test waits
+    running = start(packed("chat"), max_queue=many, max_batch=1)
+    body = {"model": running.name, "prompt": ["a"] * many, "max_tokens": 400, "stream": streamed, "seed": 1}
+    request = httpx.Request("POST", f"{running.url}/v1/completions", json=body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
     with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
-        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
         connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + request.content)
-        statuses = [200]
-        while statuses[-1] != 503:  # the one place is taken
-            statuses.append(
-                httpx.post(url, json=body | {"stream": False, "max_tokens": 1}, timeout=60).status_code
-            )
-            assert set(statuses) <= {200, 503}
+        while under_way(running) == 0:
+            time.sleep(0.01)
+        assert under_way(running) == many
+        refused = httpx.post(str(request.url), json=body | {"prompt": "a", "stream": streamed}, timeout=60)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "queue_full")
     left = time.monotonic()
-    while httpx.post(url, json=body | {"stream": False, "max_tokens": 1}, timeout=60).status_code == 503:
+    while under_way(running) == many:
         assert time.monotonic() - left < 10
+        time.sleep(0.01)
+    assert under_way(running) == 0
+    assert running.client.completions.create(model=running.name, prompt="a", max_tokens=2).choices
     end(running)
 
 

@@ -28,6 +28,7 @@ from gossamer.server.wire import (
 from gossamer.server.worker import Worker
 
 NO_CACHE = {"cache-control": "no-cache"}
+NO_CACHE = {"cache-control": "no-cache"}
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 
 
@@ -92,7 +93,7 @@ class Api:
 
     async def health(self, http: HttpRequest) -> Response:
         if self._worker.alive:
-            return _json({"status": "ok"})
+            return _json({"status": "ok", "requests": self._worker.num_requests})
         return _json({"status": "the engine has stopped"}, HTTPStatus.SERVICE_UNAVAILABLE)
 
     def _model(self) -> Json:
@@ -112,13 +113,12 @@ class Api:
         http: HttpRequest,
         body: ChatRequest | CompletionRequest,
         answer: Answer,
-        requests: list[Request],
+        requests: Sequence[Request],
     ) -> Response:
         if body.stream:
+            self._worker.check_room(len(requests))  # while there still is a status to send
             events = self._events(answer, requests, include_usage=body.include_usage)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-            )
+            return StreamingResponse(events, media_type="text/event-stream", headers=NO_CACHE)
         if await self._finished(http, requests):
             return _json(answer.whole([request.result() for request in requests]))
         return Response(status_code=CLIENT_CLOSED_REQUEST)

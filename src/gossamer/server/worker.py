@@ -68,6 +68,11 @@ class Worker:
     def alive(self) -> bool:
         return self._future is not None and not self._future.done()
 
+    @property
+    def num_requests(self) -> int:
+        """Requests under way or waiting (asked in the event loop, the only one to change it)."""
+        return sum(len(submission.requests) for submission in self._submissions)
+
     async def pieces(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
         """(index of the request, piece) as they come, until all are finished.
 
@@ -88,7 +93,7 @@ class Worker:
         """RequestError when the engine has stopped, or has no room for so many requests more."""
         if self._stopping or not self.alive:
             raise _stopped()
-        under_way = sum(len(submission.requests) for submission in self._submissions)
+        under_way = self.num_requests
         if under_way + num_requests > self._max_queue:
             raise RequestError(
                 f"{under_way} requests are under way or waiting and {num_requests} came; this server takes "
