@@ -70,15 +70,12 @@ GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {
 
-constexpr std::ptrdiff_t kAheadBytes = 2048;  // software prefetch: hardware stops at 4 KiB pages
-
 template <int T>
 void block_f32(const std::uint8_t* weights, int num_vectors, const float* x, float* y, std::size_t stride) {
     __m512 acc[T];
     for (__m512& sum : acc) sum = _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int v = 0; v < num_vectors; ++v, weights += kVectorBytes, x += T) {
-        _mm_prefetch(reinterpret_cast<const char*>(weights + kAheadBytes), _MM_HINT_T0);
         const __m512 vector = _mm512_loadu_ps(weights);
         for (int t = 0; t < T; ++t) acc[t] = _mm512_fmadd_ps(vector, _mm512_set1_ps(x[t]), acc[t]);
     }
@@ -93,7 +90,6 @@ void block_bf16(const std::uint8_t* weights, int num_vectors, const float* x, fl
     const __m512i high = _mm512_set1_epi32(std::int32_t(0xFFFF0000));
 #pragma GCC unroll 2
     for (int v = 0; v < num_vectors; ++v, weights += kVectorBytes, x += 2 * T) {
-        _mm_prefetch(reinterpret_cast<const char*>(weights + kAheadBytes), _MM_HINT_T0);
         const __m512i vector = _mm512_loadu_si512(weights);
         const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(vector, 16));
         const __m512 second = _mm512_castsi512_ps(_mm512_and_si512(vector, high));

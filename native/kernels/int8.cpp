@@ -123,17 +123,12 @@ GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {
 
-constexpr int kChunkVectors = 128;            // 8 KiB expanded
-constexpr std::ptrdiff_t kAheadBytes = 1536;  // software prefetch: hardware stops at 4 KiB pages
+constexpr int kChunkVectors = 128;  // 8 KiB expanded
 
 inline __m512i broadcast4(const std::uint8_t* q) {
     std::int32_t four;
     std::memcpy(&four, q, sizeof four);
     return _mm512_set1_epi32(four);
-}
-
-inline void prefetch(const std::uint8_t* address) {
-    _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0);
 }
 
 // The int32 sums of 16 rows for T tokens. Two chains for few tokens hide the latency of vpdpbusd.
@@ -163,8 +158,6 @@ inline void add_dense(const std::uint8_t* weights, int num_vectors, const std::u
     constexpr int kLast = Accumulators<T>::kChains - 1;
     int v = 0;
     for (; v + 2 <= num_vectors; v += 2, weights += 2 * kVectorBytes, q += 8 * T) {
-        prefetch(weights + kAheadBytes);
-        prefetch(weights + kAheadBytes + kVectorBytes);
         acc.add(0, _mm512_loadu_si512(weights), q);
         acc.add(kLast, _mm512_loadu_si512(weights + kVectorBytes), q + 4 * T);
     }
@@ -189,7 +182,6 @@ inline void add_sparse(const std::uint8_t* stream, int num_vectors, const std::u
         const std::uint8_t* values = stream + 8 * kGroupVectors;
 #pragma GCC unroll 8
         for (int v = 0; v < kGroupVectors; v += 2, q += 8 * T) {
-            prefetch(values + kAheadBytes);
             acc.add(0, expand(load_mask(masks + 8 * v), values), q);
             acc.add(kLast, expand(load_mask(masks + 8 * v + 8), values), q + 4 * T);
         }
@@ -228,7 +220,6 @@ struct Chunks {
                 const int group = std::min(kGroupVectors, count - first);
                 const std::uint8_t* values = position + 8 * group;
                 for (int v = 0; v < group; ++v, out += kVectorBytes) {
-                    prefetch(values + kAheadBytes);
                     _mm512_store_si512(out, expand(load_mask(position + 8 * v), values));
                 }
                 position = values;
