@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from gossamer.data import write_completions
 from gossamer.report import Progress, quiet
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
@@ -25,12 +26,13 @@ from gossamer.stages.quantize import Quantize, quantize
 SHIPPED = Path(__file__).parent / "models" / "python-llama"
 CALIBRATION = ("python:doctests@3", "python:stdlib@1")
 TEXT = ("python:doctests@3", "python:stdlib@1")
-EXAMPLES = "python:doctests:16000"
+EXAMPLES = "python:doctests:14000"
+NUM_REPLAY_PIECES, REPLAY_CHARACTERS = 1000, 300
 NUM_TOKENS = 300_000
-ROW_TOKENS = 256
-BATCH_TOKENS = 4096
-PRETRAIN_RATE, FINETUNE_RATE = 1e-3, 1e-3
-NUM_CALIBRATION_SAMPLES = 128
+ROW_TOKENS = 128
+BATCH_TOKENS = 2048
+PRETRAIN_RATE, FINETUNE_RATE = 5e-4, 5e-4
+NUM_CALIBRATION_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,14 @@ def _pretrain(model: Path, output: Path, seed: int, progress: Progress) -> None:
 
 
 def _finetune(model: Path, output: Path, teacher: Path | None, seed: int, progress: Progress) -> None:
+    """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""
+    replay = output.with_suffix(".jsonl")
+    write_completions(replay, "python:stdlib", NUM_REPLAY_PIECES, seed, REPLAY_CHARACTERS)
     finetune(
         Finetune(
             str(model),
             str(output),
-            dataset=(f"{EXAMPLES}:{seed}",),
+            dataset=(f"{EXAMPLES}:{seed}", str(replay)),
             teacher=str(teacher) if teacher else None,
             distill="squarehead" if teacher else "none",
             num_train_epochs=1,

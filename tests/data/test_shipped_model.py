@@ -1,12 +1,13 @@
 """The model that ships: small, loadable in plain transformers, and good at what its card says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gossamer
 from gossamer import doctests
@@ -20,11 +21,11 @@ NEWLINE = TOKENIZER.encode("\n", bos=False)
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32).eval()
 
 
-def greedy_line(model: LlamaForCausalLM, prompt: str) -> str:
+def greedy_line(model: Any, prompt: str) -> str:
     """What the model says up to and with its first newline."""
     ids = torch.tensor([TOKENIZER.encode(prompt)])
     with torch.no_grad():
@@ -39,17 +40,17 @@ def greedy_line(model: LlamaForCausalLM, prompt: str) -> str:
     return TOKENIZER.decode(out[0, ids.shape[1] :].tolist())
 
 
-def test_it_is_small_and_dense_and_uses_grouped_queries(model: LlamaForCausalLM) -> None:
+def test_it_is_small_and_dense_and_uses_grouped_queries(model: Any) -> None:
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 16e6
     assert 3e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 8e6
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     checkpoint = Checkpoint.open(SHIPPED)
-    assert checkpoint.sparsity() < 0.01
+    assert checkpoint.sparsity() == 0
     assert {checkpoint.dtype(name) for name in checkpoint.names} == {"BF16"}
 
 
-def test_it_answers_unseen_instances_of_the_trained_kinds(model: LlamaForCausalLM) -> None:
-    items = doctests.generate(doctests.KINDS, 8 * len(doctests.KINDS), seed=11, split="test")
+def test_it_answers_unseen_instances_of_the_trained_kinds(model: Any) -> None:
+    items = doctests.generate(doctests.KINDS, 6 * len(doctests.KINDS), seed=11, split="test")
     right = sum(doctests.check(item, greedy_line(model, doctests.prompt(item))) for item in items)
     assert right / len(items) >= 0.7
 
