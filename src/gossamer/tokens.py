@@ -25,13 +25,21 @@ from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+TEMPLATE_FAULTS = (  # what a program in a sandbox can still do wrong
+    *(jinja2.TemplateError, ArithmeticError, AttributeError),
+    *(LookupError, RecursionError, TypeError, ValueError),
+)
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Message = Mapping[str, Any]
 
 
 class Tokenizer:
-    """A model's tokenizer with its special tokens, stop tokens and chat template."""
+    """A model's tokenizer with its special tokens and chat template.
+
+    `bos_id` begins a text (None where the model has none); `eos_ids` end a generation: those of the
+    generation config (else the model's) and the tokenizer's own.
+    """
 
     def __init__(
         self,
@@ -59,7 +67,11 @@ class Tokenizer:
             index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
         self._byte_fallback = '"ByteFallback"' in json.dumps(document.get("decoder"))
-        self._sources = (generation_config or {}, model_config or {})
+        sources = (generation_config or {}, model_config or {})
+        begin, ends = (_first_ids(sources, name) for name in ("bos_token_id", "eos_token_id"))
+        own_begin, own_end = self._token_id("bos_token"), self._token_id("eos_token")
+        self.bos_id = own_begin if own_begin is not None else next(iter(begin), None)
+        self.eos_ids = frozenset(ends if own_end is None else [*ends, own_end])
 
     @classmethod
     def open(cls, path: str | Path) -> "Tokenizer":
@@ -88,34 +100,10 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @cached_property
-    def bos_id(self) -> int | None:
-        """The id that begins a text, or None where the model has none."""
-        token = self.special_tokens.get("bos_token")
-        if token is not None:
-            return self._tokenizer.token_to_id(token)
-        ids = next(
-            (_ids(source.get("bos_token_id")) for source in self._sources if "bos_token_id" in source), []
-        )
-        return ids[0] if ids else None
-
-    @cached_property
-    def eos_ids(self) -> frozenset[int]:
-        """Every id that ends a generation: the generation config's (else the model's) and the tokenizer's."""
-        ids = next(
-            (_ids(source.get("eos_token_id")) for source in self._sources if "eos_token_id" in source), []
-        )
-        token = self.special_tokens.get("eos_token")
-        own = None if token is None else self._tokenizer.token_to_id(token)
-        return frozenset(ids if own is None else [*ids, own])
-
-    @cached_property
     def special_tokens(self) -> dict[str, str]:
         """The named special tokens' texts (`bos_token`, ...), as chat templates see them."""
-        return {
-            name: value if isinstance(value, str) else value["content"]
-            for name in NAMED_TOKENS
-            if (value := self._config.get(name))
-        }
+        named = {name: value for name in NAMED_TOKENS if (value := self._config.get(name))}
+        return {name: _added_token(value, name).content for name, value in named.items()}
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added."""
@@ -147,7 +135,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except TEMPLATE_FAULTS as error:
             raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -177,16 +165,26 @@ class Tokenizer:
                 f"the model's chat template does not parse: {error} (line {error.lineno})"
             ) from error
 
+    def _token_id(self, name: str) -> int | None:
+        """The id of a named special token, or None."""
+        token = self.special_tokens.get(name)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
     def _add_special_tokens(self) -> None:
         """Tokens that only tokenizer_config.json knows get their ids in its order, as in transformers."""
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        listed = self._config.get("added_tokens_decoder") or {}
-        extra = (
-            self._config.get("extra_special_tokens") or self._config.get("additional_special_tokens") or []
-        )
+        config = self._config
+        listed = config.get("added_tokens_decoder") or {}
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
+            raise CheckpointError(f"tokenizer_config: added_tokens_decoder is {listed!r:.80}; expected ids.")
+        if not isinstance(extra, dict | list):
+            raise CheckpointError(
+                f"tokenizer_config: extra_special_tokens is {extra!r:.80}; expected a list."
+            )
         values = [listed[key] for key in sorted(listed, key=int)] + list(self.special_tokens.values())
-        for value in values + (list(extra.values()) if isinstance(extra, dict) else list(extra)):
-            token = _added_token(value)
+        for value in values + (list(extra.values()) if isinstance(extra, dict) else extra):
+            token = _added_token(value, "a special token")
             if token.content not in known:
                 known.add(token.content)
                 self._tokenizer.add_tokens([token])
@@ -290,7 +288,10 @@ def _inline_template(config: Mapping[str, Any]) -> str | None:
     """tokenizer_config.json's template: one text, or a list of named ones of which "default" counts."""
     template = config.get("chat_template")
     if isinstance(template, list):
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"tokenizer_config: chat_template is {template!r:.80}; expected a text.")
     return template
 
 
@@ -323,9 +324,12 @@ def _as_llama_class(document: Mapping[str, Any], config: Mapping[str, Any]) -> d
     }
 
 
-def _added_token(value: str | Mapping[str, Any]) -> AddedToken:
+def _added_token(value: Any, name: str) -> AddedToken:
+    """A special token as tokenizer_config.json writes it: its text, or an object with flags."""
     if isinstance(value, str):
         return AddedToken(value, special=True, normalized=False)
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+        raise CheckpointError(f"tokenizer_config: {name} is {value!r:.80}; expected a text.")
     flags = {
         name: bool(value.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
     }
@@ -369,8 +373,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return document
 
 
-def _ids(value: Any) -> list[int]:
-    """An id field of a config: absent, one id or a list of them."""
-    if value is None:
-        return []
-    return [int(entry) for entry in value] if isinstance(value, list) else [int(value)]
+def _first_ids(sources: Sequence[Mapping[str, Any]], name: str) -> list[int]:
+    """The ids under `name` in the first of the configs that has it: absent, one id or a list."""
+    value = next((source[name] for source in sources if name in source), None)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(entry) is int for entry in ids):
+        raise CheckpointError(f"{name} is {value!r:.80}; expected token ids.")
+    return ids

@@ -130,6 +130,7 @@ def test_a_template_file_comes_before_the_one_in_the_config(model: Path, tmp_pat
         ("{{ messages.append(1) }}", CHAT, "refuses"),
         ("{{ ''.__class__.__mro__ }}", CHAT, "refuses"),
         ("{{ messages[0].content + 1 }}", CHAT, "refuses"),
+        ("{{ 1 // 0 }}", CHAT, "refuses"),
     ],
 )
 def test_chats_that_cannot_be_say_why(
@@ -152,6 +153,26 @@ def test_a_damaged_tokenizer_is_named(
         Tokenizer.open(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bos_token": 5},
+        {"eos_token": {"text": "x"}},
+        {"added_tokens_decoder": {"x": "y"}},
+        {"added_tokens_decoder": [1]},
+        {"extra_special_tokens": 3},
+        {"extra_special_tokens": [3]},
+        {"chat_template": 3},
+        {"chat_template": [{"name": "default", "template": 1}]},
+    ],
+)
+def test_settings_of_the_wrong_type_are_named(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, changes: dict
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"{next(iter(changes))}|a special token"):
+        Tokenizer.open(variant(tiny_llama("llama2"), tmp_path, **changes))
+
+
 def test_a_directory_without_tokenizer_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model only"):
@@ -164,3 +185,6 @@ def test_stop_tokens_come_from_the_generation_config_and_the_tokenizer(
     path = variant(tiny_llama("llama2"), tmp_path)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
     assert Tokenizer.open(path).eos_ids == {5, 7, 1}
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
+    with pytest.raises(CheckpointError, match="eos_token_id"):
+        Tokenizer.open(path)
