@@ -108,8 +108,8 @@ class Block:
         yield qkv, (layer.input_layernorm(h_BTD) for h_BTD in pieces)
         mixed = [self._attention(h_BTD) for h_BTD in pieces]
         yield o, mixed
-        for h_BTD, m_BTK in zip(pieces, mixed, strict=True):
-            h_BTD += layer.self_attn.o_proj(m_BTK)
+        for h_BTD in pieces:
+            h_BTD += layer.self_attn.o_proj(mixed.pop(0))
         yield gate_up, (layer.post_attention_layernorm(h_BTD) for h_BTD in pieces)
         num_bytes = 4 * hidden_BTD[..., 0].numel() * layer.mlp.down_proj.in_features
         gated = [self._gated(h_BTD) for h_BTD in pieces] if num_bytes <= KEPT_BYTES else None

@@ -1,13 +1,16 @@
 """`prune` on random Llamas of every variant and on the two real models."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -85,6 +88,19 @@ def test_sparsity_outside_its_range_is_refused(
     assert left_nothing(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"num_calibration_samples": 0}, {"max_seq_length": 1}, {"block_size": 0}, {"dampening_frac": -1.0}],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    options: dict[str, Any], tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    flag = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(ConfigError, match=flag):
+        prune(replace(small(tiny_llama("llama2"), tmp_path / "out", text_file), **options))
+    assert left_nothing(tmp_path / "out")
+
+
 def test_short_calibration_text_is_refused(tiny_llama: TinyLlama, text_file: Path, tmp_path: Path) -> None:
     job = replace(small(tiny_llama("llama2"), tmp_path / "out", text_file), num_calibration_samples=9999)
     with pytest.raises(CalibrationError, match=f"{9999 * 64}"):
@@ -152,6 +168,8 @@ def test_no_worse_than_llm_compressor(
     calibration = str(shared_data / "text" / "tinystories-train-a.txt")
     source = str(shared_data / "models" / model)
     job = Prune(source, str(tmp_path / "out"), sparsity, dataset=(calibration,), max_seq_length=512)
+    torch.set_num_threads(os.cpu_count() or 1)
     prune(job)
+    torch.set_num_threads(1)
     result = evaluate(Evaluate(job.output_dir, dataset=str(reserved_slice)))
     assert result.perplexity is not None and result.perplexity <= bound

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.data import calibration_rows
+from gossamer.errors import ConfigError
 from gossamer.tokens import Tokenizer
 
 
@@ -20,7 +21,25 @@ class Calibrated(Protocol):
     @property
     def max_seq_length(self) -> int: ...
     @property
+    def block_size(self) -> int: ...
+    @property
+    def dampening_frac(self) -> float: ...
+    @property
     def offline(self) -> bool: ...
+
+
+def check_options(job: Calibrated) -> None:
+    """Raise ConfigError for a number that means nothing."""
+    for flag, value, least in (
+        ("--num-calibration-samples", job.num_calibration_samples, 1),
+        ("--max-seq-length", job.max_seq_length, 2),
+        ("--block-size", job.block_size, 1),
+        ("--dampening-frac", job.dampening_frac, 0),
+    ):
+        if not least <= value < float("inf"):
+            raise ConfigError(f"{flag} is {value:g}; expected at least {least}")
+    if not job.dataset:
+        raise ConfigError("--dataset names no calibration text; give at least one SRC")
 
 
 def calibration_ids(source: Checkpoint, job: Calibrated) -> Tensor:

@@ -17,7 +17,7 @@ from gossamer.decoder import blocks, embed, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.report import Event, Progress, Table, quiet
-from gossamer.stages.calibration import calibration_ids
+from gossamer.stages.calibration import calibration_ids, check_options
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent.
     """
     start, source = time.monotonic(), Checkpoint.open(job.model)
+    check_options(job)
     refuse_quantized(source)
     check_sparsity(source, job.sparsity)
     errors: list[float] = []

@@ -18,8 +18,8 @@ from gossamer.data import manifest
 from gossamer.decoder import TORCH_DTYPE, Block, blocks, embed, refuse_quantized, write_tensor
 from gossamer.errors import ConfigError
 from gossamer.job import option
-from gossamer.report import Event, Progress, quiet
-from gossamer.stages.calibration import calibration_ids
+from gossamer.report import Event, Progress, Table, quiet
+from gossamer.stages.calibration import calibration_ids, check_options
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,18 @@ class QuantizeResult:
     mean_error: float
     seconds: float
 
+    def tables(self) -> list[Table]:
+        """What was reached."""
+        figures = (f"{self.sparsity:.2%}", f"{self.mean_error:.2g}", f"{self.seconds:.1f}")
+        columns = ("linears in INT8", "left as they are", "zeros", "mean error", "seconds")
+        rows = [(f"{self.num_quantized}", f"{len(self.ignored)}", *figures)]
+        return [Table(self.output_dir, columns, rows)]
+
 
 def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     """Quantize layer by layer; later groups and layers see earlier weights and activations rounded."""
     start, source = time.monotonic(), Checkpoint.open(job.model)
+    check_options(job)
     refuse_quantized(source)
     ignored = matching(source.linears, job.ignore)
     if not 0 <= job.smoothing_strength <= 1:
