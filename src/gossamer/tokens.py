@@ -356,9 +356,23 @@ def _build(document: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:
             f"{origin}: tokenizer model {kind!r}; supported are BPE, Unigram, WordLevel, WordPiece."
         )
     try:
-        return tokenizers.Tokenizer.from_buffer(json.dumps(document).encode())
+        built = tokenizers.Tokenizer.from_buffer(json.dumps(document).encode())
     except ValueError as error:
         raise CheckpointError(f"{origin}: not a tokenizers file ({error}). Restore the file.") from error
+    if missing := _undefined_tokens(document.get("post_processor") or {}):
+        raise CheckpointError(f"{origin}: post_processor uses {missing[0]!r}, which it does not define.")
+    return built
+
+
+def _undefined_tokens(processor: Mapping[str, Any]) -> list[str]:
+    """Special tokens in a valid post-processor's template that would make tokenizers panic."""
+    if processor.get("type") == "Sequence":
+        return [token for part in processor["processors"] for token in _undefined_tokens(part)]
+    if processor.get("type") != "TemplateProcessing":
+        return []
+    pieces = [*processor["single"], *processor["pair"]]
+    used = [piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece]
+    return [token for token in used if token not in processor["special_tokens"]]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_draws_follow_the_distribution_that_transformers_would_draw_from() -> No
     for warper in warpers:
         scores_V = theirs(warper, scores_V)
     expected_V = torch.softmax(torch.from_numpy(scores_V), -1).double().numpy()
-    draws = 10_000
+    draws = 4_000
     counts_V = np.zeros(V)
     for seed in range(draws):
         counts_V[Sampler(replace(params, seed=seed), prompt).choose(logits_V)] += 1

@@ -173,6 +173,17 @@ def test_settings_of_the_wrong_type_are_named(
         Tokenizer.open(variant(tiny_llama("llama2"), tmp_path, **changes))
 
 
+def test_a_template_that_uses_an_undefined_token_is_named(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = variant(tiny_llama("llama2"), tmp_path)
+    document = json.loads((path / "tokenizer.json").read_text())
+    document["post_processor"]["special_tokens"] = {}
+    (path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="'<s>', which it does not define"):
+        Tokenizer.open(path)
+
+
 def test_a_directory_without_tokenizer_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model only"):
