@@ -7,10 +7,11 @@
 //
 // Dense: 64 bytes of weights are one vector, 16 rows x 4 inputs; `vpdpbusd` adds 4 products to each of 16
 // rows. Sparse: 16 masks of 64 bits, then the nonzero bytes; `vpexpandb` puts a vector's bytes where its mask
-// has ones. On AMD `vpexpandb` from memory is slow: load first, expand from the register. On Zen 4 expanding
-// takes 1.5 cycles, moving its mask to a mask register 1.0, a load across two cache lines 0.5 more; the whole
-// loop takes 3.85 a vector (3.0 on Emerald Rapids). At 70% zeros a vector is 27 bytes: 26 GB/s a core at 3.7
-// GHz. Software prefetch, 0.5 to 4 KiB ahead, made the loop 5 to 20% slower there, and so there is none.
+// has ones. On Zen 4 it takes 1.5 cycles, moving its mask to a mask register 1.0, a load across two cache
+// lines 0.5 more; the whole loop 3.4 a vector (3.0 on Emerald Rapids). At 70% zeros a vector is 27 bytes: 29
+// GB/s a core at 3.7 GHz. Two traps there: `vpexpandb` waits for its destination, even to zero it (expanding
+// into one register again and again costs 6 cycles a vector: expand in place); and software prefetch, 0.5 to
+// 4 KiB ahead, makes the loop 5 to 20% slower, so there is none.
 // Above 8 tokens vectors are expanded once into the L1 cache, 128 at a time, and serve all blocks of 8
 // tokens.
 
@@ -166,12 +167,12 @@ inline void add_dense(const std::uint8_t* weights, int num_vectors, const std::u
     if (v < num_vectors) acc.add(0, _mm512_loadu_si512(weights), q);
 }
 
-// The next vector of a sparse stream, expanded; moves past its values.
+// The next vector of a sparse stream, expanded in place; moves past its values.
 inline __m512i expand(std::uint64_t mask, const std::uint8_t*& values) {
-    __m512i packed = _mm512_loadu_si512(values);
-    __asm__("" : "+v"(packed));  // keeps the compiler from folding the load into vpexpandb
+    __m512i vector = _mm512_loadu_si512(values);
+    __asm__("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(vector) : "Yk"(mask));
     values += _mm_popcnt_u64(mask);
-    return _mm512_maskz_expand_epi8(mask, packed);
+    return vector;
 }
 
 template <int T>
