@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ class Block:
 
     def _attention(self, hidden_BTD: Tensor) -> Tensor:
         """What o_proj is given: the heads' mixed values [B, T, A E]."""
-        attention = self.layer.self_attn
+        attention: Any = self.layer.self_attn
         positions_1T = torch.arange(hidden_BTD.shape[1]).unsqueeze(0)
         normed_BTD = self.layer.input_layernorm(hidden_BTD)
         o_proj, attention.o_proj = attention.o_proj, nn.Identity()

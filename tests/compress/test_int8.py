@@ -25,7 +25,8 @@ def test_activations_round_as_in_compressed_tensors() -> None:
     x_BTK = correlated(0, 64, 40).view(2, 32, 40) * torch.logspace(-20, 10, 32)[:, None]
     x_BTK[0, 3] = 0
     x_BTK[1, 5], x_BTK[1, 5, 7] = 0, -1e-45
-    arguments = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+    settings = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    arguments = QuantizationArgs.model_validate(settings)
     scale, zero_point = compute_dynamic_scales_and_zp(x_BTK, arguments, nn.Linear(1, 1))
     expected = fake_quantize(x_BTK, scale, zero_point, arguments)
     q, ours = quantize_tokens(x_BTK)

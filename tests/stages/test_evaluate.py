@@ -44,7 +44,7 @@ def reference_perplexity(model_dir: Path, text: str, num_rows: int | None = None
 def reference_completions(model_dir: Path, prompts: list[str], max_tokens: int) -> list[str]:
     """transformers' greedy generation, one prompt at a time."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     texts = []
     for prompt in prompts:
         encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -63,8 +63,9 @@ def parrot(tiny_llama: TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> P
     optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
     rows = [tokenizer(f"{prompt}{answer}\n").input_ids for prompt, answer in PAIRS.items()]
     for _ in range(80):
-        loss = sum(model(ids_1T, labels=ids_1T).loss for ids_1T in (torch.tensor([row]) for row in rows))
-        loss.backward()
+        for row in rows:
+            ids_1T = torch.tensor([row])
+            model(ids_1T, labels=ids_1T).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(path)
