@@ -8,7 +8,7 @@
 // Dense: 64 bytes of weights are one vector, 16 rows x 4 inputs; `vpdpbusd` adds 4 products to each of 16
 // rows. Sparse: 16 masks of 64 bits, then the nonzero bytes; `vpexpandb` puts a vector's bytes where its mask
 // has ones. On Zen 4 it takes 1.5 cycles, moving its mask to a mask register 1.0, a load across two cache
-// lines 0.5 more; the whole loop 3.4 a vector (3.0 on Emerald Rapids). At 70% zeros a vector is 27 bytes: 29
+// lines 0.5 more; the whole loop 3.3 a vector (3.0 on Emerald Rapids). At 70% zeros a vector is 27 bytes: 30
 // GB/s a core at 3.7 GHz. Two traps there: `vpexpandb` waits for its destination, even to zero it (expanding
 // into one register again and again costs 6 cycles a vector: expand in place); and software prefetch, 0.5 to
 // 4 KiB ahead, makes the loop 5 to 20% slower, so there is none.
@@ -169,6 +169,7 @@ inline void add_dense(const std::uint8_t* weights, int num_vectors, const std::u
 
 // The next vector of a sparse stream, expanded in place; moves past its values.
 inline __m512i expand(std::uint64_t mask, const std::uint8_t*& values) {
+    __asm__("" : "+r"(mask));  // one load of the mask for both of its uses
     __m512i vector = _mm512_loadu_si512(values);
     __asm__("vpexpandb %0, %0%{%1%}%{z%}" : "+v"(vector) : "Yk"(mask));
     values += _mm_popcnt_u64(mask);
