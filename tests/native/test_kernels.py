@@ -1,5 +1,8 @@
 """Every cell of the kernel table against NumPy in float64 or exact integers."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -132,3 +135,14 @@ def test_unknown_levels_and_unsupported_storage_are_errors(matrix: Callable) -> 
     found.layers["w"] |= {"storage": "sparse", "values": "f32"}
     with pytest.raises(UnsupportedError):
         _native.matmul("scalar", **found.arguments, x_TK=x_TK)
+
+
+@pytest.mark.parametrize("cap", ["scalar", "avx512", "avx9"])
+def test_the_environment_caps_the_level(cap: str) -> None:
+    code = "from gossamer import _native; print(_native.isa())"
+    environment = os.environ | {"GOSSAMER_ISA": cap, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if cap == "avx9":
+        assert ran.returncode != 0 and "ConfigError: found instruction set 'avx9'" in ran.stderr
+    else:
+        assert ran.stdout.strip() in {"scalar", cap}
