@@ -28,7 +28,7 @@ def small(model: Path, output: Path, text: Path, sparsity: float = 0.5) -> Prune
     return Prune(
         str(model),
         str(output),
-        sparsity,
+        sparsity=sparsity,
         dataset=(str(text),),
         num_calibration_samples=16,
         max_seq_length=64,
@@ -167,7 +167,7 @@ def test_no_worse_than_llm_compressor(
     """The setting of shared/data/README.md: 128 rows of 512 tokens, perplexity on the reserved slice."""
     calibration = str(shared_data / "text" / "tinystories-train-a.txt")
     source = str(shared_data / "models" / model)
-    job = Prune(source, str(tmp_path / "out"), sparsity, dataset=(calibration,), max_seq_length=512)
+    job = Prune(source, str(tmp_path / "out"), sparsity=sparsity, dataset=(calibration,), max_seq_length=512)
     torch.set_num_threads(os.cpu_count() or 1)
     prune(job)
     torch.set_num_threads(1)

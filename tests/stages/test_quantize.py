@@ -33,7 +33,7 @@ def small(model: Path, output: Path, text: Path) -> Quantize:
 
 def pruned(model: Path, output: Path, text: Path) -> Path:
     options = {"dataset": (str(text),), "num_calibration_samples": 16, "max_seq_length": 64}
-    prune(Prune(str(model), str(output), 0.7, **options))
+    prune(Prune(str(model), str(output), sparsity=0.7, **options))
     return output
 
 
@@ -139,7 +139,7 @@ def test_quantizing_twice_is_refused(tiny_llama: TinyLlama, text_file: Path, tmp
     with pytest.raises(UnsupportedError, match="already quantized"):
         quantize(small(Path(job.output_dir), tmp_path / "again", text_file))
     with pytest.raises(UnsupportedError, match="already quantized"):
-        prune(Prune(job.output_dir, str(tmp_path / "again"), 0.5, dataset=(str(text_file),)))
+        prune(Prune(job.output_dir, str(tmp_path / "again"), sparsity=0.5, dataset=(str(text_file),)))
     assert not (tmp_path / "again").exists()
 
 

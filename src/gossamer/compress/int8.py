@@ -35,10 +35,11 @@ def fake_quantize_tokens(x_TK: Tensor) -> Tensor:
 def row_scales(w_NK: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Scales [N, 1] of the weights' output rows, float32, to values that `dtype` holds exactly.
 
-    Whoever loads the model casts the scales to the model's type; so it changes nothing.
+    Whoever loads the model casts the scales to the model's type; so it changes nothing. Below 2^-18 float16
+    grows too coarse for a scale; smoothing makes rows that small.
     """
-    tiny = torch.finfo(dtype).tiny
-    return nonzero(w_NK.float().abs().amax(1, keepdim=True) / 127).clamp_min(tiny).to(dtype).float()
+    least = 2.0**-18 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    return nonzero(w_NK.float().abs().amax(1, keepdim=True) / 127).clamp_min(least).to(dtype).float()
 
 
 def quantize_weights(w: Tensor, scale: Tensor) -> Tensor:

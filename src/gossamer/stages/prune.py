@@ -26,11 +26,11 @@ class Prune:
 
     model: str = option(help="checkpoint directory", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
+    dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
     sparsity: float = option(
         0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
     )
     method: Literal["sparsegpt", "magnitude"] = option("sparsegpt", help="how weights are chosen")
-    dataset: tuple[str, ...] = option(("python:stdlib",), help="calibration text: SRC[@WEIGHT]...")
     num_calibration_samples: int = option(128, help="rows of calibration text")
     max_seq_length: int = option(2048, help="tokens a row; the model's context where that is shorter")
     block_size: int = option(128, help="inputs among which weights compete")

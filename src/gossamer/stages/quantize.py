@@ -28,11 +28,11 @@ class Quantize:
 
     model: str = option(help="checkpoint directory", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
+    dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
     scheme: Literal["W8A8"] = option("W8A8", help="INT8 weights per row, INT8 activations per token")
     smoothing_strength: float = option(
         0.8, help="how much of the activations' outliers moves into the weights"
     )
-    dataset: tuple[str, ...] = option(("python:stdlib",), help="calibration text: SRC[@WEIGHT]...")
     num_calibration_samples: int = option(128, help="rows of calibration text")
     max_seq_length: int = option(2048, help="tokens a row; the model's context where that is shorter")
     ignore: tuple[str, ...] = option(
