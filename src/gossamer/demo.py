@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from gossamer.tools.bench import CpuTour, cpu_tour
 
 HELD_OUT = "python:stdlib:held-out"
 NUM_DOCTESTS = 500
-PROMPTS = ('>>> sorted("hello")\n', ">>> max([31, 7, 58])\n", '>>> "python"[::-1]\n')
+PROMPTS = ('>>> sorted("hello")\n', '>>> "banana".replace("a", "o")\n', ">>> [7, 3, 9][::-1]\n")
 REPORT = "report.json"
 
 
@@ -77,12 +79,14 @@ class DemoResult:
 
     @property
     def closing(self) -> tuple[str, ...]:
-        body = json.dumps({"model": "model", "prompt": PROMPTS[0], "max_tokens": 16, "stop": ["\n"]})
+        body = {"model": "model", "prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0, "stop": ["\n"]}
+        program = "gossamer" if shutil.which("gossamer") else sys.argv[0]
         return (
             f"\n{self.seconds:.0f} s in all. Report: {self.report}   Picture: {self.picture}\n\nTry it:",
-            f"  gossamer run {self.packed} '>>> sorted(\"bca\")' --max-tokens 16",
-            f"  gossamer serve {self.packed}",
-            f"  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'",
+            f"  {program} run {self.packed} '>>> sorted(\"bca\")' --max-tokens 16",
+            f"  {program} serve {self.packed}",
+            f"  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' "
+            f"-d '{json.dumps(body)}'",
         )
 
 

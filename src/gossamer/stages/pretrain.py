@@ -22,7 +22,7 @@ class Pretrain:
 
     model: str = option(help="checkpoint directory", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
-    dataset: tuple[str, ...] = option(("python:stdlib",), help="training text: SRC[@WEIGHT]...")
+    dataset: tuple[str, ...] = option(help="training text: SRC[@WEIGHT]...")
     num_tokens: int = option(10_000_000, help="tokens to train on; sources that are shorter begin again")
     max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
     batch_tokens: int = option(16_384, help="tokens an optimizer step")
