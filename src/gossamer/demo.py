@@ -18,7 +18,7 @@ from gossamer.tools.bench import CpuTour, cpu_tour
 
 HELD_OUT = "python:stdlib:held-out"
 NUM_DOCTESTS = 500
-PROMPTS = ('>>> sorted("hello")\n', '>>> "banana".replace("a", "o")\n', ">>> [7, 3, 9][::-1]\n")
+PROMPTS = ('>>> sorted("lamp")\n', '>>> "sassy".replace("s", "t")\n', '>>> "python"[::-1]\n')
 REPORT = "report.json"
 
 
