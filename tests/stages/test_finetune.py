@@ -57,7 +57,6 @@ def test_learns_answers_and_keeps_zeros(tiny_llama: Llamas, sparse: Path, tmp_pa
     before, after = Checkpoint.open(sparse), Checkpoint.open(tmp_path / "out")
     for name in before.linears:
         assert not after.float32(f"{name}.weight")[before.zeros(f"{name}.weight")].any()
-    assert result.num_examples == 16
     assert result.sparsity == pytest.approx(0.6, abs=0.01)
     assert after.manifest is not None
     assert after.manifest["metrics"]["num_examples"] == 16

@@ -1,6 +1,7 @@
 """Rows of tokens and the trainer that eats them, against transformers run example by example."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,18 @@ from transformers import LlamaForCausalLM
 
 from gossamer.errors import ConfigError
 from gossamer.report import Event, quiet
+from gossamer.stages.pretrain import Pretrain
 from gossamer.training.rows import Example, next_token_rows, packed_rows
-from gossamer.training.trainer import Recipe, train
+from gossamer.training.trainer import train
 
-RECIPE = Recipe(
-    stage="test",
-    batch_rows=4,
+JOB = Pretrain(
+    "model",
+    "out",
+    ("text",),
+    batch_tokens=128,
     learning_rate=1e-3,
     warmup_ratio=0.0,
-    schedule="linear",
     weight_decay=0.0,
-    max_grad_norm=1.0,
-    seed=0,
     precision="f32",
 )
 
@@ -44,10 +45,6 @@ def examples(count: int) -> list[Example]:
         answer = generator.integers(2, 320, generator.integers(1, 7)).tolist()
         made.append((prompt + answer, [-100] * len(prompt) + answer))
     return made
-
-
-def changed(recipe: Recipe, **changes: Any) -> Recipe:
-    return Recipe(**(vars(recipe) | changes))
 
 
 @given(
@@ -84,9 +81,8 @@ def test_packed_loss_equals_example_by_example(model: LlamaForCausalLM) -> None:
         summed += float(cross_entropy(logits_TV[:-1], torch.tensor(labels[1:]), reduction="sum"))
         count += sum(label != -100 for label in labels[1:])
     with torch.enable_grad():
-        history = train(
-            copy.deepcopy(model), packed_rows(made, 32, 1, seed=0), changed(RECIPE, batch_rows=12), quiet
-        )
+        job = replace(JOB, batch_tokens=12 * 32)
+        history = train("test", job, copy.deepcopy(model), packed_rows(made, 32, 1, seed=0), quiet)
     assert len(history.losses) == 1
     assert history.losses[0] == pytest.approx(summed / count, rel=1e-5)
     assert history.num_tokens == sum(len(ids) for ids, _ in made)
@@ -108,9 +104,9 @@ def test_packed_teacher_sees_the_same_and_padding_does_not_count(model: LlamaFor
             )
             errors += [float((s - t).square().sum()) for s, t in zip(ours, theirs, strict=True)]
             squares += [float(t.square().sum()) for t in theirs]
-    recipe = changed(RECIPE, batch_rows=6)
-    alone = train(copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), recipe, quiet)
-    taught = train(model, packed_rows(made, 24, 1, seed=0), recipe, quiet, teacher)
+    job = replace(JOB, batch_tokens=6 * 24)
+    alone = train("test", job, copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), quiet)
+    taught = train("test", job, model, packed_rows(made, 24, 1, seed=0), quiet, teacher)
     assert taught.losses[0] - alone.losses[0] == pytest.approx((errors / squares).sum(), rel=1e-4)
 
 
@@ -118,8 +114,8 @@ def test_training_is_deterministic_and_learns(model: LlamaForCausalLM) -> None:
     rows = next_token_rows(iter(np.tile(np.arange(2, 34), (64, 1))), 64)
     twin = copy.deepcopy(model)
     events: list[Event] = []
-    first = train(model, rows, RECIPE, events.append)
-    second = train(twin, rows, RECIPE, quiet)
+    first = train("test", JOB, model, rows, events.append)
+    second = train("test", JOB, twin, rows, quiet)
     assert first.losses == second.losses
     assert len(first.losses) == 16 and first.losses[-1] < 0.7 * first.losses[0]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
@@ -129,8 +125,8 @@ def test_training_is_deterministic_and_learns(model: LlamaForCausalLM) -> None:
 
 def test_bf16_is_near_float32(model: LlamaForCausalLM) -> None:
     rows = next_token_rows(iter(np.tile(np.arange(2, 34), (16, 1))), 16)
-    exact = train(copy.deepcopy(model), rows, RECIPE, quiet)
-    rounded = train(model, rows, changed(RECIPE, precision="bf16"), quiet)
+    exact = train("test", JOB, copy.deepcopy(model), rows, quiet)
+    rounded = train("test", replace(JOB, precision="bf16"), model, rows, quiet)
     assert rounded.losses == pytest.approx(exact.losses, rel=0.03)
     assert rounded.losses != exact.losses
     assert model.lm_head.weight.dtype == torch.float32
@@ -141,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops(model: LlamaForCausalLM) -> None:
     with pytest.raises(
         ConfigError, match=r"step \d+: the loss is (nan|inf).*--learning-rate \(it is 1e\+18\)"
     ):
-        train(model, rows, changed(RECIPE, learning_rate=1e18), quiet)
+        train("test", replace(JOB, learning_rate=1e18), model, rows, quiet)
 
 
 def test_nothing_is_left_in_the_temporary_folder(
@@ -149,5 +145,5 @@ def test_nothing_is_left_in_the_temporary_folder(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     rows = next_token_rows(iter(np.tile(np.arange(2, 34), (4, 1))), 4)
-    train(model, rows, RECIPE, quiet)
+    train("test", JOB, model, rows, quiet)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """`finetune`: supervised training on answers, beside a dense teacher; zeros stay zeros."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.rows import Example, Rows, packed_rows
-from gossamer.training.trainer import Recipe, train
+from gossamer.training.trainer import TrainingResult, check_options, train
 
 ROW_LENGTH = 128
 
@@ -45,24 +44,9 @@ class Finetune:
     overwrite: bool = option(False, help="replace the output directory")
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """`losses`: one per optimizer step, the teacher's part included."""
-
-    output_dir: str
-    sparsity: float
-    num_examples: int
-    num_tokens: int
-    num_steps: int
-    loss_first: float
-    loss_last: float
-    tokens_per_s: float
-    seconds: float
-    losses: tuple[float, ...]
-
-
-def finetune(job: Finetune, progress: Progress = quiet) -> FinetuneResult:
+def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
+    check_options(job)
     _check(job)
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
@@ -71,33 +55,11 @@ def finetune(job: Finetune, progress: Progress = quiet) -> FinetuneResult:
         model = load_model(source)
         examples = _examples(job, source, progress)
         rows = _rows(job, examples)
-        recipe = Recipe(
-            stage="finetune",
-            batch_rows=max(1, job.batch_tokens // rows.input_ids_ST.shape[1]),
-            learning_rate=job.learning_rate,
-            warmup_ratio=job.warmup_ratio,
-            schedule=job.lr_schedule,
-            weight_decay=job.weight_decay,
-            max_grad_norm=job.max_grad_norm,
-            seed=job.seed,
-            precision=job.precision,
-        )
-        history = train(model, rows, recipe, progress, teacher)
+        history = train("finetune", job, model, rows, progress, teacher)
         write_model(model, target)
-        target.num_threads, metrics = history.num_threads, history.metrics()
-        target.metrics.update(metrics, num_examples=len(examples))
-    return FinetuneResult(
-        output_dir=job.output_dir,
-        sparsity=Checkpoint.open(job.output_dir).sparsity(),
-        num_examples=len(examples),
-        num_tokens=history.num_tokens,
-        num_steps=len(history.losses),
-        loss_first=metrics["loss_first"],
-        loss_last=metrics["loss_last"],
-        tokens_per_s=metrics["tokens_per_s"],
-        seconds=metrics["seconds"],
-        losses=history.losses,
-    )
+        target.num_threads = history.num_threads
+        target.metrics.update(history.metrics(), num_examples=len(examples))
+    return history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity())
 
 
 def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> list[Example]:
@@ -128,13 +90,5 @@ def _check(job: Finetune) -> None:
         )
     if job.distill == "none" and job.teacher is not None:
         raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
-    if job.num_train_epochs < 1 or job.max_length < 2 or job.batch_tokens < 1:
-        raise ConfigError(
-            f"--num-train-epochs {job.num_train_epochs}, --max-length {job.max_length}, "
-            f"--batch-tokens {job.batch_tokens}: expected at least 1, 2 and 1"
-        )
-    if not (job.learning_rate > 0 and math.isfinite(job.learning_rate)) or not 0 <= job.warmup_ratio < 1:
-        raise ConfigError(
-            f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
-            "expected a rate above 0 and a ratio in [0, 1)"
-        )
+    if job.num_train_epochs < 1:
+        raise ConfigError(f"--num-train-epochs {job.num_train_epochs}: expected at least 1")

@@ -13,7 +13,7 @@ from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.rows import Rows, next_token_rows
-from gossamer.training.trainer import Recipe, train
+from gossamer.training.trainer import TrainingResult, check_options, train
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,9 @@ class Pretrain:
     offline: bool = option(False, help="never touch the network")
 
 
-@dataclass(frozen=True)
-class PretrainResult:
-    """`losses`: one per optimizer step, the teacher's part included."""
-
-    output_dir: str
-    sparsity: float
-    num_tokens: int
-    num_steps: int
-    loss_first: float
-    loss_last: float
-    tokens_per_s: float
-    seconds: float
-    losses: tuple[float, ...]
-
-
-def pretrain(job: Pretrain, progress: Progress = quiet) -> PretrainResult:
+def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
+    check_options(job)
     _check(job)
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
@@ -64,33 +50,11 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> PretrainResult:
         target.data = [manifest(parse_weight(name)[0]) for name in job.dataset]
         model = load_model(source)
         rows = _rows(job, source, progress)
-        batch_rows = max(1, job.batch_tokens // rows.input_ids_ST.shape[1])
-        recipe = Recipe(
-            stage="pretrain",
-            batch_rows=batch_rows,
-            learning_rate=job.learning_rate,
-            warmup_ratio=job.warmup_ratio,
-            schedule=job.lr_schedule,
-            weight_decay=job.weight_decay,
-            max_grad_norm=job.max_grad_norm,
-            seed=job.seed,
-            precision=job.precision,
-        )
-        history = train(model, rows, recipe, progress, teacher)
+        history = train("pretrain", job, model, rows, progress, teacher)
         write_model(model, target)
-        target.num_threads, metrics = history.num_threads, history.metrics()
-        target.metrics.update(metrics)
-    return PretrainResult(
-        output_dir=job.output_dir,
-        sparsity=Checkpoint.open(job.output_dir).sparsity(),
-        num_tokens=history.num_tokens,
-        num_steps=len(history.losses),
-        loss_first=metrics["loss_first"],
-        loss_last=metrics["loss_last"],
-        tokens_per_s=metrics["tokens_per_s"],
-        seconds=metrics["seconds"],
-        losses=history.losses,
-    )
+        target.num_threads = history.num_threads
+        target.metrics.update(history.metrics())
+    return history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity())
 
 
 def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:
@@ -103,13 +67,5 @@ def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:
 
 
 def _check(job: Pretrain) -> None:
-    if job.num_tokens < 1 or job.max_length < 2 or job.batch_tokens < 1:
-        raise ConfigError(
-            f"--num-tokens {job.num_tokens}, --max-length {job.max_length}, "
-            f"--batch-tokens {job.batch_tokens}: expected at least 1, 2 and 1"
-        )
-    if not (job.learning_rate > 0 and math.isfinite(job.learning_rate)) or not 0 <= job.warmup_ratio < 1:
-        raise ConfigError(
-            f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
-            "expected a rate above 0 and a ratio in [0, 1)"
-        )
+    if job.num_tokens < 1:
+        raise ConfigError(f"--num-tokens {job.num_tokens}: expected at least 1")

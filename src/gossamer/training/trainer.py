@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,42 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 EAGER_ROW_LENGTH = 512
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: what `pretrain` and `finetune` have in common. Rows are taken in their order, once."""
+class Options(Protocol):
+    """The options that `pretrain` and `finetune` have in common."""
 
-    stage: str
-    batch_rows: int
-    learning_rate: float
-    warmup_ratio: float
-    schedule: Schedule
-    weight_decay: float
-    max_grad_norm: float
-    seed: int
-    precision: Precision
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def batch_tokens(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_ratio(self) -> float: ...
+    @property
+    def lr_schedule(self) -> Schedule: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training stage returns. `losses`: one per optimizer step, the teacher's part included."""
+
+    output_dir: str
+    sparsity: float
+    num_tokens: int
+    num_steps: int
+    loss_first: float
+    loss_last: float
+    tokens_per_s: float
+    seconds: float
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -63,11 +86,30 @@ class History:
             "precision": self.precision,
         }
 
+    def result(self, output_dir: str, sparsity: float) -> TrainingResult:
+        """The stage's result, for its caller."""
+        figures = {name: value for name, value in self.metrics().items() if name != "precision"}
+        return TrainingResult(output_dir, sparsity, losses=self.losses, **figures)
+
+
+def check_options(job: Options) -> None:
+    """Raise ConfigError for numbers that mean nothing."""
+    if job.max_length < 2 or job.batch_tokens < 1:
+        raise ConfigError(
+            f"--max-length {job.max_length}, --batch-tokens {job.batch_tokens}: expected at least 2 and 1"
+        )
+    if not (job.learning_rate > 0 and math.isfinite(job.learning_rate)) or not 0 <= job.warmup_ratio < 1:
+        raise ConfigError(
+            f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
+            "expected a rate above 0 and a ratio in [0, 1)"
+        )
+
 
 def train(
+    stage: str,
+    job: Options,
     model: LlamaForCausalLM,
     rows: Rows,
-    recipe: Recipe,
     progress: Progress,
     teacher: LlamaForCausalLM | None = None,
 ) -> History:
@@ -78,14 +120,14 @@ def train(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
         raise UnsupportedError("found several processes or GPUs; use one (CUDA_VISIBLE_DEVICES, no torchrun)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = choose_precision(recipe.precision, device)
+    precision = choose_precision(job.precision, device)
     for llama in (model, teacher):
         if llama is not None:
             eager = device == "cpu" and precision == "bf16" and rows.input_ids_ST.shape[1] <= EAGER_ROW_LENGTH
             llama.set_attn_implementation("eager" if eager else "sdpa")
-    monitor = _Monitor(recipe.stage, progress)
+    monitor = _Monitor(stage, progress)
     with tempfile.TemporaryDirectory(prefix="gossamer-") as scratch:
-        arguments = _arguments(rows, recipe, device, precision, scratch)
+        arguments = _arguments(rows, job, device, precision, scratch)
         trainer = _RowTrainer(model, arguments, rows, callbacks=[MaskCallback(), monitor])
         trainer.remove_callback(PrinterCallback)
         if teacher is not None:
@@ -107,24 +149,25 @@ def choose_precision(wanted: Precision, device: str) -> Literal["f32", "bf16"]:
     return "bf16" if fast else "f32"
 
 
-def _arguments(rows: Rows, recipe: Recipe, device: str, precision: str, scratch: str) -> TrainingArguments:
-    micro_rows = _micro_rows(recipe.batch_rows, rows.input_ids_ST.shape[1], MICRO_BATCH_TOKENS[device])
-    num_steps = math.ceil(len(rows) / recipe.batch_rows)
+def _arguments(rows: Rows, job: Options, device: str, precision: str, scratch: str) -> TrainingArguments:
+    batch_rows = max(1, job.batch_tokens // rows.input_ids_ST.shape[1])
+    micro_rows = _micro_rows(batch_rows, rows.input_ids_ST.shape[1], MICRO_BATCH_TOKENS[device])
+    num_steps = math.ceil(len(rows) / batch_rows)
     return TrainingArguments(
         output_dir=scratch,
         num_train_epochs=1,
         per_device_train_batch_size=micro_rows,
-        gradient_accumulation_steps=recipe.batch_rows // micro_rows,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
-        warmup_steps=round(recipe.warmup_ratio * num_steps),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
+        gradient_accumulation_steps=batch_rows // micro_rows,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type=job.lr_schedule,
+        warmup_steps=round(job.warmup_ratio * num_steps),
+        weight_decay=job.weight_decay,
+        max_grad_norm=job.max_grad_norm,
         adam_beta2=0.95,
         optim="adamw_torch_fused",
         bf16=precision == "bf16",
         use_cpu=device == "cpu",
-        seed=recipe.seed,
+        seed=job.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
