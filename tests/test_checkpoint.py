@@ -128,6 +128,21 @@ def test_an_interrupted_stage_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_failing_copy_leaves_nothing(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    with (
+        pytest.raises(OSError, match="No space"),
+        Checkpoint.open(tiny_llama("llama2")).derive(tmp_path / "out", Copy(), stage="x"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_forgotten_tensor_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = Checkpoint.open(tiny_llama("llama2"))
     with (

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.engine import LLM, SamplingParams
+from gossamer.errors import ConfigError
 from gossamer.pipeline import Compress, compress
 
 STAGES = ["prune", "pretrain", "prune", "pretrain", "finetune", "quantize", "pack"]
@@ -46,6 +47,12 @@ def job(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     assert result.sparsity >= 0.699
     assert result.num_bytes == Path(result.packed).stat().st_size
     return made
+
+
+def test_a_foreign_directory_is_refused(job: Compress, tmp_path: Path) -> None:
+    (tmp_path / "1-prune").mkdir()
+    with pytest.raises(ConfigError, match="not made by compress"):
+        compress(dataclasses.replace(job, output_dir=str(tmp_path)))
 
 
 def test_zeros_only_grow_and_every_directory_loads(job: Compress) -> None:

@@ -92,10 +92,6 @@ class Llama:
         shapes = ((q, D), (kv, D), (kv, D), (D, q), (F, D), (F, D), (D, F))
         return {f"model.layers.{layer}.{name}": shape for name, shape in zip(LINEARS, shapes, strict=True)}
 
-    def linear_groups(self, layer: int) -> list[list[str]]:
-        """The linears that share an input: q,k,v | o | gate,up | down."""
-        return [[f"model.layers.{layer}.{name}" for name in group] for group in GROUPS]
-
     def linear_names(self) -> list[str]:
         """Every decoder linear of the model, layer by layer (only these are ever pruned)."""
         return [name for layer in range(self.num_layers) for name in self.linear_shapes(layer)]

@@ -130,20 +130,22 @@ class Checkpoint:
         refuse_existing(output, overwrite)
         if output.exists() and output.resolve() == self.path.resolve():
             raise ConfigError(f"{output} is the input directory; give another --output-dir")
-        target = Derived(self, output, record(job), stage)
+        partial = output.with_name(output.name + ".partial")
         try:
+            target = Derived(self, output, partial, record(job), stage)
             yield target
             target._finish()
         finally:
-            shutil.rmtree(target.path, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 class Derived:
     """A child directory in the making, at `path` (`OUT.partial`)."""
 
-    def __init__(self, parent: Checkpoint, output: Path, job: dict[str, Any], stage: str) -> None:
-        self.parent, self.output, self.job, self.stage = parent, output, job, stage
-        self.path = output.with_name(output.name + ".partial")
+    def __init__(
+        self, parent: Checkpoint, output: Path, partial: Path, job: dict[str, Any], stage: str
+    ) -> None:
+        self.parent, self.output, self.path, self.job, self.stage = parent, output, partial, job, stage
         self.config = dict(parent.config)
         self.metrics: dict[str, Any] = {}
         self.data: list[dict[str, Any]] = []

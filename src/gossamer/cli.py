@@ -79,7 +79,7 @@ def call(arguments: list[str]) -> int:
     except GossamerError as error:
         return fail(str(error), 2)
     except KeyboardInterrupt:
-        return fail("interrupted; no partial output was left", 130)
+        return fail("interrupted", 130)
     except (OSError, MemoryError) as error:
         return fail(f"the environment failed: {error or 'out of memory'}", 1)
     except ModuleNotFoundError as error:

@@ -72,7 +72,10 @@ def calibration_rows(
     Raises CalibrationError where the text is too short.
     """
     names = [source] if isinstance(source, str) else list(source)
-    texts = documents(names[0], offline=offline) if len(names) == 1 else mixture(names, 0, offline=offline)
+    if len(names) == 1:
+        texts = documents(parse_weight(names[0])[0], offline=offline)
+    else:
+        texts = mixture(names, 0, offline=offline)
     rows: list[np.ndarray] = []
     num_tokens = 0
     for text in texts:

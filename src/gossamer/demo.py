@@ -90,14 +90,17 @@ class DemoResult:
         )
 
 
-def demo(job: Demo, progress: Progress = quiet) -> DemoResult:
+def demo(
+    job: Demo, progress: Progress = quiet, *, cpu_seconds: float = 30, size: recovery.Size = recovery.WHOLE
+) -> DemoResult:
     """Run the tour; `output_dir` may be a former demo's, which is replaced."""
     start, output = time.monotonic(), Path(job.output_dir)
     if output.exists() and any(output.iterdir()) and not (output / REPORT).exists():
         raise ConfigError(f"{output} exists and holds no demo; give another --output-dir")
     output.mkdir(parents=True, exist_ok=True)
-    cpu = cpu_tour(progress)
-    models = recovery.recover(recovery.SHIPPED, output / "models", job.seed, progress)
+    (output / REPORT).write_text("{}\n", encoding="utf-8")  # an interrupted demo may be run again
+    cpu = cpu_tour(progress, cpu_seconds)
+    models = recovery.recover(recovery.SHIPPED, output / "models", job.seed, progress, size)
     rows = measure(models, job.seed, progress)
     result = DemoResult(
         cpu=cpu,

@@ -1,6 +1,7 @@
 """Whole runs made of stages: `compress` takes a dense directory to a packed file; what stands is skipped."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,12 @@ class CompressResult:
 
 
 def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
-    """Run every step whose output does not stand already; raises what the stages raise."""
-    output = Path(job.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; --output-dir takes a directory")
+    """Run every step whose output does not stand already; raises what the stages raise.
+
+    Only a directory that an earlier `compress` made is written into.
+    """
     steps = plan(job)
+    claim(Path(job.output_dir), job)
     ran = [(step.stage, str(step.output), "ran" if run(step, progress) else "stood") for step in steps]
     packed = steps[-1].output
     return CompressResult(
@@ -72,6 +74,15 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
         dense_bytes=sum(entry.num_bytes for entry in Checkpoint.open(job.model).entries.values()),
         stages=ran,
     )
+
+
+def claim(output: Path, job: Compress) -> None:
+    """Mark the directory as ours; raises ConfigError for one that holds anything else's files."""
+    mark = output / "compress.json"
+    if output.exists() and not mark.exists() and (output.is_file() or any(output.iterdir())):
+        raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
+    output.mkdir(parents=True, exist_ok=True)
+    mark.write_text(json.dumps(record(job), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ def plan(job: Compress) -> list[Step]:
         "max_seq_length": job.max_seq_length,
         "offline": job.offline,
     }
-    two_steps = job.pretrain_dataset and job.sparsity > 0.5
+    two_steps = job.pretrain_dataset and job.sparsity > 0.5 > Checkpoint.open(job.model).sparsity()
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
         add(prune, Prune, sparsity=sparsity, **calibration)
         if job.pretrain_dataset:

@@ -26,13 +26,23 @@ from gossamer.stages.quantize import Quantize, quantize
 SHIPPED = Path(__file__).parent / "models" / "python-llama"
 CALIBRATION = ("python:doctests@3", "python:stdlib@1")
 TEXT = ("python:doctests@3", "python:stdlib@1")
-EXAMPLES = "python:doctests:14000"
-NUM_REPLAY_PIECES, REPLAY_CHARACTERS = 1000, 300
-NUM_TOKENS = 300_000
+REPLAY_CHARACTERS = 300
 ROW_TOKENS = 128
 BATCH_TOKENS = 2048
 PRETRAIN_RATE, FINETUNE_RATE = 5e-4, 5e-4
-NUM_CALIBRATION_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much data each step sees; the defaults win the accuracy back in about three minutes."""
+
+    num_tokens: int = 300_000
+    num_examples: int = 14_000
+    num_replay_pieces: int = 1000
+    num_calibration_samples: int = 256
+
+
+WHOLE = Size()
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ class Models:
     packed: Path
 
 
-def recover(dense: Path, output: Path, seed: int = 0, progress: Progress = quiet) -> Models:
+def recover(
+    dense: Path, output: Path, seed: int = 0, progress: Progress = quiet, size: Size = WHOLE
+) -> Models:
     """Run the whole path and its control; existing outputs are replaced."""
     names = ("control", "one-shot-70", "recovered-70", "quantized-70", "model.goss")
     models = Models(dense, *(output / name for name in names))
@@ -55,34 +67,34 @@ def recover(dense: Path, output: Path, seed: int = 0, progress: Progress = quiet
         output / name for name in ("pruned-50", "pretrained-50", "pruned-70")
     )
     with _other_process() as other:
-        control = other.submit(train_control, dense, output, seed)
+        control = other.submit(train_control, dense, output, seed, size)
         with _one_thread():
-            _prune(dense, models.one_shot, 0.7, progress)
-            _prune(dense, pruned_50, 0.5, progress)
-            _pretrain(pruned_50, pretrained_50, seed, progress)
-            _prune(pretrained_50, pruned_70, 0.7, progress)
-            _finetune(pruned_70, models.recovered, dense, seed, progress)
+            _prune(dense, models.one_shot, 0.7, size, progress)
+            _prune(dense, pruned_50, 0.5, size, progress)
+            _pretrain(pruned_50, pretrained_50, seed, size, progress)
+            _prune(pretrained_50, pruned_70, 0.7, size, progress)
+            _finetune(pruned_70, models.recovered, dense, seed, size, progress)
         control.result()
-    _quantize(models.recovered, models.quantized, progress)
+    _quantize(models.recovered, models.quantized, size, progress)
     pack(Pack(str(models.quantized), str(models.packed), overwrite=True), progress)
     return models
 
 
-def train_control(dense: Path, output: Path, seed: int) -> None:
+def train_control(dense: Path, output: Path, seed: int, size: Size) -> None:
     """The dense model through the same pretraining and fine-tuning: what the extra tokens alone are worth."""
     with _one_thread():
-        _pretrain(dense, output / "control-pretrained", seed, quiet)
-        _finetune(output / "control-pretrained", output / "control", None, seed, quiet)
+        _pretrain(dense, output / "control-pretrained", seed, size, quiet)
+        _finetune(output / "control-pretrained", output / "control", None, seed, size, quiet)
 
 
-def _prune(model: Path, output: Path, sparsity: float, progress: Progress) -> None:
+def _prune(model: Path, output: Path, sparsity: float, size: Size, progress: Progress) -> None:
     prune(
         Prune(
             str(model),
             str(output),
             sparsity=sparsity,
             dataset=CALIBRATION,
-            num_calibration_samples=NUM_CALIBRATION_SAMPLES,
+            num_calibration_samples=size.num_calibration_samples,
             max_seq_length=ROW_TOKENS,
             overwrite=True,
         ),
@@ -90,13 +102,13 @@ def _prune(model: Path, output: Path, sparsity: float, progress: Progress) -> No
     )
 
 
-def _pretrain(model: Path, output: Path, seed: int, progress: Progress) -> None:
+def _pretrain(model: Path, output: Path, seed: int, size: Size, progress: Progress) -> None:
     pretrain(
         Pretrain(
             str(model),
             str(output),
             dataset=TEXT,
-            num_tokens=NUM_TOKENS,
+            num_tokens=size.num_tokens,
             max_length=ROW_TOKENS,
             batch_tokens=BATCH_TOKENS,
             learning_rate=PRETRAIN_RATE,
@@ -107,15 +119,17 @@ def _pretrain(model: Path, output: Path, seed: int, progress: Progress) -> None:
     )
 
 
-def _finetune(model: Path, output: Path, teacher: Path | None, seed: int, progress: Progress) -> None:
+def _finetune(
+    model: Path, output: Path, teacher: Path | None, seed: int, size: Size, progress: Progress
+) -> None:
     """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""
     replay = output.with_suffix(".jsonl")
-    write_completions(replay, "python:stdlib", NUM_REPLAY_PIECES, seed, REPLAY_CHARACTERS)
+    write_completions(replay, "python:stdlib", size.num_replay_pieces, seed, REPLAY_CHARACTERS)
     finetune(
         Finetune(
             str(model),
             str(output),
-            dataset=(f"{EXAMPLES}:{seed}", str(replay)),
+            dataset=(f"python:doctests:{size.num_examples}:{seed}", str(replay)),
             teacher=str(teacher) if teacher else None,
             distill="squarehead" if teacher else "none",
             num_train_epochs=1,
@@ -129,13 +143,13 @@ def _finetune(model: Path, output: Path, teacher: Path | None, seed: int, progre
     )
 
 
-def _quantize(model: Path, output: Path, progress: Progress) -> None:
+def _quantize(model: Path, output: Path, size: Size, progress: Progress) -> None:
     quantize(
         Quantize(
             str(model),
             str(output),
             dataset=CALIBRATION,
-            num_calibration_samples=NUM_CALIBRATION_SAMPLES,
+            num_calibration_samples=size.num_calibration_samples,
             max_seq_length=ROW_TOKENS,
             overwrite=True,
         ),

@@ -44,7 +44,7 @@ def test_calibration_takes_the_head_and_says_how_much_is_missing(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(TEXTS))
-    rows = calibration_rows(str(tmp_path / "a.txt"), tokenizer, 2, 8)
+    rows = calibration_rows(f"{tmp_path / 'a.txt'}@2", tokenizer, 2, 8)
     head = [tokenizer.bos_id, *tokenizer.encode(TEXTS[0].strip("\n"), bos=False)][:16]
     assert rows.shape == (2, 8) and rows.dtype == np.int64
     np.testing.assert_array_equal(rows.reshape(-1)[: len(head)], head)

@@ -28,7 +28,6 @@ from gossamer.server.wire import (
 from gossamer.server.worker import Worker
 
 NO_CACHE = {"cache-control": "no-cache"}
-NO_CACHE = {"cache-control": "no-cache"}
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 
 

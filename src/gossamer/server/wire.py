@@ -61,7 +61,7 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
-class Common(Struct, forbid_unknown_fields=True, kw_only=True):
+class CompletionFields(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields that both kinds of completion share."""
 
     model: str
@@ -126,7 +126,7 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
         return {"role": self.role, "content": content, "name": self.name}
 
 
-class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
+class ChatRequest(CompletionFields, forbid_unknown_fields=True, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
     top_logprobs: Any = None
@@ -147,7 +147,7 @@ class ChatRequest(Common, forbid_unknown_fields=True, kw_only=True):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class CompletionRequest(Common, forbid_unknown_fields=True, kw_only=True):
+class CompletionRequest(CompletionFields, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[Any]
     best_of: Any = None
     echo: Any = None

@@ -9,10 +9,8 @@ from gossamer.checkpoint import Checkpoint, refuse_existing
 from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.packed import EMBEDDING, Packed
-from gossamer.packing import cached_pack, pack_checkpoint
+from gossamer.packing import pack_checkpoint
 from gossamer.report import Progress, Table, quiet
-
-__all__ = ["Pack", "PackResult", "StoredAs", "cached_pack", "pack"]
 
 
 @dataclass(frozen=True)

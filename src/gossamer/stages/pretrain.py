@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gossamer.checkpoint import Checkpoint
-from gossamer.data import manifest, mixture, parse_weight, token_rows
+from gossamer.data import manifest, mixture, token_rows
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import ConfigError
 from gossamer.job import option
@@ -47,7 +47,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
     with source.derive(job.output_dir, job, stage="pretrain", overwrite=job.overwrite) as target:
-        target.data = [manifest(parse_weight(name)[0]) for name in job.dataset]
+        target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)
         rows = _rows(job, source, progress)
         history = train("pretrain", job, model, rows, progress, teacher)

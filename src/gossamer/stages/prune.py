@@ -1,7 +1,7 @@
 """`prune`: zeros in the decoder's linear weights, in one shot and without training."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -74,9 +74,10 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         ids_BT = calibration_ids(source, job)
         hidden_BTD, parent_BTD = embed(source, ids_BT), embed(source, ids_BT)
         for block, parent in zip(blocks(source), blocks(source), strict=True):
+            # A walk leaves the layer's output in its hidden states.
             walks = zip(block.walk(hidden_BTD), parent.walk(parent_BTD), strict=True)
             for (group, inputs), (_, parent_inputs) in walks:
-                prune_group(group, *hessians(zip(inputs, parent_inputs, strict=True)), job)
+                prune_group(group, zip(inputs, parent_inputs, strict=True), job)
                 done += len(group)
                 progress(Event("prune", next(iter(group)), done, total, {"error": (errors or [0.0])[-1]}))
             errors.append(((hidden_BTD - parent_BTD).square().mean() / parent_BTD.square().mean()).item())
@@ -88,12 +89,13 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     return PruneResult(job.output_dir, sparsity, errors, ids_BT.numel(), seconds)
 
 
-def prune_group(group: Mapping[str, nn.Linear], H_KK: Tensor, C_KK: Tensor, job: Prune) -> None:
-    """Prune the linears that share an input, in place."""
+def prune_group(group: Mapping[str, nn.Linear], inputs: Iterable[tuple[Tensor, Tensor]], job: Prune) -> None:
+    """Prune the linears that share an input, in place; `inputs` are pieces of ours and of the parent's."""
     if job.method == "magnitude":
         for linear in group.values():
             linear.weight.data = magnitude(linear.weight.data, job.sparsity)
         return
+    H_KK, C_KK = hessians(inputs)
     factor = inverse_factor(H_KK, job.dampening_frac, name=", ".join(group))
     for linear in group.values():
         w_NK = linear.weight.data

@@ -133,7 +133,8 @@ def smooth(
             scale_N = value_rows(scale_K, *heads) if over_attention else scale_K
             producer.weight.data /= scale_N[:, None]
         else:
-            dtype = stored_dtype(source, block, "input_layernorm")
+            first = producer is layer.input_layernorm
+            dtype = stored_dtype(source, block, "input_layernorm" if first else "post_attention_layernorm")
             producer.weight.data, scale_K = divide_norm(producer.weight.data, scale_K, dtype)
         for linear in group.values():
             linear.weight.data *= scale_K
