@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from gossamer import cli
+from gossamer.engine import LLM, SamplingParams
+from gossamer.recovery import SHIPPED
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune
 
@@ -55,3 +57,19 @@ def test_json_prints_objects_only(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[-1]["result"]["num_bytes"] == (tmp_path / "m.goss").stat().st_size
     assert all(set(line) <= {"event", "result"} for line in lines)
+
+
+def test_run_completes_and_chats(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plain text is the engine's own; a chat goes through the template, and a model without one says so."""
+    goss = str(tmp_path / "m.goss")
+    assert cli.call(["pack", str(tiny_llama("llama2")), "-o", goss]) == 0
+    capsys.readouterr()
+    assert cli.call(["run", goss, "def f", "--max-tokens", "6"]) == 0
+    [expected] = LLM(goss).generate("def f", SamplingParams(max_tokens=6))
+    assert capsys.readouterr().out == expected.text + "\n"
+    assert cli.call(["run", goss, "hello", "--chat"]) == 2
+    assert "template" in capsys.readouterr().err
+    assert cli.call(["run", str(SHIPPED), "1 + 2", "--chat", "--max-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip() == "3"

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def recover(
             _prune(pretrained_50, pruned_70, 0.7, size, progress)
             _finetune(pruned_70, models.recovered, dense, seed, size, progress)
         control.result()
-    _quantize(models.recovered, models.quantized, size, progress)
+    quantize(Quantize(str(models.recovered), str(models.quantized), **_calibration(size)), progress)
     pack(Pack(str(models.quantized), str(models.packed), overwrite=True), progress)
     return models
 
@@ -87,19 +88,17 @@ def train_control(dense: Path, output: Path, seed: int, size: Size) -> None:
         _finetune(output / "control-pretrained", output / "control", None, seed, size, quiet)
 
 
+def _calibration(size: Size) -> dict[str, Any]:
+    return {
+        "dataset": CALIBRATION,
+        "num_calibration_samples": size.num_calibration_samples,
+        "max_seq_length": ROW_TOKENS,
+        "overwrite": True,
+    }
+
+
 def _prune(model: Path, output: Path, sparsity: float, size: Size, progress: Progress) -> None:
-    prune(
-        Prune(
-            str(model),
-            str(output),
-            sparsity=sparsity,
-            dataset=CALIBRATION,
-            num_calibration_samples=size.num_calibration_samples,
-            max_seq_length=ROW_TOKENS,
-            overwrite=True,
-        ),
-        progress,
-    )
+    prune(Prune(str(model), str(output), sparsity=sparsity, **_calibration(size)), progress)
 
 
 def _pretrain(model: Path, output: Path, seed: int, size: Size, progress: Progress) -> None:
@@ -137,20 +136,6 @@ def _finetune(
             batch_tokens=BATCH_TOKENS,
             learning_rate=FINETUNE_RATE,
             seed=seed,
-            overwrite=True,
-        ),
-        progress,
-    )
-
-
-def _quantize(model: Path, output: Path, size: Size, progress: Progress) -> None:
-    quantize(
-        Quantize(
-            str(model),
-            str(output),
-            dataset=CALIBRATION,
-            num_calibration_samples=size.num_calibration_samples,
-            max_seq_length=ROW_TOKENS,
             overwrite=True,
         ),
         progress,
