@@ -347,6 +347,11 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     return {name: found[name] for name in shapes}
 
 
+def hash_mask(zeros_NK: np.ndarray) -> str:
+    """sha256 of a matrix's zeros, as `gossamer.json` records it."""
+    return hashlib.sha256(np.packbits(zeros_NK).tobytes()).hexdigest()
+
+
 def _check_zeros(parent: Checkpoint, child: Checkpoint) -> dict[str, Any]:
     """Raise unless the parent's zeros are zeros in the child; returns sparsity and mask hash per linear."""
     tensors = {}
@@ -358,7 +363,7 @@ def _check_zeros(parent: Checkpoint, child: Checkpoint) -> dict[str, Any]:
             )
         tensors[name] = {
             "sparsity": round(float(zeros_NK.mean()), 6),
-            "mask_hash": hashlib.sha256(np.packbits(zeros_NK).tobytes()).hexdigest(),
+            "mask_hash": hash_mask(zeros_NK),
         }
     return tensors
 

@@ -43,9 +43,11 @@ from gossamer.packed_header import (
     read_model,
 )
 from gossamer.panels import ALIGNMENT, PANEL_ROWS
+from gossamer.weights import is_finite, to_float32
 
-__all__ = ["EMBEDDING", "HEAD", "Layer", "Packed", "PackedWriter", "Stored"]
+__all__ = ["EMBEDDING", "HEAD", "Layer", "Packed", "PackedWriter", "Stored", "native_config"]
 
+_STORED = {np.dtype("<f4"): "F32", np.dtype("<u2"): "BF16", np.dtype("i1"): "I8"}
 _VALUES: dict[np.dtype, Literal["f32", "bf16"]] = {np.dtype("<f4"): "f32", np.dtype("<u2"): "bf16"}
 _COPY_BYTES = 1 << 24
 _NORM_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entries of a norm, a matrix take
@@ -139,7 +141,7 @@ class Packed:
             raise FormatError(
                 f"{source}: found {nonzeros} nonzero weights; the layer table says {layer.nonzeros}"
             )
-        if not _is_finite(w_NK):
+        if not is_finite(w_NK, _STORED[w_NK.dtype]):
             raise FormatError(f"{source} holds NaN or infinite weights; the file is damaged")
         return w_NK
 
@@ -157,7 +159,7 @@ class Packed:
         w_NK = self.stored(name)
         if w_NK.dtype == np.int8:
             return w_NK * self.scale(name)[:, None]
-        return widen_bf16(w_NK) if w_NK.dtype == np.uint16 else w_NK
+        return to_float32(w_NK, _STORED[w_NK.dtype])
 
     def norm(self, name: str) -> np.ndarray:
         """float32 [D] weights of an RMSNorm, such as `model.norm.weight`; FormatError unless finite."""
@@ -203,11 +205,15 @@ class Packed:
 
     def native_config(self) -> dict[str, Any]:
         """The numbers and the table of matrices that `_native.Model` wants."""
-        llama = self.architecture
-        names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-        numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
-        linears = {name: asdict(layer) for name, layer in self.layers.items()}
-        return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}
+        return native_config(self.architecture, self.layers)
+
+
+def native_config(llama: Llama, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """What `_native.Model` wants to know of a model: its numbers and the table of its matrices."""
+    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+    numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
+    linears = {name: asdict(layer) for name, layer in layers.items()}
+    return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}
 
 
 class PackedWriter:
@@ -374,17 +380,6 @@ def count_nonzero(w_NK: np.ndarray) -> int:
         parts = np.array_split(w_NK, -(-w_NK.size // (1 << 24)))
         return sum(int(np.count_nonzero(part & 0x7FFF)) for part in parts)
     return int(np.count_nonzero(w_NK))
-
-
-def _is_finite(w_NK: np.ndarray) -> bool:
-    if w_NK.dtype == np.uint16:
-        return bool((w_NK & 0x7F80 != 0x7F80).all())
-    return w_NK.dtype == np.int8 or bool(np.isfinite(w_NK).all())
-
-
-def widen_bf16(bits: np.ndarray) -> np.ndarray:
-    """float32 values of bfloat16 bit patterns (uint16)."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _padded(vector: np.ndarray, multiple: int) -> np.ndarray:

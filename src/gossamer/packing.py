@@ -139,13 +139,13 @@ def _text(file: Path) -> str:
 def _write_matrix(writer: PackedWriter, source: Checkpoint, name: str) -> Layer:
     dtype = source.dtype(f"{name}.weight")
     if dtype == "I8":
-        return writer.int8(name, source.raw(f"{name}.weight"), row_scales(source, name))
+        return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name))
     if dtype in ("F32", "BF16"):
         return writer.dense(name, source.raw(f"{name}.weight"))
     return writer.dense(name, source.float32(f"{name}.weight"))
 
 
-def row_scales(source: Checkpoint, name: str) -> np.ndarray:
+def stored_scales(source: Checkpoint, name: str) -> np.ndarray:
     """float32 [N]: the scales of an int8 linear of a checkpoint."""
     scale_N = source.float32(f"{name}.weight_scale")[:, 0]
     if (scale_N < 0).any():

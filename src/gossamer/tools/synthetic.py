@@ -4,7 +4,7 @@ Random rows are made once and repeated, each time as other bytes of the file or 
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from gossamer import panels
 from gossamer.architecture import Llama
-from gossamer.packed import EMBEDDING, HEAD, Layer, PackedWriter
+from gossamer.packed import EMBEDDING, HEAD, Layer, PackedWriter, native_config
 from gossamer.packing import cache_directory
 from gossamer.report import Event, Progress, quiet
 
@@ -87,7 +87,7 @@ def random_int8(rows: int, columns: int, sparsity: float, rng: np.random.Generat
     return q_NK
 
 
-def row_scales(rows: int, columns: int) -> np.ndarray:
+def plausible_scales(rows: int, columns: int) -> np.ndarray:
     """float32 [rows] that keep outputs about as large as inputs."""
     return np.full(rows, 1 / (80 * np.sqrt(columns)), np.float32)
 
@@ -122,7 +122,7 @@ def _write(writer: PackedWriter, llama: Llama, name: str, recipe: Recipe, rng: n
     if recipe.values == "i8" and name != EMBEDDING:
         sparsity = 0.0 if name == HEAD else recipe.sparsity
         block = random_int8(min(rows, BLOCK_ROWS), columns, sparsity, rng)
-        writer.int8(name, np.resize(block, (rows, columns)), row_scales(rows, columns))
+        writer.int8(name, np.resize(block, (rows, columns)), plausible_scales(rows, columns))
         return None
     writer.dense(name, np.resize(_random_float(recipe.values, columns, rng), (rows, columns)))
     return None
@@ -163,7 +163,7 @@ def synthetic_image(recipe: Recipe) -> Image:
         if len(shape) == 1:
             pieces[name] = ("F32", np.ones(shape, np.float32))
     buffer, tensors = _lay_out(pieces)
-    return Image(buffer, tensors, _native_config(llama, table), num_bytes)
+    return Image(buffer, tensors, native_config(llama, table), num_bytes)
 
 
 def _matrix(
@@ -179,7 +179,7 @@ def _matrix(
         return Layer("dense", recipe.values, rows, columns, rows * columns), {"weight": (dtype, weight)}
     block = random_int8(BLOCK_ROWS, columns, recipe.sparsity, rng)
     arrays = {
-        "weight_scale": ("F32", row_scales(rows, columns)),
+        "weight_scale": ("F32", plausible_scales(rows, columns)),
         "weight_sum": ("I32", np.tile(block.sum(axis=1, dtype=np.int32), repeats)),
     }
     nonzeros = int(np.count_nonzero(block)) * repeats
@@ -208,10 +208,3 @@ def _lay_out(
         buffer[position : position + array.nbytes] = array.reshape(-1).view(np.uint8)
         position += array.nbytes
     return buffer, tensors
-
-
-def _native_config(llama: Llama, table: dict[str, Layer]) -> dict[str, Any]:
-    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-    numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
-    linears = {name: asdict(layer) for name, layer in table.items()}
-    return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}

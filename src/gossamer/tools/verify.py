@@ -3,7 +3,6 @@
 Every check either passes and says what it looked at, or raises the error that names what is wrong.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint import Checkpoint, hash_mask
 from gossamer.engine import LLM
 from gossamer.errors import CheckpointError, EngineError, FormatError
 from gossamer.job import option
 from gossamer.packed import EMBEDDING, HEAD, Packed
-from gossamer.packing import cached_pack, check_quantization, round_rows, row_scales
+from gossamer.packing import cached_pack, check_quantization, round_rows, stored_scales
 from gossamer.report import Event, Progress, Table, quiet
 
 # |engine - torch| / |torch| of all logits. The last bit of a float can send an INT8 activation to the other
@@ -81,7 +80,7 @@ def _checks(source: Checkpoint, parent: Checkpoint | None) -> Iterator[Check]:
     int8 = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
     if check_quantization(source):
         for name in int8:
-            row_scales(source, name)
+            stored_scales(source, name)
         yield Check("quantization", f"int-quantized W8A8, {len(int8)} of {len(source.linears)} linears")
     if source.manifest is not None:
         yield _recorded_masks(source)
@@ -125,7 +124,7 @@ def _recorded_masks(source: Checkpoint) -> Check:
     """The zeros are those of gossamer.json."""
     recorded = (source.manifest or {}).get("tensors", {})
     for name in (f"{linear}.weight" for linear in source.linears):
-        mask_hash = hashlib.sha256(np.packbits(source.zeros(name)).tobytes()).hexdigest()
+        mask_hash = hash_mask(source.zeros(name))
         if (expected := recorded.get(name, {}).get("mask_hash")) != mask_hash:
             raise CheckpointError(
                 f"{source.path}: the zeros of {name} have the hash {mask_hash[:16]}; gossamer.json recorded "
@@ -181,7 +180,7 @@ def _expected(parent: Checkpoint, name: str, int8: bool) -> tuple[np.ndarray, np
     if not int8:
         return parent.float32(tensor), None
     if parent.dtype(tensor) == "I8":
-        return parent.raw(tensor), row_scales(parent, name)
+        return parent.raw(tensor), stored_scales(parent, name)
     return round_rows(parent.float32(tensor))
 
 
