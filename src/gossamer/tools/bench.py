@@ -49,6 +49,9 @@ class Bench:
 class BenchResult:
     """Medians of a run; `read_gb_per_s` is the best of all readers in it, `bandwidth_share` refers to that.
 
+    `round_share` is the median over the rounds of the same ratio within a round: where neighbours make the
+    memory's speed swing during the run, it compares what was measured side by side.
+
     `gb_per_s` counts the file bytes that a decode step touches. `linears_s` is one token through all decoder
     linears, `baseline_s` the same in dense float32 (None without --baseline).
     """
@@ -67,6 +70,7 @@ class BenchResult:
     gb_per_s: float
     read_gb_per_s: float
     bandwidth_share: float
+    round_share: float
     linears_s: float
     baseline_s: float | None
     linears_speedup: float | None
@@ -81,6 +85,7 @@ class BenchResult:
             ("bytes a step", f"{self.step_bytes / 1e6:.1f} MB"),
             ("read while decoding", f"{self.gb_per_s:.1f} GB/s"),
             ("of the best read bandwidth", f"{self.bandwidth_share:.0%} of {self.read_gb_per_s:.1f} GB/s"),
+            ("of the best reader of its round", f"{self.round_share:.0%}"),
             ("decoder linears", f"{1e3 * self.linears_s:.2f} ms"),
         ]
         if self.baseline_s is not None:
@@ -188,6 +193,10 @@ def summary(job: Bench, packed: Packed, model: _native.Model, samples: Samples) 
     rate, first = model.bytes_per_step / step, median(samples.prompts)
     linears = median(samples.linears)
     dense = median(samples.baseline) if samples.baseline else None
+    rounds = np.array_split(samples.steps, len(samples.read))
+    shares = [
+        model.bytes_per_step / median(steps) / read for steps, read in zip(rounds, samples.read, strict=True)
+    ]
     return BenchResult(
         model=packed.path.name,
         cpu=cpu_model(),
@@ -203,6 +212,7 @@ def summary(job: Bench, packed: Packed, model: _native.Model, samples: Samples) 
         gb_per_s=rate / 1e9,
         read_gb_per_s=best / 1e9,
         bandwidth_share=rate / best,
+        round_share=float(median(shares)),
         linears_s=linears,
         baseline_s=dense,
         linears_speedup=None if dense is None else dense / linears,
