@@ -7,8 +7,7 @@ runs in a second process while the sparse path runs in this one: a small model g
 """
 
 import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from gossamer.data import write_completions
+from gossamer.errors import GossamerError
 from gossamer.report import Progress, quiet
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
@@ -67,15 +67,12 @@ def recover(
     pruned_50, pretrained_50, pruned_70 = (
         output / name for name in ("pruned-50", "pretrained-50", "pruned-70")
     )
-    with _other_process() as other:
-        control = other.submit(train_control, dense, output, seed, size)
-        with _one_thread():
-            _prune(dense, models.one_shot, 0.7, size, progress)
-            _prune(dense, pruned_50, 0.5, size, progress)
-            _pretrain(pruned_50, pretrained_50, seed, size, progress)
-            _prune(pretrained_50, pruned_70, 0.7, size, progress)
-            _finetune(pruned_70, models.recovered, dense, seed, size, progress)
-        control.result()
+    with _beside(train_control, dense, output, seed, size), _one_thread():
+        _prune(dense, models.one_shot, 0.7, size, progress)
+        _prune(dense, pruned_50, 0.5, size, progress)
+        _pretrain(pruned_50, pretrained_50, seed, size, progress)
+        _prune(pretrained_50, pruned_70, 0.7, size, progress)
+        _finetune(pruned_70, models.recovered, dense, seed, size, progress)
     quantize(Quantize(str(models.recovered), str(models.quantized), **_calibration(size)), progress)
     pack(Pack(str(models.quantized), str(models.packed), overwrite=True), progress)
     return models
@@ -142,9 +139,21 @@ def _finetune(
     )
 
 
-def _other_process() -> ProcessPoolExecutor:
-    """One fresh process (torch and fork do not mix)."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+@contextmanager
+def _beside(function: Callable[..., None], *arguments: Any) -> Iterator[None]:
+    """Run `function` in a fresh process meanwhile (torch and fork do not mix); it ends when we do."""
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments, daemon=True)
+    process.start()
+    try:
+        yield
+        process.join()
+    finally:
+        process.terminate()
+        process.join()
+    if process.exitcode:
+        raise GossamerError(
+            f"{function.__name__} ended with code {process.exitcode}; its output above says why"
+        )
 
 
 @contextmanager
