@@ -10,7 +10,7 @@ import pytest
 
 from gossamer import _native
 from gossamer.errors import ConfigError, UnsupportedError
-from gossamer.packed import widen_bf16
+from gossamer.weights import to_float32
 
 ROWS = [row for row in _native.kernels() if row["isa"] in {"scalar", _native.isa()}]
 MATMUL = [row for row in ROWS if row["family"] == "matmul"]
@@ -52,7 +52,7 @@ def test_product_equals_numpy(
             sums_TN = (q_TK.astype(np.int64) - 128) @ w_NK.T.astype(np.int64)
             np.testing.assert_array_equal(y_TN, sums_TN.astype(np.float32) * (x_scale_T1 * scale_N))
         else:
-            w = (w_NK if row["values"] == "f32" else widen_bf16(w_NK)).astype(np.float64)
+            w = (w_NK if row["values"] == "f32" else to_float32(w_NK, "BF16")).astype(np.float64)
             bound_TN = 4 * np.sqrt(shape[1]) * 2.0**-24 * (np.abs(x_TK) @ np.abs(w.T))
             assert (np.abs(y_TN - x_TK @ w.T) <= bound_TN).all()
 
