@@ -18,8 +18,14 @@ namespace gossamer {
     void rmsnorm(const float*, const float*, float, int, float*);         \
     void quantize(const float*, int, std::uint8_t*, std::size_t, float*); \
     void swiglu(const float*, const float*, int, float*);                 \
-    void attention(const AttentionTask&);                                 \
+    void rope(float*, int, int, const float*);                            \
     std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t);    \
+    }
+#define GOSSAMER_ATTENTION(level)              \
+    namespace level {                          \
+    void attention_f32(const AttentionTask&);  \
+    void attention_bf16(const AttentionTask&); \
+    void attention_i8(const AttentionTask&);   \
     }
 
 GOSSAMER_MATMUL(scalar, dense_f32)
@@ -36,5 +42,7 @@ GOSSAMER_ACCUMULATE(avx512, dense_i8)
 GOSSAMER_ACCUMULATE(avx512, sparse_i8)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
+GOSSAMER_ATTENTION(scalar)
+GOSSAMER_ATTENTION(avx512)
 
 }  // namespace gossamer

@@ -17,14 +17,21 @@ constexpr MatmulRow kMatmul[] = {
 };
 
 constexpr VectorRow kVector[] = {
-    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::swiglu, scalar::attention, scalar::read},
-    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::swiglu, avx512::attention, avx512::read},
+    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::swiglu, scalar::rope, scalar::read},
+    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::swiglu, avx512::rope, avx512::read},
+};
+
+constexpr AttentionRow kAttention[] = {
+    {Values::f32, Isa::scalar, scalar::attention_f32},   {Values::f32, Isa::avx512, avx512::attention_f32},
+    {Values::bf16, Isa::scalar, scalar::attention_bf16}, {Values::bf16, Isa::avx512, avx512::attention_bf16},
+    {Values::i8, Isa::scalar, scalar::attention_i8},     {Values::i8, Isa::avx512, avx512::attention_i8},
 };
 
 }  // namespace
 
 std::span<const MatmulRow> matmul_table() { return kMatmul; }
 std::span<const VectorRow> vector_table() { return kVector; }
+std::span<const AttentionRow> attention_table() { return kAttention; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa) {
     const MatmulRow* found = nullptr;
@@ -41,6 +48,15 @@ const VectorRow& find_vector(Isa isa) {
     const VectorRow* found = &kVector[0];
     for (const VectorRow& row : kVector) {
         if (row.isa <= isa && row.isa > found->isa) found = &row;
+    }
+    return *found;
+}
+
+const AttentionRow& find_attention(Values values, Isa isa) {
+    const AttentionRow* found = nullptr;
+    for (const AttentionRow& row : kAttention) {
+        if (row.values == values && row.isa <= isa && (found == nullptr || row.isa > found->isa))
+            found = &row;
     }
     return *found;
 }
