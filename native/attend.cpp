@@ -27,7 +27,7 @@ KvCache Llama::new_cache(int capacity) const {
 }
 
 std::size_t Llama::position_bytes() const {
-    return 2 * kv_.position_bytes() * std::size_t(config_.num_layers) * std::size_t(config_.num_kv_heads);
+    return kv_.position_bytes() * std::size_t(config_.num_layers) * std::size_t(config_.num_kv_heads);
 }
 
 std::size_t Llama::attention_scratch_floats_of_a_thread() const {
@@ -114,7 +114,8 @@ void Llama::store(const Pass& pass, int layer, int thread) {
             kernels_.rope(q_.floats() + t * q_stride_ + std::size_t(head) * heads * E, heads, E, rotary);
             kernels_.rope(k_E, 1, E, rotary);
             run.cache->store(layer, head, run.position + t - run.first, k_E,
-                             v_.floats() + t * kv_stride_ + std::size_t(head) * E);
+                             v_.floats() + t * kv_stride_ + std::size_t(head) * E,
+                             t + 1 == run.first + run.count);
         }
     }
 }
@@ -181,7 +182,8 @@ std::vector<double> Llama::time_attention(int context, int num_sequences, int re
         for (int i = part.begin; i < part.end; ++i) {
             for (int p = 0; p < context; ++p) {
                 caches[i / G / config_.num_layers].store(i / G % config_.num_layers, i % G, p,
-                                                         x.data() + p * 5 % 7 * E, x.data() + p * 3 % 7 * E);
+                                                         x.data() + p * 5 % 7 * E, x.data() + p * 3 % 7 * E,
+                                                         p + 1 == context);
             }
         }
         rotary_angles(pass, thread);

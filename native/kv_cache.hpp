@@ -49,8 +49,9 @@ class KvCache {
         return (std::size_t(layer) * std::size_t(num_kv_heads_) + std::size_t(head)) * layout_.chunk_bytes();
     }
 
-    // Stores the key and the value of one position, and zero for the values of those after it in its group.
-    void store(int layer, int head, int position, const float* k_E, const float* v_E) {
+    // Stores the key and the value of one position; of the newest, also zeros for the values that would
+    // follow it in its group. Several threads may store positions of one head.
+    void store(int layer, int head, int position, const float* k_E, const float* v_E, bool newest) {
         std::uint8_t* chunk = owned_[position / kChunkPositions].get() + head_begin(layer, head);
         const int p = position % kChunkPositions, inputs = layout_.inputs();
         std::uint8_t* keys = chunk + std::size_t(p / kKeyBlock) * layout_.key_block_bytes();
@@ -59,16 +60,17 @@ class KvCache {
         switch (layout_.values) {
             case Values::f32:
                 return put<float>(
-                    keys, values, p, [&](int e) { return k_E[e]; }, [&](int e) { return v_E[e]; }, 0.0f);
+                    keys, values, p, newest, [&](int e) { return k_E[e]; }, [&](int e) { return v_E[e]; },
+                    0.0f);
             case Values::bf16:
                 return put<std::uint16_t>(
-                    keys, values, p, [&](int e) { return to_bf16(k_E[e]); },
+                    keys, values, p, newest, [&](int e) { return to_bf16(k_E[e]); },
                     [&](int e) { return to_bf16(v_E[e]); }, 0);
             default: {
                 float* scales = reinterpret_cast<float*>(chunk + layout_.scales_begin()) + p;
                 const float k_steps = steps(k_E, scales), v_steps = steps(v_E, scales + kChunkPositions);
                 put<std::uint8_t>(
-                    keys, values, p, [&](int e) { return to_i8(k_E[e] * k_steps); },
+                    keys, values, p, newest, [&](int e) { return to_i8(k_E[e] * k_steps); },
                     [&](int e) { return to_i8(v_E[e] * v_steps); }, 128);
             }
         }
@@ -110,15 +112,17 @@ class KvCache {
     }
 
     template <class T, class Key, class Value>
-    void put(std::uint8_t* keys, std::uint8_t* values, int p, Key key_at, Value value_at, T zero) {
+    void put(std::uint8_t* keys, std::uint8_t* values, int p, bool newest, Key key_at, Value value_at,
+             T zero) {
         constexpr int kInputs = 4 / sizeof(T);
         T* key = reinterpret_cast<T*>(keys) + p % kKeyBlock * kInputs;
         T* value = reinterpret_cast<T*>(values) + p % kInputs;
         for (int e = 0; e < layout_.head_dim; ++e) {
             key[e / kInputs * (kKeyBlock * kInputs) + e % kInputs] = key_at(e);
             value[e * kInputs] = value_at(e);
-            for (int later = p % kInputs + 1; later < kInputs; ++later)
-                value[e * kInputs + later - p % kInputs] = zero;
+        }
+        for (int later = 1; newest && later < kInputs - p % kInputs; ++later) {
+            for (int e = 0; e < layout_.head_dim; ++e) value[e * kInputs + later] = zero;
         }
     }
 

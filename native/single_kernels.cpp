@@ -165,7 +165,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
     KvCache cache(layout, 1, 1, S);
     cache.reserve(S);
     for (int s = 0; s < S; ++s)
-        cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E);
+        cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E, s + 1 == S);
     const std::size_t state = attention_state_floats(E) * std::size_t(A);
     std::vector<float> scratch(attention_scratch_floats(T * A, E)), states(split ? state * chunks : 0);
     std::unique_ptr<float[]> out(new float[std::size_t(T) * A * E]);

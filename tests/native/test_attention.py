@@ -7,7 +7,7 @@ import pytest
 
 from gossamer import _native
 from gossamer.errors import ConfigError, EngineError
-from native.reference import stored
+from native.reference import cached
 
 LEVELS = ("scalar", "avx2", "avx512", "amx")
 ISAS = LEVELS[: LEVELS.index(_native.isa()) + 1]
@@ -45,7 +45,8 @@ def bound(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> float:
 
 def check(row: dict[str, str], q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
     found = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE)
-    expected = attention(q_TAE, stored(k_SE, row["values"]), stored(v_SE, row["values"]))
+    (k, k_scale), (v, v_scale) = cached(k_SE, row["values"]), cached(v_SE, row["values"])
+    expected = attention(q_TAE, k.astype(np.float64) * k_scale, v.astype(np.float64) * v_scale)
     atol = 1e-5 if row["values"] != "i8" else bound(q_TAE, k_SE, v_SE)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
     return found

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from gossamer import _native
+from gossamer.engine import native_model
 from gossamer.engine.machine import cpu_model, default_threads
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job import option
@@ -41,6 +42,9 @@ class Bench:
     new: int = option(32, help="tokens to decode", short="-n")
     batch: int = option(1, help="sequences at once", short="-b")
     threads: int | None = option(None, help="threads (default: physical cores)", short="-t")
+    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
+        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
+    )
     repeats: int = option(5, help="rounds; medians are reported", short="-r")
     baseline: bool = option(False, help="also time dense float32 decoder linears of the same shape")
 
@@ -110,7 +114,7 @@ def bench(job: Bench, progress: Progress = quiet) -> BenchResult:
     check(job)
     threads = default_threads() if job.threads is None else job.threads
     packed = Packed.open(model_file(job, progress))
-    model = open_model(packed, threads)
+    model = native_model(packed, threads, job.kv_cache_dtype)
     dense, scale = baseline(job, packed, threads, progress)
     ids = prompts(job, packed.architecture.vocab_size)
     sequences = [model.new_sequence(job.prompt + job.new) for _ in ids]
@@ -148,10 +152,6 @@ def model_file(job: Bench, progress: Progress) -> Path:
     return cached_pack(path, progress) if path.is_dir() else path
 
 
-def open_model(packed: Packed, threads: int) -> _native.Model:
-    return _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), threads)
-
-
 def baseline(
     job: Bench, packed: Packed, threads: int, progress: Progress
 ) -> tuple[_native.Model | None, float]:
@@ -164,7 +164,7 @@ def baseline(
     layer_bytes = 4 * sum(rows * columns for rows, columns in packed.architecture.linear_shapes(0).values())
     measured = min(num_layers, int(-(-BASELINE_BYTES // layer_bytes)))
     path = synthetic_file(Recipe.of(job.shape, "f32", 0.0, measured, vocabulary=256), progress)
-    return open_model(Packed.open(path), threads), num_layers / measured
+    return native_model(Packed.open(path), threads), num_layers / measured
 
 
 def prompts(job: Bench, vocabulary: int) -> list[np.ndarray]:
