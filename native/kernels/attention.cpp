@@ -210,19 +210,21 @@ inline Floats keep(Floats x, int count, float other) {
 struct F32 {
     static constexpr int kInputs = 1, kStepBytes = 4, kMaxRows = 8;
     static constexpr int vectors(int rows) { return rows > 4 ? 2 : 4; }
+    static constexpr int kSums = 1;
     using Sum = __m512;
     using Vector = __m512;
     using Left = __m512;
 
     static Vector vector(const std::uint8_t* b) { return _mm512_loadu_ps(b); }
     static Left left(const std::uint8_t* a) { return _mm512_set1_ps(*reinterpret_cast<const float*>(a)); }
-    static void add(Sum& sum, Vector b, Left a) { sum = _mm512_fmadd_ps(a, b, sum); }
-    static Floats total(Sum sum, std::int32_t, float) { return sum; }
+    static void add(Sum* sum, Vector b, Left a) { *sum = _mm512_fmadd_ps(a, b, *sum); }
+    static Floats total(const Sum* sum, std::int32_t, float) { return *sum; }
 };
 
 struct Bf16 {
     static constexpr int kInputs = 2, kStepBytes = 8, kMaxRows = 8;
     static constexpr int vectors(int rows) { return rows > 4 ? 2 : 4; }
+    static constexpr int kSums = 1;
     using Sum = __m512;
     struct Vector {
         __m512 even, odd;
@@ -238,19 +240,18 @@ struct Bf16 {
         const float* x = reinterpret_cast<const float*>(a);
         return {_mm512_set1_ps(x[0]), _mm512_set1_ps(x[1])};
     }
-    static void add(Sum& sum, const Vector& b, const Left& a) {
-        sum = _mm512_fmadd_ps(a.odd, b.odd, _mm512_fmadd_ps(a.even, b.even, sum));
+    static void add(Sum* sum, const Vector& b, const Left& a) {
+        *sum = _mm512_fmadd_ps(a.odd, b.odd, _mm512_fmadd_ps(a.even, b.even, *sum));
     }
-    static Floats total(Sum sum, std::int32_t, float) { return sum; }
+    static Floats total(const Sum* sum, std::int32_t, float) { return *sum; }
 };
 
 // Left numbers lie as [4 high bytes][4 low bytes]; 128 times their sum undoes the 128 in the right ones.
 struct I8 {
     static constexpr int kInputs = 4, kStepBytes = 8, kMaxRows = 4;
     static constexpr int vectors(int rows) { return rows > 2 ? 2 : 4; }
-    struct Sum {
-        __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
-    };
+    static constexpr int kSums = 2;  // of products with the high and with the low bytes
+    using Sum = __m512i;
     using Vector = __m512i;
     struct Left {
         __m512i high, low;
@@ -261,27 +262,34 @@ struct I8 {
         const std::int32_t* x = reinterpret_cast<const std::int32_t*>(a);
         return {_mm512_set1_epi32(x[0]), _mm512_set1_epi32(x[1])};
     }
-    static void add(Sum& sum, Vector b, const Left& a) {
-        sum.high = _mm512_dpbusd_epi32(sum.high, b, a.high);
-        sum.low = _mm512_dpbusd_epi32(sum.low, b, a.low);
+    static void add(Sum* sums, Vector b, const Left& a) {
+        accumulate(sums[0], b, a.high);
+        accumulate(sums[1], b, a.low);
     }
-    static Floats total(const Sum& sum, std::int32_t offset, float step) {
-        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low);
+    // GCC 12 copies the sums of _mm512_dpbusd_epi32 back and forth in a loop.
+    static void accumulate(__m512i& sum, __m512i b, __m512i a) {
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
+    }
+    static Floats total(const Sum* sums, std::int32_t offset, float step) {
+        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]);
         return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(both, _mm512_set1_epi32(offset))),
                              _mm512_set1_ps(step));
     }
     // Makes `count` floats integers times `inverse`, in place; returns the offset.
     static std::int32_t pack(float* x, int count, float inverse) {
+        // Of q + 128, byte 1 is the high byte; byte 0 is the low one + 128.
+        const __m256i order = _mm256_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, 17, 21, 25, 29, 16, 20, 24, 28, 33,
+                                               37, 41, 45, 32, 36, 40, 44, 49, 53, 57, 61, 48, 52, 56, 60);
+        const __m256i flip = _mm256_set1_epi64x(std::int64_t(0x8080808000000000));
+        std::uint8_t* out = reinterpret_cast<std::uint8_t*>(x);
         __m512i sum = _mm512_setzero_si512();
-        for (int i = 0; i < count; i += kLanes) {
+        for (int i = 0; i < count; i += kLanes, out += 2 * kLanes) {
             const __m512i q =
                 _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(inverse)));
-            const __m128i high =
-                _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8));
-            const __m128i low = _mm512_cvtepi32_epi8(q);
-            __m128i* out = reinterpret_cast<__m128i*>(reinterpret_cast<std::uint8_t*>(x) + 2 * i);
-            _mm_storeu_si128(out, _mm_unpacklo_epi32(high, low));
-            _mm_storeu_si128(out + 1, _mm_unpackhi_epi32(high, low));
+            const __m512i bytes = _mm512_permutexvar_epi8(_mm512_castsi256_si512(order),
+                                                          _mm512_add_epi32(q, _mm512_set1_epi32(128)));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                                _mm256_xor_si256(_mm512_castsi512_si256(bytes), flip));
             sum = _mm512_add_epi32(sum, q);
         }
         return 128 * _mm512_reduce_add_epi32(sum);

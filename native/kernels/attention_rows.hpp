@@ -21,18 +21,23 @@ struct Vectors {
 // y[r][16 v ..] = sum over the steps of a[r] b[v], for R rows and V vectors from `first`.
 template <class T, int R, int V>
 inline void product(const Rows& a, const Vectors& b, int first, float* y, std::size_t stride) {
-    typename T::Sum sums[R][V] = {};
+    typename T::Sum sums[R][V][T::kSums] = {};
     const std::uint8_t* left = a.data;
     const std::uint8_t* right = b.data + first * b.vector_bytes;
     for (int step = 0; step < b.num_steps; ++step, left += T::kStepBytes, right += b.step_bytes) {
         typename T::Vector vectors[V];
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) vectors[v] = T::vector(right + v * b.vector_bytes);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const typename T::Left x = T::left(left + r * a.row_bytes);
+#pragma GCC unroll 8
             for (int v = 0; v < V; ++v) T::add(sums[r][v], vectors[v], x);
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v)
             store(y + r * stride + (first + v) * kLanes, T::total(sums[r][v], a.offsets[r], a.steps[r]));
     }
@@ -63,44 +68,49 @@ void products(const Rows& a, int row, int end, const Vectors& b, float* y, std::
     if (end - row == 1) next(product_of_rows<T, 1>, 1);
 }
 
-// Makes floats (a multiple of 16) what T multiplies, in place.
+// Makes floats (a multiple of 16, none above `largest` in magnitude) what T multiplies, in place.
 template <class T>
-void pack(float* x, int count, std::int32_t* offset, float* step) {
+void pack(float* x, int count, float largest, std::int32_t* offset, float* step) {
     if constexpr (T::kInputs == 4) {
-        Floats most = fill(0);
-        for (int i = 0; i < count; i += kLanes) most = larger(most, magnitude(load(x + i)));
-        const float largest = largest_of(most);
         *step = largest / kLargest16;
         *offset = T::pack(x, count, largest > 0 ? kLargest16 / largest : 0);
     }
 }
 
-// Scores -> weights (i8: times the values' scales) of one row, zero past the `count` that it sees.
+// The largest of the `count` scores that a row sees (i8: after the keys' scales).
 template <class T>
-void softmax(float* scores, int count, int width, const float* scales, float* state) {
-    constexpr bool kScaled = T::kInputs == 4;
+float largest_score(float* scores, int count, const float* scales) {
     constexpr float kLowest = -std::numeric_limits<float>::infinity();
     Floats most = fill(kLowest);
     for (int p = 0; p < count; p += kLanes) {
         Floats s = load(scores + p);
-        if (kScaled) {
+        if (T::kInputs == 4) {
             s = multiply(s, load(scales + p));
             store(scores + p, s);
         }
         most = larger(most, keep(s, count - p, kLowest));
     }
-    const float largest = largest_of(most);
-    Floats sums = fill(0);
+    return largest_of(most);
+}
+
+// Scores -> weights (i8: times the values' scales), zero past the `count` that the row sees, and their sum;
+// returns the largest.
+template <class T>
+float weigh(float* scores, int count, int width, float largest, const float* scales, float* sum) {
+    Floats sums = fill(0), most = fill(0);
     int p = 0;
     for (; p < count; p += kLanes) {
         Floats w = keep(exponential_of(subtract(load(scores + p), fill(largest))), count - p, 0);
         sums = add(sums, w);
-        if (kScaled) w = keep(multiply(w, load(scales + kChunkPositions + p)), count - p, 0);
+        if (T::kInputs == 4) {
+            w = keep(multiply(w, load(scales + kChunkPositions + p)), count - p, 0);
+            most = larger(most, w);
+        }
         store(scores + p, w);
     }
     for (; p < width; p += kLanes) store(scores + p, fill(0));
-    state[0] = largest;
-    state[1] = sum_of(sums);
+    *sum = sum_of(sums);
+    return T::kInputs == 4 ? largest_of(most) : 1;
 }
 
 // The states of all rows that see something of the chunk.
@@ -117,12 +127,19 @@ void attend(const AttentionTask& task, const Area& area, int chunk, int first, f
     products<T>(queries, first, rows,
                 {data, kVectorBytes, layout.key_block_bytes(), layout.key_steps(), blocks}, area.scores,
                 kChunkPositions);
-    for (int row = first; row < rows; ++row) {
-        float* scores = area.scores + std::size_t(row) * kChunkPositions;
-        softmax<T>(scores, visible(task, chunk, row / task.num_heads), blocks * kKeyBlock, scales,
-                   states + row * stride + width);
-        pack<T>(scores, blocks * kKeyBlock, area.offsets + rows + row, area.steps + rows + row);
-    }
+    const auto each = [&](auto work) {
+        for (int row = first; row < rows; ++row) {
+            work(row, area.scores + std::size_t(row) * kChunkPositions,
+                 visible(task, chunk, row / task.num_heads), states + row * stride + width);
+        }
+    };
+    each([&](int, float* scores, int count, float* sums) {
+        sums[0] = largest_score<T>(scores, count, scales);
+    });
+    each([&](int row, float* scores, int count, float* sums) {
+        const float most = weigh<T>(scores, count, blocks * kKeyBlock, sums[0], scales, sums + 1);
+        pack<T>(scores, blocks * kKeyBlock, most, area.offsets + rows + row, area.steps + rows + row);
+    });
     const Rows weights{reinterpret_cast<const std::uint8_t*>(area.scores), kChunkPositions * sizeof(float),
                        area.offsets + rows, area.steps + rows};
     const int steps = (most + T::kInputs - 1) / T::kInputs;
@@ -142,7 +159,9 @@ void attention(const AttentionTask& task) {
         float* packed = area.queries + std::size_t(row) * width;
         for (int e = 0; e < E; ++e) packed[e] = q[e] * task.scale;
         for (int e = E; e < width; ++e) packed[e] = 0;
-        pack<T>(packed, width, area.offsets + row, area.steps + row);
+        Floats most = fill(0);
+        for (int e = 0; e < width; e += kLanes) most = larger(most, magnitude(load(packed + e)));
+        pack<T>(packed, width, largest_of(most), area.offsets + row, area.steps + row);
     }
     float* states = task.state ? task.state : area.states;
     float* next = area.states + rows * area.state_stride;
