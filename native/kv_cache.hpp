@@ -53,27 +53,23 @@ class KvCache {
     // follow it in its group. Several threads may store positions of one head.
     void store(int layer, int head, int position, const float* k_E, const float* v_E, bool newest) {
         std::uint8_t* chunk = owned_[position / kChunkPositions].get() + head_begin(layer, head);
-        const int p = position % kChunkPositions, inputs = layout_.inputs();
-        std::uint8_t* keys = chunk + std::size_t(p / kKeyBlock) * layout_.key_block_bytes();
-        std::uint8_t* values =
-            chunk + layout_.values_begin() + std::size_t(p / inputs) * layout_.value_step_bytes();
+        const int p = position % kChunkPositions;
         switch (layout_.values) {
             case Values::f32:
-                return put<float>(
-                    keys, values, p, newest, [&](int e) { return k_E[e]; }, [&](int e) { return v_E[e]; },
-                    0.0f);
+                put<float>(chunk, p, [&](int e) { return k_E[e]; }, [&](int e) { return v_E[e]; });
+                break;
             case Values::bf16:
-                return put<std::uint16_t>(
-                    keys, values, p, newest, [&](int e) { return to_bf16(k_E[e]); },
-                    [&](int e) { return to_bf16(v_E[e]); }, 0);
-            default: {
-                float* scales = reinterpret_cast<float*>(chunk + layout_.scales_begin()) + p;
+                put<std::uint16_t>(
+                    chunk, p, [&](int e) { return to_bf16(k_E[e]); }, [&](int e) { return to_bf16(v_E[e]); });
+                break;
+            default:
+                float* scales = reinterpret_cast<float*>(chunk) + p;
                 const float k_steps = steps(k_E, scales), v_steps = steps(v_E, scales + kChunkPositions);
                 put<std::uint8_t>(
-                    keys, values, p, newest, [&](int e) { return to_i8(k_E[e] * k_steps); },
-                    [&](int e) { return to_i8(v_E[e] * v_steps); }, 128);
-            }
+                    chunk, p, [&](int e) { return to_i8(k_E[e] * k_steps); },
+                    [&](int e) { return to_i8(v_E[e] * v_steps); });
         }
+        if (newest) clear_after(chunk, p);
     }
 
   private:
@@ -112,17 +108,33 @@ class KvCache {
     }
 
     template <class T, class Key, class Value>
-    void put(std::uint8_t* keys, std::uint8_t* values, int p, bool newest, Key key_at, Value value_at,
-             T zero) {
+    void put(std::uint8_t* chunk, int p, Key key_at, Value value_at) {
         constexpr int kInputs = 4 / sizeof(T);
-        T* key = reinterpret_cast<T*>(keys) + p % kKeyBlock * kInputs;
-        T* value = reinterpret_cast<T*>(values) + p % kInputs;
-        for (int e = 0; e < layout_.head_dim; ++e) {
-            key[e / kInputs * (kKeyBlock * kInputs) + e % kInputs] = key_at(e);
-            value[e * kInputs] = value_at(e);
+        const int E = layout_.head_dim;
+        T* key = reinterpret_cast<T*>(chunk + layout_.key_block(p / kKvBlock)) + p % kKvBlock * kInputs;
+        for (int e = 0; e < E; ++e) key[e / kInputs * (kKvBlock * kInputs) + e % kInputs] = key_at(e);
+        for (int first = 0, block = 0; first < E; first += kKvBlock, ++block) {
+            T* value = reinterpret_cast<T*>(value_group(chunk, block, p)) + p % kInputs;
+            for (int e = first; e < std::min(E, first + kKvBlock); ++e)
+                value[(e - first) * kInputs] = value_at(e);
         }
-        for (int later = 1; newest && later < kInputs - p % kInputs; ++later) {
-            for (int e = 0; e < layout_.head_dim; ++e) value[e * kInputs + later] = zero;
+    }
+
+    // The I positions that a value of position p lies with, in one block.
+    std::uint8_t* value_group(std::uint8_t* chunk, int block, int p) const {
+        return chunk + layout_.value_block(block) +
+               std::size_t(p / layout_.inputs()) * layout_.value_step_bytes(block);
+    }
+
+    // Makes the values that follow position p in its group finite.
+    void clear_after(std::uint8_t* chunk, int p) const {
+        const std::size_t bytes = 4 / std::size_t(layout_.inputs());
+        for (int block = 0; block < layout_.num_value_blocks(); ++block) {
+            std::uint8_t* group = value_group(chunk, block, p);
+            for (std::size_t i = 0; i < layout_.value_step_bytes(block); i += 4) {
+                for (int later = p % layout_.inputs() + 1; later < layout_.inputs(); ++later)
+                    std::memset(group + i + later * bytes, 0, bytes);
+            }
         }
     }
 

@@ -27,7 +27,11 @@
 namespace gossamer {
 namespace {
 
-constexpr int kLanes = 16;
+constexpr int kLanes = kKvLanes;
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+constexpr std::size_t kAheadBytes = AHEAD;
 constexpr float kLargest16 = 32639;  // 127 * 256 + 127: the largest that two signed bytes make
 
 // A row's state: o [E padded to 16], then m and l.
@@ -107,7 +111,7 @@ struct I8 {
     static std::int32_t at(const std::uint8_t* vector, int index) { return vector[index] - 128; }
 };
 
-// The number in lane `row` of the vector of input `input`.
+// The number in column `row` of a block, at input `input`.
 template <class T>
 auto number(const std::uint8_t* vectors, std::size_t step_bytes, int row, int input) {
     return T::at(vectors + std::size_t(input / T::kInputs) * step_bytes,
@@ -136,11 +140,11 @@ float product(const float* a, int count, const std::uint8_t* vectors, std::size_
 template <class T>
 void attend(const KvLayout& layout, const std::uint8_t* chunk, const float* q_E, int count, float* state) {
     const int E = layout.head_dim, width = padded(E);
-    const float* scales = reinterpret_cast<const float*>(chunk + layout.scales_begin());
+    const float* scales = reinterpret_cast<const float*>(chunk);
     float weights[kChunkPositions], lanes[kLanes] = {};
     for (int p = 0; p < count; ++p) {
-        const std::uint8_t* block = chunk + std::size_t(p / kKeyBlock) * layout.key_block_bytes();
-        weights[p] = product<T>(q_E, E, block, kVectorBytes, p % kKeyBlock);
+        const std::uint8_t* keys = chunk + layout.key_block(p / kKvBlock);
+        weights[p] = product<T>(q_E, E, keys, layout.key_step_bytes(), p % kKvBlock);
         if (T::kInputs == 4) weights[p] *= scales[p];
     }
     const float largest = *std::max_element(weights, weights + count);
@@ -153,8 +157,8 @@ void attend(const KvLayout& layout, const std::uint8_t* chunk, const float* q_E,
         for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
     }
     for (int e = 0; e < E; ++e) {
-        const std::uint8_t* values = chunk + layout.values_begin() + e / kLanes * kVectorBytes;
-        state[e] = product<T>(weights, count, values, layout.value_step_bytes(), e % kLanes);
+        const std::uint8_t* values = chunk + layout.value_block(e / kKvBlock);
+        state[e] = product<T>(weights, count, values, layout.value_step_bytes(e / kKvBlock), e % kKvBlock);
     }
     state[width] = largest;
     state[width + 1] = lanes[0];
@@ -208,8 +212,8 @@ inline Floats keep(Floats x, int count, float other) {
 }
 
 struct F32 {
-    static constexpr int kInputs = 1, kStepBytes = 4, kMaxRows = 8;
-    static constexpr int vectors(int rows) { return rows > 4 ? 2 : 4; }
+    static constexpr int kInputs = 1, kStepBytes = 4, kMaxRows = 4;
+    static constexpr int vectors(int) { return 4; }
     static constexpr int kSums = 1;
     using Sum = __m512;
     using Vector = __m512;
@@ -222,8 +226,8 @@ struct F32 {
 };
 
 struct Bf16 {
-    static constexpr int kInputs = 2, kStepBytes = 8, kMaxRows = 8;
-    static constexpr int vectors(int rows) { return rows > 4 ? 2 : 4; }
+    static constexpr int kInputs = 2, kStepBytes = 8, kMaxRows = 4;
+    static constexpr int vectors(int) { return 4; }
     static constexpr int kSums = 1;
     using Sum = __m512;
     struct Vector {
@@ -248,8 +252,8 @@ struct Bf16 {
 
 // Left numbers lie as [4 high bytes][4 low bytes]; 128 times their sum undoes the 128 in the right ones.
 struct I8 {
-    static constexpr int kInputs = 4, kStepBytes = 8, kMaxRows = 4;
-    static constexpr int vectors(int rows) { return rows > 2 ? 2 : 4; }
+    static constexpr int kInputs = 4, kStepBytes = 8, kMaxRows = 2;
+    static constexpr int vectors(int) { return 4; }
     static constexpr int kSums = 2;  // of products with the high and with the low bytes
     using Sum = __m512i;
     using Vector = __m512i;

@@ -11,23 +11,27 @@ struct Rows {
     Rows from(int row) const { return {data + row * row_bytes, row_bytes, offsets + row, steps + row}; }
 };
 
-// Right operands: `num_vectors` columns of 64-byte vectors over `num_steps` steps.
-struct Vectors {
+// Right operands: a block of keys or values, `num_vectors` vectors wide, over `num_steps` steps.
+struct Block {
     const std::uint8_t* data;
-    std::size_t step_bytes, vector_bytes;
+    std::size_t step_bytes;
     int num_steps, num_vectors;
 };
 
 // y[r][16 v ..] = sum over the steps of a[r] b[v], for R rows and V vectors from `first`.
 template <class T, int R, int V>
-inline void product(const Rows& a, const Vectors& b, int first, float* y, std::size_t stride) {
+inline void product(const Rows& a, const Block& b, int first, float* y, std::size_t stride) {
     typename T::Sum sums[R][V][T::kSums] = {};
     const std::uint8_t* left = a.data;
-    const std::uint8_t* right = b.data + first * b.vector_bytes;
+    const std::uint8_t* right = b.data + std::size_t(first) * kVectorBytes;
     for (int step = 0; step < b.num_steps; ++step, left += T::kStepBytes, right += b.step_bytes) {
         typename T::Vector vectors[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) vectors[v] = T::vector(right + v * b.vector_bytes);
+        for (int v = 0; v < V; ++v) {
+            const std::uint8_t* vector = right + v * kVectorBytes;
+            _mm_prefetch(reinterpret_cast<const char*>(vector + kAheadBytes), _MM_HINT_T1);
+            vectors[v] = T::vector(vector);
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             const typename T::Left x = T::left(left + r * a.row_bytes);
@@ -44,7 +48,7 @@ inline void product(const Rows& a, const Vectors& b, int first, float* y, std::s
 }
 
 template <class T, int R>
-void product_of_rows(const Rows& a, const Vectors& b, float* y, std::size_t stride) {
+void product_of_rows(const Rows& a, const Block& b, float* y, std::size_t stride) {
     constexpr int kVectors = T::vectors(R);
     int first = 0;
     for (; first + kVectors <= b.num_vectors; first += kVectors)
@@ -54,17 +58,16 @@ void product_of_rows(const Rows& a, const Vectors& b, float* y, std::size_t stri
 
 // Rows [row, end) of y = a b.
 template <class T>
-void products(const Rows& a, int row, int end, const Vectors& b, float* y, std::size_t stride) {
+void products(const Rows& a, int row, int end, const Block& b, float* y, std::size_t stride) {
     const auto next = [&](auto function, int count) {
         function(a.from(row), b, y + row * stride, stride);
         row += count;
     };
-    if constexpr (T::kMaxRows == 8) {
-        while (end - row >= 8) next(product_of_rows<T, 8>, 8);
+    if constexpr (T::kMaxRows == 4) {
+        while (end - row >= 4) next(product_of_rows<T, 4>, 4);
+        if (end - row == 3) next(product_of_rows<T, 3>, 3);
     }
-    while (end - row >= 4) next(product_of_rows<T, 4>, 4);
-    if (end - row == 3) next(product_of_rows<T, 3>, 3);
-    if (end - row == 2) next(product_of_rows<T, 2>, 2);
+    while (end - row >= 2) next(product_of_rows<T, 2>, 2);
     if (end - row == 1) next(product_of_rows<T, 1>, 1);
 }
 
@@ -118,15 +121,19 @@ template <class T>
 void attend(const AttentionTask& task, const Area& area, int chunk, int first, float* states) {
     const KvLayout& layout = task.layout;
     const std::uint8_t* data = task.chunks[chunk] + task.head_begin;
-    const float* scales = reinterpret_cast<const float*>(data + layout.scales_begin());
+    const float* scales = reinterpret_cast<const float*>(data);
     const int rows = task.num_tokens * task.num_heads, most = visible(task, chunk, task.num_tokens - 1);
-    const int blocks = (most + kKeyBlock - 1) / kKeyBlock, width = padded(layout.head_dim);
+    const int vectors = (most + kLanes - 1) / kLanes, width = padded(layout.head_dim);
     const std::size_t row_floats = std::size_t(padded(layout.head_dim)), stride = area.state_stride;
     const Rows queries{reinterpret_cast<const std::uint8_t*>(area.queries), row_floats * sizeof(float),
                        area.offsets, area.steps};
-    products<T>(queries, first, rows,
-                {data, kVectorBytes, layout.key_block_bytes(), layout.key_steps(), blocks}, area.scores,
-                kChunkPositions);
+    for (int p = 0; p < most; p += kKvBlock) {
+        const int wanted = std::min(kKvBlock, vectors * kLanes - p) / kLanes;
+        products<T>(
+            queries, first, rows,
+            {data + layout.key_block(p / kKvBlock), layout.key_step_bytes(), layout.key_steps(), wanted},
+            area.scores + p, kChunkPositions);
+    }
     const auto each = [&](auto work) {
         for (int row = first; row < rows; ++row) {
             work(row, area.scores + std::size_t(row) * kChunkPositions,
@@ -137,16 +144,18 @@ void attend(const AttentionTask& task, const Area& area, int chunk, int first, f
         sums[0] = largest_score<T>(scores, count, scales);
     });
     each([&](int row, float* scores, int count, float* sums) {
-        const float most = weigh<T>(scores, count, blocks * kKeyBlock, sums[0], scales, sums + 1);
-        pack<T>(scores, blocks * kKeyBlock, most, area.offsets + rows + row, area.steps + rows + row);
+        const float most = weigh<T>(scores, count, vectors * kLanes, sums[0], scales, sums + 1);
+        pack<T>(scores, vectors * kLanes, most, area.offsets + rows + row, area.steps + rows + row);
     });
     const Rows weights{reinterpret_cast<const std::uint8_t*>(area.scores), kChunkPositions * sizeof(float),
                        area.offsets + rows, area.steps + rows};
     const int steps = (most + T::kInputs - 1) / T::kInputs;
-    products<T>(weights, first, rows,
-                {data + layout.values_begin(), layout.value_step_bytes(), kVectorBytes, steps,
-                 layout.value_vectors()},
-                states, stride);
+    for (int block = 0; block < layout.num_value_blocks(); ++block) {
+        products<T>(weights, first, rows,
+                    {data + layout.value_block(block), layout.value_step_bytes(block), steps,
+                     layout.value_block_vectors(block)},
+                    states + block * kKvBlock, stride);
+    }
 }
 
 template <class T>
