@@ -43,13 +43,13 @@ void Llama::plan_attention(Pass& pass) {
     pass.items.clear();
     for (int r = 0; r < int(pass.runs.size()); ++r) {
         const Run& run = pass.runs[r];
-        for (int head = 0; head < config_.num_kv_heads; ++head) {
-            const int chunks = num_chunks(run.position + run.count);
-            if (run.count == 1 && chunks > 1) {
-                for (int c = 0; c < chunks; ++c, states += state)
-                    pass.items.push_back({r, head, 0, 1, c, c + 1, std::ptrdiff_t(states)});
-                continue;
-            }
+        const int chunks = num_chunks(run.position + run.count);
+        const bool split_chunks = run.count == 1 && chunks > 1;
+        for (int c = 0; split_chunks && c < chunks; ++c) {  // in memory's order
+            for (int head = 0; head < config_.num_kv_heads; ++head, states += state)
+                pass.items.push_back({r, head, 0, 1, c, c + 1, std::ptrdiff_t(states)});
+        }
+        for (int head = 0; !split_chunks && head < config_.num_kv_heads; ++head) {
             for (int first = 0; first < run.count; first += block) {
                 const int count = std::min(block, run.count - first);
                 const int end = num_chunks(run.position + first + count);
@@ -142,7 +142,7 @@ void Llama::attend_item(const Pass& pass, const AttentionItem& item, int layer, 
          .scratch = attention_scratch_.floats() + thread * attention_scratch_floats_of_a_thread()});
 }
 
-// Outputs of the rows whose chunks were split. Their items lie chunk after chunk.
+// Outputs of the rows whose chunks were split. A chunk has the states of all heads.
 void Llama::merge_states(const Pass& pass, int thread) {
     const int heads = config_.num_heads / config_.num_kv_heads, E = config_.head_dim;
     const std::size_t row = attention_state_floats(E);
@@ -155,7 +155,7 @@ void Llama::merge_states(const Pass& pass, int thread) {
         const Run& run = pass.runs[item.run];
         for (int h = 0; h < heads; ++h) {
             merge_attention(
-                attention_states_.data() + item.state + h * row, heads * row,
+                attention_states_.data() + item.state + h * row, std::size_t(config_.num_heads) * row,
                 num_chunks(run.position + run.count), E,
                 attended_.floats() + run.first * q_stride_ + std::size_t(item.head * heads + h) * E);
         }

@@ -28,11 +28,8 @@ namespace gossamer {
 namespace {
 
 constexpr int kLanes = kKvLanes;
-#ifndef AHEAD
-#define AHEAD 8192
-#endif
-constexpr std::size_t kAheadBytes = AHEAD;
-constexpr float kLargest16 = 32639;  // 127 * 256 + 127: the largest that two signed bytes make
+constexpr std::size_t kAheadBytes = 12 << 10;  // prefetched: what comes next is read in this order too
+constexpr float kLargest16 = 32639;            // 127 * 256 + 127: the largest that two signed bytes make
 
 // A row's state: o [E padded to 16], then m and l.
 int padded(int head_dim) { return int(round_up(std::size_t(head_dim), kLanes)); }

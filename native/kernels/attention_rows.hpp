@@ -29,7 +29,8 @@ inline void product(const Rows& a, const Block& b, int first, float* y, std::siz
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
             const std::uint8_t* vector = right + v * kVectorBytes;
-            _mm_prefetch(reinterpret_cast<const char*>(vector + kAheadBytes), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(vector + kAheadBytes),
+                         R == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
             vectors[v] = T::vector(vector);
         }
 #pragma GCC unroll 8
