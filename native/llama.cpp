@@ -321,8 +321,7 @@ void Llama::prepare(const Group& group, const float* row, int columns, int token
                     int thread) {
     const std::size_t index = num_tokens == 1 ? std::size_t(thread) : std::size_t(token);
     const std::size_t begin = index * input_stride_, pad = Activations::padded(columns) - columns;
-    if (group.needs_i8)
-        kernels_.quantize(row, columns, x_i8_.bytes() + begin, scales_.floats() + index);
+    if (group.needs_i8) kernels_.quantize(row, columns, x_i8_.bytes() + begin, scales_.floats() + index);
     if (!group.needs_f32) return;
     float* x = x_.floats() + begin;
     std::copy(row, row + columns, x);
@@ -356,23 +355,25 @@ void Llama::add_to_hidden(const Group& group, int num_tokens, int thread) {
     }
 }
 
-double Llama::time_linears() {
-    for (int thread = 0; thread < pool_.size(); ++thread) {
-        const std::size_t first = std::size_t(thread) * input_stride_;
+double Llama::time_linears(int num_tokens) {
+    for (int row = 0; row < std::max(kMaxTokens, pool_.size()); ++row) {
+        const std::size_t first = std::size_t(row) * input_stride_;
         std::fill_n(x_.floats() + first, input_stride_, 0.5f);
         for (std::size_t i = 0; i < input_stride_; ++i) x_i8_.bytes()[first + i] = std::uint8_t(i * 37);
-        scales_.floats()[thread] = 0.01f;
+        scales_.floats()[row] = 0.01f;
     }
+    std::fill_n(x_high_.bytes(), kMaxTokens * input_stride_ * 2, std::uint8_t(0x3F));
+    std::fill_n(x_low_.bytes(), kMaxTokens * input_stride_ * 2, std::uint8_t(0x3B));
     const auto begin = std::chrono::steady_clock::now();
     pool_.run([&](int thread) {
         for (const Layer& layer : layers_) {
-            multiply(layer.qkv, 1, {q_.floats(), k_.floats(), v_.floats()}, thread);
+            multiply(layer.qkv, num_tokens, {q_.floats(), k_.floats(), v_.floats()}, thread);
             pool_.barrier();
-            multiply(layer.o, 1, {product_.floats()}, thread);
+            multiply(layer.o, num_tokens, {product_.floats()}, thread);
             pool_.barrier();
-            multiply(layer.gate_up, 1, {gate_.floats(), up_.floats()}, thread);
+            multiply(layer.gate_up, num_tokens, {gate_.floats(), up_.floats()}, thread);
             pool_.barrier();
-            multiply(layer.down, 1, {product_.floats()}, thread);
+            multiply(layer.down, num_tokens, {product_.floats()}, thread);
             pool_.barrier();
         }
     });

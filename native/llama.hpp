@@ -52,7 +52,7 @@ struct Share {
 struct Group {
     std::vector<Linear> linears;
     std::vector<const MatmulRow*> kernels;
-    std::vector<std::vector<Share>> shares;  // of each thread
+    std::vector<std::vector<Share>> shares;                         // of each thread
     bool needs_f32 = false, needs_i8 = false, needs_split = false;  // see Activations
 
     // `paired`: matrix 0 is split and the others follow (gate and up, so that SwiGLU needs no barrier).
@@ -81,8 +81,8 @@ class Llama {
     // Ids and capacities must have been checked.
     void forward(std::span<const NewTokens> batch, bool all_logits, float* logits);
 
-    // Seconds that all decoder matrices take for one token.
-    double time_linears();
+    // Seconds that all decoder matrices take for `num_tokens` (at most kMaxTokens) at once.
+    double time_linears(int num_tokens);
 
     std::size_t bytes_per_step() const;
     int padded_vocab() const { return head_.linears[0].padded_rows(); }
@@ -130,8 +130,8 @@ class Llama {
     Group head_;
     // Strides of the scratch, in floats.
     std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
-    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_high_, x_low_,
-        scales_, rotary_;
+    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_high_, x_low_, scales_,
+        rotary_;
     std::vector<std::vector<float>> scores_;  // of each thread
 };
 

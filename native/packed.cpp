@@ -10,7 +10,7 @@
 namespace gossamer {
 namespace {
 
-constexpr int kMaxExtent = 1 << 24;     // keeps every byte count below 2^64
+constexpr int kMaxExtent = 1 << 24;        // keeps every byte count below 2^64
 constexpr int kMaxIntegerColumns = 65536;  // 65536 * 255 * 128 < 2^31
 
 std::string shape_text(const std::vector<std::size_t>& shape) {
@@ -232,7 +232,10 @@ Linear Packed::linear(const std::string& name) const {
     }
     if (w.values == Values::i4) {
         const std::size_t count = panels * w.num_scale_groups() * kPanelRows;
-        w.multipliers = tensor(name + ".weight_multiplier", "U8", {round_up(count, 64)});
+        const std::size_t padded = round_up(count, 64);
+        w.multipliers = tensor(name + ".weight_multiplier", "U8", {padded});
+        if (std::any_of(w.multipliers + count, w.multipliers + padded, [](auto byte) { return byte != 0; }))
+            throw FormatError(name + ": found multipliers past the last panel; expected zeros");
     }
     if (w.storage == Storage::dense && w.values == Values::i4) {
         w.data = tensor(name + ".weight", "U8", {panels, (vectors + 1) / 2, std::size_t(kPanelRows), 4});

@@ -57,12 +57,12 @@ constexpr int bytes_per_mask(Values values) { return 2 * inputs_per_vector(value
 struct Linear {
     Storage storage = Storage::dense;
     Values values = Values::f32;
-    int rows = 0;                            // N
-    int columns = 0;                         // K
-    const std::uint8_t* data = nullptr;      // dense panels, or the sparse stream
-    const std::uint64_t* offsets = nullptr;  // sparse: where each panel begins in the stream, and its end
-    const float* scale = nullptr;            // i8, i4: [N padded to 16]
-    const std::int32_t* sum = nullptr;       // i8, i4: [N padded to 16], sums over K of the int8 weights
+    int rows = 0;                               // N
+    int columns = 0;                            // K
+    const std::uint8_t* data = nullptr;         // dense panels, or the sparse stream
+    const std::uint64_t* offsets = nullptr;     // sparse: where each panel begins in the stream, and its end
+    const float* scale = nullptr;               // i8, i4: [N padded to 16]
+    const std::int32_t* sum = nullptr;          // i8, i4: [N padded to 16], sums over K of the int8 weights
     const std::uint8_t* multipliers = nullptr;  // i4: [panel][K / 128][16], int8 weight = int4 value x this
 
     int num_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
@@ -107,6 +107,22 @@ struct Activations {
 
     // Room for K inputs: whole tile rows, and no power of two, which would put all rows into one cache set.
     static constexpr std::size_t padded(int columns) { return round_up(std::size_t(columns), 64) + 64; }
+};
+
+// T rows of activations, `stride` apart, that a kernel walks down together: a pointer for each 3 rows, since
+// an address may be pointer + 1 or 2 strides. T pointers would not fit the registers.
+template <class T, int kRows>
+struct RowPointers {
+    const T* third[(kRows + 2) / 3];
+    std::size_t stride;
+
+    RowPointers(const T* first, std::size_t row_stride) : stride(row_stride) {
+        for (int i = 0; i < (kRows + 2) / 3; ++i) third[i] = first + 3 * i * row_stride;
+    }
+    const T* row(int t) const { return third[t / 3] + t % 3 * stride; }
+    void advance(int count) {
+        for (const T*& pointer : third) pointer += count;
+    }
 };
 
 }  // namespace gossamer

@@ -1,11 +1,11 @@
 // Weights of a panel as whole vectors: the one place that knows how sparse streams and int4 pairs are stored.
 //
-// A sparse panel is groups of 16 masks and then the values under their bits; a pair of int4 vectors A, B shares
-// its bytes, A's weights in the low nibbles. `scalar::expand_panel` is the specification. `avx512` puts a
-// vector's values where its mask has ones with `vpexpandb/w/d`; on Zen 4 that takes 1.5 cycles, moving the mask
-// to a mask register 1.0, a load across two cache lines 0.5 more. It waits for its destination, even to zero
-// it: expanding into one register again and again costs 6 cycles, so it expands in place. `avx2` has no such
-// instruction: 8 weights at a time, by a byte shuffle from a table of 256 mask bytes (2 KiB, in L1).
+// A sparse panel is groups of 16 masks and then the values under their bits; a pair of int4 vectors A, B
+// shares its bytes, A's weights in the low nibbles. `scalar::expand_panel` is the specification. `avx512`
+// puts a vector's values where its mask has ones with `vpexpandb/w/d`; on Zen 4 that takes 1.5 cycles, moving
+// the mask to a mask register 1.0, a load across two cache lines 0.5 more. It waits for its destination, even
+// to zero it: expanding into one register again and again costs 6 cycles, so it expands in place. `avx2` has
+// no such instruction: 8 weights at a time, by a byte shuffle from a table of 256 mask bytes (2 KiB, in L1).
 // Kernels for few tokens take vectors from `Reader` as they come; for many, a run of them is expanded once
 // into the cache.
 #pragma once
@@ -15,6 +15,7 @@
 #include <bit>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/target.hpp"
 #include "view.hpp"
@@ -42,9 +43,9 @@ constexpr bool lies_expanded(Values values, Storage storage) {
 
 namespace scalar {
 
-// Expands the next `count` vectors of a panel, from `position` in its data and `multipliers` (i4: those of the
-// first vector), to `out` [count][64]; returns the position after them. `count` is a multiple of 32, or all
-// that are left.
+// Expands the next `count` vectors of a panel, from `position` in its data and `multipliers` (i4: those of
+// the first vector), to `out` [count][64]; returns the position after them. `count` is a multiple of 32, or
+// all that are left.
 template <Values kValues, Storage kStorage>
 const std::uint8_t* expand(const std::uint8_t* position, const std::uint8_t* multipliers, int count,
                            std::uint8_t* out) {
@@ -187,13 +188,17 @@ const std::uint8_t* expand(const std::uint8_t* position, const std::uint8_t* mul
             if constexpr (kValues == Values::i4) {
                 std::uint8_t packed[2][kVectorBytes + 8];
                 split_nibbles(position, packed[0], packed[1]);
-                int used = 0;
+                int used = kSparse ? 0 : kVectorBytes;
                 for (int half = 0; half < 2 && v + half < size; ++half) {
-                    const std::uint64_t mask =
-                        kSparse ? load_as<std::uint64_t>(masks + 8 * (v + half)) : ~std::uint64_t(0);
-                    expand_vector<kValues>(mask, packed[half], out + half * kVectorBytes);
-                    multiply_rows(rows, out + half * kVectorBytes);
-                    used = std::max(used, std::popcount(mask));
+                    std::uint8_t* weights = out + half * kVectorBytes;
+                    if constexpr (kSparse) {
+                        const auto mask = load_as<std::uint64_t>(masks + 8 * (v + half));
+                        expand_vector<kValues>(mask, packed[half], weights);
+                        used = std::max(used, std::popcount(mask));
+                    } else {
+                        std::memcpy(weights, packed[half], kVectorBytes);
+                    }
+                    multiply_rows(rows, weights);
                 }
                 position += used;
                 ++v;
@@ -213,6 +218,15 @@ GOSSAMER_END
 
 GOSSAMER_BEGIN_AVX512
 namespace gossamer::avx512 {
+
+// body(0), ... body(N - 1) with constant indices, so that arrays of accumulators stay in registers: GCC 12
+// unrolls loops of more than some 16 turns too late for that.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unrolled(Body body) {
+    const auto all = [&]<int... I>(std::integer_sequence<int, I...>)
+                         __attribute__((always_inline)) { (body(std::integral_constant<int, I>()), ...); };
+    all(std::make_integer_sequence<int, N>());
+}
 
 // The values packed at `values` where the mask has ones, zeros elsewhere.
 template <Values kValues>

@@ -3,10 +3,10 @@
 //   y[t, n] = sum over even k of w[n, k] x[t, k]  +  sum over odd k of w[n, k] x[t, k]
 //
 // Two chains of fused multiply-adds in the order of k, added at the end: the same on every level but amx, for
-// any number of tokens and threads, dense or sparse (a product with 0 changes no sum). f32: a vector is 16 rows
-// x 1 input. bf16: 16 rows x 2 inputs, widened by a shift and a mask (`vdpbf16ps` takes two cycles and rounds
-// x). Bound by memory for one token: 64 bytes a dense vector; at 70% zeros 21 (f32) and 23 (bf16) bytes, for
-// some 3 and 5 cycles. Above 4 tokens a run of vectors is expanded once for blocks of 6 tokens.
+// any number of tokens and threads, dense or sparse (a product with 0 changes no sum). f32: a vector is 16
+// rows x 1 input. bf16: 16 rows x 2 inputs, widened by a shift and a mask (`vdpbf16ps` takes two cycles and
+// rounds x). Bound by memory for one token: 64 bytes a dense vector; at 70% zeros 21 (f32) and 23 (bf16)
+// bytes, for some 3 and 5 cycles. Above 4 tokens a run of vectors is expanded once for blocks of 6 tokens.
 // `amx` (bf16): x is split into two bfloat16, x = high + low, a product each: y to about 2^-16 of sum |w x|.
 
 #include <algorithm>
@@ -47,7 +47,8 @@ void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_
                     const int row = i / kInputs % kPanelRows;
                     const int k = (first + i / (kPanelRows * kInputs)) * kInputs + i % kInputs;
                     float& sum = chains[k % 2][row];
-                    sum = std::fma(widen(expanded + i * bytes_per_value(kValues)), x.x[t * x.stride + k], sum);
+                    sum =
+                        std::fma(widen(expanded + i * bytes_per_value(kValues)), x.x[t * x.stride + k], sum);
                 }
             }
             float* y = y_TN + t * stride + panel * kPanelRows;
@@ -148,7 +149,7 @@ GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {
 
-constexpr int kTokens = 6;
+constexpr int kFewTokens = 4, kTokens = 6;  // up to kFewTokens vectors come straight from the file
 
 // 16 rows of two consecutive inputs.
 struct Weights {
@@ -157,7 +158,8 @@ struct Weights {
 
 inline Weights widen(__m512i both) {
     const __m512i high = _mm512_set1_epi32(std::int32_t(0xFFFF0000));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(_mm512_and_si512(both, high))};
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(both, high))};
 }
 
 // The two chains of 16 rows for T tokens.
@@ -165,14 +167,11 @@ template <int T>
 struct Chains {
     __m512 even[T], odd[T];
 
-    Chains() {
-        for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_ps();
-    }
-    inline void add(Weights w, const float* x, std::size_t stride) {
-        for (int t = 0; t < T; ++t) {
-            even[t] = _mm512_fmadd_ps(w.even, _mm512_set1_ps(x[t * stride]), even[t]);
-            odd[t] = _mm512_fmadd_ps(w.odd, _mm512_set1_ps(x[t * stride + 1]), odd[t]);
-        }
+    [[gnu::always_inline]] inline void add(Weights w, const RowPointers<float, T>& x, int skip) {
+        unrolled<T>([&](auto t) {
+            even[t] = _mm512_fmadd_ps(w.even, _mm512_set1_ps(x.row(t)[skip]), even[t]);
+            odd[t] = _mm512_fmadd_ps(w.odd, _mm512_set1_ps(x.row(t)[skip + 1]), odd[t]);
+        });
     }
 };
 
@@ -180,31 +179,29 @@ struct Chains {
 template <Values kValues, Storage kStorage, int T>
 void few(const Linear& w, int panel, const Activations& x, float* y, std::size_t stride) {
     Reader<kValues, kStorage> reader{w.panel(panel)};
+    RowPointers<float, T> inputs(x.x, x.stride);
     Chains<T> chains;
-    const float* inputs = x.x;
-    const std::size_t step = x.stride;
+    unrolled<T>([&](auto t) { chains.even[t] = chains.odd[t] = _mm512_setzero_ps(); });
     if constexpr (kValues == Values::f32) {
         reader.read(
             w.num_vectors(),
             [&](__m512i a, __m512i b) {
-                chains.add({_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)}, inputs, step);
-                inputs += 2;
+                chains.add({_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)}, inputs, 0);
+                inputs.advance(2);
             },
-            [&](__m512i a) {
-                chains.add({_mm512_castsi512_ps(a), _mm512_setzero_ps()}, inputs, step);
-            });
+            [&](__m512i a) { chains.add({_mm512_castsi512_ps(a), _mm512_setzero_ps()}, inputs, 0); });
     } else {
         reader.read(
             w.num_vectors(),
             [&](__m512i a, __m512i b) {
-                chains.add(widen(a), inputs, step);
-                chains.add(widen(b), inputs + 2, step);
-                inputs += 4;
+                chains.add(widen(a), inputs, 0);
+                chains.add(widen(b), inputs, 2);
+                inputs.advance(4);
             },
-            [&](__m512i a) { chains.add(widen(a), inputs, step); });
+            [&](__m512i a) { chains.add(widen(a), inputs, 0); });
     }
-    for (int t = 0; t < T; ++t)
-        _mm512_storeu_ps(y + t * stride, _mm512_add_ps(chains.even[t], chains.odd[t]));
+    unrolled<T>(
+        [&](auto t) { _mm512_storeu_ps(y + t * stride, _mm512_add_ps(chains.even[t], chains.odd[t])); });
 }
 
 // Adds the products of `num_pairs` pairs of inputs of R panels and T tokens to sums [R][kSuperBlock][2].
@@ -213,29 +210,29 @@ void add_chunk(const std::uint8_t* const* weights, int num_pairs, const float* x
                __m512 (*sums)[2 * kSuperBlock], int token) {
     Chains<T> chains[R];
     const std::uint8_t* rows[R];
-    for (int r = 0; r < R; ++r) {
-        rows[r] = weights[r];
-        for (int t = 0; t < T; ++t) {
-            chains[r].even[t] = sums[r][2 * (token + t)];
-            chains[r].odd[t] = sums[r][2 * (token + t) + 1];
-        }
-    }
-    for (int i = 0; i < num_pairs; ++i, x += 2) {
+    for (int r = 0; r < R; ++r) rows[r] = weights[r];
+    unrolled<R * T>([&](auto i) {
+        const __m512* sum = sums[i / T] + 2 * (token + i % T);
+        chains[i / T].even[i % T] = sum[0];
+        chains[i / T].odd[i % T] = sum[1];
+    });
+    RowPointers<float, T> inputs(x, stride);
+    for (int i = 0; i < num_pairs; ++i, inputs.advance(2)) {
         for (int r = 0; r < R; ++r) {
             if constexpr (kValues == Values::f32) {
                 const float* pair = reinterpret_cast<const float*>(rows[r]) + 32 * i;
-                chains[r].add({_mm512_loadu_ps(pair), _mm512_loadu_ps(pair + 16)}, x, stride);
+                chains[r].add({_mm512_loadu_ps(pair), _mm512_loadu_ps(pair + 16)}, inputs, 0);
             } else {
-                chains[r].add(widen(_mm512_loadu_si512(rows[r] + std::size_t(i) * kVectorBytes)), x, stride);
+                const __m512i both = _mm512_loadu_si512(rows[r] + std::size_t(i) * kVectorBytes);
+                chains[r].add(widen(both), inputs, 0);
             }
         }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) {
-            sums[r][2 * (token + t)] = chains[r].even[t];
-            sums[r][2 * (token + t) + 1] = chains[r].odd[t];
-        }
-    }
+    unrolled<R * T>([&](auto i) {
+        __m512* sum = sums[i / T] + 2 * (token + i % T);
+        sum[0] = chains[i / T].even[i % T];
+        sum[1] = chains[i / T].odd[i % T];
+    });
 }
 
 // As many tokens as are left, T at a time.
@@ -309,18 +306,11 @@ void matmul_on(Unit&& unit, const Linear& w, int begin, int end, const Activatio
         for (int panel = begin; panel < end; ++panel)
             few<kValues, kStorage, T>(w, panel, x, y_TN + panel * kPanelRows, stride);
     };
-    switch (x.num_tokens) {
-        case 1:
-            return all_few(std::integral_constant<int, 1>());
-        case 2:
-            return all_few(std::integral_constant<int, 2>());
-        case 3:
-            return all_few(std::integral_constant<int, 3>());
-        case 4:
-            return all_few(std::integral_constant<int, 4>());
-        default:
-            break;
-    }
+    bool done = false;
+    unrolled<kFewTokens>([&](auto i) {
+        if (x.num_tokens == i + 1) all_few(std::integral_constant<int, i + 1>()), done = true;
+    });
+    if (done) return;
     for (int origin = 0; origin < x.num_tokens; origin += kSuperBlock) {
         int panel = begin;
         for (; panel + 2 <= end; panel += 2)
@@ -399,17 +389,18 @@ void matmul_bf16(const Linear& w, int begin, int end, const Activations& x, floa
 }  // namespace amx
 GOSSAMER_END
 
-#define GOSSAMER_ROWS(kValues, kStorage)                                                           \
-    MatmulRow{kValues, kStorage, Isa::scalar, scalar::matmul<kValues, kStorage>, nullptr},         \
-        MatmulRow{kValues, kStorage, Isa::avx2, avx2::matmul<kValues, kStorage>, nullptr},         \
-        MatmulRow { kValues, kStorage, Isa::avx512, avx512::matmul<kValues, kStorage>, nullptr }
+#define GOSSAMER_ROWS(kValues, kStorage)                                                               \
+    MatmulRow{kValues, kStorage, Isa::scalar, scalar::matmul<kValues, kStorage>, nullptr},             \
+        MatmulRow{kValues, kStorage, Isa::avx2, avx2::matmul<kValues, kStorage>, nullptr}, MatmulRow { \
+        kValues, kStorage, Isa::avx512, avx512::matmul<kValues, kStorage>, nullptr                     \
+    }
 #define GOSSAMER_TILE_ROW(kStorage, Tiles) \
     MatmulRow { Values::bf16, kStorage, Isa::amx, amx::matmul_bf16<kStorage, amx::Tiles>, nullptr }
 
 const MatmulRow kFloatRows[14] = {
-    GOSSAMER_ROWS(Values::f32, Storage::dense),        GOSSAMER_ROWS(Values::f32, Storage::sparse),
-    GOSSAMER_ROWS(Values::bf16, Storage::dense),       GOSSAMER_ROWS(Values::bf16, Storage::sparse),
-    GOSSAMER_TILE_ROW(Storage::dense, Hardware),       GOSSAMER_TILE_ROW(Storage::sparse, Hardware)};
+    GOSSAMER_ROWS(Values::f32, Storage::dense),  GOSSAMER_ROWS(Values::f32, Storage::sparse),
+    GOSSAMER_ROWS(Values::bf16, Storage::dense), GOSSAMER_ROWS(Values::bf16, Storage::sparse),
+    GOSSAMER_TILE_ROW(Storage::dense, Hardware), GOSSAMER_TILE_ROW(Storage::sparse, Hardware)};
 const MatmulRow kEmulatedFloatRows[2] = {GOSSAMER_TILE_ROW(Storage::dense, Emulated),
                                          GOSSAMER_TILE_ROW(Storage::sparse, Emulated)};
 

@@ -3,16 +3,16 @@
 //   y[t, n] = (sum_k w[n, k] (u[t, k] - 128)) * (x_scale[t] * w_scale[n])      u = q + 128, unsigned
 //           = (sum_k w[n, k] u[t, k] - 128 w_sum[n]) * ...
 //
-// An int4 weight is w = q4 * multiplier, the multiplier shared by a row's 128 inputs. The sum is an exact int32
-// (K <= 65536 keeps |w u| sums below 2^31), so every level gives the same bits.
+// An int4 weight is w = q4 * multiplier, the multiplier shared by a row's 128 inputs. The sum is an exact
+// int32 (K <= 65536 keeps |w u| sums below 2^31), so every level gives the same bits.
 //
 // 64 bytes of weights are one vector, 16 rows x 4 inputs. `avx512`: `vpdpbusd` adds 4 products to each of 16
-// rows. Up to 4 tokens take vectors straight from the stream: 3.3 cycles a vector on Zen 4, 3.0 on Emerald
-// Rapids, and at 70% zeros a vector is 27 bytes, so one core could read 30 GB/s at 3.7 GHz; software prefetch,
-// 0.5 to 4 KiB ahead, made it 5 to 20% slower. int4 sums 16 q4 u over 128 inputs, then multiplies. Above 4
-// tokens, 512 inputs of two panels are expanded once and serve blocks of 12 tokens: 24 products for 14 loads.
-// `avx2`: `vpmaddubsw` would saturate, so weights and activations are widened to 16 bits for `vpmaddwd`.
-// `amx`: see tiles.hpp; the expanded chunk is 8 tiles of 16 vectors a panel.
+// rows. Up to 8 tokens (4 beside a matrix unit) take vectors straight from the stream: 3.3 cycles a vector on
+// Zen 4, 3.0 on Emerald Rapids, and at 70% zeros a vector is 27 bytes, so one core could read 30 GB/s at 3.7
+// GHz; software prefetch, 0.5 to 4 KiB ahead, made it 5 to 20% slower. int4 sums 16 q4 u over 128 inputs,
+// then multiplies. For more, 512 inputs of two panels are expanded once and serve blocks of 12 tokens: 24
+// products for 14 loads. `avx2`: `vpmaddubsw` would saturate, so weights and activations are widened to 16
+// bits for `vpmaddwd`. `amx`: see tiles.hpp; the expanded chunk is 8 tiles of 16 vectors a panel.
 
 #include <algorithm>
 #include <cstring>
@@ -43,8 +43,8 @@ void product(const Linear& w, int begin, int end, const Activations& x, Sink sin
             for (int first = 0; first < w.num_vectors(); first += kScaleVectors) {
                 const int count = std::min(kScaleVectors, w.num_vectors() - first);
                 std::uint8_t expanded[kScaleVectors * kVectorBytes];
-                position = expand<kValues, kStorage>(position, w.panel_multipliers(panel, first), count,
-                                                     expanded);
+                position =
+                    expand<kValues, kStorage>(position, w.panel_multipliers(panel, first), count, expanded);
                 for (int i = 0; i < count * kVectorBytes; ++i) {
                     const int row = i / 4 % kPanelRows, input = i / kVectorBytes * 4 + i % 4;
                     sums[row] += std::int8_t(expanded[i]) * int(q[4 * first + input]);
@@ -144,8 +144,7 @@ void product(const Linear& w, int begin, int end, const Activations& x, Sink sin
                     const auto* row_sums =
                         reinterpret_cast<const __m256i*>(w.sum + panel * kPanelRows + 8 * half);
                     const __m256i offset = _mm256_slli_epi32(_mm256_loadu_si256(row_sums), 7);
-                    sink(panel * kPanelRows + 8 * half, origin + t,
-                         _mm256_sub_epi32(sums[t][half], offset));
+                    sink(panel * kPanelRows + 8 * half, origin + t, _mm256_sub_epi32(sums[t][half], offset));
                 }
             }
         }
@@ -181,50 +180,37 @@ constexpr int kTokens = 12;
 
 inline __m512i broadcast4(const std::uint8_t* q) { return _mm512_set1_epi32(load_as<std::int32_t>(q)); }
 
-// The sums of 16 rows for T tokens, in two chains that hide the latency of vpdpbusd.
-template <int T>
-struct Sums {
-    __m512i even[T], odd[T];
-
-    Sums() {
-        for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_si512();
-    }
-    __m512i of(int t) const { return _mm512_add_epi32(even[t], odd[t]); }
-};
-
-// One panel for T tokens, straight from the file.
+// One panel for T tokens, straight from the file; two chains hide the latency of vpdpbusd.
 template <Values kValues, Storage kStorage, int T>
 void few(const Linear& w, int panel, const Activations& x, __m512i* totals) {
     Reader<kValues, kStorage> reader{w.panel(panel)};
-    const std::uint8_t* q = x.q;
-    const std::size_t stride = x.stride;
+    RowPointers<std::uint8_t, T> q(x.q, x.stride);
     constexpr int kRun = kValues == Values::i4 ? kScaleVectors : 1 << 20;
     for (int first = 0; first < w.num_vectors(); first += kRun) {
-        Sums<T> sums;
+        __m512i even[T], odd[T];
+        unrolled<T>([&](auto t) { even[t] = odd[t] = _mm512_setzero_si512(); });
         reader.read(
             std::min(kRun, w.num_vectors() - first),
             [&](__m512i a, __m512i b) {
-                for (int t = 0; t < T; ++t) {
-                    sums.even[t] = _mm512_dpbusd_epi32(sums.even[t], broadcast4(q + t * stride), a);
-                    sums.odd[t] = _mm512_dpbusd_epi32(sums.odd[t], broadcast4(q + t * stride + 4), b);
-                }
-                q += 8;
+                unrolled<T>([&](auto t) {
+                    even[t] = _mm512_dpbusd_epi32(even[t], broadcast4(q.row(t)), a);
+                    odd[t] = _mm512_dpbusd_epi32(odd[t], broadcast4(q.row(t) + 4), b);
+                });
+                q.advance(8);
             },
             [&](__m512i a) {
-                for (int t = 0; t < T; ++t)
-                    sums.even[t] = _mm512_dpbusd_epi32(sums.even[t], broadcast4(q + t * stride), a);
+                unrolled<T>([&](auto t) { even[t] = _mm512_dpbusd_epi32(even[t], broadcast4(q.row(t)), a); });
             });
-        for (int t = 0; t < T; ++t) {
+        unrolled<T>([&](auto t) {
+            __m512i sum = _mm512_add_epi32(even[t], odd[t]);
             if constexpr (kValues == Values::i4) {  // 16 times too large so far
-                const __m128i rows =
-                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.panel_multipliers(panel, first)));
-                const __m512i group = _mm512_mullo_epi32(_mm512_srai_epi32(sums.of(t), 4),
-                                                         _mm512_cvtepu8_epi32(rows));
-                totals[t] = first == 0 ? group : _mm512_add_epi32(totals[t], group);
-            } else {
-                totals[t] = sums.of(t);
+                const auto* rows = reinterpret_cast<const __m128i*>(w.panel_multipliers(panel, first));
+                sum = _mm512_mullo_epi32(_mm512_srai_epi32(sum, 4),
+                                         _mm512_cvtepu8_epi32(_mm_loadu_si128(rows)));
+                if (first != 0) sum = _mm512_add_epi32(sum, totals[t]);
             }
-        }
+            totals[t] = sum;
+        });
     }
 }
 
@@ -234,21 +220,18 @@ void add_chunk(const std::uint8_t* const* weights, int count, const std::uint8_t
                __m512i (*sums)[kSuperBlock], int token) {
     __m512i acc[R][T];
     const std::uint8_t* rows[R];
-    for (int r = 0; r < R; ++r) {
-        rows[r] = weights[r];
-        for (int t = 0; t < T; ++t) acc[r][t] = sums[r][token + t];
-    }
-    for (int v = 0; v < count; ++v, q += 4) {
+    for (int r = 0; r < R; ++r) rows[r] = weights[r];
+    unrolled<R * T>([&](auto i) { acc[i / T][i % T] = sums[i / T][token + i % T]; });
+    RowPointers<std::uint8_t, T> inputs(q, stride);
+    for (int v = 0; v < count; ++v, inputs.advance(4)) {
         __m512i vector[R];
         for (int r = 0; r < R; ++r) vector[r] = _mm512_loadu_si512(rows[r] + std::size_t(v) * kVectorBytes);
-        for (int t = 0; t < T; ++t) {
-            const __m512i inputs = broadcast4(q + t * stride);
-            for (int r = 0; r < R; ++r) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], inputs, vector[r]);
-        }
+        unrolled<T>([&](auto t) {
+            const __m512i four = broadcast4(inputs.row(t));
+            for (int r = 0; r < R; ++r) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], four, vector[r]);
+        });
     }
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) sums[r][token + t] = acc[r][t];
-    }
+    unrolled<R * T>([&](auto i) { sums[i / T][token + i % T] = acc[i / T][i % T]; });
 }
 
 // As many tokens as are left, T at a time.
@@ -258,13 +241,13 @@ void add_tokens(const std::uint8_t* const* weights, int count, const std::uint8_
     for (; token + T <= tokens; token += T)
         add_chunk<R, T>(weights, count, q + token * stride, stride, sums, token);
     if constexpr (T > 1) {
-        if (token < tokens)
-            add_tokens<R, (T + 1) / 2>(weights, count, q, stride, sums, token, tokens);
+        if (token < tokens) add_tokens<R, (T + 1) / 2>(weights, count, q, stride, sums, token, tokens);
     }
 }
 
 // How expanded vectors meet many tokens: here by vpdpbusd.
 struct VectorUnit {
+    static constexpr int kFewTokens = 8;            // up to which vectors come straight from the file
     static constexpr int kVectors = kChunkVectors;  // of a panel, expanded at a time
     static constexpr int kMultiple = 1;             // their number is filled up to a multiple of this
 
@@ -319,18 +302,11 @@ void all_few(const Linear& w, int begin, int end, const Activations& x, Sink sin
 
 template <Values kValues, Storage kStorage, class Unit, class Sink>
 void product(const Linear& w, int begin, int end, const Activations& x, Unit& unit, Sink sink) {
-    switch (x.num_tokens) {
-        case 1:
-            return all_few<kValues, kStorage, 1>(w, begin, end, x, sink);
-        case 2:
-            return all_few<kValues, kStorage, 2>(w, begin, end, x, sink);
-        case 3:
-            return all_few<kValues, kStorage, 3>(w, begin, end, x, sink);
-        case 4:
-            return all_few<kValues, kStorage, 4>(w, begin, end, x, sink);
-        default:
-            break;
-    }
+    bool done = false;
+    unrolled<Unit::kFewTokens>([&](auto i) {
+        if (x.num_tokens == i + 1) all_few<kValues, kStorage, i + 1>(w, begin, end, x, sink), done = true;
+    });
+    if (done) return;
     for (int origin = 0; origin < x.num_tokens; origin += kSuperBlock) {
         int panel = begin;
         for (; panel + 2 <= end; panel += 2) many<kValues, kStorage, 2>(w, panel, x, origin, unit, sink);
@@ -415,7 +391,7 @@ void multiply_block(Tiles& tiles, const std::uint8_t* const* weights, int count,
 template <class Tiles>
 class TileUnit {
   public:
-    static constexpr int kVectors = 256, kMultiple = kTileRows;
+    static constexpr int kFewTokens = 4, kVectors = 256, kMultiple = kTileRows;
 
     TileUnit() { tiles_.begin(); }
     ~TileUnit() { tiles_.end(); }
@@ -450,25 +426,28 @@ void accumulate(const Linear& w, int begin, int end, const Activations& x, std::
 }  // namespace amx
 GOSSAMER_END
 
-#define GOSSAMER_ROWS(kValues, kStorage)                                                                     \
-    MatmulRow{kValues, kStorage, Isa::scalar, scalar::matmul<kValues, kStorage>,                             \
-              scalar::accumulate<kValues, kStorage>},                                                        \
-        MatmulRow{kValues, kStorage, Isa::avx2, avx2::matmul<kValues, kStorage>,                             \
-                  avx2::accumulate<kValues, kStorage>},                                                      \
-        MatmulRow{kValues, kStorage, Isa::avx512, avx512::matmul<kValues, kStorage>,                         \
-                  avx512::accumulate<kValues, kStorage>},                                                    \
-        MatmulRow{kValues, kStorage, Isa::amx, amx::matmul<kValues, kStorage, amx::Hardware>,                \
-                  amx::accumulate<kValues, kStorage, amx::Hardware>}
-#define GOSSAMER_EMULATED_ROW(kValues, kStorage)                                                             \
-    MatmulRow{kValues, kStorage, Isa::amx, amx::matmul<kValues, kStorage, amx::Emulated>,                    \
-              amx::accumulate<kValues, kStorage, amx::Emulated>}
+#define GOSSAMER_ROWS(kValues, kStorage)                                             \
+    MatmulRow{kValues, kStorage, Isa::scalar, scalar::matmul<kValues, kStorage>,     \
+              scalar::accumulate<kValues, kStorage>},                                \
+        MatmulRow{kValues, kStorage, Isa::avx2, avx2::matmul<kValues, kStorage>,     \
+                  avx2::accumulate<kValues, kStorage>},                              \
+        MatmulRow{kValues, kStorage, Isa::avx512, avx512::matmul<kValues, kStorage>, \
+                  avx512::accumulate<kValues, kStorage>},                            \
+        MatmulRow {                                                                  \
+        kValues, kStorage, Isa::amx, amx::matmul<kValues, kStorage, amx::Hardware>,  \
+            amx::accumulate<kValues, kStorage, amx::Hardware>                        \
+    }
+#define GOSSAMER_EMULATED_ROW(kValues, kStorage)                                    \
+    MatmulRow {                                                                     \
+        kValues, kStorage, Isa::amx, amx::matmul<kValues, kStorage, amx::Emulated>, \
+            amx::accumulate<kValues, kStorage, amx::Emulated>                       \
+    }
 
 const MatmulRow kIntegerRows[16] = {
     GOSSAMER_ROWS(Values::i8, Storage::dense), GOSSAMER_ROWS(Values::i8, Storage::sparse),
     GOSSAMER_ROWS(Values::i4, Storage::dense), GOSSAMER_ROWS(Values::i4, Storage::sparse)};
-const MatmulRow kEmulatedIntegerRows[4] = {GOSSAMER_EMULATED_ROW(Values::i8, Storage::dense),
-                                           GOSSAMER_EMULATED_ROW(Values::i8, Storage::sparse),
-                                           GOSSAMER_EMULATED_ROW(Values::i4, Storage::dense),
-                                           GOSSAMER_EMULATED_ROW(Values::i4, Storage::sparse)};
+const MatmulRow kEmulatedIntegerRows[4] = {
+    GOSSAMER_EMULATED_ROW(Values::i8, Storage::dense), GOSSAMER_EMULATED_ROW(Values::i8, Storage::sparse),
+    GOSSAMER_EMULATED_ROW(Values::i4, Storage::dense), GOSSAMER_EMULATED_ROW(Values::i4, Storage::sparse)};
 
 }  // namespace gossamer

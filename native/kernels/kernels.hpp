@@ -8,16 +8,30 @@ namespace gossamer {
 extern const MatmulRow kIntegerRows[16], kFloatRows[14];
 extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
 
-#define GOSSAMER_VECTOR(level)                                            \
-    namespace level {                                                     \
-    void rmsnorm(const float*, const float*, float, int, float*);         \
-    void quantize(const float*, int, std::uint8_t*, float*);              \
-    void split(const float*, int, std::uint16_t*, std::uint16_t*);        \
-    void swiglu(const float*, const float*, int, float*);                 \
-    void attention(const AttentionTask&);                                 \
-    std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t);    \
+#define GOSSAMER_VECTOR(level)                                     \
+    namespace level {                                              \
+    void rmsnorm(const float*, const float*, float, int, float*);  \
+    void quantize(const float*, int, std::uint8_t*, float*);       \
+    void split(const float*, int, std::uint16_t*, std::uint16_t*); \
+    void swiglu(const float*, const float*, int, float*);          \
+    void attention(const AttentionTask&);                          \
     }
 
+#define GOSSAMER_READ(level)                                           \
+    namespace level {                                                  \
+    std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t); \
+    }
+#define GOSSAMER_MULTIPLY(level)                \
+    namespace level {                           \
+    std::uint64_t multiply_int8(std::uint64_t); \
+    }
+
+GOSSAMER_READ(scalar)
+GOSSAMER_READ(avx512)
+GOSSAMER_MULTIPLY(scalar)
+GOSSAMER_MULTIPLY(avx2)
+GOSSAMER_MULTIPLY(avx512)
+GOSSAMER_MULTIPLY(amx)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
 

@@ -6,9 +6,26 @@ namespace gossamer {
 namespace {
 
 constexpr VectorRow kVector[] = {
-    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::split, scalar::swiglu, scalar::attention, scalar::read},
-    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::split, avx512::swiglu, avx512::attention, avx512::read},
+    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::split, scalar::swiglu, scalar::attention},
+    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::split, avx512::swiglu, avx512::attention},
 };
+
+constexpr ProbeRow kProbe[] = {
+    {Isa::scalar, scalar::read, scalar::multiply_int8},
+    {Isa::avx2, scalar::read, avx2::multiply_int8},
+    {Isa::avx512, avx512::read, avx512::multiply_int8},
+    {Isa::amx, avx512::read, amx::multiply_int8},
+};
+
+// The last row, in a table that goes up, that `isa` can run.
+template <class Row>
+const Row& best(std::span<const Row> rows, Isa isa) {
+    const Row* found = &rows[0];
+    for (const Row& row : rows) {
+        if (row.isa <= isa) found = &row;
+    }
+    return *found;
+}
 
 }  // namespace
 
@@ -18,6 +35,7 @@ std::vector<MatmulRow> matmul_table() {
     return rows;
 }
 std::span<const VectorRow> vector_table() { return kVector; }
+std::span<const ProbeRow> probe_table() { return kProbe; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated) {
     const MatmulRow* found = nullptr;
@@ -38,12 +56,7 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emula
     return *found;
 }
 
-const VectorRow& find_vector(Isa isa) {
-    const VectorRow* found = &kVector[0];
-    for (const VectorRow& row : kVector) {
-        if (row.isa <= isa && row.isa > found->isa) found = &row;
-    }
-    return *found;
-}
+const VectorRow& find_vector(Isa isa) { return best(vector_table(), isa); }
+const ProbeRow& find_probe(Isa isa) { return best(probe_table(), isa); }
 
 }  // namespace gossamer

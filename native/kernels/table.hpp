@@ -16,8 +16,8 @@ namespace gossamer {
 using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& x, float* y_TN,
                         std::size_t stride);
 
-// The exact integer sums under an i8 or i4 product: acc_TN[t, n] = sum_k w_NK[n, k] q_TK[t, k], with the signed
-// q and int8 weights.
+// The exact integer sums under an i8 or i4 product: acc_TN[t, n] = sum_k w_NK[n, k] q_TK[t, k], with the
+// signed q and int8 weights.
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
@@ -52,15 +52,24 @@ struct VectorRow {
     void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
     void (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
     void (*attention)(const AttentionTask& task);
-    // Sums `count` bytes (a multiple of 64), touching each cache line once: the read-bandwidth probe.
+};
+
+// What the machine can do at best (probes.cpp).
+struct ProbeRow {
+    Isa isa;
+    // Sums `count` bytes (a multiple of 256), touching each cache line once.
     std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
+    // Multiplies int8 in registers; returns how many multiply-adds that were.
+    std::uint64_t (*multiply_int8)(std::uint64_t rounds);
 };
 
 std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
+std::span<const ProbeRow> probe_table();
 
 // The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
+const ProbeRow& find_probe(Isa isa);
 
 }  // namespace gossamer

@@ -1,4 +1,4 @@
-// What surrounds the products: RMSNorm, quantization of activations, SwiGLU, and the read-bandwidth probe.
+// What surrounds the products: RMSNorm, quantization of activations, SwiGLU.
 //
 //   rmsnorm    y = weight * (x / sqrt(mean(x^2) + eps)); squares summed in float64, in 16 lanes, then lane
 //   after lane quantize   scale = max|x| / 127.5;  q = clamp(round(x / scale), -128, 127), stored as q + 128
@@ -70,17 +70,6 @@ void swiglu(const float* gate, const float* up, int count, float* y) {
     for (int i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + exponential_of(-gate[i])) * up[i];
 }
 
-std::uint64_t read(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes) {
-    std::uint64_t sum = 0;
-    for (std::size_t i = 0; i < count; i += kVectorBytes) {
-        if (prefetch_bytes != 0) __builtin_prefetch(data + i + prefetch_bytes);
-        std::uint64_t words[8];
-        std::memcpy(words, data + i, sizeof words);
-        for (std::uint64_t word : words) sum += word;
-    }
-    return sum;
-}
-
 }  // namespace scalar
 
 GOSSAMER_BEGIN_AVX512
@@ -133,7 +122,8 @@ void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* lo
     const auto round = [](__m512 x) {  // to the nearest bfloat16, halves to even
         const __m512i bits = _mm512_castps_si512(x);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+        return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))),
+                                 16);
     };
     for (int i = 0; i < count; i += kLanes) {
         const __mmask16 mask = first_lanes(count - i);
@@ -154,20 +144,6 @@ void swiglu(const float* gate, const float* up, int count, float* y) {
         const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential_of(negative)));
         _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i)));
     }
-}
-
-std::uint64_t read(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes) {
-    __m512i sums[4] = {};
-    for (std::size_t i = 0; i + 4 * kVectorBytes <= count; i += 4 * kVectorBytes) {
-        for (int j = 0; j < 4; ++j) {
-            const std::uint8_t* line = data + i + std::size_t(j) * kVectorBytes;
-            if (prefetch_bytes != 0)
-                _mm_prefetch(reinterpret_cast<const char*>(line + prefetch_bytes), _MM_HINT_T0);
-            sums[j] = _mm512_add_epi64(sums[j], _mm512_loadu_si512(line));
-        }
-    }
-    const __m512i low = _mm512_add_epi64(sums[0], sums[1]), high = _mm512_add_epi64(sums[2], sums[3]);
-    return std::uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
 }
 
 }  // namespace avx512
