@@ -124,7 +124,7 @@ def _write(writer: PackedWriter, llama: Llama, name: str, recipe: Recipe, rng: n
         block = random_int8(min(rows, BLOCK_ROWS), columns, sparsity, rng)
         writer.int8(name, np.resize(block, (rows, columns)), plausible_scales(rows, columns))
         return None
-    writer.dense(name, np.resize(_random_float(recipe.values, columns, rng), (rows, columns)))
+    writer.floats(name, np.resize(_random_float(recipe.values, columns, rng), (rows, columns)))
     return None
 
 
