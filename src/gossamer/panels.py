@@ -1,10 +1,10 @@
 """How a weight matrix lies in a .goss file: vectors, panels, dense storage (docs/format.md, section 3).
 
-A panel is 16 rows. A vector is 16 rows x I consecutive inputs of one panel, in the order [row][input], where I
-is 1 for float32, 2 for bfloat16, 4 for int8 and int4 (the order in which an AMX tile and `vpdpbusd` want it):
-64 bytes, or 32 of int4. Rows and inputs are padded with zeros to whole vectors. Dense panels are all vectors
-of all panels, one after the other; int4 vectors 2j and 2j + 1 share 64 bytes as low and high nibbles. The
-sparse panels are in `streams`.
+A panel is 16 rows. A vector is 16 rows x I consecutive inputs of one panel, in the order [row][input]: I is 1
+for float32, 2 for bfloat16, 4 for int8 and int4 (the order in which an AMX tile and `vpdpbusd` want it). It
+takes 64 bytes, or 32 of int4. Rows and inputs are padded with zeros to whole vectors. Dense panels are all
+vectors of all panels, one after the other; int4 vectors 2j and 2j + 1 share 64 bytes as low and high nibbles.
+The sparse panels are in `streams`.
 
 This file is the specification that the C++ is tested against: NumPy, no loop over weights.
 
@@ -26,6 +26,7 @@ ALIGNMENT = 64
 INPUTS_PER_VECTOR = {"f32": 1, "bf16": 2, "i8": 4, "i4": 4}
 # A weight in memory: bfloat16 as its bit pattern, int4 as int8 from -8 to 7.
 WEIGHT_DTYPES = {"f32": np.dtype("<f4"), "bf16": np.dtype("<u2"), "i8": np.dtype("i1"), "i4": np.dtype("i1")}
+WEIGHT_BITS = {"f32": 32, "bf16": 16, "i8": 8, "i4": 4}
 MULTIPLIER_INPUTS = 128  # consecutive inputs of a row that share an int4 multiplier
 MAX_MULTIPLIER = 16
 
@@ -48,28 +49,22 @@ def panel_shape(values: str, rows: int, columns: int) -> tuple[int, int, int, in
     return -(-rows // PANEL_ROWS), stored, PANEL_ROWS, INPUTS_PER_VECTOR[values]
 
 
-def dense_bytes(values: str, rows: int, columns: int) -> int:
-    """Bytes of the dense panels of a matrix."""
-    panels, stored, _, _ = panel_shape(values, rows, columns)
-    return panels * stored * VECTOR_BYTES
-
-
 def to_vectors(values: str, w_NK: np.ndarray) -> np.ndarray:
     """Vectors [P, V, 16, I] of weights [N, K], in their own dtype."""
     assert w_NK.dtype == WEIGHT_DTYPES[values], f"{values} weights are {w_NK.dtype}"
     (rows, columns), inputs = w_NK.shape, INPUTS_PER_VECTOR[values]
-    padded = np.zeros((round_up(rows, PANEL_ROWS), round_up(columns, inputs)), w_NK.dtype)
-    padded[:rows, :columns] = w_NK
-    vectors_P16VI = padded.reshape(-1, PANEL_ROWS, padded.shape[1] // inputs, inputs)
+    whole = np.zeros((round_up(rows, PANEL_ROWS), round_up(columns, inputs)), w_NK.dtype)
+    whole[:rows, :columns] = w_NK
+    vectors_P16VI = whole.reshape(-1, PANEL_ROWS, whole.shape[1] // inputs, inputs)
     return np.ascontiguousarray(vectors_P16VI.transpose(0, 2, 1, 3))
 
 
 def from_vectors(vectors: np.ndarray, rows: int, columns: int, source: str) -> np.ndarray:
     """Weights [N, K] of vectors [P, V, 16, I]; FormatError when the padding is not zero."""
-    padded = vectors.transpose(0, 2, 1, 3).reshape(vectors.shape[0] * PANEL_ROWS, -1)
-    if padded[rows:].any() or padded[:, columns:].any():
+    whole = vectors.transpose(0, 2, 1, 3).reshape(vectors.shape[0] * PANEL_ROWS, -1)
+    if whole[rows:].any() or whole[:, columns:].any():
         raise FormatError(f"{source}: found weights outside its {rows} x {columns} matrix; expected zeros")
-    return np.ascontiguousarray(padded[:rows, :columns])
+    return np.ascontiguousarray(whole[:rows, :columns])
 
 
 def to_panels(values: str, w_NK: np.ndarray) -> np.ndarray:
@@ -111,19 +106,19 @@ def num_multipliers(rows: int, columns: int) -> int:
 def to_multipliers(multiplier_NG: np.ndarray) -> np.ndarray:
     """Stored order, [panel][group of inputs][16 rows] with zeros for padding, of int4 multipliers 1 to 16."""
     rows, groups = multiplier_NG.shape
-    padded = np.zeros((round_up(rows, PANEL_ROWS), groups), np.uint8)
-    padded[:rows] = multiplier_NG
-    flat = padded.reshape(-1, PANEL_ROWS, groups).transpose(0, 2, 1).reshape(-1)
-    return np.pad(flat, (0, -flat.size % ALIGNMENT))
+    whole = np.zeros((round_up(rows, PANEL_ROWS), groups), np.uint8)
+    whole[:rows] = multiplier_NG
+    flat = whole.reshape(-1, PANEL_ROWS, groups).transpose(0, 2, 1).reshape(-1)
+    return padded(flat, ALIGNMENT)
 
 
 def from_multipliers(stored: np.ndarray, rows: int, columns: int, source: str = "multipliers") -> np.ndarray:
     """uint8 [N, G] of stored int4 multipliers; FormatError unless 1 to 16, and 0 in the padding."""
     groups, padded_rows = -(-columns // MULTIPLIER_INPUTS), round_up(rows, PANEL_ROWS)
     flat, rest = stored[: padded_rows * groups], stored[padded_rows * groups :]
-    padded = flat.reshape(-1, groups, PANEL_ROWS).transpose(0, 2, 1).reshape(padded_rows, groups)
-    found = padded[:rows]
-    if rest.any() or padded[rows:].any() or (found < 1).any() or (found > MAX_MULTIPLIER).any():
+    whole = flat.reshape(-1, groups, PANEL_ROWS).transpose(0, 2, 1).reshape(padded_rows, groups)
+    found = whole[:rows]
+    if rest.any() or whole[rows:].any() or (found < 1).any() or (found > MAX_MULTIPLIER).any():
         raise FormatError(
             f"{source}: int4 multipliers must be from 1 to {MAX_MULTIPLIER}, and 0 in the padding"
         )
@@ -141,3 +136,16 @@ def panel_chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     step = max(1, _CHUNK_WEIGHTS // (PANEL_ROWS * max(columns, 1))) * PANEL_ROWS
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
+
+
+def count_nonzero(w_NK: np.ndarray) -> int:
+    """Weights that are not zero; -0.0 is zero, in bfloat16 bit patterns (uint16) too."""
+    if w_NK.dtype == np.uint16:
+        parts = np.array_split(w_NK, -(-w_NK.size // (1 << 24)))
+        return sum(int(np.count_nonzero(part & 0x7FFF)) for part in parts)
+    return int(np.count_nonzero(w_NK))
+
+
+def padded(vector: np.ndarray, multiple: int) -> np.ndarray:
+    """The vector with zeros up to a multiple of so many entries."""
+    return np.pad(vector, (0, -vector.size % multiple))

@@ -1,6 +1,6 @@
 """Sparse panels: a mask bit a weight, and the weights that are not zero (docs/format.md, section 3).
 
-A panel is a run of groups. A group is the masks of up to 16 vectors (little endian; the bit is the place in the
+A panel is a run of groups. A group is the masks of up to 16 vectors (little endian; a bit is a place in the
 vector, [row][input]) and then, at once, the nonzero weights of those vectors in the order of their bits:
 
     m0 m1 ... m15 | weights of vector 0, 1, ... 15 | m16 m17 ... | weights ...
@@ -70,9 +70,13 @@ def encode(values: str, w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The stream (uint8, with its slack) and the panel offsets (uint64, padded) of weights [N, K]."""
     chunks = [encode_panels(values, w_NK[begin:end]) for begin, end in panel_chunks(*w_NK.shape)]
     packed = np.concatenate([piece for piece, _ in chunks])
-    stream = np.zeros(round_up(packed.size + SLACK_BYTES, ALIGNMENT), np.uint8)
-    stream[: packed.size] = packed
-    return stream, panel_offsets(np.concatenate([lengths for _, lengths in chunks]))
+    lengths_P = np.concatenate([lengths for _, lengths in chunks])
+    return np.concatenate([packed, slack(packed.size)]), panel_offsets(lengths_P)
+
+
+def slack(num_bytes: int) -> np.ndarray:
+    """The zeros that end a stream whose panels take so many bytes."""
+    return np.zeros(round_up(num_bytes + SLACK_BYTES, ALIGNMENT) - num_bytes, np.uint8)
 
 
 def encode_panels(values: str, w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -114,7 +114,7 @@ def write_int8(path: Path, sparsity: float) -> Packed:
             )
             w_NK[rng.random(shape) < sparsity] = 0
             if name == "model.embed_tokens":
-                writer.dense(name, w_NK)
+                writer.floats(name, w_NK)
             else:
                 writer.int8(name, *round_rows(w_NK))
     return Packed.open(path)

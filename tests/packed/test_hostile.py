@@ -86,7 +86,8 @@ def test_flipped_data_bytes_never_crash(synthetic: Any, tmp_path: Path) -> None:
     assert refused > 5
 
 
-Q = "model.layers.1.mlp.down_proj"  # sparse; layers.0's q_proj is dense
+Q = "model.layers.1.mlp.up_proj"  # sparse int8
+I4 = "model.layers.1.mlp.down_proj"  # sparse int4
 
 
 LLAMA3 = {
@@ -114,6 +115,10 @@ def set_layer(header: Header, name: str = Q, **changes: Any) -> None:
 def set_table(header: Header, **changes: Any) -> None:
     metadata = header["__metadata__"]
     metadata["layers"] = json.dumps(json.loads(metadata["layers"]) | changes)
+
+
+def split_shape(entry: dict[str, Any]) -> None:
+    entry["shape"] = [entry["shape"][0] // 64, 64]
 
 
 def overlap(header: Header) -> None:
@@ -177,15 +182,20 @@ EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "a matrix not in the table": (rename_in_table, "disagree about"),
     "a matrix too many": (lambda h: set_table(h, other={}), "'other' must have exactly"),
     "unknown storage": (lambda h: set_layer(h, storage="zip"), "stored as 'zip' 'i8'"),
-    "unknown values": (lambda h: set_layer(h, values="i4"), "'i4'"),
+    "unknown values": (lambda h: set_layer(h, values="i2"), "'i2'"),
+    "int8 called int4": (lambda h: set_layer(h, values="i4"), "lacks tensor .*weight_multiplier"),
+    "int4 called int8": (lambda h: set_layer(h, I4, values="i8"), "unknown tensor .*weight_multiplier"),
     "values of another type": (lambda h: set_layer(h, values=["i8"]), "stored as 'sparse'"),
-    "sparse bf16": (lambda h: set_layer(h, values="bf16"), "'bf16'"),
+    "int8 called bf16": (lambda h: set_layer(h, values="bf16"), "unknown tensor .*weight_scale"),
+    "sparse embedding": (lambda h: set_layer(h, "model.embed_tokens", storage="sparse"), "'sparse' 'bf16'"),
+    "int4 stream not flat": (lambda h: split_shape(h[f"{I4}.weight.stream"]), "expected U8 .bytes."),
+    "multipliers not flat": (lambda h: split_shape(h[f"{I4}.weight_multiplier"]), "expected U8 .128."),
     "int8 embedding": (lambda h: set_layer(h, "model.embed_tokens", values="i8"), "stored as 'dense' 'i8'"),
-    "dense instead of sparse": (lambda h: set_layer(h, storage="dense"), "down_proj"),
+    "dense instead of sparse": (lambda h: set_layer(h, storage="dense"), "up_proj"),
     "nonzeros too many": (lambda h: set_layer(h, nonzeros=10**9), "expected sizes"),
     "nonzeros wrong": (lambda h: set_layer(h, nonzeros=1), "expected U8"),
     "nonzeros true": (lambda h: set_layer(h, nonzeros=True), "expected sizes"),
-    "rows wrong": (lambda h: set_layer(h, rows=35), "the config says 36 x 50"),
+    "rows wrong": (lambda h: set_layer(h, rows=136), "the config says 137 x 36"),
     "rows absurd": (lambda h: set_layer(h, rows=10**30), "expected sizes"),
     "a tensor missing": (lambda h: h.pop(list(h)[-1]), "the tensors end at"),
     "a tensor of another name": (lambda h: h.update(other=h.pop(list(h)[-1])), "lacks tensor|unknown tensor"),

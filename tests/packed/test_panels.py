@@ -1,5 +1,8 @@
 """Matrices survive the layouts bit for bit, and readers written from docs/format.md alone agree."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, seed, settings
@@ -9,6 +12,7 @@ from gossamer import panels, streams
 from gossamer.errors import FormatError
 from packed.matrices import DTYPES, VALUES, random_matrix, random_multipliers, read_dense, read_stream
 
+TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 every_type = pytest.mark.parametrize("values", VALUES)
 shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
 sparsities = st.sampled_from([0, 0.3, 0.7, 0.95, 1])
@@ -33,7 +37,6 @@ def test_dense_round_trip(values: str, shape: tuple[int, int], number: int) -> N
     w_NK = random_matrix(values, shape, 0.3, number)
     stored = panels.to_panels(values, w_NK)
     assert stored.shape == panels.panel_shape(values, *shape) and stored[0, 0].nbytes == 64
-    assert stored.nbytes == panels.dense_bytes(values, *shape)
     assert panels.from_panels(values, stored, *shape).tobytes() == w_NK.tobytes()
 
 
@@ -134,12 +137,12 @@ def test_multiplied_int4_weights_are_exact_in_int8() -> None:
     assert found.min() == -128 and found.max() == 112
 
 
-BITS = {
-    "f32": {0.5: 17, 0.7: 10.6, 0.8: 7.4, 0.9: 4.2},
-    "bf16": {0.5: 9, 0.7: 5.8, 0.8: 4.2, 0.9: 2.6},
-    "i8": {0.5: 5, 0.7: 3.4, 0.8: 2.6, 0.9: 1.8},
-    "i4": {0.5: 3.14, 0.7: 2.33, 0.8: 1.91, 0.9: 1.48},
-}
+def bits_of_the_document() -> dict[tuple[str, float], float]:
+    """(type, sparsity) -> bits per weight: the table of section 5."""
+    rows = re.findall(r"^\| `(\w+)` \|((?: [\d.]+ \|){4})$", TEXT, re.MULTILINE)
+    cells = {values: [float(cell) for cell in row.strip("| ").split("|")] for values, row in rows}
+    zeros = [0.5, 0.7, 0.8, 0.9]
+    return {(values, z): bits for values, row in cells.items() for z, bits in zip(zeros, row, strict=True)}
 
 
 @every_type
@@ -148,7 +151,42 @@ def test_bits_per_weight_are_those_promised(values: str, sparsity: float) -> Non
     w_NK = random_matrix(values, (512, 4096), 0, 4)
     w_NK.reshape(-1)[np.random.default_rng(5).permutation(w_NK.size)[: round(sparsity * w_NK.size)]] = 0
     stream, offsets = streams.encode(values, w_NK)
-    assert 8 * (stream.nbytes + offsets.nbytes) / w_NK.size == pytest.approx(BITS[values][sparsity], abs=0.01)
+    bits = 8 * (stream.nbytes + offsets.nbytes) / w_NK.size
+    assert bits == pytest.approx(bits_of_the_document()[values, sparsity], abs=0.01)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split()]
+
+
+def test_the_examples_of_the_document() -> None:
+    found = re.findall(r"```(matrix|stream|dense) ?(\w*)\n(.*?)```", TEXT, re.DOTALL)
+    blocks = {(kind, values): block for kind, values, block in found}
+    w_NK = np.array([numbers(line) for line in blocks["matrix", ""].strip().splitlines()])
+    as_type = {
+        "i8": w_NK.astype(np.int8),
+        "i4": w_NK.astype(np.int8),
+        "bf16": (w_NK.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
+    }
+    for values, typed_NK in as_type.items():
+        stream, offsets = streams.encode(values, typed_NK)
+        expected = bytes.fromhex(blocks["stream", values])
+        assert stream.tobytes() == expected.ljust(128, b"\0")
+        assert offsets.tolist() == [0] + [len(expected)] * 7
+    dense = panels.to_panels("i4", as_type["i4"])
+    assert dense.tobytes() == bytes.fromhex(blocks["dense", "i4"]).ljust(64, b"\0")
+
+
+def test_the_numbers_beside_the_examples() -> None:
+    q_NK = np.array([[1, 0, 0, 0, 2, 0], [0, 0, -3, 0, 0, 0], [0, 4, 0, 0, 0, -5]], np.int8)
+    int8 = re.search(r"offsets are `([\d ]+)` and the sums `([-\d ]+)`", TEXT)
+    int4 = re.search(r"multipliers `([\d ]+)`.*the sums are `([-\d ]+)`", TEXT, re.DOTALL)
+    assert int8 is not None and int4 is not None
+    assert streams.encode("i8", q_NK)[1].tolist() == numbers(int8[1])
+    assert q_NK.sum(axis=1).tolist() == numbers(int8[2])
+    multiplier_NG = np.array([numbers(int4[1])], np.uint8).T
+    assert panels.to_multipliers(multiplier_NG).tolist() == [*numbers(int4[1]), *[0] * 61]
+    assert panels.multiply_groups(q_NK, multiplier_NG).sum(axis=1).tolist() == numbers(int4[2])
 
 
 def damaged_streams(values: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
