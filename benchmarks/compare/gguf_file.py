@@ -2,8 +2,8 @@
 
     python gguf_file.py FILE Q8_0 '{"num_hidden_layers": 22, ...}'     (a Hugging Face config)
 
-Run with a Python that has `gguf`, llama.cpp's own package. All matrices, embedding and head included, are of
-the one type: the fewest bytes that llama.cpp can read (its own tool would keep a Q4_0 model's head in Q6_K). 64
+Run with a Python that has `gguf`, llama.cpp's own package. All matrices, embedding and head too, are of the
+one type: the fewest bytes that llama.cpp can read (its own tool would keep a Q4_0 model's head in Q6_K). 64
 random rows are quantized and repeated. There is no tokenizer: llama-bench draws its tokens.
 """
 

@@ -35,7 +35,7 @@ def markdown(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> str:
 
 
 def step_bytes(row: dict[str, Any]) -> float:
-    """Bytes read for a token: a model's; of a stack, whose depth differs from engine to engine, a weight's."""
+    """Bytes read for a token: a model's; for a stack, whose depth differs between engines, a weight's."""
     return row["weight_bytes"] / row.get("num_weights", 1)
 
 
@@ -54,7 +54,7 @@ def speed_table(rows: Rows) -> str:
 
 
 def ratio_table(rows: Rows) -> str:
-    """Ours over each peer's of the same shape and tokens; last, the share of what its bytes over ours allow."""
+    """Ours over each peer's of the same shape and tokens; last, the share of what the bytes allow."""
     groups, cells = grouped(rows), []
     for (shape, peer, what, tokens), ours in groups.items():
         for (its_shape, other, its_what, its_tokens), theirs in groups.items():

@@ -53,7 +53,7 @@ def timed(step: Callable[[], object], repeats: int) -> list[float]:
 
 
 def stack_row(who: Row, tokens: int, pairs: int, weight_bytes: int, seconds: list[float]) -> Row:
-    """A measured stack: `who` says peer, version, what and threads. A product and its addition are two of TOPS."""
+    """A measured stack: `who` says peer, version, what, threads; TOPS count multiplications and additions."""
     middle = median(seconds)
     return who | {
         "shape": NAME,
