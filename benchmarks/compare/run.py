@@ -123,8 +123,9 @@ def main() -> int:
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
     job.peers = job.peers or list(PEERS)
     rows, failures = compare(job)
-    print(tables(rows))
-    return 1 if failures else 0
+    if rows:
+        print(tables(rows))
+    return 1 if failures or not rows else 0
 
 
 if __name__ == "__main__":
