@@ -53,7 +53,7 @@ struct Group {
     std::vector<Linear> linears;
     std::vector<const MatmulRow*> kernels;
     std::vector<std::vector<Share>> shares;  // of each thread
-    bool needs_f32 = false, needs_i8 = false;
+    bool needs_f32 = false, needs_i8 = false, needs_split = false;  // see Activations
 
     // `paired`: matrix 0 is split and the others follow (gate and up, so that SwiGLU needs no barrier).
     Group(std::vector<Linear> matrices, bool paired, int num_threads);
@@ -113,7 +113,7 @@ class Llama {
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
     void prepare(const Group& group, const float* row, int columns, int token, int num_tokens, int thread);
-    Activations inputs(int columns, int num_tokens, int thread) const;
+    Activations inputs(int num_tokens, int thread) const;
     template <class Work>
     void for_tokens(int num_tokens, int thread, Work work);
     void activate(const Group& gate_up, int num_tokens, int thread);
@@ -130,7 +130,8 @@ class Llama {
     Group head_;
     // Strides of the scratch, in floats.
     std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
-    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, scales_, rotary_;
+    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_high_, x_low_,
+        scales_, rotary_;
     std::vector<std::vector<float>> scores_;  // of each thread
 };
 

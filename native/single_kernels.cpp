@@ -24,7 +24,7 @@ using namespace nb::literals;
 namespace {
 
 const char* name(Values values) {
-    return values == Values::f32 ? "f32" : values == Values::bf16 ? "bf16" : "i8";
+    return values == Values::f32 ? "f32" : values == Values::bf16 ? "bf16" : values == Values::i8 ? "i8" : "i4";
 }
 const char* name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
 
@@ -40,14 +40,17 @@ nb::list kernels() {
     };
     for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
     for (const VectorRow& row : vector_table()) {
-        for (const char* family : {"rmsnorm", "quantize", "swiglu", "attention", "read"})
+        for (const char* family : {"rmsnorm", "quantize", "split", "swiglu", "attention", "read"})
             add(family, "f32", "dense", row.isa);
     }
     return rows;
 }
 
+// The tiles of the amx level, computed instead of issued: for tests on machines without them.
+constexpr const char* kEmulated = "amx-emulated";
+
 Isa runnable(const std::string& level) {
-    const Isa wanted = parse_isa(level);
+    const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
     if (wanted > machine_isa()) throw UnsupportedError("this machine has no " + level + " instructions");
     return wanted;
 }
@@ -60,33 +63,40 @@ struct Matrix {
     Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict layers,
            const std::string& name)
         : w(read_packed(buffer, tensors, layers).linear(name)),
-          row(&find_matmul(w.storage, w.values, runnable(level))) {
+          row(&find_matmul(w.storage, w.values, runnable(level), level == kEmulated)) {
         ThreadPool pool(1);
         check_contents({{name, w}}, pool);
     }
 };
 
-// Inputs in the blocks that kernels read; quantized as `level` does it where the weights are int8.
+// Inputs as kernels want them, rows up to a multiple of 16.
 struct Inputs {
     std::vector<float> x, scale;
     std::vector<std::uint8_t> q;
+    std::vector<std::uint16_t> high, low;
     Activations activations;
 
     Inputs(const VectorRow& vectors, const Linear& w, const FloatMatrix& x_TK) {
         const int T = int(x_TK.shape(0)), K = int(x_TK.shape(1));
         if (K != w.columns || T < 1) throw EngineError("the inputs do not fit the matrix");
-        const int padded = Activations::padded(K);
-        x.resize(std::size_t(T) * padded);
-        q.resize(std::size_t(T) * padded);
+        const std::size_t stride = Activations::padded(K), size = round_up(std::size_t(T), 16) * stride;
+        x.resize(size);
+        q.resize(size, 128);
+        high.resize(size);
+        low.resize(size);
         scale.resize(std::size_t(T));
-        activations = {
-            .num_tokens = T, .padded_columns = padded, .x = x.data(), .q = q.data(), .scale = scale.data()};
+        activations = {.num_tokens = T,
+                       .stride = stride,
+                       .x = x.data(),
+                       .q = q.data(),
+                       .scale = scale.data(),
+                       .high = high.data(),
+                       .low = low.data()};
         for (int t = 0; t < T; ++t) {
-            const int first = t / kTokenBlock * kTokenBlock, width = activations.block_tokens(first);
-            const std::size_t block = std::size_t(first) * padded;
             const float* row = x_TK.data() + std::size_t(t) * K;
-            vectors.quantize(row, K, q.data() + block + 4 * (t - first), std::size_t(4) * width, &scale[t]);
-            for (int k = 0; k < K; ++k) x[block + std::size_t(k) * width + (t - first)] = row[k];
+            std::copy(row, row + K, x.data() + t * stride);
+            vectors.quantize(row, K, q.data() + t * stride, &scale[t]);
+            vectors.split(row, K, high.data() + t * stride, low.data() + t * stride);
         }
     }
 };
@@ -128,14 +138,14 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> rmsnorm(const std::string& level, Flo
 }
 
 nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
-    const std::size_t T = x_TK.shape(0), K = x_TK.shape(1), padded = round_up(K, 4);
-    std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * padded]);
+    const std::size_t T = x_TK.shape(0), K = x_TK.shape(1);
+    std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * K]);
     std::unique_ptr<float[]> scale(new float[T]);
     for (std::size_t t = 0; t < T; ++t) {
         find_vector(runnable(level))
-            .quantize(x_TK.data() + t * K, int(K), q.get() + t * padded, 4, &scale[t]);
+            .quantize(x_TK.data() + t * K, int(K), q.get() + t * K, &scale[t]);
     }
-    return nb::make_tuple(to_numpy(std::move(q), T, K, padded), to_numpy(std::move(scale), T, 1, 1));
+    return nb::make_tuple(to_numpy(std::move(q), T, K, K), to_numpy(std::move(scale), T, 1, 1));
 }
 
 nb::ndarray<nb::numpy, float, nb::ndim<2>> swiglu(const std::string& level, FloatMatrix gate_TN,

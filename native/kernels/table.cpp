@@ -5,35 +5,36 @@
 namespace gossamer {
 namespace {
 
-constexpr MatmulRow kMatmul[] = {
-    {Values::f32, Storage::dense, Isa::scalar, scalar::matmul_dense_f32, nullptr},
-    {Values::f32, Storage::dense, Isa::avx512, avx512::matmul_dense_f32, nullptr},
-    {Values::bf16, Storage::dense, Isa::scalar, scalar::matmul_dense_bf16, nullptr},
-    {Values::bf16, Storage::dense, Isa::avx512, avx512::matmul_dense_bf16, nullptr},
-    {Values::i8, Storage::dense, Isa::scalar, scalar::matmul_dense_i8, scalar::accumulate_dense_i8},
-    {Values::i8, Storage::dense, Isa::avx512, avx512::matmul_dense_i8, avx512::accumulate_dense_i8},
-    {Values::i8, Storage::sparse, Isa::scalar, scalar::matmul_sparse_i8, scalar::accumulate_sparse_i8},
-    {Values::i8, Storage::sparse, Isa::avx512, avx512::matmul_sparse_i8, avx512::accumulate_sparse_i8},
-};
-
 constexpr VectorRow kVector[] = {
-    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::swiglu, scalar::attention, scalar::read},
-    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::swiglu, avx512::attention, avx512::read},
+    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::split, scalar::swiglu, scalar::attention, scalar::read},
+    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::split, avx512::swiglu, avx512::attention, avx512::read},
 };
 
 }  // namespace
 
-std::span<const MatmulRow> matmul_table() { return kMatmul; }
+std::vector<MatmulRow> matmul_table() {
+    std::vector<MatmulRow> rows(std::begin(kFloatRows), std::end(kFloatRows));
+    rows.insert(rows.end(), std::begin(kIntegerRows), std::end(kIntegerRows));
+    return rows;
+}
 std::span<const VectorRow> vector_table() { return kVector; }
 
-const MatmulRow& find_matmul(Storage storage, Values values, Isa isa) {
+const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated) {
     const MatmulRow* found = nullptr;
-    for (const MatmulRow& row : kMatmul) {
-        const bool fits = row.storage == storage && row.values == values && row.isa <= isa;
-        if (fits && (found == nullptr || row.isa > found->isa)) found = &row;
+    const auto search = [&](std::span<const MatmulRow> rows) {
+        for (const MatmulRow& row : rows) {
+            const bool fits = row.storage == storage && row.values == values && row.isa <= isa;
+            if (fits && (found == nullptr || row.isa > found->isa)) found = &row;
+        }
+    };
+    if (emulated) {
+        search(kEmulatedFloatRows);
+        search(kEmulatedIntegerRows);
     }
-    if (found == nullptr)
-        throw UnsupportedError("no kernel multiplies sparse f32 or bf16 weights; store them dense");
+    if (found == nullptr) {
+        search(kFloatRows);
+        search(kIntegerRows);
+    }
     return *found;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "isa.hpp"
 #include "view.hpp"
@@ -15,7 +16,8 @@ namespace gossamer {
 using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& x, float* y_TN,
                         std::size_t stride);
 
-// The exact integer sums under an i8 product: acc_TN[t, n] = sum_k w_NK[n, k] q_TK[t, k], with the signed q.
+// The exact integer sums under an i8 or i4 product: acc_TN[t, n] = sum_k w_NK[n, k] q_TK[t, k], with the signed
+// q and int8 weights.
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
@@ -24,7 +26,7 @@ struct MatmulRow {
     Storage storage;
     Isa isa;
     Matmul matmul;
-    Accumulate accumulate;  // i8 only
+    Accumulate accumulate;  // i8 and i4 only
 };
 
 // One new token against the cached positions of one key/value head (attention.cpp).
@@ -44,19 +46,21 @@ struct AttentionTask {
 struct VectorRow {
     Isa isa;
     void (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
-    // Writes q + 128 in runs of 4 inputs, `stride` bytes apart, and the scale max|x| / 127.5.
-    void (*quantize)(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale);
+    // Writes q + 128 and the scale max|x| / 127.5.
+    void (*quantize)(const float* x_K, int count, std::uint8_t* q_K, float* scale);
+    // x = high + low, two bfloat16.
+    void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
     void (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
     void (*attention)(const AttentionTask& task);
     // Sums `count` bytes (a multiple of 64), touching each cache line once: the read-bandwidth probe.
     std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
 };
 
-std::span<const MatmulRow> matmul_table();
+std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
 
-// The row for `isa`, or the best below it; UnsupportedError when there is none (sparse f32, say).
-const MatmulRow& find_matmul(Storage storage, Values values, Isa isa);
+// The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
+const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
 
 }  // namespace gossamer

@@ -3,6 +3,7 @@
 //   rmsnorm    y = weight * (x / sqrt(mean(x^2) + eps)); squares summed in float64, in 16 lanes, then lane
 //   after lane quantize   scale = max|x| / 127.5;  q = clamp(round(x / scale), -128, 127), stored as q + 128
 //              (compressed-tensors' dynamic symmetric per-token scheme; scale = 2^-23 when x is all zeros)
+//   split      x = high + low, the nearest bfloat16 and that of the rest: for products on the matrix unit
 //   swiglu     y = gate / (1 + exp(-gate)) * up
 //
 // Only correctly rounded operations in a stated order: every level gives the same bits, so that INT8 results
@@ -29,6 +30,12 @@ float inverse_rms(const double (&lanes)[kLanes], int count, float eps) {
     return 1.0f / std::sqrt(float(sum / count) + eps);
 }
 
+// The nearest bfloat16, halves to even.
+std::uint16_t to_bf16(float x) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    return std::uint16_t((bits + (bits >> 16 & 1) + 0x7FFF) >> 16);
+}
+
 float quantization_scale(float largest) {
     const float scale = largest / 127.5f;
     return scale == 0.0f ? kEpsilon : scale;
@@ -44,13 +51,18 @@ void rmsnorm(const float* x_D, const float* weight_D, float eps, int count, floa
     for (int i = 0; i < count; ++i) y_D[i] = weight_D[i] * (x_D[i] * inverse);
 }
 
-void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale) {
+void quantize(const float* x_K, int count, std::uint8_t* q_K, float* scale) {
     float largest = 0;
     for (int i = 0; i < count; ++i) largest = std::max(largest, std::abs(x_K[i]));
     *scale = quantization_scale(largest);
-    for (int i = 0; i < int(round_up(count, 4)); ++i) {
-        const float steps = i < count ? x_K[i] / *scale : 0.0f;
-        q[i / 4 * stride + i % 4] = std::uint8_t(std::clamp(int(std::nearbyint(steps)), -128, 127) + 128);
+    for (int i = 0; i < count; ++i)
+        q_K[i] = std::uint8_t(std::clamp(int(std::nearbyint(x_K[i] / *scale)), -128, 127) + 128);
+}
+
+void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
+    for (int i = 0; i < count; ++i) {
+        high_K[i] = to_bf16(x_K[i]);
+        low_K[i] = to_bf16(x_K[i] - std::bit_cast<float>(std::uint32_t(high_K[i]) << 16));
     }
 }
 
@@ -101,7 +113,7 @@ void rmsnorm(const float* x_D, const float* weight_D, float eps, int count, floa
     }
 }
 
-void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale) {
+void quantize(const float* x_K, int count, std::uint8_t* q_K, float* scale) {
     __m512 largest = _mm512_setzero_ps();
     for (int i = 0; i < count; i += kLanes) {
         largest =
@@ -110,17 +122,26 @@ void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, 
     *scale = quantization_scale(_mm512_reduce_max_ps(largest));
     const __m512 divisor = _mm512_set1_ps(*scale);
     for (int i = 0; i < count; i += kLanes) {
-        const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i);
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 x = _mm512_maskz_loadu_ps(mask, x_K + i);
         const __m128i steps = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_div_ps(x, divisor)));
-        const __m128i unsigned_steps = _mm_xor_si128(steps, _mm_set1_epi8(-128));
-        if (stride == 4 && i + kLanes <= count) {
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), unsigned_steps);
-            continue;
-        }
-        alignas(16) std::uint8_t bytes[kLanes];
-        _mm_store_si128(reinterpret_cast<__m128i*>(bytes), unsigned_steps);
-        for (int j = 0; j < kLanes && i + j < count; j += 4)
-            std::memcpy(q + (i + j) / 4 * stride, bytes + j, 4);
+        _mm_mask_storeu_epi8(q_K + i, mask, _mm_xor_si128(steps, _mm_set1_epi8(-128)));
+    }
+}
+
+void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
+    const auto round = [](__m512 x) {  // to the nearest bfloat16, halves to even
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    };
+    for (int i = 0; i < count; i += kLanes) {
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 x = _mm512_maskz_loadu_ps(mask, x_K + i);
+        const __m512i high = round(x);
+        const __m512i low = round(_mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))));
+        _mm256_mask_storeu_epi16(high_K + i, mask, _mm512_cvtepi32_epi16(high));
+        _mm256_mask_storeu_epi16(low_K + i, mask, _mm512_cvtepi32_epi16(low));
     }
 }
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.architecture import Llama
 from gossamer.errors import FormatError
 from gossamer.packed_header import (
@@ -134,9 +134,11 @@ class Packed:
         layer, source = self.layers[name], f"{self.path}: {name}"
         if layer.storage == "sparse":
             stream, offsets = self.array(f"{name}.weight.stream"), self.array(f"{name}.weight.offsets")
-            w_NK = panels.decode_sparse_i8(stream, offsets, layer.rows, layer.columns, source)
+            w_NK = streams.decode(layer.values, stream, offsets, layer.rows, layer.columns, source)
         else:
-            w_NK = panels.from_panels(self.array(f"{name}.weight"), layer.rows, layer.columns, source)
+            w_NK = panels.from_panels(
+                layer.values, self.array(f"{name}.weight"), layer.rows, layer.columns, source
+            )
         if (nonzeros := count_nonzero(w_NK)) != layer.nonzeros:
             raise FormatError(
                 f"{source}: found {nonzeros} nonzero weights; the layer table says {layer.nonzeros}"
@@ -287,7 +289,7 @@ class PackedWriter:
         rows, columns = q_NK.shape
         nonzeros = count_nonzero(q_NK)
         if storage == "auto":
-            sparse_bytes = panels.stream_bytes(rows, columns, nonzeros) + 8 * panels.num_offsets(rows)
+            sparse_bytes = streams.stream_bytes("i8", rows, columns, nonzeros) + 8 * streams.num_offsets(rows)
             storage = "sparse" if sparse_bytes < panels.dense_bytes("i8", rows, columns) else "dense"
         layer = self._matrix(name, Layer(storage, "i8", rows, columns, nonzeros), q_NK)
         sum_N = q_NK.sum(axis=1, dtype=np.int32)
@@ -313,21 +315,23 @@ class PackedWriter:
         spans = panels.panel_chunks(layer.rows, layer.columns)
         if layer.storage == "dense":
             dtype, shape = layer.tensors(name)[f"{name}.weight"]
-            self._tensor(f"{name}.weight", dtype, (panels.to_panels(w_NK[i:j]) for i, j in spans), shape)
+            self._tensor(
+                f"{name}.weight", dtype, (panels.to_panels(layer.values, w_NK[i:j]) for i, j in spans), shape
+            )
             return layer
         lengths: list[np.ndarray] = []
 
         def stream() -> Iterable[np.ndarray]:
             for i, j in spans:
-                piece, lengths_P = panels.encode_panels(w_NK[i:j])
+                piece, lengths_P = streams.encode_panels(layer.values, w_NK[i:j])
                 lengths.append(lengths_P)
                 yield piece
             num_bytes = int(sum(part.sum() for part in lengths))
-            total_bytes = panels.stream_bytes(layer.rows, layer.columns, layer.nonzeros)
+            total_bytes = streams.stream_bytes(layer.values, layer.rows, layer.columns, layer.nonzeros)
             yield np.zeros(total_bytes - num_bytes, np.uint8)
 
         self._tensor(f"{name}.weight.stream", "U8", stream())
-        self._tensor(f"{name}.weight.offsets", "U64", [panels.panel_offsets(np.concatenate(lengths))])
+        self._tensor(f"{name}.weight.offsets", "U64", [streams.panel_offsets(np.concatenate(lengths))])
         return layer
 
     def _tensor(

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.architecture import Llama
 from gossamer.errors import FormatError, GossamerError
 from gossamer.panels import ALIGNMENT, PANEL_ROWS
@@ -74,10 +74,10 @@ class Layer:
     def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of the tensors that hold the layer."""
         if self.storage == "sparse":
-            num_bytes = panels.stream_bytes(self.rows, self.columns, self.nonzeros)
+            num_bytes = streams.stream_bytes(self.values, self.rows, self.columns, self.nonzeros)
             found: dict[str, tuple[str, tuple[int, ...]]] = {
                 f"{name}.weight.stream": ("U8", (num_bytes,)),
-                f"{name}.weight.offsets": ("U64", (panels.num_offsets(self.rows),)),
+                f"{name}.weight.offsets": ("U64", (streams.num_offsets(self.rows),)),
             }
         else:
             shape = panels.panel_shape(self.values, self.rows, self.columns)

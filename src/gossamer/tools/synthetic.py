@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.architecture import Llama
 from gossamer.packed import EMBEDDING, HEAD, Layer, PackedWriter, native_config
 from gossamer.packing import cache_directory
@@ -158,7 +158,7 @@ def synthetic_image(recipe: Recipe) -> Image:
     num_bytes = sum(array.nbytes for _, array in pieces.values())
     embedding = np.resize(_random_float("f32", llama.hidden_size, rng), (llama.vocab_size, llama.hidden_size))
     table[EMBEDDING] = Layer("dense", "f32", *embedding.shape, nonzeros=embedding.size)
-    pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels(embedding))
+    pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels("f32", embedding))
     for name, shape in llama.tensor_shapes().items():
         if len(shape) == 1:
             pieces[name] = ("F32", np.ones(shape, np.float32))
@@ -173,7 +173,7 @@ def _matrix(
     repeats, rest = divmod(rows, BLOCK_ROWS)
     assert rest == 0, f"{rows} rows are no multiple of {BLOCK_ROWS}"
     if recipe.values != "i8":
-        panel = panels.to_panels(_random_float(recipe.values, columns, rng))
+        panel = panels.to_panels(recipe.values, _random_float(recipe.values, columns, rng))
         dtype = "F32" if recipe.values == "f32" else "BF16"
         weight = np.concatenate([panel] * (rows // panels.PANEL_ROWS))
         return Layer("dense", recipe.values, rows, columns, rows * columns), {"weight": (dtype, weight)}
@@ -184,13 +184,13 @@ def _matrix(
     }
     nonzeros = int(np.count_nonzero(block)) * repeats
     if recipe.sparsity == 0:
-        weight = np.concatenate([panels.to_panels(block)] * repeats)
+        weight = np.concatenate([panels.to_panels("i8", block)] * repeats)
         return Layer("dense", "i8", rows, columns, nonzeros), arrays | {"weight": ("I8", weight)}
-    piece, lengths_P = panels.encode_panels(block)
-    stream = np.zeros(panels.stream_bytes(rows, columns, nonzeros), np.uint8)
+    piece, lengths_P = streams.encode_panels("i8", block)
+    stream = np.zeros(streams.stream_bytes("i8", rows, columns, nonzeros), np.uint8)
     stream[: piece.size * repeats] = np.tile(piece, repeats)
     arrays["weight.stream"] = ("U8", stream)
-    arrays["weight.offsets"] = ("U64", panels.panel_offsets(np.tile(lengths_P, repeats)))
+    arrays["weight.offsets"] = ("U64", streams.panel_offsets(np.tile(lengths_P, repeats)))
     return Layer("sparse", "i8", rows, columns, nonzeros), arrays
 
 
