@@ -41,7 +41,7 @@ def commands(job: argparse.Namespace) -> list[Command]:
         shape = ["--shape", job.shape, "--prompt", str(job.prompt), "--new", str(job.new)]
         whole = peer == "llama.cpp"
         for values, sparsity in job.ours if whole else job.ours_stack:
-            part = ["model", *shape] if whole else ["stack", "--tokens", *map(str, job.ours_tokens)]
+            part = ["model", *shape] if whole else ["stack", "--tokens", *map(str, job.tokens)]
             words = [sys.executable, str(HERE / "ours.py"), *part, "--values", values]
             found.append([*words, "--sparsity", sparsity, *about])
         interpreter = Path(sys.executable) if whole else python(peer, job.root)
@@ -106,7 +106,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="rows of the stack's input")
-    parser.add_argument("--ours-tokens", type=int, nargs="+", default=[1], help="the same for our stack")
     parser.add_argument("--ours", type=pack, nargs="+", default=[("i8", "0.7"), ("i4", "0.7")])
     parser.add_argument("--ours-stack", type=pack, nargs="+", default=[("i8", "0.7"), ("i8", "0")])
     parser.add_argument("--no-record", dest="record", action="store_false", help="print rows, keep none")
