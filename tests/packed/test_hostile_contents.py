@@ -94,15 +94,28 @@ def test_multipliers_in_the_padding_are_refused(synthetic: Any, tmp_path: Path) 
 
 def test_an_int4_matrix_has_as_many_nonzeros_as_the_table_says(synthetic: Any, tmp_path: Path) -> None:
     header, data = split(synthetic.path)
-    set_layer(header, I4, nonzeros=1)
+    nonzeros = Packed.open(synthetic.path).layers[I4].nonzeros
+    set_layer(header, I4, nonzeros=nonzeros + 1)
     packed = Packed.open(join(tmp_path / "few.goss", header, data))
-    with pytest.raises(FormatError, match="nonzero weights; the layer table says 1"):
+    with pytest.raises(
+        FormatError, match=rf"{nonzeros} nonzero weights; the layer table says {nonzeros + 1}"
+    ):
         packed.stored(I4)
+    for wild in (1, 36 * 137):
+        set_layer(header, I4, nonzeros=wild)
+        with pytest.raises(
+            FormatError, match=rf"is a stream of \d+ bytes; {wild} nonzero weights of i4 take"
+        ):
+            Packed.open(join(tmp_path / "wild.goss", header, data))
 
 
-@pytest.mark.parametrize("blocks", [1, 1000])
-def test_an_int4_stream_ends_where_its_panels_do(blocks: int, synthetic: Any, tmp_path: Path) -> None:
-    """The header cannot tell how long it is; so the contents must."""
+@pytest.mark.parametrize(
+    ("blocks", "message"), [(1, "the panels end at byte"), (1000, "nonzero weights of i4 take")]
+)
+def test_an_int4_stream_ends_where_its_panels_do(
+    blocks: int, message: str, synthetic: Any, tmp_path: Path
+) -> None:
+    """The header tells only about how long it is; so the contents must."""
     header, data = split(synthetic.path)
     entry, more = header[f"{I4}.weight.stream"], 64 * blocks
     end = entry["data_offsets"][1]
@@ -111,9 +124,9 @@ def test_an_int4_stream_ends_where_its_panels_do(blocks: int, synthetic: Any, tm
             other["data_offsets"] = [offset + more for offset in other["data_offsets"]]
     entry["data_offsets"][1] += more
     entry["shape"][0] += more
-    packed = Packed.open(join(tmp_path / "long.goss", header, data[:end] + bytes(more) + data[end:]))
-    with pytest.raises(FormatError, match="the panels end at byte"):
-        packed.check()
+    path = join(tmp_path / "long.goss", header, data[:end] + bytes(more) + data[end:])
+    with pytest.raises(FormatError, match=message):
+        Packed.open(path).check()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
