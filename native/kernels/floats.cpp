@@ -149,7 +149,7 @@ GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {
 
-constexpr int kFewTokens = 4, kTokens = 6;  // up to kFewTokens vectors come straight from the file
+constexpr int kTokens = 6;
 
 // 16 rows of two consecutive inputs.
 struct Weights {
@@ -250,6 +250,7 @@ void add_tokens(const std::uint8_t* const* weights, int num_pairs, const float* 
 // How expanded vectors meet many tokens: here by multiply-adds, in two chains.
 template <Values kValues>
 struct VectorUnit {
+    static constexpr int kFewTokens = 4;            // up to which vectors come straight from the file
     static constexpr int kVectors = kChunkVectors;  // of a panel, expanded at a time
     static constexpr int kMultiple = 2;             // their number is filled up to a multiple of this
     static constexpr int kChains = 2;
@@ -307,7 +308,7 @@ void matmul_on(Unit&& unit, const Linear& w, int begin, int end, const Activatio
             few<kValues, kStorage, T>(w, panel, x, y_TN + panel * kPanelRows, stride);
     };
     bool done = false;
-    unrolled<kFewTokens>([&](auto i) {
+    unrolled<Unit::kFewTokens>([&](auto i) {
         if (x.num_tokens == i + 1) all_few(std::integral_constant<int, i + 1>()), done = true;
     });
     if (done) return;
@@ -360,7 +361,7 @@ void multiply_block(Tiles& tiles, const std::uint8_t* const* weights, int count,
 template <class Tiles>
 class TileUnit {
   public:
-    static constexpr int kVectors = 256, kMultiple = kTileRows, kChains = 1;
+    static constexpr int kFewTokens = 0, kVectors = 256, kMultiple = kTileRows, kChains = 1;
 
     TileUnit() { tiles_.begin(); }
     ~TileUnit() { tiles_.end(); }
@@ -383,6 +384,8 @@ class TileUnit {
 
 template <Storage kStorage, class Tiles>
 void matmul_bf16(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
+    if (x.num_tokens <= kVectorTokens)
+        return avx512::matmul<Values::bf16, kStorage>(w, begin, end, x, y_TN, stride);
     avx512::matmul_on<Values::bf16, kStorage>(TileUnit<Tiles>(), w, begin, end, x, y_TN, stride);
 }
 
