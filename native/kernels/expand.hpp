@@ -22,6 +22,15 @@
 
 namespace gossamer {
 
+// body(0), ... body(N - 1) with constant indices, so that arrays of accumulators stay in registers: GCC 12
+// unrolls loops of more than some 16 turns too late for that.
+template <int N, class Body>
+[[gnu::always_inline]] inline void unrolled(Body body) {
+    const auto all = [&]<int... I>(std::integer_sequence<int, I...>)
+                         __attribute__((always_inline)) { (body(std::integral_constant<int, I>()), ...); };
+    all(std::make_integer_sequence<int, N>());
+}
+
 // A panel's run of vectors that is expanded at a time: whole multiplier groups, 8 KiB.
 constexpr int kChunkVectors = 128;
 
@@ -245,15 +254,6 @@ GOSSAMER_END
 
 GOSSAMER_BEGIN_AVX512
 namespace gossamer::avx512 {
-
-// body(0), ... body(N - 1) with constant indices, so that arrays of accumulators stay in registers: GCC 12
-// unrolls loops of more than some 16 turns too late for that.
-template <int N, class Body>
-[[gnu::always_inline]] inline void unrolled(Body body) {
-    const auto all = [&]<int... I>(std::integer_sequence<int, I...>)
-                         __attribute__((always_inline)) { (body(std::integral_constant<int, I>()), ...); };
-    all(std::make_integer_sequence<int, N>());
-}
 
 // The values packed at `values` where the mask has ones, zeros elsewhere.
 template <Values kValues>
