@@ -94,11 +94,15 @@ class Model {
         return to_numpy(std::move(logits), rows, std::size_t(llama_->config().vocab_size), stride);
     }
 
-    std::vector<double> time_linears(int repeats) {
+    std::vector<double> time_linears(int repeats, int num_tokens) {
+        if (num_tokens < 1 || num_tokens > Llama::kMaxTokens) {
+            throw EngineError("found " + std::to_string(num_tokens) + " tokens; expected 1 .. " +
+                              std::to_string(Llama::kMaxTokens));
+        }
         nb::gil_scoped_release unlocked;
         const std::lock_guard<std::mutex> lock(mutex_);
         std::vector<double> seconds;
-        for (int i = 0; i < repeats; ++i) seconds.push_back(llama_->time_linears());
+        for (int i = 0; i < repeats; ++i) seconds.push_back(llama_->time_linears(num_tokens));
         return seconds;
     }
 
@@ -191,7 +195,7 @@ NB_MODULE(_native, m) {
              "config"_a, "num_threads"_a, "kv"_a = "f32")
         .def("new_sequence", &Model::new_sequence, "capacity"_a, nb::keep_alive<0, 1>())
         .def("forward", &Model::forward, "sequences"_a, "ids"_a, "all_logits"_a = false)
-        .def("time_linears", &Model::time_linears, "repeats"_a)
+        .def("time_linears", &Model::time_linears, "repeats"_a, "num_tokens"_a = 1)
         .def("time_attention", &Model::time_attention, "context"_a, "repeats"_a)
         .def_prop_ro("bytes_per_step", &Model::bytes_per_step)
         .def_prop_ro("num_threads", &Model::num_threads);

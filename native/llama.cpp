@@ -44,7 +44,8 @@ Group::Group(std::vector<Linear> matrices, bool paired, int num_threads)
     std::size_t total = 0, before = 0;
     for (const Linear& w : linears) {
         kernels.push_back(&find_matmul(w.storage, w.values, isa()));
-        (w.values == Values::i8 ? needs_i8 : needs_f32) = true;
+        (is_integer(w.values) ? needs_i8 : needs_f32) = true;
+        needs_split = needs_split || (w.values == Values::bf16 && kernels.back()->isa == Isa::amx);
         total += w.panel_bytes(0, w.num_panels());
     }
     for (std::size_t i = 0; i < split; ++i) {
@@ -97,7 +98,7 @@ Llama::Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& po
       q_stride_(round_up(config_.num_heads * config_.head_dim, 16)),
       kv_stride_(round_up(config_.num_kv_heads * config_.head_dim, 16)),
       inner_stride_(round_up(config_.intermediate_size, 16)),
-      input_stride_(std::max({hidden_stride_, q_stride_, inner_stride_})),
+      input_stride_(Activations::padded(int(std::max({hidden_stride_, q_stride_, inner_stride_})))),
       hidden_(kMaxTokens * hidden_stride_ * sizeof(float)),
       q_(kMaxTokens * q_stride_ * sizeof(float)),
       k_(kMaxTokens * kv_stride_ * sizeof(float)),
@@ -109,14 +110,17 @@ Llama::Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& po
       rows_(std::size_t(pool.size()) * hidden_stride_ * sizeof(float)),
       x_(std::size_t(std::max(kMaxTokens, pool.size())) * input_stride_ * sizeof(float)),
       x_i8_(std::size_t(std::max(kMaxTokens, pool.size())) * input_stride_),
+      x_high_(kMaxTokens * input_stride_ * sizeof(std::uint16_t)),
+      x_low_(kMaxTokens * input_stride_ * sizeof(std::uint16_t)),
       scales_(std::size_t(std::max(kMaxTokens, pool.size())) * sizeof(float)),
+      largest_(std::size_t(pool.size()) * kMaxTokens * sizeof(float)),
       rotary_(kMaxTokens * std::size_t(config_.head_dim) * sizeof(float)),
       attention_scratch_(std::size_t(pool.size()) * attention_scratch_floats_of_a_thread() * sizeof(float)) {
     std::vector<std::pair<std::string, Linear>> all;
     all.emplace_back("model.embed_tokens", embedding_);
     all.emplace_back("the head", head_.linears[0]);
     for (const auto& [name, w] : all) expect_shape(name, w, config_.vocab_size, config_.hidden_size);
-    if (embedding_.storage == Storage::sparse || embedding_.values == Values::i8) {
+    if (embedding_.storage == Storage::sparse || is_integer(embedding_.values)) {
         throw FormatError("model.embed_tokens: expected dense f32 or bf16");
     }
     if (head_.linears[0].data == embedding_.data) all.pop_back();
@@ -192,8 +196,9 @@ void Llama::decoder_layer(const Pass& pass, int index, int thread) {
     attend(pass, index, thread);
     pool_.barrier();
     for_tokens(T, thread, [&](int t) {
-        prepare(layer.o, attended_.floats() + t * q_stride_, config_.num_heads * config_.head_dim, t, T,
-                thread);
+        const int width = config_.num_heads * config_.head_dim;
+        const float* row = attended_.floats() + t * q_stride_;
+        prepare(layer.o, row, width, kernels_.largest(row, width), t, T, thread);
     });
     multiply(layer.o, T, {product_.floats()}, thread);
     add_to_hidden(layer.o, T, thread);
@@ -203,7 +208,11 @@ void Llama::decoder_layer(const Pass& pass, int index, int thread) {
     activate(layer.gate_up, T, thread);
     pool_.barrier();
     for_tokens(T, thread, [&](int t) {
-        prepare(layer.down, gate_.floats() + t * inner_stride_, config_.intermediate_size, t, T, thread);
+        float largest = 0;
+        for (int i = 0; i < pool_.size(); ++i)
+            largest = std::max(largest, largest_.floats()[std::size_t(i) * kMaxTokens + t]);
+        prepare(layer.down, gate_.floats() + t * inner_stride_, config_.intermediate_size, largest, t, T,
+                thread);
     });
     multiply(layer.down, T, {product_.floats()}, thread);
     add_to_hidden(layer.down, T, thread);
@@ -220,24 +229,29 @@ void Llama::for_tokens(int num_tokens, int thread, Work work) {
     pool_.barrier();
 }
 
-// Where a thread finds the inputs of a group: its own copy of a single token's, else the shared blocks.
-Activations Llama::inputs(int columns, int num_tokens, int thread) const {
+// Where a thread finds the inputs of a group: its own copy of a single token's, else the shared rows.
+Activations Llama::inputs(int num_tokens, int thread) const {
     const std::size_t first = num_tokens == 1 ? std::size_t(thread) : 0;
     return {.num_tokens = num_tokens,
-            .padded_columns = Activations::padded(columns),
+            .stride = input_stride_,
             .x = x_.floats() + first * input_stride_,
             .q = x_i8_.bytes() + first * input_stride_,
-            .scale = scales_.floats() + first};
+            .scale = scales_.floats() + first,
+            .high = reinterpret_cast<const std::uint16_t*>(x_high_.bytes()),
+            .low = reinterpret_cast<const std::uint16_t*>(x_low_.bytes())};
 }
 
 // SwiGLU of the rows that this thread has just multiplied, in place of the gate.
 void Llama::activate(const Group& gate_up, int num_tokens, int thread) {
+    float* largest = largest_.floats() + std::size_t(thread) * kMaxTokens;
+    std::fill_n(largest, num_tokens, 0.0f);
     for (const Share& share : gate_up.shares[thread]) {
         const int first = share.begin * kPanelRows;
         const int count = std::min(share.end * kPanelRows, config_.intermediate_size) - first;
         for (int t = 0; t < num_tokens; ++t) {
             float* gate = gate_.floats() + t * inner_stride_ + first;
-            kernels_.swiglu(gate, up_.floats() + t * inner_stride_ + first, count, gate);
+            const float* up = up_.floats() + t * inner_stride_ + first;
+            largest[t] = std::max(largest[t], kernels_.swiglu(gate, up, count, gate));
         }
     }
 }
@@ -253,32 +267,32 @@ void Llama::normalize(const float* weight, const Group& group, int num_tokens, c
     float* row = rows_.floats() + thread * hidden_stride_;
     for_tokens(num_tokens, thread, [&](int t) {
         const float* hidden = hidden_.floats() + (rows ? rows[t] : t) * hidden_stride_;
-        kernels_.rmsnorm(hidden, weight, config_.rms_norm_eps, config_.hidden_size, row);
-        prepare(group, row, config_.hidden_size, t, num_tokens, thread);
+        const float largest =
+            kernels_.rmsnorm(hidden, weight, config_.rms_norm_eps, config_.hidden_size, row);
+        prepare(group, row, config_.hidden_size, largest, t, num_tokens, thread);
     });
 }
 
-// Puts one row of inputs into its place in the blocks that the group's kernels read.
-void Llama::prepare(const Group& group, const float* row, int columns, int token, int num_tokens,
-                    int thread) {
-    const Activations place = inputs(columns, num_tokens, thread);
-    const int first = token / kTokenBlock * kTokenBlock, slot = token - first,
-              width = place.block_tokens(first);
-    const std::size_t row_begin = num_tokens == 1 ? std::size_t(thread) : 0;
-    const std::size_t block = row_begin * input_stride_ + std::size_t(first) * place.padded_columns;
-    if (group.needs_i8) {
-        std::uint8_t* q = x_i8_.bytes() + block + 4 * slot;
-        kernels_.quantize(row, columns, q, std::size_t(4) * width, scales_.floats() + row_begin + token);
-    }
+// Puts one row of inputs where the group's kernels read it.
+void Llama::prepare(const Group& group, const float* row, int columns, float largest, int token,
+                    int num_tokens, int thread) {
+    const std::size_t index = num_tokens == 1 ? std::size_t(thread) : std::size_t(token);
+    const std::size_t begin = index * input_stride_, pad = Activations::padded(columns) - columns;
+    if (group.needs_i8)
+        scales_.floats()[index] = kernels_.quantize(row, columns, largest, x_i8_.bytes() + begin);
     if (!group.needs_f32) return;
-    float* x = x_.floats() + block + slot;
-    for (int k = 0; k < columns; ++k) x[std::size_t(k) * width] = row[k];
-    for (int k = columns; k < place.padded_columns; ++k) x[std::size_t(k) * width] = 0;
+    float* x = x_.floats() + begin;
+    std::copy(row, row + columns, x);
+    std::fill_n(x + columns, pad, 0.0f);
+    if (!group.needs_split || num_tokens == 1) return;
+    auto* high = reinterpret_cast<std::uint16_t*>(x_high_.bytes()) + begin;
+    auto* low = reinterpret_cast<std::uint16_t*>(x_low_.bytes()) + begin;
+    kernels_.split(x, columns + int(pad), high, low);
 }
 
 void Llama::multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread) {
     const bool paired = outputs.size() == 2;
-    const Activations x = inputs(group.linears[0].columns, num_tokens, thread);
+    const Activations x = inputs(num_tokens, thread);
     for (const Share& share : group.shares[thread]) {
         for (int i = share.linear; i <= share.linear + int(paired); ++i) {
             const Linear& w = group.linears[i];
@@ -299,23 +313,25 @@ void Llama::add_to_hidden(const Group& group, int num_tokens, int thread) {
     }
 }
 
-double Llama::time_linears() {
-    for (int thread = 0; thread < pool_.size(); ++thread) {
-        const std::size_t first = std::size_t(thread) * input_stride_;
+double Llama::time_linears(int num_tokens) {
+    for (int row = 0; row < std::max(kMaxTokens, pool_.size()); ++row) {
+        const std::size_t first = std::size_t(row) * input_stride_;
         std::fill_n(x_.floats() + first, input_stride_, 0.5f);
         for (std::size_t i = 0; i < input_stride_; ++i) x_i8_.bytes()[first + i] = std::uint8_t(i * 37);
-        scales_.floats()[thread] = 0.01f;
+        scales_.floats()[row] = 0.01f;
     }
+    std::fill_n(x_high_.bytes(), kMaxTokens * input_stride_ * 2, std::uint8_t(0x3F));
+    std::fill_n(x_low_.bytes(), kMaxTokens * input_stride_ * 2, std::uint8_t(0x3B));
     const auto begin = std::chrono::steady_clock::now();
     pool_.run([&](int thread) {
         for (const Layer& layer : layers_) {
-            multiply(layer.qkv, 1, {q_.floats(), k_.floats(), v_.floats()}, thread);
+            multiply(layer.qkv, num_tokens, {q_.floats(), k_.floats(), v_.floats()}, thread);
             pool_.barrier();
-            multiply(layer.o, 1, {product_.floats()}, thread);
+            multiply(layer.o, num_tokens, {product_.floats()}, thread);
             pool_.barrier();
-            multiply(layer.gate_up, 1, {gate_.floats(), up_.floats()}, thread);
+            multiply(layer.gate_up, num_tokens, {gate_.floats(), up_.floats()}, thread);
             pool_.barrier();
-            multiply(layer.down, 1, {product_.floats()}, thread);
+            multiply(layer.down, num_tokens, {product_.floats()}, thread);
             pool_.barrier();
         }
     });

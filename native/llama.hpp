@@ -52,8 +52,8 @@ struct Share {
 struct Group {
     std::vector<Linear> linears;
     std::vector<const MatmulRow*> kernels;
-    std::vector<std::vector<Share>> shares;  // of each thread
-    bool needs_f32 = false, needs_i8 = false;
+    std::vector<std::vector<Share>> shares;                         // of each thread
+    bool needs_f32 = false, needs_i8 = false, needs_split = false;  // see Activations
 
     // `paired`: matrix 0 is split and the others follow (gate and up, so that SwiGLU needs no barrier).
     Group(std::vector<Linear> matrices, bool paired, int num_threads);
@@ -83,8 +83,8 @@ class Llama {
     // Ids and capacities must have been checked.
     void forward(std::span<const NewTokens> batch, bool all_logits, float* logits);
 
-    // Seconds that all decoder matrices take for one token.
-    double time_linears();
+    // Seconds that all decoder matrices take for `num_tokens` (at most kMaxTokens) at once.
+    double time_linears(int num_tokens);
 
     // Seconds that attention takes, `repeats` times, for one new token of `num_sequences` sequences after
     // `context` positions, in all layers; that many keys and values are made up.
@@ -132,8 +132,9 @@ class Llama {
     void merge_states(const Pass& pass, int thread);
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
-    void prepare(const Group& group, const float* row, int columns, int token, int num_tokens, int thread);
-    Activations inputs(int columns, int num_tokens, int thread) const;
+    void prepare(const Group& group, const float* row, int columns, float largest, int token, int num_tokens,
+                 int thread);
+    Activations inputs(int num_tokens, int thread) const;
     template <class Work>
     void for_tokens(int num_tokens, int thread, Work work);
     void activate(const Group& gate_up, int num_tokens, int thread);
@@ -151,7 +152,8 @@ class Llama {
     Group head_;
     // Strides of the scratch, in floats.
     std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
-    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, scales_, rotary_;
+    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_high_, x_low_, scales_,
+        largest_, rotary_;
     Scratch attention_scratch_;            // of each thread
     std::vector<float> attention_states_;  // of rows whose chunks are split among threads
 };

@@ -10,8 +10,8 @@
 namespace gossamer {
 namespace {
 
-constexpr int kMaxExtent = 1 << 24;     // keeps every byte count below 2^64
-constexpr int kMaxInt8Columns = 65536;  // 65536 * 255 * 128 < 2^31
+constexpr int kMaxExtent = 1 << 24;        // keeps every byte count below 2^64
+constexpr int kMaxIntegerColumns = 65536;  // 65536 * 255 * 128 < 2^31
 
 std::string shape_text(const std::vector<std::size_t>& shape) {
     std::string text = "[";
@@ -19,14 +19,58 @@ std::string shape_text(const std::vector<std::size_t>& shape) {
     return text + "]";
 }
 
-// One row and one column past the matrix must hold zeros: which bits of a vector lie inside it.
+// Which weights of a vector lie inside the matrix: a bit each, as in a stream's masks.
 std::uint64_t inside_mask(const Linear& w, int panel, int vector) {
+    const int per_vector = inputs_per_vector(w.values);
     const int rows = std::min(kPanelRows, w.rows - panel * kPanelRows);
-    const int inputs = std::min(4, w.columns - vector * 4);
+    const int inputs = std::min(per_vector, w.columns - vector * per_vector);
     const std::uint64_t row = (std::uint64_t(1) << inputs) - 1;
     std::uint64_t mask = 0;
-    for (int r = 0; r < rows; ++r) mask |= row << (4 * r);
+    for (int r = 0; r < rows; ++r) mask |= row << (per_vector * r);
     return mask;
+}
+
+std::uint64_t mask_at(const Linear& w, const std::uint8_t* masks, int vector) {
+    std::uint64_t mask = 0;
+    std::memcpy(&mask, masks + vector * bytes_per_mask(w.values), bytes_per_mask(w.values));
+    return mask;
+}
+
+// Whether one of `count` packed values is 0 (-0.0 counts), or not finite.
+bool has_bad_value(Values values, const std::uint8_t* packed, std::ptrdiff_t count) {
+    if (values == Values::i8) return count && std::memchr(packed, 0, std::size_t(count));
+    for (std::ptrdiff_t i = 0; i < count; ++i) {
+        std::uint32_t bits = 0;
+        const int width = bytes_per_value(values);
+        std::memcpy(reinterpret_cast<std::uint8_t*>(&bits) + 4 - width, packed + i * width, width);
+        if ((bits & 0x7FFFFFFFu) == 0 || (bits & 0x7F800000u) == 0x7F800000u) return true;
+    }
+    return false;
+}
+
+// Whether the nibbles of a pair are weights (not 0) up to each vector's count, and 0 from there on.
+bool is_sound_pair(const std::uint8_t* bytes, int first, int second) {
+    for (int i = 0; i < std::max(first, second); ++i) {
+        if ((bytes[i] % 16 != 0) != (i < first) || (bytes[i] / 16 != 0) != (i < second)) return false;
+    }
+    return true;
+}
+
+// What is wrong with the values of a group, or nullptr; moves past them.
+const char* check_values(const Linear& w, const std::uint8_t* masks, int count, const std::uint8_t*& position,
+                         const std::uint8_t* end) {
+    const int step = w.values == Values::i4 ? 2 : 1;
+    for (int v = 0; v < count; v += step) {
+        const int first = std::popcount(mask_at(w, masks, v));
+        const int second = step == 2 && v + 1 < count ? std::popcount(mask_at(w, masks, v + 1)) : 0;
+        const std::ptrdiff_t num_bytes = std::ptrdiff_t(std::max(first, second)) * bytes_per_value(w.values);
+        if (end - position < num_bytes) return "its masks announce more values than the panel holds";
+        if (w.values == Values::i4 ? !is_sound_pair(position, first, second)
+                                   : has_bad_value(w.values, position, first))
+            return "a mask announces a weight that is 0 or not finite";
+        position += num_bytes;
+    }
+    return nullptr;
 }
 
 // What is wrong with a sparse panel, or nullptr. Reads only between the panel's offsets.
@@ -37,21 +81,15 @@ const char* check_sparse_panel(const Linear& w, int panel) {
                         last_inside = inside_mask(w, panel, w.num_vectors() - 1);
     for (int first = 0; first < w.num_vectors(); first += kGroupVectors) {
         const int count = std::min(kGroupVectors, w.num_vectors() - first);
-        if (end - position < 8 * count) return "its masks lie outside their panel";
-        std::ptrdiff_t population = 0;
+        const std::uint8_t* masks = position;
+        position += count * bytes_per_mask(w.values);
+        if (position > end) return "its masks lie outside their panel";
         for (int v = 0; v < count; ++v) {
-            std::uint64_t mask;
-            std::memcpy(&mask, position + 8 * v, sizeof mask);
             const bool last = first + v == w.num_vectors() - 1;
-            if (mask & ~(last ? inside & last_inside : inside))
+            if (mask_at(w, masks, v) & ~(last ? inside & last_inside : inside))
                 return "a mask has weights outside the matrix";
-            population += std::popcount(mask);
         }
-        position += 8 * count;
-        if (end - position < population) return "its masks announce more values than the panel holds";
-        if (population && std::memchr(position, 0, std::size_t(population)))
-            return "a mask announces a weight that is 0";
-        position += population;
+        if (const char* found = check_values(w, masks, count, position, end)) return found;
     }
     return position == end ? nullptr : "its masks announce fewer values than the panel holds";
 }
@@ -69,21 +107,33 @@ bool has_special(const std::uint8_t* weights, std::size_t num_bytes, std::uint32
 }
 
 const char* check_dense_panel(const Linear& w, int panel) {
-    const int rows = std::min(kPanelRows, w.rows - panel * kPanelRows);
-    const int inputs = inputs_per_vector(w.values), width = 4 / inputs;
-    for (int v = rows == kPanelRows ? w.num_vectors() - 1 : 0; v < w.num_vectors(); ++v) {
-        const std::uint8_t* vector = w.panel(panel) + std::size_t(v) * kVectorBytes;
+    const int inputs = inputs_per_vector(w.values), weight_bytes = 4 / inputs;
+    const int per_line = w.values == Values::i4 ? 2 : 1;  // vectors in 64 bytes
+    const int vectors = int(round_up(w.num_vectors(), per_line));
+    const bool full = w.rows - panel * kPanelRows >= kPanelRows;
+    for (int v = full ? vectors - per_line : 0; v < vectors; ++v) {
+        const std::uint8_t* line = w.panel(panel) + std::size_t(v / per_line) * kVectorBytes;
         for (int byte = 0; byte < kVectorBytes; ++byte) {
-            const int row = byte / 4, column = v * inputs + byte % 4 / width;
-            if (vector[byte] && (row >= rows || column >= w.columns))
-                return "it has weights outside the matrix";
+            const int row = panel * kPanelRows + byte / 4, column = v * inputs + byte % 4 / weight_bytes;
+            const int bits = per_line == 1 ? line[byte] : v % 2 ? line[byte] / 16 : line[byte] % 16;
+            if (bits && (row >= w.rows || column >= w.columns)) return "it has weights outside the matrix";
         }
     }
-    if (w.values == Values::i8) return nullptr;
+    if (is_integer(w.values)) return nullptr;
     const std::uint32_t exponent = w.values == Values::f32 ? 0x7F800000u : 0x7F80u;
     return has_special(w.panel(panel), std::size_t(w.num_vectors()) * kVectorBytes, exponent)
                ? "it has weights that are NaN or infinite"
                : nullptr;
+}
+
+const char* check_multipliers(const Linear& w, int panel) {
+    const std::uint8_t* multipliers = w.panel_multipliers(panel, 0);
+    for (int i = 0; i < w.num_scale_groups() * kPanelRows; ++i) {
+        const bool inside = panel * kPanelRows + i % kPanelRows < w.rows;
+        if (inside ? multipliers[i] < 1 || multipliers[i] > 16 : multipliers[i] != 0)
+            return "its multipliers must be 1 .. 16, and 0 in the padding";
+    }
+    return nullptr;
 }
 
 const char* check_scales(const Linear& w, int panel) {
@@ -102,7 +152,7 @@ const char* check_sums(const Linear& w, int panel, const std::vector<std::uint8_
         if (std::abs(std::int64_t(stored[r])) > std::int64_t(128) * w.columns)
             return "its row sums are out of range";
     }
-    const Activations x{.num_tokens = 1, .padded_columns = int(ones.size()), .q = ones.data()};
+    const Activations x{.num_tokens = 1, .stride = ones.size(), .q = ones.data()};
     std::int32_t acc[kPanelRows];
     const MatmulRow& row = find_matmul(w.storage, w.values, isa());
     row.accumulate(w, panel, panel + 1, x, acc - panel * kPanelRows, 0);
@@ -115,8 +165,11 @@ const char* check_sums(const Linear& w, int panel, const std::vector<std::uint8_
 const char* check_panel(const Linear& w, int panel, const std::vector<std::uint8_t>& ones) {
     const bool sparse = w.storage == Storage::sparse;
     if (const char* found = sparse ? check_sparse_panel(w, panel) : check_dense_panel(w, panel)) return found;
-    if (w.values != Values::i8) return nullptr;
+    if (!is_integer(w.values)) return nullptr;
     if (const char* found = check_scales(w, panel)) return found;
+    if (w.values == Values::i4) {
+        if (const char* found = check_multipliers(w, panel)) return found;
+    }
     return check_sums(w, panel, ones);
 }
 
@@ -169,14 +222,24 @@ Linear Packed::linear(const std::string& name) const {
         throw FormatError(name + ": found " + std::to_string(w.rows) + " x " + std::to_string(w.columns) +
                           " weights; expected 1 .. 2^24 of each");
     }
-    find_matmul(w.storage, w.values, Isa::scalar);
     const std::size_t panels = w.num_panels(), vectors = w.num_vectors();
-    if (w.values == Values::i8) {
-        if (w.columns > kMaxInt8Columns)
+    if (is_integer(w.values)) {
+        if (w.columns > kMaxIntegerColumns)
             throw UnsupportedError(name + ": more than 65536 inputs overflow int32 sums");
         const std::size_t rows = w.padded_rows();
         w.scale = reinterpret_cast<const float*>(tensor(name + ".weight_scale", "F32", {rows}));
         w.sum = reinterpret_cast<const std::int32_t*>(tensor(name + ".weight_sum", "I32", {rows}));
+    }
+    if (w.values == Values::i4) {
+        const std::size_t count = panels * w.num_scale_groups() * kPanelRows;
+        const std::size_t padded = round_up(count, 64);
+        w.multipliers = tensor(name + ".weight_multiplier", "U8", {padded});
+        if (std::any_of(w.multipliers + count, w.multipliers + padded, [](auto byte) { return byte != 0; }))
+            throw FormatError(name + ": found multipliers past the last panel; expected zeros");
+    }
+    if (w.storage == Storage::dense && w.values == Values::i4) {
+        w.data = tensor(name + ".weight", "U8", {panels, (vectors + 1) / 2, std::size_t(kPanelRows), 4});
+        return w;
     }
     if (w.storage == Storage::dense) {
         const char* dtype = w.values == Values::f32 ? "F32" : w.values == Values::bf16 ? "BF16" : "I8";
@@ -213,7 +276,8 @@ Values parse_values(const std::string& name) {
     if (name == "f32") return Values::f32;
     if (name == "bf16") return Values::bf16;
     if (name == "i8") return Values::i8;
-    throw FormatError("found values '" + name + "'; expected f32, bf16 or i8");
+    if (name == "i4") return Values::i4;
+    throw FormatError("found values '" + name + "'; expected f32, bf16, i8 or i4");
 }
 
 void check_contents(const std::vector<std::pair<std::string, Linear>>& linears, ThreadPool& pool) {
@@ -225,7 +289,7 @@ void check_contents(const std::vector<std::pair<std::string, Linear>>& linears, 
     std::vector<Damage> found(std::size_t(pool.size()), Damage{linears.size(), 0, nullptr});
     int columns = 0;
     for (const auto& [name, w] : linears) columns = std::max(columns, w.columns);
-    const std::vector<std::uint8_t> ones(round_up(std::size_t(columns), 4), 1);
+    const std::vector<std::uint8_t> ones(Activations::padded(columns), 1);
     pool.run([&](int thread) {
         for (std::size_t i = 0; i < linears.size() && found[thread].what == nullptr; ++i) {
             const Linear& w = linears[i].second;

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <numeric>
 
 #include "isa.hpp"
 #include "kernels/table.hpp"
@@ -24,7 +25,10 @@ using namespace nb::literals;
 namespace {
 
 const char* name(Values values) {
-    return values == Values::f32 ? "f32" : values == Values::bf16 ? "bf16" : "i8";
+    return values == Values::f32    ? "f32"
+           : values == Values::bf16 ? "bf16"
+           : values == Values::i8   ? "i8"
+                                    : "i4";
 }
 const char* name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
 
@@ -40,15 +44,29 @@ nb::list kernels() {
     };
     for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
     for (const VectorRow& row : vector_table()) {
-        for (const char* family : {"rmsnorm", "quantize", "swiglu", "rope", "read"})
+        for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "rope"})
             add(family, "f32", "dense", row.isa);
+    }
+    for (const ProbeRow& row : probe_table()) {
+        add("read", "i8", "dense", row.isa);
+        add("multiply_int8", "i8", "dense", row.isa);
     }
     for (const AttentionRow& row : attention_table()) add("attention", name(row.values), "dense", row.isa);
     return rows;
 }
 
+template <class Work>
+double time_of(Work work) {
+    const auto begin = std::chrono::steady_clock::now();
+    work();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// The tiles of the amx level, computed instead of issued: for tests on machines without them.
+constexpr const char* kEmulated = "amx-emulated";
+
 Isa runnable(const std::string& level) {
-    const Isa wanted = parse_isa(level);
+    const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
     if (wanted > machine_isa()) throw UnsupportedError("this machine has no " + level + " instructions");
     return wanted;
 }
@@ -61,33 +79,40 @@ struct Matrix {
     Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict layers,
            const std::string& name)
         : w(read_packed(buffer, tensors, layers).linear(name)),
-          row(&find_matmul(w.storage, w.values, runnable(level))) {
+          row(&find_matmul(w.storage, w.values, runnable(level), level == kEmulated)) {
         ThreadPool pool(1);
         check_contents({{name, w}}, pool);
     }
 };
 
-// Inputs in the blocks that kernels read; quantized as `level` does it where the weights are int8.
+// Inputs as kernels want them, rows up to a multiple of 16.
 struct Inputs {
     std::vector<float> x, scale;
     std::vector<std::uint8_t> q;
+    std::vector<std::uint16_t> high, low;
     Activations activations;
 
     Inputs(const VectorRow& vectors, const Linear& w, const FloatMatrix& x_TK) {
         const int T = int(x_TK.shape(0)), K = int(x_TK.shape(1));
         if (K != w.columns || T < 1) throw EngineError("the inputs do not fit the matrix");
-        const int padded = Activations::padded(K);
-        x.resize(std::size_t(T) * padded);
-        q.resize(std::size_t(T) * padded);
+        const std::size_t stride = Activations::padded(K), size = round_up(std::size_t(T), 16) * stride;
+        x.resize(size);
+        q.resize(size, 128);
+        high.resize(size);
+        low.resize(size);
         scale.resize(std::size_t(T));
-        activations = {
-            .num_tokens = T, .padded_columns = padded, .x = x.data(), .q = q.data(), .scale = scale.data()};
+        activations = {.num_tokens = T,
+                       .stride = stride,
+                       .x = x.data(),
+                       .q = q.data(),
+                       .scale = scale.data(),
+                       .high = high.data(),
+                       .low = low.data()};
         for (int t = 0; t < T; ++t) {
-            const int first = t / kTokenBlock * kTokenBlock, width = activations.block_tokens(first);
-            const std::size_t block = std::size_t(first) * padded;
             const float* row = x_TK.data() + std::size_t(t) * K;
-            vectors.quantize(row, K, q.data() + block + 4 * (t - first), std::size_t(4) * width, &scale[t]);
-            for (int k = 0; k < K; ++k) x[block + std::size_t(k) * width + (t - first)] = row[k];
+            std::copy(row, row + K, x.data() + t * stride);
+            scale[t] = vectors.quantize(row, K, vectors.largest(row, K), q.data() + t * stride);
+            vectors.split(row, K, high.data() + t * stride, low.data() + t * stride);
         }
     }
 };
@@ -129,14 +154,15 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> rmsnorm(const std::string& level, Flo
 }
 
 nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
-    const std::size_t T = x_TK.shape(0), K = x_TK.shape(1), padded = round_up(K, 4);
-    std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * padded]);
+    const std::size_t T = x_TK.shape(0), K = x_TK.shape(1);
+    std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * K]);
     std::unique_ptr<float[]> scale(new float[T]);
+    const VectorRow& row = find_vector(runnable(level));
     for (std::size_t t = 0; t < T; ++t) {
-        find_vector(runnable(level))
-            .quantize(x_TK.data() + t * K, int(K), q.get() + t * padded, 4, &scale[t]);
+        const float* x = x_TK.data() + t * K;
+        scale[t] = row.quantize(x, int(K), row.largest(x, int(K)), q.get() + t * K);
     }
-    return nb::make_tuple(to_numpy(std::move(q), T, K, padded), to_numpy(std::move(scale), T, 1, 1));
+    return nb::make_tuple(to_numpy(std::move(q), T, K, K), to_numpy(std::move(scale), T, 1, 1));
 }
 
 nb::ndarray<nb::numpy, float, nb::ndim<2>> swiglu(const std::string& level, FloatMatrix gate_TN,
@@ -208,21 +234,52 @@ std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, 
     if (num_chunks < 1) throw EngineError("the buffer is smaller than 256 KiB; nothing to measure");
     nb::gil_scoped_release unlocked;
     ThreadPool pool(std::clamp(num_threads, 1, 1024));
-    const auto read = find_vector(isa()).read;
+    const auto read = find_probe(isa()).read;
     std::vector<std::uint64_t> sums(std::size_t(pool.size()) * 8);
     std::vector<double> rates;
     for (int i = 0; i < repeats; ++i) {
-        const auto begin = std::chrono::steady_clock::now();
-        pool.run([&](int thread) {
-            const Part part(int(num_chunks), thread, pool.size());
-            sums[std::size_t(thread) * 8] =
-                read(buffer.data() + part.begin * chunk, (part.end - part.begin) * chunk, prefetch_bytes);
+        const double seconds = time_of([&] {
+            pool.run([&](int thread) {
+                const Part part(int(num_chunks), thread, pool.size());
+                sums[std::size_t(thread) * 8] =
+                    read(buffer.data() + part.begin * chunk, (part.end - part.begin) * chunk, prefetch_bytes);
+            });
         });
-        const double seconds =
-            std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
         rates.push_back(double(num_chunks * chunk) / seconds);
     }
     return rates;
+}
+
+// Multiply-adds of int8 a second on all threads, best of `repeats`.
+double int8_peak(const std::string& level, int num_threads, int repeats) {
+    const auto multiply = find_probe(runnable(level)).multiply_int8;
+    constexpr std::uint64_t kRounds = 1 << 18;
+    nb::gil_scoped_release unlocked;
+    ThreadPool pool(std::clamp(num_threads, 1, 1024));
+    double best = 0;
+    for (int i = 0; i < repeats; ++i) {
+        std::vector<std::uint64_t> products(std::size_t(pool.size()) * 8);
+        const double seconds = time_of(
+            [&] { pool.run([&](int thread) { products[std::size_t(thread) * 8] = multiply(kRounds); }); });
+        best = std::max(best, double(std::accumulate(products.begin(), products.end(), 0.0)) / seconds);
+    }
+    return best;
+}
+
+// Seconds of a product with random inputs on one thread, `repeats` times.
+std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict tensors, nb::dict layers,
+                                const std::string& name, FloatMatrix x_TK, int repeats) {
+    const Matrix matrix(level, buffer, tensors, layers, name);
+    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const std::size_t stride = std::size_t(matrix.w.padded_rows());
+    std::vector<float> y(x_TK.shape(0) * stride);
+    std::vector<double> seconds;
+    for (int i = 0; i < repeats; ++i) {
+        seconds.push_back(time_of([&] {
+            matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.data(), stride);
+        }));
+    }
+    return seconds;
 }
 
 }  // namespace
@@ -237,6 +294,9 @@ void bind_kernels(nb::module_& m) {
     m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
     m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "split"_a = false);
     m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);
+    m.def("time_matmul", &time_matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a,
+          "repeats"_a);
+    m.def("int8_peak", &int8_peak, "isa"_a, "num_threads"_a, "repeats"_a);
     m.def("read_bandwidth", &read_bandwidth, "num_threads"_a, "prefetch_bytes"_a, "buffer"_a, "repeats"_a);
 }
 

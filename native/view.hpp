@@ -15,11 +15,11 @@ namespace gossamer {
 constexpr int kPanelRows = 16;
 constexpr int kVectorBytes = 64;
 constexpr int kGroupVectors = 16;  // vectors whose masks lie together in a sparse stream
-constexpr int kTokenBlock = 8;     // tokens that a kernel multiplies with one weight vector
+constexpr int kScaleVectors = 32;  // i4: vectors (128 inputs) of a row that share a multiplier
 constexpr std::size_t kSlackBytes = 64;
 
 enum class Storage { dense, sparse };
-enum class Values { f32, bf16, i8 };
+enum class Values { f32, bf16, i8, i4 };
 
 // Raised as gossamer.errors.<same name> (bindings.cpp).
 struct FormatError : std::runtime_error {
@@ -39,57 +39,90 @@ constexpr std::size_t round_up(std::size_t number, std::size_t multiple) {
     return (number + multiple - 1) / multiple * multiple;
 }
 
+constexpr bool is_integer(Values values) { return values == Values::i8 || values == Values::i4; }
+
 constexpr int inputs_per_vector(Values values) {
     return values == Values::f32 ? 1 : values == Values::bf16 ? 2 : 4;
 }
+
+// Of a stored weight in a sparse stream. A pair of i4 vectors shares its bytes.
+constexpr int bytes_per_value(Values values) {
+    return values == Values::f32 ? 4 : values == Values::bf16 ? 2 : 1;
+}
+
+// A bit for each weight of a vector.
+constexpr int bytes_per_mask(Values values) { return 2 * inputs_per_vector(values); }
 
 // One weight matrix w_NK, validated, in the mapped file.
 struct Linear {
     Storage storage = Storage::dense;
     Values values = Values::f32;
-    int rows = 0;                        // N
-    int columns = 0;                     // K
-    const std::uint8_t* data = nullptr;  // dense panels, or the sparse stream
-    const std::uint64_t* offsets =
-        nullptr;                        // sparse: byte offset of each panel in the stream, then of the end
-    const float* scale = nullptr;       // i8: [N padded to 16]
-    const std::int32_t* sum = nullptr;  // i8: [N padded to 16], sum over the inputs of the int8 weights
+    int rows = 0;                               // N
+    int columns = 0;                            // K
+    const std::uint8_t* data = nullptr;         // dense panels, or the sparse stream
+    const std::uint64_t* offsets = nullptr;     // sparse: where each panel begins in the stream, and its end
+    const float* scale = nullptr;               // i8, i4: [N padded to 16]
+    const std::int32_t* sum = nullptr;          // i8, i4: [N padded to 16], sums over K of the int8 weights
+    const std::uint8_t* multipliers = nullptr;  // i4: [panel][K / 128][16], int8 weight = int4 value x this
 
     int num_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
     int num_vectors() const { return (columns + inputs_per_vector(values) - 1) / inputs_per_vector(values); }
+    int num_scale_groups() const { return (num_vectors() + kScaleVectors - 1) / kScaleVectors; }
     int padded_rows() const { return num_panels() * kPanelRows; }
 
     std::size_t panel_offset(int panel) const {
-        return storage == Storage::sparse ? offsets[panel]
-                                          : std::size_t(panel) * num_vectors() * kVectorBytes;
+        if (storage == Storage::sparse) return offsets[panel];
+        const int stored = values == Values::i4 ? (num_vectors() + 1) / 2 : num_vectors();
+        return std::size_t(panel) * stored * kVectorBytes;
     }
     std::size_t panel_bytes(int begin, int end) const { return panel_offset(end) - panel_offset(begin); }
     const std::uint8_t* panel(int index) const { return data + panel_offset(index); }
+    // Those of a panel's vectors from `vector` (a multiple of 32) on; nullptr unless i4.
+    const std::uint8_t* panel_multipliers(int index, int vector) const {
+        if (multipliers == nullptr) return nullptr;
+        const std::size_t group = std::size_t(index) * num_scale_groups() + vector / kScaleVectors;
+        return multipliers + group * kPanelRows;
+    }
 
     // File bytes that one product with this matrix touches.
     std::size_t bytes() const {
         std::size_t total = panel_bytes(0, num_panels());
-        if (values == Values::i8) total += std::size_t(padded_rows()) * 8;
+        if (is_integer(values)) total += std::size_t(padded_rows()) * 8;
+        if (values == Values::i4) total += std::size_t(padded_rows()) * num_scale_groups();
         if (storage == Storage::sparse) total += (std::size_t(num_panels()) + 1) * 8;
         return total;
     }
 };
 
-// Inputs x_TK of a product in blocks of 8 tokens (the last may have fewer): f32 as [block][K][token], i8 as
-// [block][K / 4][token][4], K padded to 4, so that one vector's inputs of all tokens of a block lie together.
+// Inputs x_TK of a product, rows `stride` apart. Past column K a row is readable for a vector, and zero (q:
+// 128) as far as weights are stored.
 struct Activations {
     int num_tokens = 0;
-    int padded_columns = 0;
-    const float* x = nullptr;         // for f32 and bf16 weights
-    const std::uint8_t* q = nullptr;  // for i8 weights: q + 128
-    const float* scale = nullptr;     // [T] of q
+    std::size_t stride = 0;
+    const float* x = nullptr;             // for f32 and bf16 weights
+    const std::uint8_t* q = nullptr;      // for i8 and i4 weights: q + 128
+    const float* scale = nullptr;         // [T] of q
+    const std::uint16_t* high = nullptr;  // x = high + low, both bf16, for bf16 weights on the matrix unit
+    const std::uint16_t* low = nullptr;
 
-    static int padded(int columns) { return int(round_up(std::size_t(columns), 4)); }
-    int block_tokens(int first) const {
-        return num_tokens - first < kTokenBlock ? num_tokens - first : kTokenBlock;
+    // Room for K inputs: whole tile rows, and no power of two, which would put all rows into one cache set.
+    static constexpr std::size_t padded(int columns) { return round_up(std::size_t(columns), 64) + 64; }
+};
+
+// T rows of activations, `stride` apart, that a kernel walks down together: a pointer for each 3 rows, since
+// an address may be pointer + 1 or 2 strides. T pointers would not fit the registers.
+template <class T, int kRows>
+struct RowPointers {
+    const T* third[(kRows + 2) / 3];
+    std::size_t stride;
+
+    RowPointers(const T* first, std::size_t row_stride) : stride(row_stride) {
+        for (int i = 0; i < (kRows + 2) / 3; ++i) third[i] = first + 3 * i * row_stride;
     }
-    const float* x_block(int first) const { return x + std::size_t(first) * padded_columns; }
-    const std::uint8_t* q_block(int first) const { return q + std::size_t(first) * padded_columns; }
+    const T* row(int t) const { return third[t / 3] + t % 3 * stride; }
+    void advance(int count) {
+        for (const T*& pointer : third) pointer += count;
+    }
 };
 
 }  // namespace gossamer

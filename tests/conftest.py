@@ -1,6 +1,7 @@
 """Small real models for tests: random Llamas of each variant, and the shared ones where they are."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,12 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 def _one_torch_thread() -> None:
     """Small models are faster on one thread, and results do not depend on the machine's cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible() -> None:
+    """A test run started in the background inherits an ignored Ctrl-C; those that test it need it back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

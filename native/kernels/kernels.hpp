@@ -5,21 +5,17 @@
 
 namespace gossamer {
 
-#define GOSSAMER_MATMUL(level, family)                                                      \
-    namespace level {                                                                       \
-    void matmul_##family(const Linear&, int, int, const Activations&, float*, std::size_t); \
-    }
-#define GOSSAMER_ACCUMULATE(level, family)                                                             \
-    namespace level {                                                                                  \
-    void accumulate_##family(const Linear&, int, int, const Activations&, std::int32_t*, std::size_t); \
-    }
-#define GOSSAMER_VECTOR(level)                                            \
-    namespace level {                                                     \
-    void rmsnorm(const float*, const float*, float, int, float*);         \
-    void quantize(const float*, int, std::uint8_t*, std::size_t, float*); \
-    void swiglu(const float*, const float*, int, float*);                 \
-    void rope(float*, int, int, const float*);                            \
-    std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t);    \
+extern const MatmulRow kIntegerRows[16], kFloatRows[14];
+extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
+
+#define GOSSAMER_VECTOR(level)                                     \
+    namespace level {                                              \
+    float rmsnorm(const float*, const float*, float, int, float*); \
+    float swiglu(const float*, const float*, int, float*);         \
+    float largest(const float*, int);                              \
+    float quantize(const float*, int, float, std::uint8_t*);       \
+    void split(const float*, int, std::uint16_t*, std::uint16_t*); \
+    void rope(float*, int, int, const float*);                     \
     }
 #define GOSSAMER_ATTENTION(level)              \
     namespace level {                          \
@@ -28,18 +24,21 @@ namespace gossamer {
     void attention_i8(const AttentionTask&);   \
     }
 
-GOSSAMER_MATMUL(scalar, dense_f32)
-GOSSAMER_MATMUL(scalar, dense_bf16)
-GOSSAMER_MATMUL(scalar, dense_i8)
-GOSSAMER_MATMUL(scalar, sparse_i8)
-GOSSAMER_MATMUL(avx512, dense_f32)
-GOSSAMER_MATMUL(avx512, dense_bf16)
-GOSSAMER_MATMUL(avx512, dense_i8)
-GOSSAMER_MATMUL(avx512, sparse_i8)
-GOSSAMER_ACCUMULATE(scalar, dense_i8)
-GOSSAMER_ACCUMULATE(scalar, sparse_i8)
-GOSSAMER_ACCUMULATE(avx512, dense_i8)
-GOSSAMER_ACCUMULATE(avx512, sparse_i8)
+#define GOSSAMER_READ(level)                                           \
+    namespace level {                                                  \
+    std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t); \
+    }
+#define GOSSAMER_MULTIPLY(level)                \
+    namespace level {                           \
+    std::uint64_t multiply_int8(std::uint64_t); \
+    }
+
+GOSSAMER_READ(scalar)
+GOSSAMER_READ(avx512)
+GOSSAMER_MULTIPLY(scalar)
+GOSSAMER_MULTIPLY(avx2)
+GOSSAMER_MULTIPLY(avx512)
+GOSSAMER_MULTIPLY(amx)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
 GOSSAMER_ATTENTION(scalar)

@@ -5,20 +5,11 @@
 namespace gossamer {
 namespace {
 
-constexpr MatmulRow kMatmul[] = {
-    {Values::f32, Storage::dense, Isa::scalar, scalar::matmul_dense_f32, nullptr},
-    {Values::f32, Storage::dense, Isa::avx512, avx512::matmul_dense_f32, nullptr},
-    {Values::bf16, Storage::dense, Isa::scalar, scalar::matmul_dense_bf16, nullptr},
-    {Values::bf16, Storage::dense, Isa::avx512, avx512::matmul_dense_bf16, nullptr},
-    {Values::i8, Storage::dense, Isa::scalar, scalar::matmul_dense_i8, scalar::accumulate_dense_i8},
-    {Values::i8, Storage::dense, Isa::avx512, avx512::matmul_dense_i8, avx512::accumulate_dense_i8},
-    {Values::i8, Storage::sparse, Isa::scalar, scalar::matmul_sparse_i8, scalar::accumulate_sparse_i8},
-    {Values::i8, Storage::sparse, Isa::avx512, avx512::matmul_sparse_i8, avx512::accumulate_sparse_i8},
-};
-
 constexpr VectorRow kVector[] = {
-    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::swiglu, scalar::rope, scalar::read},
-    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::swiglu, avx512::rope, avx512::read},
+    {Isa::scalar, scalar::rmsnorm, scalar::swiglu, scalar::largest, scalar::quantize, scalar::split,
+     scalar::rope},
+    {Isa::avx512, avx512::rmsnorm, avx512::swiglu, avx512::largest, avx512::quantize, avx512::split,
+     avx512::rope},
 };
 
 constexpr AttentionRow kAttention[] = {
@@ -27,30 +18,55 @@ constexpr AttentionRow kAttention[] = {
     {Values::i8, Isa::scalar, scalar::attention_i8},     {Values::i8, Isa::avx512, avx512::attention_i8},
 };
 
+constexpr ProbeRow kProbe[] = {
+    {Isa::scalar, scalar::read, scalar::multiply_int8},
+    {Isa::avx2, scalar::read, avx2::multiply_int8},
+    {Isa::avx512, avx512::read, avx512::multiply_int8},
+    {Isa::amx, avx512::read, amx::multiply_int8},
+};
+
+// The last row, in a table that goes up, that `isa` can run.
+template <class Row>
+const Row& best(std::span<const Row> rows, Isa isa) {
+    const Row* found = &rows[0];
+    for (const Row& row : rows) {
+        if (row.isa <= isa) found = &row;
+    }
+    return *found;
+}
+
 }  // namespace
 
-std::span<const MatmulRow> matmul_table() { return kMatmul; }
+std::vector<MatmulRow> matmul_table() {
+    std::vector<MatmulRow> rows(std::begin(kFloatRows), std::end(kFloatRows));
+    rows.insert(rows.end(), std::begin(kIntegerRows), std::end(kIntegerRows));
+    return rows;
+}
 std::span<const VectorRow> vector_table() { return kVector; }
 std::span<const AttentionRow> attention_table() { return kAttention; }
+std::span<const ProbeRow> probe_table() { return kProbe; }
 
-const MatmulRow& find_matmul(Storage storage, Values values, Isa isa) {
+const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated) {
     const MatmulRow* found = nullptr;
-    for (const MatmulRow& row : kMatmul) {
-        const bool fits = row.storage == storage && row.values == values && row.isa <= isa;
-        if (fits && (found == nullptr || row.isa > found->isa)) found = &row;
+    const auto search = [&](std::span<const MatmulRow> rows) {
+        for (const MatmulRow& row : rows) {
+            const bool fits = row.storage == storage && row.values == values && row.isa <= isa;
+            if (fits && (found == nullptr || row.isa > found->isa)) found = &row;
+        }
+    };
+    if (emulated) {
+        search(kEmulatedFloatRows);
+        search(kEmulatedIntegerRows);
     }
-    if (found == nullptr)
-        throw UnsupportedError("no kernel multiplies sparse f32 or bf16 weights; store them dense");
+    if (found == nullptr) {
+        search(kFloatRows);
+        search(kIntegerRows);
+    }
     return *found;
 }
 
-const VectorRow& find_vector(Isa isa) {
-    const VectorRow* found = &kVector[0];
-    for (const VectorRow& row : kVector) {
-        if (row.isa <= isa && row.isa > found->isa) found = &row;
-    }
-    return *found;
-}
+const VectorRow& find_vector(Isa isa) { return best(vector_table(), isa); }
+const ProbeRow& find_probe(Isa isa) { return best(probe_table(), isa); }
 
 const AttentionRow& find_attention(Values values, Isa isa) {
     const AttentionRow* found = nullptr;

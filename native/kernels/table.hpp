@@ -4,6 +4,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "isa.hpp"
 #include "kv_layout.hpp"
@@ -16,7 +17,8 @@ namespace gossamer {
 using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& x, float* y_TN,
                         std::size_t stride);
 
-// The exact integer sums under an i8 product: acc_TN[t, n] = sum_k w_NK[n, k] q_TK[t, k], with the signed q.
+// The exact integer sums under an i8 or i4 product: acc_TN[t, n] = sum_k w_NK[n, k] q_TK[t, k], with the
+// signed q and int8 weights.
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
@@ -25,7 +27,7 @@ struct MatmulRow {
     Storage storage;
     Isa isa;
     Matmul matmul;
-    Accumulate accumulate;  // i8 only
+    Accumulate accumulate;  // i8 and i4 only
 };
 
 // New tokens of one sequence against its cached positions at one key/value head (attention.cpp). Token t sees
@@ -59,24 +61,37 @@ void merge_attention(const float* states, std::size_t stride, int num_chunks, in
 // Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
 struct VectorRow {
     Isa isa;
-    void (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
-    // Writes q + 128 in runs of 4 inputs, `stride` bytes apart, and the scale max|x| / 127.5.
-    void (*quantize)(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale);
-    void (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
+    // Both return max|y|, so that quantizing y reads it only once more.
+    float (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
+    float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
+    float (*largest)(const float* x, int count);                               // max|x|
+    // Writes q + 128 and returns the scale, max|x| / 127.5.
+    float (*quantize)(const float* x_K, int count, float largest, std::uint8_t* q_K);
+    // x = high + low, two bfloat16.
+    void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
     // Rotates heads [head][E] of one token in place by cos_sin [2][E / 2]: (a, b) -> (a cos - b sin, b cos +
     // a sin) of the halves.
     void (*rope)(float* x_HE, int num_heads, int head_dim, const float* cos_sin);
-    // Sums `count` bytes (a multiple of 64), touching each cache line once: the read-bandwidth probe.
-    std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
 };
 
-std::span<const MatmulRow> matmul_table();
+// What the machine can do at best (probes.cpp).
+struct ProbeRow {
+    Isa isa;
+    // Sums `count` bytes (a multiple of 256), touching each cache line once.
+    std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
+    // Multiplies int8 in registers; returns how many multiply-adds that were.
+    std::uint64_t (*multiply_int8)(std::uint64_t rounds);
+};
+
+std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
 std::span<const AttentionRow> attention_table();
+std::span<const ProbeRow> probe_table();
 
-// The row for `isa`, or the best below it; UnsupportedError when there is none (sparse f32, say).
-const MatmulRow& find_matmul(Storage storage, Values values, Isa isa);
+// The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
+const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
 const AttentionRow& find_attention(Values values, Isa isa);
+const ProbeRow& find_probe(Isa isa);
 
 }  // namespace gossamer

@@ -1,9 +1,10 @@
-// What surrounds the products: RMSNorm, quantization of activations, SwiGLU, and the read-bandwidth probe.
+// What surrounds the products: RMSNorm, quantization of activations, SwiGLU.
 //
-//   rmsnorm    y = weight * (x / sqrt(mean(x^2) + eps)); squares summed in float64, in 16 lanes, then lane
-//   after lane quantize   scale = max|x| / 127.5;  q = clamp(round(x / scale), -128, 127), stored as q + 128
+//   rmsnorm    y = weight * (x / sqrt(mean(x^2) + eps)); squares summed in float64, in 16 lanes, then in
+//   order swiglu     y = gate / (1 + exp(-gate)) * up quantize   scale = max|x| / 127.5;  q = clamp(round(x /
+//   scale), -128, 127), stored as q + 128
 //              (compressed-tensors' dynamic symmetric per-token scheme; scale = 2^-23 when x is all zeros)
-//   swiglu     y = gate / (1 + exp(-gate)) * up
+//   split      x = high + low, the nearest bfloat16 and that of the rest: for products on the matrix unit
 //
 // Only correctly rounded operations in a stated order: every level gives the same bits, so that INT8 results
 // do not hang on which level ran.
@@ -29,6 +30,12 @@ float inverse_rms(const double (&lanes)[kLanes], int count, float eps) {
     return 1.0f / std::sqrt(float(sum / count) + eps);
 }
 
+// The nearest bfloat16, halves to even.
+std::uint16_t to_bf16(float x) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    return std::uint16_t((bits + (bits >> 16 & 1) + 0x7FFF) >> 16);
+}
+
 float quantization_scale(float largest) {
     const float scale = largest / 127.5f;
     return scale == 0.0f ? kEpsilon : scale;
@@ -37,36 +44,38 @@ float quantization_scale(float largest) {
 }  // namespace
 
 namespace scalar {
-void rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
+
+float largest(const float* x, int count) {
+    float found = 0;
+    for (int i = 0; i < count; ++i) found = std::max(found, std::abs(x[i]));
+    return found;
+}
+
+float rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
     double lanes[kLanes] = {};
     for (int i = 0; i < count; ++i) lanes[i % kLanes] += double(x_D[i]) * double(x_D[i]);
     const float inverse = inverse_rms(lanes, count, eps);
     for (int i = 0; i < count; ++i) y_D[i] = weight_D[i] * (x_D[i] * inverse);
+    return largest(y_D, count);
 }
 
-void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale) {
-    float largest = 0;
-    for (int i = 0; i < count; ++i) largest = std::max(largest, std::abs(x_K[i]));
-    *scale = quantization_scale(largest);
-    for (int i = 0; i < int(round_up(count, 4)); ++i) {
-        const float steps = i < count ? x_K[i] / *scale : 0.0f;
-        q[i / 4 * stride + i % 4] = std::uint8_t(std::clamp(int(std::nearbyint(steps)), -128, 127) + 128);
+float quantize(const float* x_K, int count, float largest_x, std::uint8_t* q_K) {
+    const float scale = quantization_scale(largest_x);
+    for (int i = 0; i < count; ++i)
+        q_K[i] = std::uint8_t(std::clamp(int(std::nearbyint(x_K[i] / scale)), -128, 127) + 128);
+    return scale;
+}
+
+void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
+    for (int i = 0; i < count; ++i) {
+        high_K[i] = to_bf16(x_K[i]);
+        low_K[i] = to_bf16(x_K[i] - std::bit_cast<float>(std::uint32_t(high_K[i]) << 16));
     }
 }
 
-void swiglu(const float* gate, const float* up, int count, float* y) {
+float swiglu(const float* gate, const float* up, int count, float* y) {
     for (int i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + exponential_of(-gate[i])) * up[i];
-}
-
-std::uint64_t read(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes) {
-    std::uint64_t sum = 0;
-    for (std::size_t i = 0; i < count; i += kVectorBytes) {
-        if (prefetch_bytes != 0) __builtin_prefetch(data + i + prefetch_bytes);
-        std::uint64_t words[8];
-        std::memcpy(words, data + i, sizeof words);
-        for (std::uint64_t word : words) sum += word;
-    }
-    return sum;
+    return largest(y, count);
 }
 
 }  // namespace scalar
@@ -81,7 +90,14 @@ inline __mmask16 first_lanes(int count) {
 
 }  // namespace
 
-void rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
+float largest(const float* x, int count) {
+    __m512 found = _mm512_setzero_ps();
+    for (int i = 0; i < count; i += kLanes)
+        found = _mm512_max_ps(found, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(count - i), x + i)));
+    return _mm512_reduce_max_ps(found);
+}
+
+float rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
     __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
     for (int i = 0; i < count; i += kLanes) {
         const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_D + i);
@@ -94,59 +110,59 @@ void rmsnorm(const float* x_D, const float* weight_D, float eps, int count, floa
     _mm512_storeu_pd(lanes, low);
     _mm512_storeu_pd(lanes + 8, high);
     const __m512 inverse = _mm512_set1_ps(inverse_rms(lanes, count, eps));
+    __m512 found = _mm512_setzero_ps();
     for (int i = 0; i < count; i += kLanes) {
         const __mmask16 mask = first_lanes(count - i);
         const __m512 x = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x_D + i), inverse);
-        _mm512_mask_storeu_ps(y_D + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weight_D + i), x));
+        const __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weight_D + i), x);
+        _mm512_mask_storeu_ps(y_D + i, mask, y);
+        found = _mm512_max_ps(found, _mm512_abs_ps(y));
     }
+    return _mm512_reduce_max_ps(found);
 }
 
-void quantize(const float* x_K, int count, std::uint8_t* q, std::size_t stride, float* scale) {
-    __m512 largest = _mm512_setzero_ps();
+float quantize(const float* x_K, int count, float largest_x, std::uint8_t* q_K) {
+    const float scale = quantization_scale(largest_x);
+    const __m512 divisor = _mm512_set1_ps(scale);
     for (int i = 0; i < count; i += kLanes) {
-        largest =
-            _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i)));
-    }
-    *scale = quantization_scale(_mm512_reduce_max_ps(largest));
-    const __m512 divisor = _mm512_set1_ps(*scale);
-    for (int i = 0; i < count; i += kLanes) {
-        const __m512 x = _mm512_maskz_loadu_ps(first_lanes(count - i), x_K + i);
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 x = _mm512_maskz_loadu_ps(mask, x_K + i);
         const __m128i steps = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_div_ps(x, divisor)));
-        const __m128i unsigned_steps = _mm_xor_si128(steps, _mm_set1_epi8(-128));
-        if (stride == 4 && i + kLanes <= count) {
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), unsigned_steps);
-            continue;
-        }
-        alignas(16) std::uint8_t bytes[kLanes];
-        _mm_store_si128(reinterpret_cast<__m128i*>(bytes), unsigned_steps);
-        for (int j = 0; j < kLanes && i + j < count; j += 4)
-            std::memcpy(q + (i + j) / 4 * stride, bytes + j, 4);
+        _mm_mask_storeu_epi8(q_K + i, mask, _mm_xor_si128(steps, _mm_set1_epi8(-128)));
+    }
+    return scale;
+}
+
+void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
+    const auto round = [](__m512 x) {  // to the nearest bfloat16, halves to even
+        const __m512i bits = _mm512_castps_si512(x);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))),
+                                 16);
+    };
+    for (int i = 0; i < count; i += kLanes) {
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 x = _mm512_maskz_loadu_ps(mask, x_K + i);
+        const __m512i high = round(x);
+        const __m512i low = round(_mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))));
+        _mm256_mask_storeu_epi16(high_K + i, mask, _mm512_cvtepi32_epi16(high));
+        _mm256_mask_storeu_epi16(low_K + i, mask, _mm512_cvtepi32_epi16(low));
     }
 }
 
-void swiglu(const float* gate, const float* up, int count, float* y) {
+float swiglu(const float* gate, const float* up, int count, float* y) {
     const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 found = _mm512_setzero_ps();
     for (int i = 0; i < count; i += kLanes) {
         const __mmask16 mask = first_lanes(count - i);
         const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
         const __m512 negative = _mm512_xor_ps(g, _mm512_set1_ps(-0.0f));
         const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential_of(negative)));
-        _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i)));
+        const __m512 product = _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i));
+        _mm512_mask_storeu_ps(y + i, mask, product);
+        found = _mm512_max_ps(found, _mm512_abs_ps(product));
     }
-}
-
-std::uint64_t read(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes) {
-    __m512i sums[4] = {};
-    for (std::size_t i = 0; i + 4 * kVectorBytes <= count; i += 4 * kVectorBytes) {
-        for (int j = 0; j < 4; ++j) {
-            const std::uint8_t* line = data + i + std::size_t(j) * kVectorBytes;
-            if (prefetch_bytes != 0)
-                _mm_prefetch(reinterpret_cast<const char*>(line + prefetch_bytes), _MM_HINT_T0);
-            sums[j] = _mm512_add_epi64(sums[j], _mm512_loadu_si512(line));
-        }
-    }
-    const __m512i low = _mm512_add_epi64(sums[0], sums[1]), high = _mm512_add_epi64(sums[2], sums[3]);
-    return std::uint64_t(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
+    return _mm512_reduce_max_ps(found);
 }
 
 }  // namespace avx512

@@ -12,12 +12,12 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-_Isa = Literal["scalar", "avx512"]
+_Isa = Literal["scalar", "avx2", "avx512", "amx"]
 _Tensors = Mapping[str, tuple[str, tuple[int, ...], int, int]]
 
 class _Kernel(TypedDict):
     family: str
-    values: Literal["f32", "bf16", "i8"]
+    values: Literal["f32", "bf16", "i8", "i4"]
     storage: Literal["dense", "sparse"]
     isa: _Isa
 
@@ -61,8 +61,8 @@ class Model:
         EngineError when ids, sequences or capacities do not fit; then nothing has changed.
         """
 
-    def time_linears(self, repeats: int) -> list[float]:
-        """Seconds that one pass over all decoder matrices takes for one token, `repeats` times."""
+    def time_linears(self, repeats: int, num_tokens: int = 1) -> list[float]:
+        """Seconds of a pass over all decoder matrices with `num_tokens` (1 .. 256), `repeats` times."""
 
     def time_attention(self, context: int, repeats: int) -> tuple[int, list[float]]:
         """Bytes of cached keys and values, and the seconds that attending to all takes, `repeats` times.
@@ -92,7 +92,10 @@ def matmul(
     name: str,
     x_TK: np.ndarray,
 ) -> np.ndarray:
-    """float32 y [T, N] of matrix `name` and inputs [T, K] (float32), by the row of the table for `isa`."""
+    """float32 y [T, N] of matrix `name` and inputs [T, K] (float32), by the row of the table for `isa`.
+
+    `isa` "amx-emulated" runs the amx kernels with their tiles computed by avx512 code, for tests.
+    """
 
 def accumulators(
     isa: str,
@@ -102,7 +105,21 @@ def accumulators(
     name: str,
     x_TK: np.ndarray,
 ) -> np.ndarray:
-    """The exact int32 sums [T, N] under an int8 `matmul`, with signed int8 inputs."""
+    """The exact int32 sums [T, N] under an int8 or int4 `matmul`, with signed int8 inputs."""
+
+def time_matmul(
+    isa: str,
+    buffer: np.ndarray,
+    tensors: _Tensors,
+    layers: Mapping[str, Mapping[str, Any]],
+    name: str,
+    x_TK: np.ndarray,
+    repeats: int,
+) -> list[float]:
+    """Seconds of that product on one thread, `repeats` times."""
+
+def int8_peak(isa: str, num_threads: int, repeats: int) -> float:
+    """Multiply-adds of int8 a second, in registers, by the best instruction of `isa`; best of `repeats`."""
 
 def rmsnorm(isa: str, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
     """float32 weight * x / sqrt(mean(x^2) + eps)."""

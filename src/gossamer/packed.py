@@ -10,210 +10,35 @@ begin at a multiple of 64 bytes, then the tensors, contiguous and each a multipl
     packed = Packed.open(path)
     packed.linear("model.layers.0.self_attn.q_proj")   # float32 [N, K]
 
-`panels` lays out the weights and `packed_header` checks the header. None of them needs torch, and all hold
-one tensor at a time. Opening checks everything that the header says; streams are checked when they are
-decoded, here by `Packed.stored` and in the engine before the first kernel runs.
+The writer is here, the reader in `packed_reader`; `panels` and `streams` lay out the weights, `packed_header`
+checks the header. None of them needs torch, and all hold one tensor at a time. Opening checks everything that
+the header says; streams are checked when they are decoded, by `Packed.stored` and in the engine before the
+first kernel runs.
 """
 
 import json
-import mmap
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.architecture import Llama
-from gossamer.errors import FormatError
-from gossamer.packed_header import (
-    DTYPES,
-    EMBEDDING,
-    HEAD,
-    TOKENIZER,
-    VERSION,
-    Layer,
-    Stored,
-    check_tensors,
-    norm_tensors,
-    read_header,
-    read_model,
-)
-from gossamer.panels import ALIGNMENT, PANEL_ROWS
-from gossamer.weights import is_finite, to_float32
+from gossamer.packed_header import DTYPES, EMBEDDING, HEAD, TOKENIZER, VERSION, Layer, Stored
+from gossamer.packed_reader import Packed, native_config
+from gossamer.panels import ALIGNMENT, PANEL_ROWS, Values, count_nonzero, padded
 
 __all__ = ["EMBEDDING", "HEAD", "Layer", "Packed", "PackedWriter", "Stored", "native_config"]
 
-_STORED = {np.dtype("<f4"): "F32", np.dtype("<u2"): "BF16", np.dtype("i1"): "I8"}
-_VALUES: dict[np.dtype, Literal["f32", "bf16"]] = {np.dtype("<f4"): "f32", np.dtype("<u2"): "bf16"}
+Storage = Literal["auto", "sparse", "dense"]
+
+_FLOATS: dict[np.dtype, Literal["f32", "bf16"]] = {np.dtype("<f4"): "f32", np.dtype("<u2"): "bf16"}
 _COPY_BYTES = 1 << 24
 _NORM_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entries of a norm, a matrix take
-
-
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """An open .goss file, memory-mapped and read-only.
-
-    `config` is the model's config.json, `tensors` says where everything lies (offsets from the beginning of
-    `buffer`, the whole file as uint8), `layers` lists the matrices: the embedding, every decoder linear and,
-    unless the head is the embedding itself, `lm_head`.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    architecture: Llama
-    metadata: dict[str, str]
-    tensors: dict[str, Stored]
-    layers: dict[str, Layer]
-    buffer: np.ndarray
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Map a file and check its header; raises FormatError for anything but a sound packed model."""
-        path = Path(path)
-        if not path.is_file():
-            raise FormatError(f"{path}: no such file; expected a packed model (.goss)")
-        with path.open("rb") as file:
-            if not (num_bytes := os.fstat(file.fileno()).st_size):
-                raise FormatError(f"{path}: the file is empty; expected a packed model (.goss)")
-            mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-        metadata, tensors = read_header(memoryview(mapped), str(path))
-        config, architecture, layers = read_model(metadata, len(tensors), str(path))
-        check_tensors(tensors, architecture, layers, str(path))
-        return cls(path, config, architecture, metadata, tensors, layers, np.frombuffer(mapped, np.uint8))
-
-    @property
-    def file_bytes(self) -> int:
-        return self.buffer.size
-
-    @property
-    def head(self) -> str:
-        """Name of the matrix that makes the logits: `lm_head`, or the embedding where they are tied."""
-        return HEAD if HEAD in self.layers else EMBEDDING
-
-    @property
-    def tokenizer_json(self) -> bytes | None:
-        """The tokenizer.json text, or None in a file without one (a synthetic model)."""
-        return self.array(TOKENIZER).tobytes().rstrip(b"\0") if TOKENIZER in self.tensors else None
-
-    @property
-    def chat_template(self) -> str | None:
-        return self.metadata.get("chat_template")
-
-    @property
-    def tokenizer_config(self) -> dict[str, Any]:
-        return self._json("tokenizer_config")
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        return self._json("generation_config")
-
-    def _json(self, key: str) -> dict[str, Any]:
-        try:
-            parsed = json.loads(self.metadata.get(key, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{self.path}: metadata {key} is not valid JSON ({str(error)!a})") from error
-        if not isinstance(parsed, dict):
-            raise FormatError(f"{self.path}: metadata {key} is no JSON object")
-        return parsed
-
-    def array(self, name: str) -> np.ndarray:
-        """A tensor as it is stored, without a copy (bfloat16 as uint16 bit patterns)."""
-        stored = self.tensors[name]
-        piece = self.buffer[stored.offset : stored.offset + stored.nbytes]
-        return piece.view(DTYPES[stored.dtype]).reshape(stored.shape)
-
-    def stored(self, name: str) -> np.ndarray:
-        """Matrix `name` as [rows, columns] of its values: float32, bfloat16 bit patterns (uint16) or int8.
-
-        Decodes panels and streams, and raises FormatError where they contradict the header.
-        """
-        layer, source = self.layers[name], f"{self.path}: {name}"
-        if layer.storage == "sparse":
-            stream, offsets = self.array(f"{name}.weight.stream"), self.array(f"{name}.weight.offsets")
-            w_NK = panels.decode_sparse_i8(stream, offsets, layer.rows, layer.columns, source)
-        else:
-            w_NK = panels.from_panels(self.array(f"{name}.weight"), layer.rows, layer.columns, source)
-        if (nonzeros := count_nonzero(w_NK)) != layer.nonzeros:
-            raise FormatError(
-                f"{source}: found {nonzeros} nonzero weights; the layer table says {layer.nonzeros}"
-            )
-        if not is_finite(w_NK, _STORED[w_NK.dtype]):
-            raise FormatError(f"{source} holds NaN or infinite weights; the file is damaged")
-        return w_NK
-
-    def scale(self, name: str) -> np.ndarray:
-        """float32 [N] scales of an int8 matrix, one a row; FormatError unless finite and not negative."""
-        padded, rows = self.array(f"{name}.weight_scale"), self.layers[name].rows
-        if not np.isfinite(padded).all() or (padded < 0).any() or padded[rows:].any():
-            raise FormatError(
-                f"{self.path}: {name}: scales must be finite, not negative, and 0 in the padding"
-            )
-        return padded[:rows]
-
-    def linear(self, name: str) -> np.ndarray:
-        """Matrix `name` as float32 [N, K]."""
-        w_NK = self.stored(name)
-        if w_NK.dtype == np.int8:
-            return w_NK * self.scale(name)[:, None]
-        return to_float32(w_NK, _STORED[w_NK.dtype])
-
-    def norm(self, name: str) -> np.ndarray:
-        """float32 [D] weights of an RMSNorm, such as `model.norm.weight`; FormatError unless finite."""
-        if not np.isfinite(padded := self.array(name)).all():
-            raise FormatError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
-        return padded[: self.architecture.hidden_size]
-
-    def check(self) -> None:
-        """Decode everything; FormatError for the first matrix or norm that is not sound."""
-        for name, layer in self.layers.items():
-            w_NK = self.stored(name)
-            if layer.values != "i8":
-                continue
-            self.scale(name)
-            sum_N = self.array(f"{name}.weight_sum")
-            if not np.array_equal(sum_N, _padded(w_NK.sum(axis=1, dtype=np.int32), PANEL_ROWS)):
-                raise FormatError(f"{self.path}: {name}: the row sums are not those of its weights")
-        for name in norm_tensors(self.architecture):
-            self.norm(name)
-
-    def layer_bytes(self, name: str) -> int:
-        """Bytes in the file of matrix `name`: values, masks, offsets, scales and sums."""
-        return sum(self.tensors[tensor].nbytes for tensor in self.layers[name].tensors(name))
-
-    @property
-    def decoder(self) -> list[str]:
-        """Names of the decoder's linears: every matrix but the embedding and the head."""
-        return [name for name in self.layers if name not in (EMBEDDING, HEAD)]
-
-    def sparsity(self, names: Iterable[str]) -> float:
-        """Fraction of zeros over all of the named matrices."""
-        layers = [self.layers[name] for name in names]
-        return 1 - sum(layer.nonzeros for layer in layers) / sum(layer.num_weights for layer in layers)
-
-    def bits_per_weight(self, names: Iterable[str]) -> float:
-        """Bits in the file per weight of the named matrices, masks, offsets, scales and sums included."""
-        names = list(names)
-        return 8 * sum(map(self.layer_bytes, names)) / sum(self.layers[name].num_weights for name in names)
-
-    def native_tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-        """Name -> (dtype, shape, byte offset in `buffer`, byte length), for `_native.Model`."""
-        return {name: (t.dtype, t.shape, t.offset, t.nbytes) for name, t in self.tensors.items()}
-
-    def native_config(self) -> dict[str, Any]:
-        """The numbers and the table of matrices that `_native.Model` wants."""
-        return native_config(self.architecture, self.layers)
-
-
-def native_config(llama: Llama, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """What `_native.Model` wants to know of a model: its numbers and the table of its matrices."""
-    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-    numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
-    linears = {name: asdict(layer) for name, layer in layers.items()}
-    return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}
 
 
 class PackedWriter:
@@ -251,7 +76,7 @@ class PackedWriter:
         try:
             self._file.seek(self._data_begin)
             if self._tokenizer:
-                self._tensor(TOKENIZER, "U8", [_padded(np.frombuffer(self._tokenizer, np.uint8), ALIGNMENT)])
+                self._tensor(TOKENIZER, "U8", [padded(np.frombuffer(self._tokenizer, np.uint8), ALIGNMENT)])
         except BaseException:
             self._abandon()
             raise
@@ -268,32 +93,48 @@ class PackedWriter:
 
     def norm(self, name: str, w_D: np.ndarray) -> None:
         """Add the float32 weights of an RMSNorm under its tensor name, such as `model.norm.weight`."""
-        self._tensor(name, "F32", [_padded(w_D.astype("<f4"), ALIGNMENT // 4)])
+        self._tensor(name, "F32", [padded(w_D.astype("<f4"), ALIGNMENT // 4)])
 
-    def dense(self, name: str, w_NK: np.ndarray) -> Layer:
-        """Add a matrix of float32, or of bfloat16 bit patterns (uint16), under its name without `.weight`."""
-        layer = Layer("dense", _VALUES[w_NK.dtype], *w_NK.shape, nonzeros=count_nonzero(w_NK))
-        return self._matrix(name, layer, w_NK)
+    def floats(self, name: str, w_NK: np.ndarray, storage: Storage = "auto") -> Layer:
+        """Add a matrix of float32, or of bfloat16 bit patterns (uint16), under its name without `.weight`.
 
-    def int8(
+        "auto" stores every matrix sparse where that takes fewer bytes, but the embedding, whose rows are
+        looked up one by one.
+        """
+        return self._matrix(name, _FLOATS[w_NK.dtype], w_NK, "dense" if name == EMBEDDING else storage)
+
+    def int8(self, name: str, q_NK: np.ndarray, scale_N: np.ndarray, storage: Storage = "auto") -> Layer:
+        """Add an int8 matrix with its row scales."""
+        assert scale_N.shape == q_NK.shape[:1]
+        layer = self._matrix(name, "i8", q_NK, storage)
+        self._rows(name, scale_N, q_NK)
+        return layer
+
+    def int4(
         self,
         name: str,
         q_NK: np.ndarray,
+        multiplier_NG: np.ndarray,
         scale_N: np.ndarray,
-        storage: Literal["auto", "sparse", "dense"] = "auto",
+        storage: Storage = "auto",
     ) -> Layer:
-        """Add an int8 matrix with its row scales; "auto" stores it sparse where that takes fewer bytes."""
-        assert q_NK.dtype == np.int8 and scale_N.shape == q_NK.shape[:1]
-        rows, columns = q_NK.shape
-        nonzeros = count_nonzero(q_NK)
-        if storage == "auto":
-            sparse_bytes = panels.stream_bytes(rows, columns, nonzeros) + 8 * panels.num_offsets(rows)
-            storage = "sparse" if sparse_bytes < panels.dense_bytes("i8", rows, columns) else "dense"
-        layer = self._matrix(name, Layer(storage, "i8", rows, columns, nonzeros), q_NK)
-        sum_N = q_NK.sum(axis=1, dtype=np.int32)
-        self._tensor(f"{name}.weight_scale", "F32", [_padded(scale_N.astype("<f4"), PANEL_ROWS)])
-        self._tensor(f"{name}.weight_sum", "I32", [_padded(sum_N, PANEL_ROWS)])
+        """Add a matrix of weights q x multiplier x scale: q from -8 to 7, as int8.
+
+        A multiplier, 1 to 16, is for a row and group of 128 inputs; a scale for a row. q times multiplier is
+        the int8 weight of the kernels.
+        """
+        assert scale_N.shape == q_NK.shape[:1] and q_NK.min() >= -8 and q_NK.max() <= 7
+        assert multiplier_NG.min() >= 1 and multiplier_NG.max() <= panels.MAX_MULTIPLIER
+        layer = self._matrix(name, "i4", q_NK, storage)
+        self._tensor(f"{name}.weight_multiplier", "U8", [panels.to_multipliers(multiplier_NG)])
+        self._rows(name, scale_N, panels.multiply_groups(q_NK, multiplier_NG))
         return layer
+
+    def _rows(self, name: str, scale_N: np.ndarray, w_NK: np.ndarray) -> None:
+        """The scales and sums of a matrix of int8 weights."""
+        sum_N = w_NK.sum(axis=1, dtype=np.int32)
+        self._tensor(f"{name}.weight_scale", "F32", [padded(scale_N.astype("<f4"), PANEL_ROWS)])
+        self._tensor(f"{name}.weight_sum", "I32", [padded(sum_N, PANEL_ROWS)])
 
     def repeat(self, name: str, written: str) -> Layer:
         """Add a matrix equal to one already written, as other bytes of the file: for synthetic models."""
@@ -308,26 +149,27 @@ class PackedWriter:
             data = os.pread(self._file.fileno(), min(_COPY_BYTES, end - at), self._data_begin + at)
             yield np.frombuffer(data, np.uint8)
 
-    def _matrix(self, name: str, layer: Layer, w_NK: np.ndarray) -> Layer:
-        self.layers[name] = layer
-        spans = panels.panel_chunks(layer.rows, layer.columns)
-        if layer.storage == "dense":
+    def _matrix(self, name: str, values: Values, w_NK: np.ndarray, storage: Storage) -> Layer:
+        if storage == "auto":
+            storage = smaller_storage(values, w_NK)
+        layer = self.layers[name] = Layer(storage, values, *w_NK.shape, nonzeros=count_nonzero(w_NK))
+        spans = panels.panel_chunks(*w_NK.shape)
+        if storage == "dense":
+            pieces = (panels.to_panels(values, w_NK[i:j]) for i, j in spans)
             dtype, shape = layer.tensors(name)[f"{name}.weight"]
-            self._tensor(f"{name}.weight", dtype, (panels.to_panels(w_NK[i:j]) for i, j in spans), shape)
+            self._tensor(f"{name}.weight", dtype, pieces, shape)
             return layer
         lengths: list[np.ndarray] = []
 
         def stream() -> Iterable[np.ndarray]:
             for i, j in spans:
-                piece, lengths_P = panels.encode_panels(w_NK[i:j])
+                piece, lengths_P = streams.encode_panels(values, w_NK[i:j])
                 lengths.append(lengths_P)
                 yield piece
-            num_bytes = int(sum(part.sum() for part in lengths))
-            total_bytes = panels.stream_bytes(layer.rows, layer.columns, layer.nonzeros)
-            yield np.zeros(total_bytes - num_bytes, np.uint8)
+            yield streams.slack(int(sum(part.sum() for part in lengths)))
 
         self._tensor(f"{name}.weight.stream", "U8", stream())
-        self._tensor(f"{name}.weight.offsets", "U64", [panels.panel_offsets(np.concatenate(lengths))])
+        self._tensor(f"{name}.weight.offsets", "U64", [streams.panel_offsets(np.concatenate(lengths))])
         return layer
 
     def _tensor(
@@ -374,13 +216,12 @@ class PackedWriter:
         self.partial.unlink(missing_ok=True)
 
 
-def count_nonzero(w_NK: np.ndarray) -> int:
-    """Weights that are not zero; -0.0 is zero, in bfloat16 bit patterns (uint16) too."""
-    if w_NK.dtype == np.uint16:
-        parts = np.array_split(w_NK, -(-w_NK.size // (1 << 24)))
-        return sum(int(np.count_nonzero(part & 0x7FFF)) for part in parts)
-    return int(np.count_nonzero(w_NK))
+def smaller_storage(values: str, w_NK: np.ndarray) -> Literal["sparse", "dense"]:
+    """Sparse where stream and offsets take fewer bytes than the weights would, dense and without padding.
 
-
-def _padded(vector: np.ndarray, multiple: int) -> np.ndarray:
-    return np.pad(vector, (0, -vector.size % multiple))
+    Counting the padding would store small matrices sparse that have no zeros at all.
+    """
+    rows, columns = w_NK.shape
+    num_bytes = streams.stream_bytes(values, rows, columns, streams.count_value_bytes(values, w_NK))
+    num_bytes += 8 * streams.num_offsets(rows)
+    return "sparse" if 8 * num_bytes < panels.WEIGHT_BITS[values] * w_NK.size else "dense"

@@ -10,14 +10,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.architecture import Llama
 from gossamer.errors import FormatError, GossamerError
-from gossamer.panels import ALIGNMENT, PANEL_ROWS
+from gossamer.panels import ALIGNMENT, PANEL_ROWS, WEIGHT_DTYPES, Values
 
 VERSION = 1
 TOKENIZER = "tokenizer.json"
@@ -34,7 +34,7 @@ DTYPES = {
     "I32": np.dtype("<i4"),
     "U64": np.dtype("<u8"),
 }
-VALUE_DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8"}
+VALUE_DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8", "i4": "U8"}  # of dense panels
 _REQUIRED = ("config", "layers", "parent")
 _METADATA = {"format", "version", *_REQUIRED, "chat_template", "tokenizer_config", "generation_config"}
 
@@ -53,7 +53,7 @@ class Layer:
     """One weight matrix [rows, columns]: how it is stored, the type of its values, how many are not zero."""
 
     storage: Literal["sparse", "dense"]
-    values: Literal["f32", "bf16", "i8"]
+    values: Values
     rows: int
     columns: int
     nonzeros: int
@@ -71,21 +71,39 @@ class Layer:
     def padded_rows(self) -> int:
         return panels.round_up(self.rows, PANEL_ROWS)
 
-    def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of the tensors that hold the layer."""
+    @property
+    def integer(self) -> bool:
+        """Whether the product is one of int8 numbers, with row scales and rounded activations."""
+        return self.values in ("i8", "i4")
+
+    def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+        """Name -> (dtype, shape) of the tensors that hold the layer.
+
+        An int4 stream has no shape: its length depends on where the nonzero weights lie (`stream_range`).
+        """
         if self.storage == "sparse":
-            num_bytes = panels.stream_bytes(self.rows, self.columns, self.nonzeros)
-            found: dict[str, tuple[str, tuple[int, ...]]] = {
-                f"{name}.weight.stream": ("U8", (num_bytes,)),
-                f"{name}.weight.offsets": ("U64", (panels.num_offsets(self.rows),)),
+            least, most = self.stream_range()
+            found: dict[str, tuple[str, tuple[int, ...] | None]] = {
+                f"{name}.weight.stream": ("U8", (least,) if least == most else None),
+                f"{name}.weight.offsets": ("U64", (streams.num_offsets(self.rows),)),
             }
         else:
             shape = panels.panel_shape(self.values, self.rows, self.columns)
             found = {f"{name}.weight": (VALUE_DTYPES[self.values], shape)}
-        if self.values == "i8":
+        if self.values == "i4":
+            num_multipliers = panels.num_multipliers(self.rows, self.columns)
+            found[f"{name}.weight_multiplier"] = ("U8", (num_multipliers,))
+        if self.integer:
             found[f"{name}.weight_scale"] = ("F32", (self.padded_rows,))
             found[f"{name}.weight_sum"] = ("I32", (self.padded_rows,))
         return found
+
+    def stream_range(self) -> tuple[int, int]:
+        """Least and most bytes of a stream: of int4, all bytes may hold two weights, or one."""
+        most = self.nonzeros * WEIGHT_DTYPES[self.values].itemsize
+        least = -(-most // 2) if self.values == "i4" else most
+        size = (self.values, self.rows, self.columns)
+        return streams.stream_bytes(*size, least), streams.stream_bytes(*size, most)
 
 
 def norm_tensors(architecture: Llama) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -267,10 +285,13 @@ def _layer(name: str, entry: Any, source: str) -> Layer:
             f"{source}: layer {name!a} has rows, columns, nonzeros {sizes!a:.80}; expected sizes"
         )
     storage, values = entry["storage"], entry["values"]
-    known = [("sparse", "i8"), ("dense", "i8"), ("dense", "bf16"), ("dense", "f32")]
-    if (storage, values) not in (known if name != EMBEDDING else known[2:]):
+    storages, types = ("sparse", "dense"), get_args(Values)
+    if name == EMBEDDING:
+        storages, types = ("dense",), ("f32", "bf16")
+    if storage not in storages or values not in types:
         raise FormatError(
-            f"{source}: layer {name!a} is stored as {storage!a} {values!a}; version 1 knows {known}"
+            f"{source}: layer {name!a} is stored as {storage!a} {values!a}; "
+            f"version 1 knows {' or '.join(storages)} {', '.join(types)} there"
         )
     return Layer(**entry)
 
@@ -279,7 +300,7 @@ def check_tensors(
     tensors: Mapping[str, Stored], architecture: Llama, layers: Mapping[str, Layer], source: str
 ) -> None:
     """The file holds what its layers and norms call for, and nothing else (the tokenizer may be absent)."""
-    expected = norm_tensors(architecture)
+    expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**norm_tensors(architecture)}
     for name, layer in layers.items():
         expected |= layer.tensors(name)
     if TOKENIZER in tensors:
@@ -289,8 +310,15 @@ def check_tensors(
         raise FormatError(f"{source}: the file {state} tensor {different[0]!a}")
     for name, (dtype, shape) in expected.items():
         found = tensors[name]
-        if (found.dtype, found.shape) != (dtype, shape):
+        if found.dtype != dtype or found.shape != (shape or (found.nbytes,)):
             raise FormatError(
                 f"{source}: tensor {name} is {found.dtype} {list(found.shape)}; "
-                f"expected {dtype} {list(shape)}"
+                f"expected {dtype} {list(shape) if shape else '[bytes]'}"
+            )
+    for name, layer in layers.items():
+        stream, (least, most) = tensors.get(f"{name}.weight.stream"), layer.stream_range()
+        if stream is not None and not least <= stream.nbytes <= most:
+            raise FormatError(
+                f"{source}: {name} is a stream of {stream.nbytes} bytes; {layer.nonzeros} nonzero weights of "
+                f"{layer.values} take {least} to {most}"
             )

@@ -1,8 +1,8 @@
 """From a checkpoint directory to one .goss file, and the cache of files made on the way to `run` and `serve`.
 
 Value types come from the checkpoint: float32 and bfloat16 stay what they are, float16 becomes float32, and
-int8 weights (compressed-tensors' int-quantized W8A8) stay int8. An int8 matrix is stored sparse where that is
-smaller. Tensors are read, packed and dropped one at a time; nothing here needs torch.
+int8 weights (compressed-tensors' int-quantized W8A8) stay int8. Every matrix but the embedding is sparse if
+that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs torch.
 """
 
 import fcntl
@@ -29,6 +29,7 @@ Head = Literal["auto", "keep", "i8"]
 SCHEME = "compressed-tensors int-quantized W8A8, weights symmetric per channel, inputs dynamic per token"
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
 _DEFAULTS = {"type": "int", "symmetric": True, "dynamic": False}  # for what a file leaves out
+_LAYOUT = 2  # grows when the same directory is stored otherwise than before: files in the cache are made anew
 _INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
@@ -141,8 +142,8 @@ def _write_matrix(writer: PackedWriter, source: Checkpoint, name: str) -> Layer:
     if dtype == "I8":
         return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name))
     if dtype in ("F32", "BF16"):
-        return writer.dense(name, source.raw(f"{name}.weight"))
-    return writer.dense(name, source.float32(f"{name}.weight"))
+        return writer.floats(name, source.raw(f"{name}.weight"))
+    return writer.floats(name, source.float32(f"{name}.weight"))
 
 
 def stored_scales(source: Checkpoint, name: str) -> np.ndarray:
@@ -217,7 +218,8 @@ def _is_sound(path: Path) -> bool:
 
 
 def _content_hash(source: Checkpoint) -> str:
-    """The checkpoint's hash and that of the small files which the packed file copies."""
+    """Of what decides the packed file: the checkpoint, the small files that are copied, how we store them."""
     companions = _companions(source)
-    digest = hashlib.sha256(json.dumps([companions["parent"], companions["metadata"]]).encode())
+    decides = [_LAYOUT, companions["parent"], companions["metadata"]]
+    digest = hashlib.sha256(json.dumps(decides).encode())
     return digest.hexdigest()

@@ -58,7 +58,7 @@ def pack_int8(source: Checkpoint, path: Path) -> None:
                 weight[np.abs(weight) < np.quantile(np.abs(weight), 0.7)] = 0
                 writer.int8(name.removesuffix(".weight"), *round_rows(weight), storage="sparse")
             else:
-                writer.dense(name.removesuffix(".weight"), weight)
+                writer.floats(name.removesuffix(".weight"), weight)
 
 
 def directory(name: str, tiny_llama: Callable[[str], Path], request: pytest.FixtureRequest) -> Path:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.architecture import Llama
 from gossamer.packed import Packed, PackedWriter
 from gossamer.packing import round_rows
 
-DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8"}
+DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8", "i4": "U8"}
 
 
 def aligned(num_bytes: int) -> np.ndarray:
@@ -41,16 +41,29 @@ class Matrix:
         return replace(self, buffer=copy)
 
 
-def make_matrix(values: str, storage: str, w_NK: np.ndarray, scale_N: np.ndarray) -> Matrix:
-    """`w_NK` is float32, bfloat16 bit patterns (uint16) or int8; scales are for int8."""
+def make_matrix(
+    values: str,
+    storage: str,
+    w_NK: np.ndarray,
+    scale_N: np.ndarray,
+    multiplier_NG: np.ndarray | None = None,
+) -> Matrix:
+    """`w_NK` is float32, bfloat16 bit patterns (uint16), int8, or int8 from -8 to 7 for "i4".
+
+    Scales are for i8 and i4; multipliers, uint8 1 to 16, one a row and group of 128 inputs, for i4.
+    """
     rows, columns = w_NK.shape
     arrays: dict[str, tuple[str, np.ndarray]] = {}
     if storage == "sparse":
-        stream, offsets = panels.encode_sparse_i8(w_NK)
+        stream, offsets = streams.encode(values, w_NK)
         arrays = {"w.weight.stream": ("U8", stream), "w.weight.offsets": ("U64", offsets)}
     else:
-        arrays["w.weight"] = (DTYPES[values], panels.to_panels(w_NK))
-    if values == "i8":
+        arrays["w.weight"] = (DTYPES[values], panels.to_panels(values, w_NK))
+    if values in ("i8", "i4"):
+        if values == "i4":
+            assert multiplier_NG is not None
+            arrays["w.weight_multiplier"] = ("U8", panels.to_multipliers(multiplier_NG))
+            w_NK = panels.multiply_groups(w_NK, multiplier_NG)
         pad = (0, -rows % 16)
         arrays["w.weight_scale"] = ("F32", np.pad(scale_N.astype(np.float32), pad))
         arrays["w.weight_sum"] = ("I32", np.pad(w_NK.sum(axis=1, dtype=np.int32), pad))
@@ -101,7 +114,7 @@ def write_int8(path: Path, sparsity: float) -> Packed:
             )
             w_NK[rng.random(shape) < sparsity] = 0
             if name == "model.embed_tokens":
-                writer.dense(name, w_NK)
+                writer.floats(name, w_NK)
             else:
                 writer.int8(name, *round_rows(w_NK))
     return Packed.open(path)

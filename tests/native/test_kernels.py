@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,71 +11,142 @@ import pytest
 from gossamer import _native
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.weights import to_float32
+from native.conftest import Matrix, make_matrix
 
-ROWS = [row for row in _native.kernels() if row["isa"] in {"scalar", _native.isa()}]
+LEVELS = ("scalar", "avx2", "avx512", "amx")
+RUNNABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
+EMULATED = ["amx-emulated"] if "avx512" in RUNNABLE else []  # its weights are expanded by avx512
+ROWS = _native.kernels()
 MATMUL = [row for row in ROWS if row["family"] == "matmul"]
-INT8 = [row for row in MATMUL if row["values"] == "i8"]
-ISAS = sorted({row["isa"] for row in ROWS})
+CELLS = sorted({(row["values"], row["storage"]) for row in MATMUL})
+ISAS = [isa for isa in RUNNABLE if isa in {row["isa"] for row in ROWS if row["family"] == "rmsnorm"}]
 EMPTY_PARTS = -0.5  # half zeros, and nothing in the first panel, every third row and the last columns
 SHAPES = [(1, 1), (16, 4), (17, 5), (31, 66), (40, 515), (80, 1030)]
 SPARSITIES = [0.0, 0.5, 0.7, 0.99, 1.0, EMPTY_PARTS]
-TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 24]
-cell = pytest.mark.parametrize("row", MATMUL, ids=lambda row: "-".join(row.values()))
+TOKENS = [1, 2, 3, 4, 5, 7, 8, 13, 33]
 
 
-def weights(values: str, shape: tuple[int, int], sparsity: float, rng: np.random.Generator) -> np.ndarray:
-    """Random weights of a type; `sparsity` may be EMPTY_PARTS."""
+@dataclass(frozen=True)
+class Problem:
+    """A matrix of a type, and what it means: exact int8 weights, or the float64 values that are stored."""
+
+    matrix: Matrix
+    values: str
+    w_NK: np.ndarray
+    scale_N: np.ndarray
+
+
+def problem(
+    values: str, storage: str, shape: tuple[int, int], sparsity: float, rng: np.random.Generator
+) -> Problem:
+    """Random weights; `sparsity` may be EMPTY_PARTS."""
     kept = rng.random(shape) >= abs(sparsity)
     if sparsity == EMPTY_PARTS:
         kept[:16] = kept[::3] = kept[:, -7:] = False
+    scale_N = rng.random(shape[0]).astype(np.float32)
+    if values in ("f32", "bf16"):
+        w_NK = (rng.standard_normal(shape) * kept).astype(np.float32)
+        if values == "f32":
+            return Problem(make_matrix(values, storage, w_NK, scale_N), values, w_NK.astype(float), scale_N)
+        bits_NK = (w_NK.view(np.uint32) >> 16).astype(np.uint16)
+        wide_NK = to_float32(bits_NK, "BF16").astype(float)
+        return Problem(make_matrix(values, storage, bits_NK, scale_N), values, wide_NK, scale_N)
+    low, high = (-8, 8) if values == "i4" else (-128, 128)
+    q_NK = (rng.integers(low, high, shape) * kept).astype(np.int8)
     if values == "i8":
-        return (rng.integers(-128, 128, shape) * kept).astype(np.int8)
-    w_NK = (rng.standard_normal(shape) * kept).astype(np.float32)
-    return w_NK if values == "f32" else (w_NK.view(np.uint32) >> 16).astype(np.uint16)
+        return Problem(make_matrix(values, storage, q_NK, scale_N), values, q_NK, scale_N)
+    groups = -(-shape[1] // 128)
+    multiplier_NG = rng.integers(1, 17, (shape[0], groups)).astype(np.uint8)
+    matrix = make_matrix(values, storage, q_NK, scale_N, multiplier_NG)
+    w_NK = (q_NK * np.repeat(multiplier_NG.astype(np.int16), 128, axis=1)[:, : shape[1]]).astype(np.int8)
+    return Problem(matrix, values, w_NK, scale_N)
 
 
-@cell
+def exact_sums(w_NK: np.ndarray, x_TK: np.ndarray) -> np.ndarray:
+    q_TK, _ = _native.quantize("scalar", x_TK)
+    return (q_TK.astype(np.int64) - 128) @ w_NK.T.astype(np.int64)
+
+
+def test_levels_that_this_machine_lacks() -> None:
+    """Says in the summary what the tests below leave out."""
+    if missing := LEVELS[len(RUNNABLE) :]:
+        pytest.skip(
+            f"no {' and no '.join(missing)} here; tiles are {'emulated' if EMULATED else 'not tested'}"
+        )
+
+
+@pytest.mark.parametrize("isa", [*RUNNABLE, *EMULATED])
+@pytest.mark.parametrize(("values", "storage"), CELLS, ids="-".join)
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product_equals_numpy(
-    row: dict[str, str], shape: tuple[int, int], sparsity: float, matrix: Callable
+    isa: str, values: str, storage: str, shape: tuple[int, int], sparsity: float
 ) -> None:
     rng = np.random.default_rng(shape[0])
-    w_NK = weights(row["values"], shape, sparsity, rng)
-    scale_N = rng.random(shape[0]).astype(np.float32)
-    found = matrix(row["values"], row["storage"], w_NK, scale_N)
-    for tokens in TOKENS:
+    asked = problem(values, storage, shape, sparsity, rng)
+    for tokens in TOKENS if isa in RUNNABLE else (5, 33):
         x_TK = rng.standard_normal((tokens, shape[1])).astype(np.float32)
-        y_TN = _native.matmul(row["isa"], **found.arguments, x_TK=x_TK)
-        if row["values"] == "i8":
-            q_TK, x_scale_T1 = _native.quantize("scalar", x_TK)
-            sums_TN = (q_TK.astype(np.int64) - 128) @ w_NK.T.astype(np.int64)
-            np.testing.assert_array_equal(y_TN, sums_TN.astype(np.float32) * (x_scale_T1 * scale_N))
+        y_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
+        if values in ("i8", "i4"):
+            _, x_scale_T1 = _native.quantize("scalar", x_TK)
+            sums_TN = exact_sums(asked.w_NK, x_TK)
+            np.testing.assert_array_equal(y_TN, sums_TN.astype(np.float32) * (x_scale_T1 * asked.scale_N))
         else:
-            w = (w_NK if row["values"] == "f32" else to_float32(w_NK, "BF16")).astype(np.float64)
-            bound_TN = 4 * np.sqrt(shape[1]) * 2.0**-24 * (np.abs(x_TK) @ np.abs(w.T))
-            assert (np.abs(y_TN - x_TK @ w.T) <= bound_TN).all()
+            unit = 2.0**-16 if isa.startswith("amx") and values == "bf16" else np.sqrt(shape[1]) * 2.0**-22
+            bound_TN = unit * (np.abs(x_TK) @ np.abs(asked.w_NK.T))
+            assert (np.abs(y_TN - x_TK @ asked.w_NK.T) <= bound_TN).all()
 
 
-@pytest.mark.parametrize("storage", ["dense", "sparse"])
+@pytest.mark.parametrize("seed", range(2000 if os.environ.get("GOSSAMER_TORTURE") else 25))
+def test_random_products_equal_the_specification(seed: int) -> None:
+    """Any cell, shape, sparsity and number of tokens: what scalar code computes, to the bit but for tiles."""
+    rng = np.random.default_rng(seed)
+    values, storage = CELLS[rng.integers(len(CELLS))]
+    shape = int(rng.integers(1, 120)), int(rng.integers(1, 1500))
+    asked = problem(values, storage, shape, float(rng.random()), rng)
+    x_TK = rng.standard_normal((int(rng.integers(1, 40)), shape[1])).astype(np.float32)
+    expected_TN = _native.matmul("scalar", **asked.matrix.arguments, x_TK=x_TK)
+    for isa in (*RUNNABLE, *EMULATED):
+        found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
+        if isa.startswith("amx") and values == "bf16":
+            assert (np.abs(found_TN - expected_TN) <= 2.0**-15 * (np.abs(x_TK) @ np.abs(asked.w_NK.T))).all()
+        else:
+            np.testing.assert_array_equal(found_TN, expected_TN)
+
+
+@pytest.mark.parametrize(("values", "storage"), CELLS, ids="-".join)
 @pytest.mark.parametrize("tokens", [1, 7, 300])
-def test_integer_sums_are_the_same_bits_on_every_level(storage: str, tokens: int, matrix: Callable) -> None:
+def test_sums_are_the_same_bits_on_every_level(values: str, storage: str, tokens: int) -> None:
+    """Integer sums everywhere; floats too, in one order of fused operations, but for the matrix unit."""
     rng = np.random.default_rng(tokens)
-    w_NK = weights("i8", (50, 1037), 0.6, rng)
-    found = matrix("i8", storage, w_NK, np.ones(50))
+    asked = problem(values, storage, (50, 1037), 0.6, rng)
     x_TK = rng.standard_normal((tokens, 1037)).astype(np.float32)
-    q_TK, _ = _native.quantize("scalar", x_TK)
-    expected_TN = (q_TK.astype(np.int64) - 128) @ w_NK.T.astype(np.int64)
-    for isa in ISAS:
-        np.testing.assert_array_equal(_native.accumulators(isa, **found.arguments, x_TK=x_TK), expected_TN)
+    if values in ("i8", "i4"):
+        expected_TN = exact_sums(asked.w_NK, x_TK)
+        for isa in (*RUNNABLE, *EMULATED):
+            found_TN = _native.accumulators(isa, **asked.matrix.arguments, x_TK=x_TK)
+            np.testing.assert_array_equal(found_TN, expected_TN)
+        return
+    rows_TN = [
+        _native.matmul("scalar", **asked.matrix.arguments, x_TK=x_TK[t : t + 1]) for t in range(tokens)
+    ]
+    for isa in RUNNABLE:
+        if isa == "amx" and values == "bf16" and tokens > 4:
+            continue
+        found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
+        np.testing.assert_array_equal(found_TN, np.concatenate(rows_TN))
 
 
-def test_extreme_sums_do_not_saturate(matrix: Callable) -> None:
-    w_NK = np.full((16, 8192), -128, np.int8)
-    found, x_TK = matrix("i8", "sparse", w_NK, np.ones(16)), np.full((1, 8192), -127.5, np.float32)
-    for isa in ISAS:
-        sums_TN = _native.accumulators(isa, **found.arguments, x_TK=x_TK)
-        assert (sums_TN == 128 * 128 * 8192).all()
+@pytest.mark.parametrize("values", ["i8", "i4"])
+def test_extreme_sums_do_not_saturate(values: str) -> None:
+    lowest = -128 if values == "i8" else -8
+    w_NK, multiplier_NG = np.full((16, 8192), lowest, np.int8), np.full((16, 64), 16, np.uint8)
+    found = make_matrix(values, "sparse", w_NK, np.ones(16), multiplier_NG)
+    for tokens in (1, 5):
+        x_TK = np.full((tokens, 8192), -127.5, np.float32)
+        for isa in (*RUNNABLE, *EMULATED):
+            sums_TN = _native.accumulators(isa, **found.arguments, x_TK=x_TK)
+            assert (sums_TN == 128 * 128 * 8192).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -111,17 +182,17 @@ def test_bandwidth_reads_every_byte_in_some_time() -> None:
     assert len(rates) == 3 and min(rates) > 1e6
 
 
-def test_unknown_levels_and_unsupported_storage_are_errors(matrix: Callable) -> None:
-    found = matrix("i8", "dense", np.ones((1, 1), np.int8), np.ones(1))
+def test_unknown_and_missing_levels_are_errors() -> None:
+    found = make_matrix("i8", "dense", np.ones((1, 1), np.int8), np.ones(1))
     x_TK = np.ones((1, 1), np.float32)
     with pytest.raises(ConfigError, match="sse9"):
         _native.matmul("sse9", **found.arguments, x_TK=x_TK)
-    found.layers["w"] |= {"storage": "sparse", "values": "f32"}
-    with pytest.raises(UnsupportedError):
-        _native.matmul("scalar", **found.arguments, x_TK=x_TK)
+    for isa in set(LEVELS) - set(RUNNABLE):
+        with pytest.raises(UnsupportedError, match=isa):
+            _native.matmul(isa, **found.arguments, x_TK=x_TK)
 
 
-@pytest.mark.parametrize("cap", ["scalar", "avx512", "avx9"])
+@pytest.mark.parametrize("cap", ["scalar", "avx2", "avx512", "avx9"])
 def test_the_environment_caps_the_level(cap: str) -> None:
     code = "from gossamer import _native; print(_native.isa())"
     environment = os.environ | {"GOSSAMER_ISA": cap, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -129,4 +200,4 @@ def test_the_environment_caps_the_level(cap: str) -> None:
     if cap == "avx9":
         assert ran.returncode != 0 and "ConfigError: found instruction set 'avx9'" in ran.stderr
     else:
-        assert ran.stdout.strip() in {"scalar", cap}
+        assert ran.stdout.strip() in LEVELS[: LEVELS.index(cap) + 1]

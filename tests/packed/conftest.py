@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from gossamer.architecture import Llama
-from gossamer.packed import PackedWriter
+from gossamer.packed import Layer, PackedWriter, Storage
+from packed.matrices import random_matrix, random_multipliers
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
     "hidden_size": 36,
-    "intermediate_size": 50,
+    "intermediate_size": 137,
     "num_attention_heads": 3,
     "num_key_value_heads": 1,
     "head_dim": 10,
@@ -26,46 +27,59 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+LINEARS = ("i8", "i4", "f32", "bf16")  # types of the decoder linears, in turns
 TOKENIZER = b'{"model": {"type": "BPE"}}'
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """A packed file and what went into it: `stored` raw matrices, `scales`, `norms`."""
+    """A packed file and what went into it: weights as they were written, and as they are read (`stored`)."""
 
     path: Path
-    stored: dict[str, np.ndarray]
-    scales: dict[str, np.ndarray]
-    norms: dict[str, np.ndarray]
+    values: dict[str, str] = field(default_factory=dict)
+    written: dict[str, np.ndarray] = field(default_factory=dict)
+    stored: dict[str, np.ndarray] = field(default_factory=dict)
+    scales: dict[str, np.ndarray] = field(default_factory=dict)
+    multipliers: dict[str, np.ndarray] = field(default_factory=dict)
+    norms: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def make(self, name: str, values: str, shape: tuple[int, int], sparsity: float, number: int) -> None:
+        """A random matrix under this name; int4 is stored as the int8 weights that it stands for."""
+        self.values[name] = values
+        self.written[name] = self.stored[name] = random_matrix(values, shape, sparsity, number)
+        if values in ("i8", "i4"):
+            self.scales[name] = np.random.default_rng(number).random(shape[0]).astype(np.float32)
+        if values == "i4":
+            multiplier_NG = self.multipliers[name] = random_multipliers(shape, number)
+            factor_NK = np.repeat(multiplier_NG.astype(np.int32), 128, axis=1)[:, : shape[1]]
+            self.stored[name] = (self.written[name] * factor_NK).astype(np.int8)
 
-def random_int8(shape: tuple[int, int], sparsity: float, rng: np.random.Generator) -> np.ndarray:
-    q_NK = rng.integers(-128, 128, shape).astype(np.int8)
-    q_NK[rng.random(shape) < sparsity] = 0
-    return q_NK
+    def write(self, writer: PackedWriter, name: str, storage: Storage = "auto") -> Layer:
+        w_NK = self.written[name]
+        if self.values[name] == "i8":
+            return writer.int8(name, w_NK, self.scales[name], storage)
+        if self.values[name] == "i4":
+            return writer.int4(name, w_NK, self.multipliers[name], self.scales[name], storage)
+        return writer.floats(name, w_NK, storage)
 
 
 def write_synthetic(path: Path, config: dict[str, Any] = CONFIG, seed: int = 0) -> Synthetic:
-    """Int8 linears of falling density, a bfloat16 embedding, a float32 head."""
-    rng, written = np.random.default_rng(seed), Synthetic(path, {}, {}, {})
+    """Linears of every type, nearly dense in the first layer, sparse in the second; a bfloat16 embedding."""
+    rng, made = np.random.default_rng(seed), Synthetic(path)
     with PackedWriter(path, config=json.dumps(config), tokenizer=TOKENIZER, parent="ab" * 32) as writer:
         for index, (tensor, shape) in enumerate(Llama.parse(config).tensor_shapes().items()):
             name = tensor.removesuffix(".weight")
             if len(shape) == 1:
-                written.norms[tensor] = rng.standard_normal(shape).astype(np.float32)
-                writer.norm(tensor, written.norms[tensor])
-            elif ".layers." in name:
-                written.stored[name] = random_int8((shape[0], shape[1]), index / 20, rng)
-                written.scales[name] = rng.random(shape[0]).astype(np.float32)
-                writer.int8(name, written.stored[name], written.scales[name])
-            elif name == "lm_head":
-                written.stored[name] = rng.standard_normal(shape).astype(np.float32)
-                writer.dense(name, written.stored[name])
-            else:
-                bits = rng.standard_normal(shape).astype(np.float32).view(np.uint32) >> 16
-                written.stored[name] = bits.astype(np.uint16)
-                writer.dense(name, written.stored[name])
-    return written
+                made.norms[tensor] = rng.standard_normal(shape).astype(np.float32)
+                writer.norm(tensor, made.norms[tensor])
+                continue
+            values = {"model.embed_tokens": "bf16", "lm_head": "f32"}.get(name)
+            if values is None:
+                values = LINEARS[sum(".layers." in other for other in made.values) % len(LINEARS)]
+            sparsity = 0.7 if ".layers.1." in name else 0.02 if ".layers.0." in name else 0
+            made.make(name, values, (shape[0], shape[1]), sparsity, seed + index)
+            made.write(writer, name)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +90,8 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
 @pytest.fixture(scope="session")
 def make_synthetic() -> Callable[..., Synthetic]:
     return write_synthetic
+
+
+@pytest.fixture(scope="session")
+def make_empty() -> type[Synthetic]:
+    return Synthetic

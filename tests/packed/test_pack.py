@@ -78,6 +78,7 @@ def test_dense_directories(variant: str, tiny_llama: Callable[[str], Path], tmp_
     packed = packed_from(source.path, tmp_path / "model.goss")
     for name in packed.layers:
         assert packed.layers[name].values == ("bf16" if variant == "bf16" else "f32")
+        assert packed.layers[name].storage == "dense"
         assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
     for name, shape in source.architecture.tensor_shapes().items():
         if len(shape) == 1:
@@ -94,6 +95,9 @@ def test_pruned_directory_keeps_its_zeros(tiny_llama: Callable[[str], Path], tmp
     result = pack(Pack(str(source.path), str(tmp_path / "model.goss")))
     packed = Packed.open(tmp_path / "model.goss")
     assert result.sparsity == pytest.approx(source.sparsity()) and 0.65 < result.sparsity < 0.75
+    assert {packed.layers[name].storage for name in packed.decoder} == {"sparse"}
+    assert packed.layers["lm_head"].storage == packed.layers[EMBEDDING].storage == "dense"
+    assert ("q_proj", "sparse", "f32", 2) in [tuple(asdict(group).values())[:4] for group in result.stored]
     for name in packed.decoder:
         assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
 
@@ -106,7 +110,7 @@ def test_quantized_directory(quantized: Path, tmp_path: Path) -> None:
     for name in packed.decoder:
         layer = packed.layers[name]
         if name == "model.layers.1.mlp.down_proj":
-            assert (layer.storage, layer.values) == ("dense", "f32")
+            assert (layer.storage, layer.values) == ("sparse", "f32")
             assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
         else:
             assert (layer.storage, layer.values) == ("sparse", "i8")

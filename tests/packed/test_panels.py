@@ -1,4 +1,4 @@
-"""Matrices survive the panel layouts bit for bit, and a reader written from docs/format.md alone agrees."""
+"""Matrices survive the layouts bit for bit, and readers written from docs/format.md alone agree."""
 
 import re
 from pathlib import Path
@@ -8,141 +8,200 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.errors import FormatError
+from packed.matrices import DTYPES, VALUES, random_matrix, random_multipliers, read_dense, read_stream
 
-FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
-
-
-def random_int8(rows: int, columns: int, sparsity: float, number: int) -> np.ndarray:
-    rng = np.random.default_rng(number)
-    q_NK = rng.integers(-128, 128, (rows, columns)).astype(np.int8)
-    q_NK[rng.random((rows, columns)) < sparsity] = 0
-    return q_NK
-
-
-def read_stream(stream: np.ndarray, offsets: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Section 3 of docs/format.md, one weight at a time."""
-    q_NK = np.zeros((rows, columns), np.int8)
-    num_vectors = -(-columns // 4)
-    for panel in range(-(-rows // 16)):
-        position = int(offsets[panel])
-        for group in range(0, num_vectors, 16):
-            vectors = range(group, min(group + 16, num_vectors))
-            masks = [
-                int.from_bytes(stream[position + 8 * i :][:8].tobytes(), "little")
-                for i in range(len(vectors))
-            ]
-            position += 8 * len(vectors)
-            for vector, mask in zip(vectors, masks, strict=True):
-                for bit in range(64):
-                    if mask >> bit & 1:
-                        q_NK[16 * panel + bit // 4, 4 * vector + bit % 4] = stream[
-                            position : position + 1
-                        ].view(np.int8)[0]
-                        position += 1
-        assert position == offsets[panel + 1]
-    return q_NK
+TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+every_type = pytest.mark.parametrize("values", VALUES)
+shapes = st.tuples(st.integers(1, 70), st.integers(1, 300))
+sparsities = st.sampled_from([0, 0.3, 0.7, 0.95, 1])
 
 
 @seed(20240506)
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 70), columns=st.integers(1, 300), sparsity=st.sampled_from([0, 0.3, 0.7, 0.95, 1]),
-    number=st.integers(0, 2**32),
-)  # fmt: skip
-def test_sparse_round_trip(rows: int, columns: int, sparsity: float, number: int) -> None:
-    q_NK = random_int8(rows, columns, sparsity, number)
-    stream, offsets = panels.encode_sparse_i8(q_NK)
-    assert np.array_equal(panels.decode_sparse_i8(stream, offsets, rows, columns), q_NK)
-    assert stream.size == panels.stream_bytes(rows, columns, int(np.count_nonzero(q_NK)))
-    assert offsets.shape == (panels.num_offsets(rows),) and offsets.nbytes % 64 == 0
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(VALUES), shapes, sparsities, st.integers(0, 2**32))
+def test_sparse_round_trip(values: str, shape: tuple[int, int], sparsity: float, number: int) -> None:
+    w_NK = random_matrix(values, shape, sparsity, number)
+    stream, offsets = streams.encode(values, w_NK)
+    decoded = streams.decode(values, stream, offsets, *shape)
+    assert decoded.dtype == w_NK.dtype and decoded.tobytes() == w_NK.tobytes()
+    assert stream.size == streams.stream_bytes(values, *shape, streams.count_value_bytes(values, w_NK))
+    assert offsets.shape == (streams.num_offsets(shape[0]),) and offsets.nbytes % 64 == 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "sparsity"), [(1, 1, 0), (16, 64, 0.5), (17, 65, 0.7), (40, 131, 0.9)]
-)
-def test_a_reader_written_from_the_document_agrees(rows: int, columns: int, sparsity: float) -> None:
-    q_NK = random_int8(rows, columns, sparsity, rows)
-    assert np.array_equal(read_stream(*panels.encode_sparse_i8(q_NK), rows, columns), q_NK)
+@seed(20240507)
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(VALUES), shapes, st.integers(0, 2**32))
+def test_dense_round_trip(values: str, shape: tuple[int, int], number: int) -> None:
+    w_NK = random_matrix(values, shape, 0.3, number)
+    stored = panels.to_panels(values, w_NK)
+    assert stored.shape == panels.panel_shape(values, *shape) and stored[0, 0].nbytes == 64
+    assert panels.from_panels(values, stored, *shape).tobytes() == w_NK.tobytes()
 
 
-def test_rows_and_panels_of_zeros_take_only_masks() -> None:
-    q_NK = random_int8(50, 77, 0.5, 1)
-    q_NK[16:32] = 0
-    q_NK[40] = 0
-    stream, offsets = panels.encode_sparse_i8(q_NK)
-    assert offsets[2] - offsets[1] == 20 * 8
-    assert np.array_equal(read_stream(stream, offsets, 50, 77), q_NK)
+@seed(20240508)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 1000), st.integers(0, 2**32))
+def test_multipliers_round_trip(rows: int, columns: int, number: int) -> None:
+    multiplier_NG = random_multipliers((rows, columns), number)
+    stored = panels.to_multipliers(multiplier_NG)
+    assert stored.shape == (panels.num_multipliers(rows, columns),) and stored.size % 64 == 0
+    groups = multiplier_NG.shape[1]
+    for n, g in np.ndindex(rows, groups):
+        assert stored[(n // 16 * groups + g) * 16 + n % 16] == multiplier_NG[n, g]
+    assert np.count_nonzero(stored) == multiplier_NG.size
+    assert np.array_equal(panels.from_multipliers(stored, rows, columns), multiplier_NG)
 
 
-def test_chunks_of_a_large_matrix_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    q_NK = random_int8(150, 100, 0.6, 2)
-    whole = panels.encode_sparse_i8(q_NK)
+@every_type
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (40, 133)])
+def test_readers_written_from_the_document_agree(
+    values: str, shape: tuple[int, int], sparsity: float
+) -> None:
+    w_NK = random_matrix(values, shape, sparsity, shape[0])
+    assert np.array_equal(read_stream(values, *streams.encode(values, w_NK), *shape), w_NK)
+    assert np.array_equal(read_dense(values, panels.to_panels(values, w_NK), *shape), w_NK)
+
+
+@every_type
+def test_rows_and_panels_of_zeros_take_only_masks(values: str) -> None:
+    w_NK = random_matrix(values, (50, 77), 0.5, 1)
+    w_NK[16:32] = 0
+    w_NK[40] = 0
+    stream, offsets = streams.encode(values, w_NK)
+    masks = {"f32": 77 * 2, "bf16": 39 * 4, "i8": 20 * 8, "i4": 20 * 8}
+    assert offsets[2] - offsets[1] == masks[values]
+    assert np.array_equal(read_stream(values, stream, offsets, 50, 77), w_NK)
+
+
+def test_negative_zero_is_zero() -> None:
+    w_NK = random_matrix("f32", (20, 30), 0.5, 1)
+    minus_NK = np.where(w_NK == 0, np.float32(-0.0), w_NK)
+    for values, plain, minus in (
+        ("f32", w_NK, minus_NK),
+        ("bf16", *((w.view(np.uint32) >> 16).astype(np.uint16) for w in (w_NK, minus_NK))),
+    ):
+        assert plain.tobytes() != minus.tobytes()
+        for found, expected in zip(streams.encode(values, minus), streams.encode(values, plain), strict=True):
+            assert np.array_equal(found, expected)
+
+
+@every_type
+def test_chunks_of_a_large_matrix_join(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w_NK = random_matrix(values, (150, 100), 0.6, 2)
+    whole, value_bytes = streams.encode(values, w_NK), streams.count_value_bytes(values, w_NK)
     monkeypatch.setattr(panels, "_CHUNK_WEIGHTS", 16 * 100 * 2)
     assert len(list(panels.panel_chunks(150, 100))) == 5
-    for pieced, expected in zip(panels.encode_sparse_i8(q_NK), whole, strict=True):
+    for pieced, expected in zip(streams.encode(values, w_NK), whole, strict=True):
         assert np.array_equal(pieced, expected)
-    assert np.array_equal(panels.decode_sparse_i8(*whole, 150, 100), q_NK)
+    assert streams.count_value_bytes(values, w_NK) == value_bytes
+    assert np.array_equal(streams.decode(values, *whole, 150, 100), w_NK)
 
 
-@pytest.mark.parametrize(("dtype", "inputs"), [(np.float32, 1), (np.uint16, 2), (np.int8, 4)])
-@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (33, 7), (35, 50)])
-def test_dense_panels(dtype: type, inputs: int, shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(3)
-    w_NK = rng.integers(1, 100, shape).astype(dtype)
-    stored = panels.to_panels(w_NK)
-    name = {1: "f32", 2: "bf16", 4: "i8"}[inputs]
-    assert stored.shape == panels.panel_shape(name, *shape) and stored[0, 0].nbytes == 64
-    for n, k in np.ndindex(shape):
-        assert stored[n // 16, k // inputs, n % 16, k % inputs] == w_NK[n, k]
-    assert np.count_nonzero(stored) == w_NK.size
-    assert np.array_equal(panels.from_panels(stored, *shape), w_NK)
+@every_type
+@pytest.mark.parametrize("place", [(0, 0, 3, 0), (0, -1, 0, -1)], ids=["row 3", "the last input"])
+def test_dense_panels_with_a_weight_in_the_padding_are_refused(values: str, place: tuple[int, ...]) -> None:
+    stored = panels.to_panels(values, random_matrix(values, (3, 7), 0))
+    if values == "f32" and place[1] == -1:
+        stored = np.pad(stored, ((0, 0), (0, 1), (0, 0), (0, 0)))  # its vectors of one input need no padding
+    stored[place] = stored[place].astype(int) | 0x10  # of int4, in the second vector
+    with pytest.raises(FormatError, match="outside its 3 x 7 matrix"):
+        panels.from_panels(values, stored, 3, 7)
 
 
-def test_dense_panels_with_a_weight_in_the_padding_are_refused() -> None:
-    stored = panels.to_panels(np.ones((3, 5), np.float32))
-    stored[0, 4, 3, 0] = 1
-    with pytest.raises(FormatError, match="outside its 3 x 5 matrix"):
-        panels.from_panels(stored, 3, 5)
+def test_the_missing_half_of_a_last_int4_vector_must_be_zero() -> None:
+    w_NK = random_matrix("i4", (16, 12), 0)
+    stored = panels.to_panels("i4", w_NK)
+    stored[0, 1, 5, 2] |= 0x30
+    with pytest.raises(FormatError, match="outside its 16 x 12 matrix"):
+        panels.from_panels("i4", stored, 16, 12)
 
 
-@pytest.mark.parametrize(("sparsity", "bits"), [(0.5, 5.0), (0.7, 3.4), (0.8, 2.6), (0.9, 1.8)])
-def test_bits_per_weight_are_those_promised(sparsity: float, bits: float) -> None:
-    q_NK = random_int8(512, 4096, 0, 4)
-    q_NK[q_NK == 0] = 1
-    q_NK.reshape(-1)[np.random.default_rng(5).permutation(q_NK.size)[: round(sparsity * q_NK.size)]] = 0
-    stream, offsets = panels.encode_sparse_i8(q_NK)
-    assert 8 * (stream.nbytes + offsets.nbytes) / q_NK.size == pytest.approx(bits, abs=0.01)
+@pytest.mark.parametrize(("where", "value"), [(0, 0), (0, 17), (0, 255), (3, 1), (35, 2), (63, 1)])
+def test_bad_multipliers_are_refused(where: int, value: int) -> None:
+    stored = panels.to_multipliers(random_multipliers((3, 200)))
+    stored[where] = value
+    with pytest.raises(FormatError, match=r"model\.goss: q_proj: int4 multipliers must be from 1 to 16"):
+        panels.from_multipliers(stored, 3, 200, "model.goss: q_proj")
 
 
-def test_the_example_of_the_document() -> None:
-    text = FORMAT.read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"```(matrix|stream)\n(.*?)```", text, re.DOTALL))
-    q_NK = np.array([line.split() for line in blocks["matrix"].strip().splitlines()]).astype(np.int8)
-    stream, offsets = panels.encode_sparse_i8(q_NK)
-    expected = bytes.fromhex(blocks["stream"])
-    assert stream.tobytes() == expected.ljust(128, b"\0")
-    said = re.search(r"offsets are `([\d ]+)` and the sums `([-\d ]+)`", text)
-    assert said is not None
-    assert offsets.tolist() == [int(number) for number in said[1].split()]
-    assert q_NK.sum(axis=1).tolist() == [int(number) for number in said[2].split()]
+def test_multiplied_int4_weights_are_exact_in_int8() -> None:
+    q_NK = np.tile(np.arange(-8, 8, dtype=np.int8), (16, 16))
+    multiplier_NG = np.arange(1, 33, dtype=np.uint8).reshape(16, 2) % 16 + 1
+    found = panels.multiply_groups(q_NK, multiplier_NG)
+    assert found.dtype == np.int8
+    for n, k in np.ndindex(q_NK.shape):
+        assert int(found[n, k]) == int(q_NK[n, k]) * int(multiplier_NG[n, k // 128])
+    assert found.min() == -128 and found.max() == 112
 
 
-def damaged_streams() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def bits_of_the_document() -> dict[tuple[str, float], float]:
+    """(type, sparsity) -> bits per weight: the table of section 5."""
+    rows = re.findall(r"^\| `(\w+)` \|((?: [\d.]+ \|){4})$", TEXT, re.MULTILINE)
+    cells = {values: [float(cell) for cell in row.strip("| ").split("|")] for values, row in rows}
+    zeros = [0.5, 0.7, 0.8, 0.9]
+    return {(values, z): bits for values, row in cells.items() for z, bits in zip(zeros, row, strict=True)}
+
+
+@every_type
+@pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.8, 0.9])
+def test_bits_per_weight_are_those_promised(values: str, sparsity: float) -> None:
+    w_NK = random_matrix(values, (512, 4096), 0, 4)
+    w_NK.reshape(-1)[np.random.default_rng(5).permutation(w_NK.size)[: round(sparsity * w_NK.size)]] = 0
+    stream, offsets = streams.encode(values, w_NK)
+    bits = 8 * (stream.nbytes + offsets.nbytes) / w_NK.size
+    assert bits == pytest.approx(bits_of_the_document()[values, sparsity], abs=0.01)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split()]
+
+
+def test_the_examples_of_the_document() -> None:
+    found = re.findall(r"```(matrix|stream|dense) ?(\w*)\n(.*?)```", TEXT, re.DOTALL)
+    blocks = {(kind, values): block for kind, values, block in found}
+    w_NK = np.array([numbers(line) for line in blocks["matrix", ""].strip().splitlines()])
+    as_type = {
+        "i8": w_NK.astype(np.int8),
+        "i4": w_NK.astype(np.int8),
+        "bf16": (w_NK.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
+    }
+    for values, typed_NK in as_type.items():
+        stream, offsets = streams.encode(values, typed_NK)
+        expected = bytes.fromhex(blocks["stream", values])
+        assert stream.tobytes() == expected.ljust(128, b"\0")
+        assert offsets.tolist() == [0] + [len(expected)] * 7
+    dense = panels.to_panels("i4", as_type["i4"])
+    assert dense.tobytes() == bytes.fromhex(blocks["dense", "i4"]).ljust(64, b"\0")
+
+
+def test_the_numbers_beside_the_examples() -> None:
+    q_NK = np.array([[1, 0, 0, 0, 2, 0], [0, 0, -3, 0, 0, 0], [0, 4, 0, 0, 0, -5]], np.int8)
+    int8 = re.search(r"offsets are `([\d ]+)` and the sums `([-\d ]+)`", TEXT)
+    int4 = re.search(r"multipliers `([\d ]+)`.*the sums are `([-\d ]+)`", TEXT, re.DOTALL)
+    assert int8 is not None and int4 is not None
+    assert streams.encode("i8", q_NK)[1].tolist() == numbers(int8[1])
+    assert q_NK.sum(axis=1).tolist() == numbers(int8[2])
+    multiplier_NG = np.array([numbers(int4[1])], np.uint8).T
+    assert panels.to_multipliers(multiplier_NG).tolist() == [*numbers(int4[1]), *[0] * 61]
+    assert panels.multiply_groups(q_NK, multiplier_NG).sum(axis=1).tolist() == numbers(int4[2])
+
+
+def damaged_streams(values: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every kind of inconsistency between masks, values, offsets and slack of a 40 x 70 matrix."""
-    stream, offsets = panels.encode_sparse_i8(random_int8(40, 70, 0.7, 6))
+    stream, offsets = streams.encode(values, random_matrix(values, (40, 70), 0.7, 6))
+    width, first = {"f32": 2, "bf16": 4, "i8": 8, "i4": 8}[values], DTYPES[values].itemsize
     cases = {}
 
-    def case(name: str, where: int, value: int, of_offsets: bool = False) -> None:
+    def case(name: str, where: int | slice, value: int, of_offsets: bool = False) -> None:
         pair = (stream.copy(), offsets.copy())
         pair[of_offsets][where] = value
         cases[name] = pair
 
-    free = next(bit for bit in range(8) if not stream[0] >> bit & 1)
-    case("a mask bit more", 0, int(stream[0]) | 1 << free)
-    case("all masks full", 0, 255)
-    case("a zero value", 16 * 8, 0)
+    case("all masks full", slice(0, 16 * width), 255)
+    case("a zero value", slice(16 * width, 16 * width + first), 0)
     case("slack not zero", stream.size - 1, 1)
     case("first offset", 0, 8, True)
     case("falling offsets", 2, 1, True)
@@ -152,36 +211,62 @@ def damaged_streams() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     case("panel boundary moved", 1, int(offsets[1]) + 1, True)
     cases["too few offsets"] = (stream, offsets[:-1])
     cases["no slack"] = (stream[: int(offsets[-1])], offsets)
+    cases["too much slack"] = (np.pad(stream, (0, 64)), offsets)
     cases["empty stream"] = (stream[:0], offsets)
-    last_panel = int(offsets[2])
-    moved = stream.copy()  # row 40 of 40: bit 32 of a mask in the last panel, in place of a bit that was set
-    mask = int.from_bytes(moved[last_panel : last_panel + 8].tobytes(), "little")
-    mask = mask & (mask - 1) | 1 << 32
-    moved[last_panel : last_panel + 8] = np.frombuffer(mask.to_bytes(8, "little"), np.uint8)
-    cases["a row too many"] = (moved, offsets)
+    cases["a row too many"] = (with_row_40(stream, int(offsets[2]), width), offsets)
+    if values in ("f32", "bf16"):
+        case("a value of -0.0", slice(16 * width, 16 * width + first), 0)
+        cases["a value of -0.0"][0][16 * width + first - 1] = 0x80
+    if values == "i4":
+        cases["a filler nibble"] = (with_filler(stream), offsets)
     return cases
 
 
-@pytest.mark.parametrize("name", damaged_streams())
-def test_damaged_streams_are_refused(name: str) -> None:
-    stream, offsets = damaged_streams()[name]
+def with_row_40(stream: np.ndarray, panel: int, width: int) -> np.ndarray:
+    """The first weight under the panel's first mask moved to row 40 of 40, the same number of weights."""
+    moved = stream.copy()
+    mask = int.from_bytes(moved[panel : panel + width].tobytes(), "little")
+    assert mask
+    mask = mask & (mask - 1) | 1 << 4 * width
+    moved[panel : panel + width] = np.frombuffer(mask.to_bytes(width, "little"), np.uint8)
+    return moved
+
+
+def with_filler(stream: np.ndarray) -> np.ndarray:
+    """A nibble set beyond the end of the shorter vector of the first pair that has one."""
+    filled, position = stream.copy(), 16 * 8
+    counts = np.bitwise_count(stream[:128]).reshape(8, 2, 8).sum(axis=2)
+    for low, high in counts:
+        position += int(max(low, high))
+        if low != high:
+            filled[position - 1] |= 0x10 if high < low else 0x01
+            return filled
+    raise AssertionError("every pair has two vectors of one length")
+
+
+@pytest.mark.parametrize(
+    ("values", "name"), [(values, name) for values in VALUES for name in damaged_streams(values)]
+)
+def test_damaged_streams_are_refused(values: str, name: str) -> None:
+    stream, offsets = damaged_streams(values)[name]
     with pytest.raises(FormatError, match=r"model\.goss: q_proj"):
-        panels.decode_sparse_i8(stream, offsets, 40, 70, "model.goss: q_proj")
+        streams.decode(values, stream, offsets, 40, 70, "model.goss: q_proj")
 
 
-def test_flipped_bytes_of_a_stream_are_refused_or_change_one_value() -> None:
-    q_NK = random_int8(40, 70, 0.7, 7)
-    stream, offsets = panels.encode_sparse_i8(q_NK)
-    rng = np.random.default_rng(8)
-    refused = 0
+@every_type
+def test_flipped_bytes_of_a_stream_are_refused_or_keep_what_was_counted(values: str) -> None:
+    """What passes is a matrix that would be written as just these bytes: nothing is read in two ways."""
+    w_NK = random_matrix(values, (40, 70), 0.7, 7)
+    stream, offsets = streams.encode(values, w_NK)
+    rng, refused = np.random.default_rng(8), 0
     for _ in range(400):
         flipped = stream.copy()
         flipped[rng.integers(stream.size)] ^= np.uint8(rng.integers(1, 256))
         try:
-            decoded = panels.decode_sparse_i8(flipped, offsets, 40, 70)
+            decoded = streams.decode(values, flipped, offsets, 40, 70)
         except FormatError:
             refused += 1
             continue
-        changed = np.count_nonzero(decoded != q_NK)
-        assert changed == 1 or np.count_nonzero(decoded) == np.count_nonzero(q_NK)
-    assert refused > 100
+        again, _ = streams.encode(values, decoded)
+        assert np.array_equal(again, flipped)
+    assert refused > 50

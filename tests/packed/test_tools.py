@@ -59,8 +59,8 @@ def test_inspect_a_packed_file(synthetic, tmp_path: Path) -> None:
     assert result.sparsity == pytest.approx(packed.sparsity(packed.decoder))
     assert result.bits_per_weight == pytest.approx(packed.bits_per_weight(packed.decoder))
     assert {(m.storage, m.values) for m in result.matrices} == {
-        ("dense", "f32"), ("dense", "bf16"), ("dense", "i8"), ("sparse", "i8"),
-    }  # fmt: skip
+        (storage, values) for storage in ("dense", "sparse") for values in ("f32", "bf16", "i8", "i4")
+    }
     assert result.provenance[0].parent == "ab" * 32
 
 

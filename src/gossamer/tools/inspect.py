@@ -23,7 +23,7 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix: `storage` dense or sparse, `values` f32, bf16, f16 or i8; bytes include scales."""
+    """One weight matrix: `storage` dense or sparse, `values` f32, bf16, f16, i8, i4; bytes include scales."""
 
     name: str
     rows: int

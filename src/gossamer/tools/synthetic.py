@@ -10,27 +10,28 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gossamer import panels
+from gossamer import panels, streams
 from gossamer.architecture import Llama
-from gossamer.packed import EMBEDDING, HEAD, Layer, PackedWriter, native_config
+from gossamer.packed import EMBEDDING, HEAD, Layer, PackedWriter, native_config, smaller_storage
+from gossamer.packed_header import VALUE_DTYPES
 from gossamer.packing import cache_directory
+from gossamer.panels import Values
 from gossamer.report import Event, Progress, quiet
 
 Shape = Literal["llama-2-7b", "llama-3.2-1b", "tinyllama-1.1b"]
-Values = Literal["f32", "bf16", "i8"]
 
 BLOCK_ROWS = 256
-_COMMON = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-}
-_COMMON |= {"eos_token_id": 2, "max_position_embeddings": 4096}
+CONTENT = 2  # grows when a recipe's file holds something else than before: files in the cache are made anew
 
 
 def _config(layers: int, hidden: int, inner: int, heads: tuple[int, int], vocabulary: int) -> dict[str, Any]:
-    return _COMMON | {
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "max_position_embeddings": 4096,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -49,7 +50,10 @@ CONFIGS: dict[Shape, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which synthetic model: a shape with `layers` decoder layers of `values`, `sparsity` of them zero."""
+    """Which synthetic model: a shape with `layers` decoder layers of `values`, `sparsity` of them zero.
+
+    Its embedding and head are dense: float32, or bfloat16 for all other types; int8 the head of i8 and i4.
+    """
 
     shape: Shape
     values: Values
@@ -77,14 +81,44 @@ class Recipe:
 
     @property
     def file_name(self) -> str:
-        return f"{self.shape}-{self.layers}x-{self.vocabulary}-{self.values}-{self.sparsity:g}.goss"
+        size = f"{self.layers}x-{self.vocabulary}"
+        return f"{self.shape}-{size}-{self.values}-{self.sparsity:g}-v{CONTENT}.goss"
+
+    @property
+    def integer(self) -> bool:
+        return self.values in ("i8", "i4")
+
+    def kind(self, name: str) -> tuple[Values, float]:
+        """Type and sparsity of matrix `name`."""
+        if name == EMBEDDING:
+            return "f32" if self.values == "f32" else "bf16", 0.0
+        if name == HEAD:
+            return "i8" if self.integer else self.values, 0.0
+        return self.values, self.sparsity
 
 
-def random_int8(rows: int, columns: int, sparsity: float, rng: np.random.Generator) -> np.ndarray:
-    """int8 [rows, columns]: nonzero everywhere but for a random fraction `sparsity`."""
-    q_NK = rng.integers(1, 128, (rows, columns), np.int8)
-    q_NK[rng.random((rows, columns), np.float32) < sparsity] = 0
-    return q_NK
+def random_weights(
+    values: str, rows: int, columns: int, sparsity: float, rng: np.random.Generator
+) -> np.ndarray:
+    """[rows, columns] as PackedWriter takes them: nonzero everywhere but for a random fraction `sparsity`."""
+    shape = (rows, columns)
+    if values == "i8":
+        w_NK = rng.integers(1, 128, shape, np.int8)
+    elif values == "i4":
+        w_NK = rng.integers(-8, 7, shape, np.int8)
+        w_NK += w_NK >= 0
+    else:
+        w_NK = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(columns * (1 - sparsity)))
+        if values == "bf16":
+            w_NK = (w_NK.view(np.uint32) >> 16).astype(np.uint16)
+    w_NK[rng.random(shape, np.float32) < sparsity] = 0
+    return w_NK
+
+
+def random_multipliers(rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [rows, groups of inputs] from 1 to 16, of int4 weights."""
+    groups = -(-columns // panels.MULTIPLIER_INPUTS)
+    return rng.integers(1, panels.MAX_MULTIPLIER + 1, (rows, groups), np.uint8)
 
 
 def plausible_scales(rows: int, columns: int) -> np.ndarray:
@@ -104,7 +138,7 @@ def synthetic_file(recipe: Recipe, progress: Progress = quiet) -> Path:
         for index, tensor in enumerate(names, start=1):
             progress(Event("write synthetic model", tensor, index, len(names)))
             _write(writer, llama, tensor.removesuffix(".weight"), recipe, rng)
-        if recipe.values == "i8" and HEAD not in writer.layers:
+        if recipe.integer and HEAD not in writer.layers:
             _write(writer, llama, HEAD, recipe, rng)
     return path
 
@@ -119,19 +153,16 @@ def _write(writer: PackedWriter, llama: Llama, name: str, recipe: Recipe, rng: n
         return None
     vocabulary = (llama.vocab_size, llama.hidden_size)
     rows, columns = vocabulary if name in (EMBEDDING, HEAD) else llama.linear_shapes(0)[name]
-    if recipe.values == "i8" and name != EMBEDDING:
-        sparsity = 0.0 if name == HEAD else recipe.sparsity
-        block = random_int8(min(rows, BLOCK_ROWS), columns, sparsity, rng)
-        writer.int8(name, np.resize(block, (rows, columns)), plausible_scales(rows, columns))
-        return None
-    writer.dense(name, np.resize(_random_float(recipe.values, columns, rng), (rows, columns)))
+    values, sparsity = recipe.kind(name)
+    block = random_weights(values, min(rows, BLOCK_ROWS), columns, sparsity, rng)
+    w_NK, scale_N = np.resize(block, (rows, columns)), plausible_scales(rows, columns)
+    if values == "i8":
+        writer.int8(name, w_NK, scale_N)
+    elif values == "i4":
+        writer.int4(name, w_NK, random_multipliers(rows, columns, rng), scale_N)
+    else:
+        writer.floats(name, w_NK)
     return None
-
-
-def _random_float(values: Values, columns: int, rng: np.random.Generator) -> np.ndarray:
-    """[16, columns] float32, or bfloat16 bit patterns (uint16)."""
-    w_NK = (rng.standard_normal((panels.PANEL_ROWS, columns)) / np.sqrt(columns)).astype(np.float32)
-    return w_NK if values == "f32" else (w_NK.view(np.uint32) >> 16).astype(np.uint16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +176,7 @@ class Image:
 
 
 def synthetic_image(recipe: Recipe) -> Image:
-    """The recipe in memory, each panel a copy of one of 16 random ones: seconds instead of a file."""
+    """The recipe in memory with float32 for embedding and head, its panels copies of 16 random ones."""
     rng, llama = np.random.default_rng(0), Llama.parse(recipe.config)
     pieces: dict[str, tuple[str, np.ndarray]] = {}
     table: dict[str, Layer] = {}
@@ -156,9 +187,10 @@ def synthetic_image(recipe: Recipe) -> Image:
             table[other] = layer
             pieces |= {f"{other}.{suffix}": array for suffix, array in arrays.items()}
     num_bytes = sum(array.nbytes for _, array in pieces.values())
-    embedding = np.resize(_random_float("f32", llama.hidden_size, rng), (llama.vocab_size, llama.hidden_size))
+    block = random_weights("f32", panels.PANEL_ROWS, llama.hidden_size, 0.0, rng)
+    embedding = np.resize(block, (llama.vocab_size, llama.hidden_size))
     table[EMBEDDING] = Layer("dense", "f32", *embedding.shape, nonzeros=embedding.size)
-    pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels(embedding))
+    pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels("f32", embedding))
     for name, shape in llama.tensor_shapes().items():
         if len(shape) == 1:
             pieces[name] = ("F32", np.ones(shape, np.float32))
@@ -170,28 +202,30 @@ def _matrix(
     recipe: Recipe, rows: int, columns: int, rng: np.random.Generator
 ) -> tuple[Layer, dict[str, tuple[str, np.ndarray]]]:
     """A matrix of `rows` (a multiple of 256) and the tensors that hold it, by suffix."""
-    repeats, rest = divmod(rows, BLOCK_ROWS)
+    values, (repeats, rest) = recipe.values, divmod(rows, BLOCK_ROWS)
     assert rest == 0, f"{rows} rows are no multiple of {BLOCK_ROWS}"
-    if recipe.values != "i8":
-        panel = panels.to_panels(_random_float(recipe.values, columns, rng))
-        dtype = "F32" if recipe.values == "f32" else "BF16"
-        weight = np.concatenate([panel] * (rows // panels.PANEL_ROWS))
-        return Layer("dense", recipe.values, rows, columns, rows * columns), {"weight": (dtype, weight)}
-    block = random_int8(BLOCK_ROWS, columns, recipe.sparsity, rng)
-    arrays = {
-        "weight_scale": ("F32", plausible_scales(rows, columns)),
-        "weight_sum": ("I32", np.tile(block.sum(axis=1, dtype=np.int32), repeats)),
-    }
-    nonzeros = int(np.count_nonzero(block)) * repeats
-    if recipe.sparsity == 0:
-        weight = np.concatenate([panels.to_panels(block)] * repeats)
-        return Layer("dense", "i8", rows, columns, nonzeros), arrays | {"weight": ("I8", weight)}
-    piece, lengths_P = panels.encode_panels(block)
-    stream = np.zeros(panels.stream_bytes(rows, columns, nonzeros), np.uint8)
-    stream[: piece.size * repeats] = np.tile(piece, repeats)
-    arrays["weight.stream"] = ("U8", stream)
-    arrays["weight.offsets"] = ("U64", panels.panel_offsets(np.tile(lengths_P, repeats)))
-    return Layer("sparse", "i8", rows, columns, nonzeros), arrays
+    block = random_weights(values, BLOCK_ROWS, columns, recipe.sparsity, rng)
+    nonzeros, storage = panels.count_nonzero(block) * repeats, smaller_storage(values, block)
+    if storage == "dense":
+        weight = np.concatenate([panels.to_panels(values, block)] * repeats)
+        arrays = {"weight": (VALUE_DTYPES[values], weight)}
+    else:
+        piece, lengths_P = streams.encode_panels(values, block)
+        stream = np.concatenate([*[piece] * repeats, streams.slack(piece.size * repeats)])
+        arrays = {
+            "weight.stream": ("U8", stream),
+            "weight.offsets": ("U64", streams.panel_offsets(np.tile(lengths_P, repeats))),
+        }
+    if values == "i4":
+        multiplier_NG = random_multipliers(BLOCK_ROWS, columns, rng)
+        multipliers = panels.to_multipliers(np.tile(multiplier_NG, (repeats, 1)))
+        arrays["weight_multiplier"] = ("U8", multipliers)
+        block = panels.multiply_groups(block, multiplier_NG)
+    if recipe.integer:
+        sum_N = np.tile(block.sum(axis=1, dtype=np.int32), repeats)
+        arrays["weight_scale"] = ("F32", plausible_scales(rows, columns))
+        arrays["weight_sum"] = ("I32", sum_N)
+    return Layer(storage, values, rows, columns, nonzeros), arrays
 
 
 def _lay_out(

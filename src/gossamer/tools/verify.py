@@ -162,9 +162,8 @@ def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
     """The file decodes to the directory's numbers, bit for bit (a head rounded here: to its rounding)."""
     for name, layer in packed.layers.items():
         expected_NK, scale_N = _expected(parent, name, layer.values == "i8")
-        same = np.array_equal(
-            packed.stored(name) if layer.values == "i8" else packed.linear(name), expected_NK
-        )
+        found_NK = packed.stored(name) if layer.values == "i8" else packed.linear(name)
+        same = np.array_equal(found_NK, expected_NK)
         if not same or (scale_N is not None and not np.array_equal(packed.scale(name), scale_N)):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
     for name, shape in parent.architecture.tensor_shapes().items():
@@ -195,15 +194,15 @@ def _backends(path: Path) -> Check:
     expected_TV = _torch_logits(packed, ids)
     found_TV = LLM(path, kv_cache_dtype="f32").logits(ids)
     error = float(np.linalg.norm(found_TV - expected_TV) / np.linalg.norm(expected_TV))
-    int8 = any(layer.values == "i8" for layer in packed.layers.values())
-    tolerance = INT8_TOLERANCE if int8 else FLOAT_TOLERANCE
+    integer = any(layer.integer for layer in packed.layers.values())
+    tolerance = INT8_TOLERANCE if integer else FLOAT_TOLERANCE
     if not error <= tolerance:
         raise EngineError(f"{path}: the engine's logits are {error:.2e} off torch's; at most {tolerance:.0e}")
     return Check(name, f"logits of {length} tokens differ by {error:.1e}, at most {tolerance:.0e}")
 
 
 def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:
-    """float32 [T, V]: transformers' Llama, inputs of int8 matrices rounded as compressed-tensors does."""
+    """float32 [T, V]: transformers' Llama, inputs of integer matrices rounded as compressed-tensors does."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -218,6 +217,6 @@ def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:
             values = packed.linear(matrix) if matrix in packed.layers else packed.norm(name)
             parameter.copy_(torch.from_numpy(values.copy()))
         for name, module in model.named_modules():
-            if name in packed.layers and packed.layers[name].values == "i8":
+            if name in packed.layers and packed.layers[name].integer:
                 module.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
         return model(torch.tensor([ids])).logits[0].numpy()
