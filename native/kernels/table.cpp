@@ -13,9 +13,11 @@ constexpr VectorRow kVector[] = {
 };
 
 constexpr AttentionRow kAttention[] = {
-    {Values::f32, Isa::scalar, scalar::attention_f32},   {Values::f32, Isa::avx512, avx512::attention_f32},
-    {Values::bf16, Isa::scalar, scalar::attention_bf16}, {Values::bf16, Isa::avx512, avx512::attention_bf16},
-    {Values::i8, Isa::scalar, scalar::attention_i8},     {Values::i8, Isa::avx512, avx512::attention_i8},
+    {Values::f32, Isa::scalar, scalar::attention_f32}, {Values::f32, Isa::avx2, avx2::attention_f32},
+    {Values::f32, Isa::avx512, avx512::attention_f32}, {Values::bf16, Isa::scalar, scalar::attention_bf16},
+    {Values::bf16, Isa::avx2, avx2::attention_bf16},   {Values::bf16, Isa::avx512, avx512::attention_bf16},
+    {Values::i8, Isa::scalar, scalar::attention_i8},   {Values::i8, Isa::avx2, avx2::attention_i8},
+    {Values::i8, Isa::avx512, avx512::attention_i8},
 };
 
 constexpr ProbeRow kProbe[] = {
