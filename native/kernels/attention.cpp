@@ -266,12 +266,13 @@ struct Bf16 {
         __m256 even, odd;
     };
 
+    static __m256 even(__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+    static __m256 odd(__m256i x) {
+        return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(std::int32_t(0xFFFF0000))));
+    }
     static Vector vector(const std::uint8_t* b) {
         const __m256i* pairs = reinterpret_cast<const __m256i*>(b);
         const __m256i low = _mm256_loadu_si256(pairs), high = _mm256_loadu_si256(pairs + 1);
-        const __m256i mask = _mm256_set1_epi32(std::int32_t(0xFFFF0000));
-        const auto even = [](__m256i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); };
-        const auto odd = [&](__m256i x) { return _mm256_castsi256_ps(_mm256_and_si256(x, mask)); };
         return {{even(low), even(high)}, {odd(low), odd(high)}};
     }
     static Left left(const std::uint8_t* a) {
