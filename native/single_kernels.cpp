@@ -66,7 +66,10 @@ constexpr const char* kEmulated = "amx-emulated";
 
 Isa runnable(const std::string& level) {
     const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
-    if (wanted > machine_isa()) throw UnsupportedError("this machine has no " + level + " instructions");
+    if (wanted > isa()) {
+        throw UnsupportedError("asked for " + level + "; this machine, capped by GOSSAMER_ISA, runs up to " +
+                               gossamer::name(isa()));
+    }
     return wanted;
 }
 
