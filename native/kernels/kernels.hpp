@@ -17,6 +17,12 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     void split(const float*, int, std::uint16_t*, std::uint16_t*); \
     void attention(const AttentionTask&);                          \
     }
+#define GOSSAMER_SAMPLING(level)                                  \
+    namespace level {                                             \
+    float highest(const float*, int);                             \
+    std::uint64_t mass(const float*, int, const Softmax&, float); \
+    int keep(const float*, int, float, float, float*);            \
+    }
 
 #define GOSSAMER_READ(level)                                           \
     namespace level {                                                  \
@@ -35,5 +41,7 @@ GOSSAMER_MULTIPLY(avx512)
 GOSSAMER_MULTIPLY(amx)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
+GOSSAMER_SAMPLING(scalar)
+GOSSAMER_SAMPLING(avx512)
 
 }  // namespace gossamer

@@ -7,9 +7,9 @@ namespace {
 
 constexpr VectorRow kVector[] = {
     {Isa::scalar, scalar::rmsnorm, scalar::swiglu, scalar::largest, scalar::quantize, scalar::split,
-     scalar::attention},
+     scalar::attention, scalar::highest, scalar::mass, scalar::keep},
     {Isa::avx512, avx512::rmsnorm, avx512::swiglu, avx512::largest, avx512::quantize, avx512::split,
-     avx512::attention},
+     avx512::attention, avx512::highest, avx512::mass, avx512::keep},
 };
 
 constexpr ProbeRow kProbe[] = {

@@ -42,6 +42,13 @@ struct AttentionTask {
     float* out_AE;
 };
 
+// exp((x - highest) / temperature), in masses (sampling.cpp).
+struct Softmax {
+    float highest, inverse_temperature;
+};
+
+constexpr std::uint64_t kMassUnit = std::uint64_t(1) << 40;  // of the highest
+
 // Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
 struct VectorRow {
     Isa isa;
@@ -54,6 +61,11 @@ struct VectorRow {
     // x = high + low, two bfloat16.
     void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
     void (*attention)(const AttentionTask& task);
+    float (*highest)(const float* x, int count);  // NaN when one is
+    // The sum of round(2^40 exp((x - highest) / temperature)) over the x that are at least `low`.
+    std::uint64_t (*mass)(const float* x, int count, const Softmax& softmax, float low);
+    // Copies those with low <= x < high, in order, to another place with room for all; returns how many.
+    int (*keep)(const float* x, int count, float low, float high, float* kept);
 };
 
 // What the machine can do at best (probes.cpp).
