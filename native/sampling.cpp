@@ -23,19 +23,26 @@ using Numbers = std::span<const float>;
 // A row of logits at a temperature.
 class Scores {
   public:
-    Scores(const VectorRow& kernels, Numbers logits, double temperature)
-        : kernels_(kernels), softmax_{check(kernels, logits), inverse(temperature)} {}
+    Scores(const SamplingRow& kernels, Numbers logits, double temperature)
+        : kernels_(kernels),
+          temperature_(temperature),
+          softmax_{check(kernels, logits), inverse(temperature)} {}
 
     float highest() const { return softmax_.highest; }
     std::uint64_t mass(Numbers x, float low = -kInfinity) const {
         return kernels_.mass(x.data(), int(x.size()), softmax_, low);
+    }
+    // The logit of a mass.
+    float logit(double mass) const {
+        const double logit = highest() + temperature_ * std::log(mass / double(kMassUnit));
+        return float(std::max(logit, double(std::numeric_limits<float>::lowest())));
     }
     Numbers keep(Numbers x, float low, float high, float* kept) const {
         return {kept, std::size_t(kernels_.keep(x.data(), int(x.size()), low, high, kept))};
     }
 
   private:
-    static float check(const VectorRow& kernels, Numbers logits) {
+    static float check(const SamplingRow& kernels, Numbers logits) {
         if (logits.empty() || logits.size() > kMaxLogits) {
             throw EngineError("found " + std::to_string(logits.size()) + " logits; expected 1 .. " +
                               std::to_string(kMaxLogits));
@@ -53,7 +60,8 @@ class Scores {
         return float(std::clamp(1.0 / temperature, double(Limits::min()), double(Limits::max())));
     }
 
-    const VectorRow& kernels_;
+    const SamplingRow& kernels_;
+    double temperature_;
     Softmax softmax_;
 };
 
@@ -64,7 +72,7 @@ struct Cut {
     std::size_t num_left_out = 0;
 };
 
-float pivot_of(Numbers x) {
+float middle_of(Numbers x) {
     float samples[kSamples];
     for (std::size_t i = 0; i < kSamples; ++i) samples[i] = x[(2 * i + 1) * x.size() / (2 * kSamples)];
     std::nth_element(samples, samples + kSamples / 2, samples + kSamples);
@@ -72,48 +80,50 @@ float pivot_of(Numbers x) {
 }
 
 // `measure` of a set of numbers is the sum of what it is for each; for all of x it is at least `goal`, above
-// 0.
+// 0. Any first pivot will do; a good one leaves out most of x at once.
 template <class Measure>
-Cut cut(const Scores& scores, Numbers x, std::uint64_t goal, Measure measure) {
-    const std::unique_ptr<float[]> halves[] = {std::unique_ptr<float[]>(new float[x.size()]),
-                                               std::unique_ptr<float[]>(new float[x.size()])};
+Cut cut(const Scores& scores, Numbers x, std::uint64_t goal, float pivot, Measure measure) {
+    const std::unique_ptr<float[]> memory(new float[2 * x.size()]);
+    float* const halves[] = {memory.get(), memory.get() + x.size()};
     for (int turn = 0;; turn ^= 1) {
-        const float pivot = pivot_of(x);
-        const Numbers above = scores.keep(x, std::nextafter(pivot, kInfinity), kInfinity, halves[turn].get());
+        const Numbers above = scores.keep(x, std::nextafter(pivot, kInfinity), kInfinity, halves[turn]);
+        const std::size_t num_above = above.size();
         const std::uint64_t reached = measure(above);
         if (reached >= goal) {
             x = above;
-            continue;
+        } else {
+            const Numbers below = scores.keep(x, -kInfinity, pivot, halves[turn]);
+            const std::size_t num_equal = x.size() - num_above - below.size();
+            const std::uint64_t missing = goal - reached, each = measure(Numbers(&pivot, 1));
+            if (each * num_equal >= missing) return {pivot, num_equal - (missing + each - 1) / each};
+            goal = missing - each * num_equal;
+            x = below;
         }
-        const std::size_t num_above = above.size();
-        const Numbers below = scores.keep(x, -kInfinity, pivot, halves[turn].get());
-        const std::size_t num_equal = x.size() - num_above - below.size();
-        const std::uint64_t missing = goal - reached, each = measure(Numbers(&pivot, 1));
-        if (each * num_equal >= missing) return {pivot, num_equal - (missing + each - 1) / each};
-        goal = missing - each * num_equal;
-        x = below;
+        pivot = middle_of(x);
     }
 }
 
 Cut top_k(const Scores& scores, Numbers logits, int k) {
     if (k == 0 || std::size_t(k) >= logits.size()) return {};
-    const Cut found = cut(scores, logits, std::uint64_t(k), [](Numbers x) { return x.size(); });
-    return {found.low, 0};
+    const auto count = [](Numbers x) { return std::uint64_t(x.size()); };
+    return {cut(scores, logits, std::uint64_t(k), middle_of(logits), count).low, 0};
 }
 
 Cut top_p(const Scores& scores, Numbers logits, double p, Cut before) {
     if (p >= 1) return before;
-    const auto measure = [&](Numbers x) { return scores.mass(x, before.low); };
-    const std::uint64_t all = measure(logits);
-    return cut(scores, logits, std::clamp(std::uint64_t(std::ceil(p * double(all))), std::uint64_t(1), all),
-               measure);
+    const auto mass = [&](Numbers x) { return scores.mass(x, before.low); };
+    const std::uint64_t all = mass(logits);
+    const double goal = p * double(all), left_out = double(all) - goal;
+    // The logits with less than an even share of what may be left out are left out.
+    const float pivot = std::max(before.low, scores.logit(left_out / double(logits.size())));
+    return cut(scores, logits, std::clamp(std::uint64_t(std::ceil(goal)), std::uint64_t(1), all), pivot,
+               mass);
 }
 
-Cut min_p(const Scores& scores, double p, double temperature, Cut before) {
+Cut min_p(const Scores& scores, double p, Cut before) {
     if (p == 0) return before;
-    const double low = double(scores.highest()) + temperature * std::log(p);
-    const float nearest = float(std::max(low, double(std::numeric_limits<float>::lowest())));
-    return nearest > before.low ? Cut{nearest, 0} : before;
+    const float low = scores.logit(p * double(kMassUnit));
+    return low > before.low ? Cut{low, 0} : before;
 }
 
 // Where the running sum of masses passes `target`, which is less than all of them.
@@ -132,11 +142,11 @@ std::size_t find(const Scores& scores, Numbers logits, float low, std::uint64_t 
 
 }  // namespace
 
-int sample(const VectorRow& kernels, Numbers logits, const SamplingOptions& options, double uniform) {
+int sample(const SamplingRow& kernels, Numbers logits, const SamplingOptions& options, double uniform) {
     const Scores scores(kernels, logits, options.temperature);
     Cut kept = top_k(scores, logits, options.top_k);
     kept = top_p(scores, logits, options.top_p, kept);
-    kept = min_p(scores, options.min_p, options.temperature, kept);
+    kept = min_p(scores, options.min_p, kept);
     std::vector<float> without_ties;
     if (kept.num_left_out > 0) {
         without_ties.assign(logits.begin(), logits.end());
@@ -150,7 +160,7 @@ int sample(const VectorRow& kernels, Numbers logits, const SamplingOptions& opti
     return int(find(scores, logits, kept.low, std::min(std::uint64_t(uniform * double(all)), all - 1)));
 }
 
-double log_probability(const VectorRow& kernels, Numbers logits, int index) {
+double log_probability(const SamplingRow& kernels, Numbers logits, int index) {
     const Scores scores(kernels, logits, 1.0);
     if (index < 0 || std::size_t(index) >= logits.size()) {
         throw EngineError("found token " + std::to_string(index) + "; expected 0 .. " +

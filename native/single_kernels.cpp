@@ -45,9 +45,11 @@ nb::list kernels() {
     };
     for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
     for (const VectorRow& row : vector_table()) {
-        for (const char* family :
-             {"rmsnorm", "swiglu", "largest", "quantize", "split", "attention", "highest", "mass", "keep"})
+        for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "attention"})
             add(family, "f32", "dense", row.isa);
+    }
+    for (const SamplingRow& row : sampling_table()) {
+        for (const char* family : {"highest", "mass", "keep"}) add(family, "f32", "dense", row.isa);
     }
     for (const ProbeRow& row : probe_table()) {
         add("read", "i8", "dense", row.isa);
@@ -204,17 +206,17 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, F
 }
 
 std::uint64_t mass(const std::string& level, Floats x, float highest, float inverse_temperature, float low) {
-    return find_vector(runnable(level)).mass(x.data(), int(x.size()), {highest, inverse_temperature}, low);
+    return find_sampling(runnable(level)).mass(x.data(), int(x.size()), {highest, inverse_temperature}, low);
 }
 
 int sample_token(const std::string& level, Floats logits_V, double temperature, int top_k, double top_p,
                  double min_p, double uniform) {
-    return sample(find_vector(runnable(level)), {logits_V.data(), logits_V.size()},
+    return sample(find_sampling(runnable(level)), {logits_V.data(), logits_V.size()},
                   {temperature, top_k, top_p, min_p}, uniform);
 }
 
 double token_log_probability(const std::string& level, Floats logits_V, int index) {
-    return log_probability(find_vector(runnable(level)), {logits_V.data(), logits_V.size()}, index);
+    return log_probability(find_sampling(runnable(level)), {logits_V.data(), logits_V.size()}, index);
 }
 
 std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, Bytes buffer, int repeats) {

@@ -17,6 +17,7 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     void split(const float*, int, std::uint16_t*, std::uint16_t*); \
     void attention(const AttentionTask&);                          \
     }
+
 #define GOSSAMER_SAMPLING(level)                                  \
     namespace level {                                             \
     float highest(const float*, int);                             \
@@ -42,6 +43,7 @@ GOSSAMER_MULTIPLY(amx)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
 GOSSAMER_SAMPLING(scalar)
+GOSSAMER_SAMPLING(avx2)
 GOSSAMER_SAMPLING(avx512)
 
 }  // namespace gossamer

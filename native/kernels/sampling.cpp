@@ -49,6 +49,59 @@ int keep(const float* x, int count, float low, float high, float* kept) {
 
 }  // namespace scalar
 
+GOSSAMER_BEGIN_AVX2
+namespace avx2 {
+namespace {
+
+constexpr int kLanes = 8;
+constexpr double kInteger =
+    4503599627370496.0;  // 2^52: a smaller number added to it is rounded, in its low bits
+
+inline __m256i rounded(__m128 x) {
+    return _mm256_castpd_si256(_mm256_add_pd(_mm256_cvtps_pd(x), _mm256_set1_pd(kInteger)));
+}
+
+}  // namespace
+
+float highest(const float* x, int count) {
+    const int whole = count / kLanes * kLanes;
+    float lanes[kLanes + 1];
+    __m256 found = _mm256_set1_ps(-kInfinity), nan = _mm256_setzero_ps();
+    for (int i = 0; i < whole; i += kLanes) {
+        const __m256 here = _mm256_loadu_ps(x + i);
+        nan = _mm256_or_ps(nan, _mm256_cmp_ps(here, here, _CMP_UNORD_Q));
+        found = _mm256_max_ps(here, found);
+    }
+    _mm256_storeu_ps(lanes, _mm256_or_ps(found, nan));  // all bits set: NaN
+    lanes[kLanes] = scalar::highest(x + whole, count - whole);
+    return scalar::highest(lanes, kLanes + 1);
+}
+
+std::uint64_t mass(const float* x, int count, const Softmax& softmax, float low) {
+    const __m256 highest_x = _mm256_set1_ps(softmax.highest), lowest = _mm256_set1_ps(low);
+    const __m256 inverse = _mm256_set1_ps(softmax.inverse_temperature), unit = _mm256_set1_ps(kUnit);
+    const __m256i zero = _mm256_castpd_si256(_mm256_set1_pd(kInteger));
+    const int whole = count / kLanes * kLanes;
+    __m256i sums = _mm256_setzero_si256();
+    for (int i = 0; i < whole; i += kLanes) {
+        const __m256 here = _mm256_loadu_ps(x + i);
+        const __m256 mask = _mm256_cmp_ps(here, lowest, _CMP_GE_OQ);
+        if (_mm256_movemask_ps(mask) == 0) continue;
+        const __m256 weight = exponential_of(_mm256_mul_ps(_mm256_sub_ps(here, highest_x), inverse));
+        const __m256 scaled = _mm256_and_ps(mask, _mm256_mul_ps(weight, unit));
+        const __m256i first = _mm256_sub_epi64(rounded(_mm256_castps256_ps128(scaled)), zero);
+        const __m256i second = _mm256_sub_epi64(rounded(_mm256_extractf128_ps(scaled, 1)), zero);
+        sums = _mm256_add_epi64(sums, _mm256_add_epi64(first, second));
+    }
+    std::uint64_t lanes[4];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums);
+    const std::uint64_t rest = scalar::mass(x + whole, count - whole, softmax, low);
+    return lanes[0] + lanes[1] + lanes[2] + lanes[3] + rest;
+}
+
+}  // namespace avx2
+GOSSAMER_END
+
 GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {

@@ -42,13 +42,6 @@ struct AttentionTask {
     float* out_AE;
 };
 
-// exp((x - highest) / temperature), in masses (sampling.cpp).
-struct Softmax {
-    float highest, inverse_temperature;
-};
-
-constexpr std::uint64_t kMassUnit = std::uint64_t(1) << 40;  // of the highest
-
 // Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
 struct VectorRow {
     Isa isa;
@@ -61,8 +54,20 @@ struct VectorRow {
     // x = high + low, two bfloat16.
     void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
     void (*attention)(const AttentionTask& task);
+};
+
+// exp((x - highest) / temperature).
+struct Softmax {
+    float highest, inverse_temperature;
+};
+
+constexpr std::uint64_t kMassUnit = std::uint64_t(1) << 40;
+
+// What choosing a token reads of a row of logits (sampling.cpp); every level gives the same.
+struct SamplingRow {
+    Isa isa;
     float (*highest)(const float* x, int count);  // NaN when one is
-    // The sum of round(2^40 exp((x - highest) / temperature)) over the x that are at least `low`.
+    // The sum of round(kMassUnit softmax(x)) over the x that are at least `low`; none is above `highest`.
     std::uint64_t (*mass)(const float* x, int count, const Softmax& softmax, float low);
     // Copies those with low <= x < high, in order, to another place with room for all; returns how many.
     int (*keep)(const float* x, int count, float low, float high, float* kept);
@@ -79,11 +84,13 @@ struct ProbeRow {
 
 std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
+std::span<const SamplingRow> sampling_table();
 std::span<const ProbeRow> probe_table();
 
 // The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
+const SamplingRow& find_sampling(Isa isa);
 const ProbeRow& find_probe(Isa isa);
 
 }  // namespace gossamer

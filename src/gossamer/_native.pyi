@@ -134,7 +134,7 @@ def sample(
     """
 
 def log_probability(isa: str, logits_V: np.ndarray, index: int) -> float:
-    """Natural logarithm of the softmax of float32 logits at `index`, to about 1e-7."""
+    """Natural logarithm of the softmax of float32 logits at `index`, within 1e-6."""
 
 def mass(isa: str, x: np.ndarray, highest: float, inverse_temperature: float, low: float) -> int:
     """The sum of round(2^40 exp((x - highest) * inverse_temperature)) over the x that are at least `low`."""

@@ -1,7 +1,8 @@
-"""From logits to the next token, as transformers' logits processors do it, in NumPy.
+"""From logits to the next token, as transformers' logits processors do it.
 
-The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw. Each request
-owns its random generator and draws once a token, so a seed gives the same text alone or in a batch.
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw; from
+temperature on, native/sampling.cpp does it. Each request owns its random generator and draws once a token, so
+a seed gives the same text alone or in a batch.
 """
 
 from collections.abc import Sequence
@@ -80,9 +81,12 @@ def log_probability(logits_V: Logits, index: int) -> float:
 def repetition_penalty(logits_V: Logits, seen: set[int], penalty: float) -> Logits:
     """Divide the positive and multiply the negative logits of ids already seen, prompt included."""
     indices = np.fromiter(seen, dtype=np.int64, count=len(seen))
+    limits = np.finfo(np.float32)
     logits_V = logits_V.copy()
-    values = logits_V[indices]
-    logits_V[indices] = np.where(values < 0, values * penalty, values / penalty)
+    values = logits_V[indices].astype(np.float64)
+    with np.errstate(over="ignore"):
+        values = np.where(values < 0, values * penalty, values / penalty)
+    logits_V[indices] = np.clip(values, limits.min, limits.max)
     return logits_V
 
 
