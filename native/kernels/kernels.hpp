@@ -24,6 +24,13 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     void attention_i8(const AttentionTask&);   \
     }
 
+#define GOSSAMER_SAMPLING(level)                                  \
+    namespace level {                                             \
+    float highest(const float*, int);                             \
+    std::uint64_t mass(const float*, int, const Softmax&, float); \
+    int keep(const float*, int, float, float, float*);            \
+    }
+
 #define GOSSAMER_READ(level)                                           \
     namespace level {                                                  \
     std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t); \
@@ -44,5 +51,8 @@ GOSSAMER_VECTOR(avx512)
 GOSSAMER_ATTENTION(scalar)
 GOSSAMER_ATTENTION(avx2)
 GOSSAMER_ATTENTION(avx512)
+GOSSAMER_SAMPLING(scalar)
+GOSSAMER_SAMPLING(avx2)
+GOSSAMER_SAMPLING(avx512)
 
 }  // namespace gossamer

@@ -20,6 +20,12 @@ constexpr AttentionRow kAttention[] = {
     {Values::i8, Isa::avx512, avx512::attention_i8},
 };
 
+constexpr SamplingRow kSampling[] = {
+    {Isa::scalar, scalar::highest, scalar::mass, scalar::keep},
+    {Isa::avx2, avx2::highest, avx2::mass, scalar::keep},
+    {Isa::avx512, avx512::highest, avx512::mass, avx512::keep},
+};
+
 constexpr ProbeRow kProbe[] = {
     {Isa::scalar, scalar::read, scalar::multiply_int8},
     {Isa::avx2, scalar::read, avx2::multiply_int8},
@@ -46,6 +52,7 @@ std::vector<MatmulRow> matmul_table() {
 }
 std::span<const VectorRow> vector_table() { return kVector; }
 std::span<const AttentionRow> attention_table() { return kAttention; }
+std::span<const SamplingRow> sampling_table() { return kSampling; }
 std::span<const ProbeRow> probe_table() { return kProbe; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated) {
@@ -68,6 +75,7 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emula
 }
 
 const VectorRow& find_vector(Isa isa) { return best(vector_table(), isa); }
+const SamplingRow& find_sampling(Isa isa) { return best(sampling_table(), isa); }
 const ProbeRow& find_probe(Isa isa) { return best(probe_table(), isa); }
 
 const AttentionRow& find_attention(Values values, Isa isa) {
