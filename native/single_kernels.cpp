@@ -216,7 +216,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
                        .scale = float(1.0 / std::sqrt(double(E))),
                        .state = nullptr,
                        .scratch = scratch.data()};
-    const AttentionRow& row = find_attention(layout.values, runnable(level));
+    const AttentionRow& row = find_attention(layout.values, runnable(level), level == kEmulated);
     if (!split) row.attention(task);
     for (int c = 0; split && c < chunks; ++c) {
         task.begin = c, task.end = c + 1, task.state = states.data() + state * c;

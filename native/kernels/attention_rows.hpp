@@ -60,22 +60,28 @@ void product_of_rows(const Rows& a, const Block& b, float* y, std::size_t stride
 // Rows [row, end) of y = a b.
 template <class T>
 void products(const Rows& a, int row, int end, const Block& b, float* y, std::size_t stride) {
-    const auto next = [&](auto function, int count) {
-        function(a.from(row), b, y + row * stride, stride);
-        row += count;
-    };
-    if constexpr (T::kMaxRows == 4) {
-        while (end - row >= 4) next(product_of_rows<T, 4>, 4);
-        if (end - row == 3) next(product_of_rows<T, 3>, 3);
+    if constexpr (requires { T::kTileInputs; }) {
+        T::products(a.from(row), end - row, b, y + row * stride, stride);
+    } else {
+        const auto next = [&](auto function, int count) {
+            function(a.from(row), b, y + row * stride, stride);
+            row += count;
+        };
+        if constexpr (T::kMaxRows == 4) {
+            while (end - row >= 4) next(product_of_rows<T, 4>, 4);
+            if (end - row == 3) next(product_of_rows<T, 3>, 3);
+        }
+        while (end - row >= 2) next(product_of_rows<T, 2>, 2);
+        if (end - row == 1) next(product_of_rows<T, 1>, 1);
     }
-    while (end - row >= 2) next(product_of_rows<T, 2>, 2);
-    if (end - row == 1) next(product_of_rows<T, 1>, 1);
 }
 
 // Makes floats (a multiple of 16, none above `largest` in magnitude) what T multiplies, in place.
 template <class T>
 void pack(float* x, int count, float largest, std::int32_t* offset, float* step) {
-    if constexpr (T::kInputs == 4) {
+    if constexpr (requires { T::kTileInputs; }) {
+        T::pack(x, count);
+    } else if constexpr (T::kInputs == 4) {
         *step = largest / kLargest16;
         *offset = T::pack(x, count, largest > 0 ? kLargest16 / largest : 0);
     }
@@ -145,8 +151,8 @@ void attend(const AttentionTask& task, const Area& area, int chunk, int first, f
         sums[0] = largest_score<T>(scores, count, scales);
     });
     each([&](int row, float* scores, int count, float* sums) {
-        const float most = weigh<T>(scores, count, vectors * kLanes, sums[0], scales, sums + 1);
-        pack<T>(scores, vectors * kLanes, most, area.offsets + rows + row, area.steps + rows + row);
+        const float largest = weigh<T>(scores, count, vectors * kLanes, sums[0], scales, sums + 1);
+        pack<T>(scores, vectors * kLanes, largest, area.offsets + rows + row, area.steps + rows + row);
     });
     const Rows weights{reinterpret_cast<const std::uint8_t*>(area.scores), kChunkPositions * sizeof(float),
                        area.offsets + rows, area.steps + rows};

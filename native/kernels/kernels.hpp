@@ -6,6 +6,7 @@
 namespace gossamer {
 
 extern const MatmulRow kIntegerRows[16], kFloatRows[14];
+extern const AttentionRow kTileAttention, kEmulatedTileAttention;
 extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
 
 #define GOSSAMER_VECTOR(level)                                     \

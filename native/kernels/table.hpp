@@ -102,14 +102,14 @@ struct ProbeRow {
 
 std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
-std::span<const AttentionRow> attention_table();
+std::vector<AttentionRow> attention_table();
 std::span<const SamplingRow> sampling_table();
 std::span<const ProbeRow> probe_table();
 
 // The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
-const AttentionRow& find_attention(Values values, Isa isa);
+const AttentionRow& find_attention(Values values, Isa isa, bool emulated = false);
 const SamplingRow& find_sampling(Isa isa);
 const ProbeRow& find_probe(Isa isa);
 

@@ -21,7 +21,12 @@ constexpr int kVectorTokens = 4;  // up to which vectors straight from the file 
 
 class Emulated {
   public:
-    void begin() {}
+    // Tiles of `rows` tokens and `steps` of four bytes (a row of A, the rows of B). Zeroes them.
+    void begin(int rows = kTileRows, int steps = kTileRows) {
+        std::memset(tiles_, 0, sizeof tiles_);
+        rows_ = rows;
+        steps_ = steps;
+    }
     void end() {}
 
     template <int kTile>
@@ -30,21 +35,22 @@ class Emulated {
     }
     template <int kTile>
     void load(const void* rows, std::size_t stride) {
-        for (int i = 0; i < kTileRows; ++i)
-            std::memcpy(tiles_[kTile][i], static_cast<const char*>(rows) + i * stride, kTileBytes);
+        const int bytes = kTile == 4 || kTile == 5 ? 4 * steps_ : kTileBytes;
+        for (int i = 0; i < (kTile < 6 ? rows_ : steps_); ++i)
+            std::memcpy(tiles_[kTile][i], static_cast<const char*>(rows) + i * stride, bytes);
     }
     template <int kTile>
     void store(void* rows, std::size_t stride) const {
-        for (int i = 0; i < kTileRows; ++i)
+        for (int i = 0; i < rows_; ++i)
             std::memcpy(static_cast<char*>(rows) + i * stride, tiles_[kTile][i], kTileBytes);
     }
     // C += A (unsigned bytes) x B (signed bytes), exact in int32.
     template <int kC, int kA, int kB>
     void multiply_int8() {
-        for (int m = 0; m < kTileRows; ++m) {
+        for (int m = 0; m < rows_; ++m) {
             for (int n = 0; n < 16; ++n) {
                 std::int32_t sum = get<std::int32_t>(kC, m, n);
-                for (int k = 0; k < kTileBytes; ++k)
+                for (int k = 0; k < 4 * steps_; ++k)
                     sum += tiles_[kA][m][k] * std::int8_t(tiles_[kB][k / 4][4 * n + k % 4]);
                 std::memcpy(&tiles_[kC][m][4 * n], &sum, sizeof sum);
             }
@@ -54,10 +60,10 @@ class Emulated {
     template <int kC, int kA, int kB>
     void multiply_bf16() {
         const auto widen = [](std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t(bits) << 16); };
-        for (int m = 0; m < kTileRows; ++m) {
+        for (int m = 0; m < rows_; ++m) {
             for (int n = 0; n < 16; ++n) {
                 float chains[2] = {};
-                for (int k = 0; k < 32; ++k) {
+                for (int k = 0; k < 2 * steps_; ++k) {
                     const float a = widen(get<std::uint16_t>(kA, m, k));
                     const float b = widen(get<std::uint16_t>(kB, k / 2, 2 * n + k % 2));
                     chains[k % 2] = std::fma(a, b, chains[k % 2]);
@@ -75,6 +81,7 @@ class Emulated {
         std::memcpy(&value, &tiles_[tile][row][index * sizeof(T)], sizeof value);
         return value;
     }
+    int rows_ = kTileRows, steps_ = kTileRows;
     std::uint8_t tiles_[8][kTileRows][kTileBytes];
 };
 
@@ -84,16 +91,16 @@ GOSSAMER_BEGIN_AMX
 namespace gossamer::amx {
 
 struct Hardware {
-    // All tiles at their full size. Zeroes them.
-    void begin() {
+    // See Emulated.
+    void begin(int rows = kTileRows, int steps = kTileRows) {
         struct alignas(64) {
             std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
             std::uint16_t bytes_per_row[16] = {};
             std::uint8_t rows[16] = {};
         } config;
         for (int tile = 0; tile < 8; ++tile) {
-            config.bytes_per_row[tile] = kTileBytes;
-            config.rows[tile] = kTileRows;
+            config.bytes_per_row[tile] = tile == 4 || tile == 5 ? 4 * steps : kTileBytes;
+            config.rows[tile] = tile < 6 ? rows : steps;
         }
         __asm__ volatile("" : : "r"(&config) : "memory");  // GCC 12 drops the stores above without it
         _tile_loadconfig(&config);

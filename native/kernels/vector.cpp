@@ -88,6 +88,13 @@ inline __mmask16 first_lanes(int count) {
     return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1);
 }
 
+// The bits of the nearest bfloat16, halves to even, in the low words.
+inline __m512i nearest_bf16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+}
+
 }  // namespace
 
 float largest(const float* x, int count) {
@@ -134,17 +141,11 @@ float quantize(const float* x_K, int count, float largest_x, std::uint8_t* q_K) 
 }
 
 void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
-    const auto round = [](__m512 x) {  // to the nearest bfloat16, halves to even
-        const __m512i bits = _mm512_castps_si512(x);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))),
-                                 16);
-    };
     for (int i = 0; i < count; i += kLanes) {
         const __mmask16 mask = first_lanes(count - i);
         const __m512 x = _mm512_maskz_loadu_ps(mask, x_K + i);
-        const __m512i high = round(x);
-        const __m512i low = round(_mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))));
+        const __m512i high = nearest_bf16(x);
+        const __m512i low = nearest_bf16(_mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16))));
         _mm256_mask_storeu_epi16(high_K + i, mask, _mm512_cvtepi32_epi16(high));
         _mm256_mask_storeu_epi16(low_K + i, mask, _mm512_cvtepi32_epi16(low));
     }
