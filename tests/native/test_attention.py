@@ -70,7 +70,7 @@ def test_new_tokens_see_what_came_before_them(row: dict[str, str], tokens: int) 
 @pytest.mark.skipif("avx512" not in ISAS, reason="the emulation of tiles packs its rows with AVX-512")
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 def test_tiles_equal_numpy(width: int) -> None:
-    """Queries and weights in two bfloat16 each, 2^-16 of their products; row and step blocks of every size."""
+    """Queries and weights in two bfloat16 each: 2^-16 of their products. Blocks of every size."""
     for tokens, heads, before in ((16, 1, 0), (5, 4, 1), (3, 7, 250), (24, 1, 300), (40, 3, 500)):
         q_TAE, k_SE, v_SE = draw(tokens, heads, before + tokens, width)
         found = _native.attention("amx-emulated", "bf16", q_TAE, k_SE, v_SE)
