@@ -1,4 +1,4 @@
-"""Whole models at real shapes, as rows of docs/results: value types beside the read bandwidth and dense float32.
+"""Whole models at real shapes: value types beside read bandwidth, INT8 peak and dense float32.
 
 python benchmarks/decode.py            every job, some minutes and 5 GB of disk at a time
 python benchmarks/decode.py 7b         those whose shape, value types or name contain the word
