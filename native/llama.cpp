@@ -111,6 +111,7 @@ Llama::Llama(const Packed& packed, LlamaConfig config, ThreadPool& pool)
       x_high_(kMaxTokens * input_stride_ * sizeof(std::uint16_t)),
       x_low_(kMaxTokens * input_stride_ * sizeof(std::uint16_t)),
       scales_(std::size_t(std::max(kMaxTokens, pool.size())) * sizeof(float)),
+      largest_(std::size_t(pool.size()) * kMaxTokens * sizeof(float)),
       rotary_(kMaxTokens * std::size_t(config_.head_dim) * sizeof(float)),
       scores_(std::size_t(pool.size())) {
     std::vector<std::pair<std::string, Linear>> all;
@@ -204,8 +205,9 @@ void Llama::decoder_layer(const Pass& pass, int index, int thread) {
     attend(pass, index, thread);
     pool_.barrier();
     for_tokens(T, thread, [&](int t) {
-        prepare(layer.o, attended_.floats() + t * q_stride_, config_.num_heads * config_.head_dim, t, T,
-                thread);
+        const int width = config_.num_heads * config_.head_dim;
+        const float* row = attended_.floats() + t * q_stride_;
+        prepare(layer.o, row, width, kernels_.largest(row, width), t, T, thread);
     });
     multiply(layer.o, T, {product_.floats()}, thread);
     add_to_hidden(layer.o, T, thread);
@@ -215,7 +217,11 @@ void Llama::decoder_layer(const Pass& pass, int index, int thread) {
     activate(layer.gate_up, T, thread);
     pool_.barrier();
     for_tokens(T, thread, [&](int t) {
-        prepare(layer.down, gate_.floats() + t * inner_stride_, config_.intermediate_size, t, T, thread);
+        float largest = 0;
+        for (int i = 0; i < pool_.size(); ++i)
+            largest = std::max(largest, largest_.floats()[std::size_t(i) * kMaxTokens + t]);
+        prepare(layer.down, gate_.floats() + t * inner_stride_, config_.intermediate_size, largest, t, T,
+                thread);
     });
     multiply(layer.down, T, {product_.floats()}, thread);
     add_to_hidden(layer.down, T, thread);
@@ -246,12 +252,15 @@ Activations Llama::inputs(int num_tokens, int thread) const {
 
 // SwiGLU of the rows that this thread has just multiplied, in place of the gate.
 void Llama::activate(const Group& gate_up, int num_tokens, int thread) {
+    float* largest = largest_.floats() + std::size_t(thread) * kMaxTokens;
+    std::fill_n(largest, num_tokens, 0.0f);
     for (const Share& share : gate_up.shares[thread]) {
         const int first = share.begin * kPanelRows;
         const int count = std::min(share.end * kPanelRows, config_.intermediate_size) - first;
         for (int t = 0; t < num_tokens; ++t) {
             float* gate = gate_.floats() + t * inner_stride_ + first;
-            kernels_.swiglu(gate, up_.floats() + t * inner_stride_ + first, count, gate);
+            const float* up = up_.floats() + t * inner_stride_ + first;
+            largest[t] = std::max(largest[t], kernels_.swiglu(gate, up, count, gate));
         }
     }
 }
@@ -311,17 +320,19 @@ void Llama::normalize(const float* weight, const Group& group, int num_tokens, c
     float* row = rows_.floats() + thread * hidden_stride_;
     for_tokens(num_tokens, thread, [&](int t) {
         const float* hidden = hidden_.floats() + (rows ? rows[t] : t) * hidden_stride_;
-        kernels_.rmsnorm(hidden, weight, config_.rms_norm_eps, config_.hidden_size, row);
-        prepare(group, row, config_.hidden_size, t, num_tokens, thread);
+        const float largest =
+            kernels_.rmsnorm(hidden, weight, config_.rms_norm_eps, config_.hidden_size, row);
+        prepare(group, row, config_.hidden_size, largest, t, num_tokens, thread);
     });
 }
 
 // Puts one row of inputs where the group's kernels read it.
-void Llama::prepare(const Group& group, const float* row, int columns, int token, int num_tokens,
-                    int thread) {
+void Llama::prepare(const Group& group, const float* row, int columns, float largest, int token,
+                    int num_tokens, int thread) {
     const std::size_t index = num_tokens == 1 ? std::size_t(thread) : std::size_t(token);
     const std::size_t begin = index * input_stride_, pad = Activations::padded(columns) - columns;
-    if (group.needs_i8) kernels_.quantize(row, columns, x_i8_.bytes() + begin, scales_.floats() + index);
+    if (group.needs_i8)
+        scales_.floats()[index] = kernels_.quantize(row, columns, largest, x_i8_.bytes() + begin);
     if (!group.needs_f32) return;
     float* x = x_.floats() + begin;
     std::copy(row, row + columns, x);

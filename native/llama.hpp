@@ -112,7 +112,8 @@ class Llama {
     void attend_head(const Run& run, int layer, int head, int thread);
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
-    void prepare(const Group& group, const float* row, int columns, int token, int num_tokens, int thread);
+    void prepare(const Group& group, const float* row, int columns, float largest, int token, int num_tokens,
+                 int thread);
     Activations inputs(int num_tokens, int thread) const;
     template <class Work>
     void for_tokens(int num_tokens, int thread, Work work);
@@ -131,7 +132,7 @@ class Llama {
     // Strides of the scratch, in floats.
     std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
     Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_high_, x_low_, scales_,
-        rotary_;
+        largest_, rotary_;
     std::vector<std::vector<float>> scores_;  // of each thread
 };
 

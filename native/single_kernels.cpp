@@ -44,7 +44,7 @@ nb::list kernels() {
     };
     for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
     for (const VectorRow& row : vector_table()) {
-        for (const char* family : {"rmsnorm", "quantize", "split", "swiglu", "attention"})
+        for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "attention"})
             add(family, "f32", "dense", row.isa);
     }
     for (const ProbeRow& row : probe_table()) {
@@ -110,7 +110,7 @@ struct Inputs {
         for (int t = 0; t < T; ++t) {
             const float* row = x_TK.data() + std::size_t(t) * K;
             std::copy(row, row + K, x.data() + t * stride);
-            vectors.quantize(row, K, q.data() + t * stride, &scale[t]);
+            scale[t] = vectors.quantize(row, K, vectors.largest(row, K), q.data() + t * stride);
             vectors.split(row, K, high.data() + t * stride, low.data() + t * stride);
         }
     }
@@ -156,8 +156,10 @@ nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
     const std::size_t T = x_TK.shape(0), K = x_TK.shape(1);
     std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * K]);
     std::unique_ptr<float[]> scale(new float[T]);
+    const VectorRow& row = find_vector(runnable(level));
     for (std::size_t t = 0; t < T; ++t) {
-        find_vector(runnable(level)).quantize(x_TK.data() + t * K, int(K), q.get() + t * K, &scale[t]);
+        const float* x = x_TK.data() + t * K;
+        scale[t] = row.quantize(x, int(K), row.largest(x, int(K)), q.get() + t * K);
     }
     return nb::make_tuple(to_numpy(std::move(q), T, K, K), to_numpy(std::move(scale), T, 1, 1));
 }

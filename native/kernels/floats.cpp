@@ -1,13 +1,14 @@
 // Products of float32 or bfloat16 weights, dense and sparse, and float32 activations.
 //
-//   y[t, n] = sum over even k of w[n, k] x[t, k]  +  sum over odd k of w[n, k] x[t, k]
+//   y[t, n] = sum_k w[n, k] x[t, k], in chains c[k mod 2 I] of fused multiply-adds in the order of k, where a
+//   vector has I inputs of 16 rows: f32 (I = 1) y = c0 + c1, bf16 (I = 2) y = (c0 + c1) + (c2 + c3)
 //
-// Two chains of fused multiply-adds in the order of k, added at the end: the same on every level but amx, for
-// any number of tokens and threads, dense or sparse (a product with 0 changes no sum). f32: a vector is 16
-// rows x 1 input. bf16: 16 rows x 2 inputs, widened by a shift and a mask (`vdpbf16ps` takes two cycles and
-// rounds x). Bound by memory for one token: 64 bytes a dense vector; at 70% zeros 21 (f32) and 23 (bf16)
-// bytes, for some 3 and 5 cycles. Above 4 tokens a run of vectors is expanded once for blocks of 6 tokens.
-// `amx` (bf16): x is split into two bfloat16, x = high + low, a product each: y to about 2^-16 of sum |w x|.
+// The order is the same on every level but amx, for any number of tokens and threads, dense or sparse (a
+// product with 0 changes no sum). A bf16 vector is widened by a shift and a mask (`vdpbf16ps` takes two
+// cycles and rounds x). A chain for each input of a pair of vectors hides the 4 cycles of a multiply-add.
+// Bound by memory for one token: 64 bytes a dense vector; at 70% zeros 21 (f32) and 23 (bf16) bytes. Above 4
+// tokens a run of vectors is expanded once for blocks of tokens. `amx` (bf16): x is split into two bfloat16,
+// x = high + low, a product each: y to about 2^-16 of sum |w x|.
 
 #include <algorithm>
 #include <bit>
@@ -37,7 +38,7 @@ void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_
     };
     for (int panel = begin; panel < end; ++panel) {
         for (int t = 0; t < x.num_tokens; ++t) {
-            float chains[2][kPanelRows] = {};
+            float chains[2 * kInputs][kPanelRows] = {};
             const std::uint8_t* position = w.panel(panel);
             for (int first = 0; first < w.num_vectors(); first += kGroupVectors) {
                 const int count = std::min(kGroupVectors, w.num_vectors() - first);
@@ -46,13 +47,16 @@ void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_
                 for (int i = 0; i < count * kPanelRows * kInputs; ++i) {
                     const int row = i / kInputs % kPanelRows;
                     const int k = (first + i / (kPanelRows * kInputs)) * kInputs + i % kInputs;
-                    float& sum = chains[k % 2][row];
+                    float& sum = chains[k % (2 * kInputs)][row];
                     sum =
                         std::fma(widen(expanded + i * bytes_per_value(kValues)), x.x[t * x.stride + k], sum);
                 }
             }
             float* y = y_TN + t * stride + panel * kPanelRows;
-            for (int row = 0; row < kPanelRows; ++row) y[row] = chains[0][row] + chains[1][row];
+            for (int row = 0; row < kPanelRows; ++row) {
+                y[row] = chains[0][row] + chains[1][row];
+                if (kInputs == 2) y[row] += chains[2][row] + chains[3][row];
+            }
         }
     }
 }
@@ -63,44 +67,49 @@ GOSSAMER_BEGIN_AVX2
 namespace avx2 {
 namespace {
 
-constexpr int kTokens = 2;
+constexpr int kTokens = 3;
 
-// 8 rows of two consecutive inputs.
-struct Weights {
-    __m256 even, odd;
-};
-
-// Rows 8 * half and up of inputs 2 i and 2 i + 1 of expanded vectors.
+// The chains of 8 rows.
 template <Values kValues>
-inline Weights load_weights(const std::uint8_t* weights, int i, int half) {
-    if constexpr (kValues == Values::f32) {
-        const float* rows = reinterpret_cast<const float*>(weights) + 32 * i + 8 * half;
-        return {_mm256_loadu_ps(rows), _mm256_loadu_ps(rows + 16)};
-    } else {
-        const auto* rows = reinterpret_cast<const __m256i*>(weights) + 2 * i + half;
-        const __m256i both = _mm256_loadu_si256(rows), high = _mm256_set1_epi32(std::int32_t(0xFFFF0000));
-        return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)),
-                _mm256_castsi256_ps(_mm256_and_si256(both, high))};
+using Chains = __m256[2 * inputs_per_vector(kValues)];
+
+// Adds the products of a run of expanded vectors (an even number) to the sums of T tokens, 8 rows from
+// `half`.
+template <Values kValues, int T>
+void add_chunk(const std::uint8_t* weights, int count, const float* x, std::size_t stride,
+               Chains<kValues> (*sums)[2], int half) {
+    constexpr int kInputs = inputs_per_vector(kValues);
+    __m256 acc[T][2 * kInputs];
+    unrolled<2 * kInputs * T>([&](auto i) { acc[i % T][i / T] = sums[i % T][half][i / T]; });
+    RowPointers<float, T> inputs(x, stride);
+    for (int v = 0; v < count; v += 2, inputs.advance(2 * kInputs)) {
+        const __m256i* rows = reinterpret_cast<const __m256i*>(weights + v * kVectorBytes) + half;
+        unrolled<2 * kInputs * T>([&](auto i) {
+            constexpr int kChain = i / T, kToken = i % T;
+            __m256i bits = _mm256_loadu_si256(rows + kChain / kInputs * 2);
+            if constexpr (kInputs == 2) {
+                bits = kChain % 2 ? _mm256_and_si256(bits, _mm256_set1_epi32(std::int32_t(0xFFFF0000)))
+                                  : _mm256_slli_epi32(bits, 16);
+            }
+            acc[kToken][kChain] =
+                _mm256_fmadd_ps(_mm256_castsi256_ps(bits), _mm256_broadcast_ss(inputs.row(kToken) + kChain),
+                                acc[kToken][kChain]);
+        });
     }
+    unrolled<2 * kInputs * T>([&](auto i) { sums[i % T][half][i / T] = acc[i % T][i / T]; });
 }
 
-// Adds the products of `num_pairs` pairs of inputs to sums [T][2 halves][2 chains].
+// As many tokens as are left, T at a time.
 template <Values kValues, int T>
-void add_chunk(const std::uint8_t* weights, int num_pairs, const float* x, std::size_t stride,
-               __m256 (*sums)[2][2]) {
-    __m256 acc[T][2][2];
-    std::memcpy(acc, sums, sizeof acc);
-    for (int i = 0; i < num_pairs; ++i, x += 2) {
-        for (int half = 0; half < 2; ++half) {
-            const Weights w = load_weights<kValues>(weights, i, half);
-            for (int t = 0; t < T; ++t) {
-                const float* inputs = x + t * stride;
-                acc[t][half][0] = _mm256_fmadd_ps(w.even, _mm256_broadcast_ss(inputs), acc[t][half][0]);
-                acc[t][half][1] = _mm256_fmadd_ps(w.odd, _mm256_broadcast_ss(inputs + 1), acc[t][half][1]);
-            }
-        }
+void add_tokens(const std::uint8_t* weights, int count, const float* x, std::size_t stride,
+                Chains<kValues> (*sums)[2], int token, int tokens) {
+    for (; token + T <= tokens; token += T) {
+        for (int half = 0; half < 2; ++half)
+            add_chunk<kValues, T>(weights, count, x + token * stride, stride, sums + token, half);
     }
-    std::memcpy(sums, acc, sizeof acc);
+    if constexpr (T > 1) {
+        if (token < tokens) add_tokens<kValues, T - 1>(weights, count, x, stride, sums, token, tokens);
+    }
 }
 
 }  // namespace
@@ -108,7 +117,7 @@ void add_chunk(const std::uint8_t* weights, int num_pairs, const float* x, std::
 template <Values kValues, Storage kStorage>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
     alignas(32) std::uint8_t expanded[kChunkVectors * kVectorBytes];
-    __m256 sums[kSuperBlock][2][2];
+    Chains<kValues> sums[kSuperBlock][2];  // [token][half of the rows]
     for (int panel = begin; panel < end; ++panel) {
         for (int origin = 0; origin < x.num_tokens; origin += kSuperBlock) {
             const int tokens = std::min(kSuperBlock, x.num_tokens - origin);
@@ -125,18 +134,19 @@ void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_
                     std::memcpy(expanded, position + std::size_t(v) * kVectorBytes, count * kVectorBytes);
                 }
                 if (count % 2) std::memset(expanded + count * kVectorBytes, 0, kVectorBytes);
-                const int pairs = kValues == Values::f32 ? (count + 1) / 2 : count;
                 const float* inputs = x.x + origin * x.stride + std::size_t(v) * inputs_per_vector(kValues);
-                int t = 0;
-                for (; t + kTokens <= tokens; t += kTokens)
-                    add_chunk<kValues, kTokens>(weights, pairs, inputs + t * x.stride, x.stride, sums + t);
-                for (; t < tokens; ++t)
-                    add_chunk<kValues, 1>(weights, pairs, inputs + t * x.stride, x.stride, sums + t);
+                add_tokens<kValues, kTokens>(weights, int(round_up(count, 2)), inputs, x.stride, sums, 0,
+                                             tokens);
             }
             for (int t = 0; t < tokens; ++t) {
                 float* y = y_TN + (origin + t) * stride + panel * kPanelRows;
-                for (int half = 0; half < 2; ++half)
-                    _mm256_storeu_ps(y + 8 * half, _mm256_add_ps(sums[t][half][0], sums[t][half][1]));
+                for (int half = 0; half < 2; ++half) {
+                    const __m256* chains = sums[t][half];
+                    __m256 sum = _mm256_add_ps(chains[0], chains[1]);
+                    if constexpr (kValues == Values::bf16)
+                        sum = _mm256_add_ps(sum, _mm256_add_ps(chains[2], chains[3]));
+                    _mm256_storeu_ps(y + 8 * half, sum);
+                }
             }
         }
     }
@@ -149,117 +159,104 @@ GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {
 
-constexpr int kFewTokens = 4, kTokens = 6;  // up to kFewTokens vectors come straight from the file
-
-// 16 rows of two consecutive inputs.
-struct Weights {
-    __m512 even, odd;
-};
-
-inline Weights widen(__m512i both) {
-    const __m512i high = _mm512_set1_epi32(std::int32_t(0xFFFF0000));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(both, high))};
-}
-
-// The two chains of 16 rows for T tokens.
-template <int T>
+// The chains of 16 rows for T tokens: [vector of a pair][input of a vector][token].
+template <Values kValues, int T>
 struct Chains {
-    __m512 even[T], odd[T];
+    static constexpr int kInputs = inputs_per_vector(kValues), kCount = 2 * kInputs;
+    __m512 sums[kCount][T];
 
-    [[gnu::always_inline]] inline void add(Weights w, const RowPointers<float, T>& x, int skip) {
-        unrolled<T>([&](auto t) {
-            even[t] = _mm512_fmadd_ps(w.even, _mm512_set1_ps(x.row(t)[skip]), even[t]);
-            odd[t] = _mm512_fmadd_ps(w.odd, _mm512_set1_ps(x.row(t)[skip + 1]), odd[t]);
+    // Multiplies vector `parity` of a pair with its inputs, from x.row(t)[parity * kInputs] on.
+    template <int kParity>
+    [[gnu::always_inline]] inline void add(__m512i vector, const RowPointers<float, T>& x) {
+        const __m512i high = _mm512_set1_epi32(std::int32_t(0xFFFF0000));
+        __asm__("" : "+v"(vector));  // one load for both of its uses
+        unrolled<kInputs * T>([&](auto i) {
+            constexpr int kInput = i / T, kToken = i % T, kChain = kParity * kInputs + kInput;
+            __m512i bits = vector;
+            if (kInputs == 2) bits = kInput ? _mm512_and_si512(vector, high) : _mm512_slli_epi32(vector, 16);
+            __m512& sum = sums[kChain][kToken];
+            sum = _mm512_fmadd_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(x.row(kToken)[kChain]), sum);
         });
+    }
+    __m512 total(int t) const {
+        __m512 sum = _mm512_add_ps(sums[0][t], sums[1][t]);
+        if constexpr (kCount == 4) sum = _mm512_add_ps(sum, _mm512_add_ps(sums[2][t], sums[3][t]));
+        return sum;
     }
 };
 
 // One panel for T tokens, straight from the file.
 template <Values kValues, Storage kStorage, int T>
 void few(const Linear& w, int panel, const Activations& x, float* y, std::size_t stride) {
+    using Sums = Chains<kValues, T>;
     Reader<kValues, kStorage> reader{w.panel(panel)};
     RowPointers<float, T> inputs(x.x, x.stride);
-    Chains<T> chains;
-    unrolled<T>([&](auto t) { chains.even[t] = chains.odd[t] = _mm512_setzero_ps(); });
-    if constexpr (kValues == Values::f32) {
-        reader.read(
-            w.num_vectors(),
-            [&](__m512i a, __m512i b) {
-                chains.add({_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)}, inputs, 0);
-                inputs.advance(2);
-            },
-            [&](__m512i a) { chains.add({_mm512_castsi512_ps(a), _mm512_setzero_ps()}, inputs, 0); });
-    } else {
-        reader.read(
-            w.num_vectors(),
-            [&](__m512i a, __m512i b) {
-                chains.add(widen(a), inputs, 0);
-                chains.add(widen(b), inputs, 2);
-                inputs.advance(4);
-            },
-            [&](__m512i a) { chains.add(widen(a), inputs, 0); });
-    }
-    unrolled<T>(
-        [&](auto t) { _mm512_storeu_ps(y + t * stride, _mm512_add_ps(chains.even[t], chains.odd[t])); });
+    Sums chains;
+    unrolled<Sums::kCount * T>([&](auto i) { chains.sums[i / T][i % T] = _mm512_setzero_ps(); });
+    reader.read(
+        w.num_vectors(),
+        [&](__m512i a, __m512i b) {
+            chains.template add<0>(a, inputs);
+            chains.template add<1>(b, inputs);
+            inputs.advance(Sums::kCount);
+        },
+        [&](__m512i a) { chains.template add<0>(a, inputs); });
+    unrolled<T>([&](auto t) { _mm512_storeu_ps(y + t * stride, chains.total(t)); });
 }
 
-// Adds the products of `num_pairs` pairs of inputs of R panels and T tokens to sums [R][kSuperBlock][2].
+// Adds the products of `count` expanded vectors (an even number) of R panels and T tokens to
+// sums [R][token][chain].
 template <Values kValues, int R, int T>
-void add_chunk(const std::uint8_t* const* weights, int num_pairs, const float* x, std::size_t stride,
-               __m512 (*sums)[2 * kSuperBlock], int token) {
-    Chains<T> chains[R];
+void add_chunk(const std::uint8_t* const* weights, int count, const float* x, std::size_t stride,
+               __m512 (*sums)[Chains<kValues, T>::kCount * kSuperBlock], int token) {
+    using Sums = Chains<kValues, T>;
+    constexpr int kEach = Sums::kCount * T;
+    Sums chains[R];
     const std::uint8_t* rows[R];
     for (int r = 0; r < R; ++r) rows[r] = weights[r];
-    unrolled<R * T>([&](auto i) {
-        const __m512* sum = sums[i / T] + 2 * (token + i % T);
-        chains[i / T].even[i % T] = sum[0];
-        chains[i / T].odd[i % T] = sum[1];
+    unrolled<R * kEach>([&](auto i) {
+        constexpr int kChain = i % kEach / T, kToken = i % T;
+        chains[i / kEach].sums[kChain][kToken] = sums[i / kEach][Sums::kCount * (token + kToken) + kChain];
     });
     RowPointers<float, T> inputs(x, stride);
-    for (int i = 0; i < num_pairs; ++i, inputs.advance(2)) {
+    for (int v = 0; v < count; v += 2, inputs.advance(Sums::kCount)) {
         for (int r = 0; r < R; ++r) {
-            if constexpr (kValues == Values::f32) {
-                const float* pair = reinterpret_cast<const float*>(rows[r]) + 32 * i;
-                chains[r].add({_mm512_loadu_ps(pair), _mm512_loadu_ps(pair + 16)}, inputs, 0);
-            } else {
-                const __m512i both = _mm512_loadu_si512(rows[r] + std::size_t(i) * kVectorBytes);
-                chains[r].add(widen(both), inputs, 0);
-            }
+            const std::uint8_t* pair = rows[r] + std::size_t(v) * kVectorBytes;
+            chains[r].template add<0>(_mm512_loadu_si512(pair), inputs);
+            chains[r].template add<1>(_mm512_loadu_si512(pair + kVectorBytes), inputs);
         }
     }
-    unrolled<R * T>([&](auto i) {
-        __m512* sum = sums[i / T] + 2 * (token + i % T);
-        sum[0] = chains[i / T].even[i % T];
-        sum[1] = chains[i / T].odd[i % T];
+    unrolled<R * kEach>([&](auto i) {
+        constexpr int kChain = i % kEach / T, kToken = i % T;
+        sums[i / kEach][Sums::kCount * (token + kToken) + kChain] = chains[i / kEach].sums[kChain][kToken];
     });
 }
 
 // As many tokens as are left, T at a time.
-template <Values kValues, int R, int T>
-void add_tokens(const std::uint8_t* const* weights, int num_pairs, const float* x, std::size_t stride,
-                __m512 (*sums)[2 * kSuperBlock], int token, int tokens) {
+template <Values kValues, int R, int T, int kNumSums>
+void add_tokens(const std::uint8_t* const* weights, int count, const float* x, std::size_t stride,
+                __m512 (*sums)[kNumSums], int token, int tokens) {
     for (; token + T <= tokens; token += T)
-        add_chunk<kValues, R, T>(weights, num_pairs, x + token * stride, stride, sums, token);
+        add_chunk<kValues, R, T>(weights, count, x + token * stride, stride, sums, token);
     if constexpr (T > 1) {
         if (token < tokens)
-            add_tokens<kValues, R, (T + 1) / 2>(weights, num_pairs, x, stride, sums, token, tokens);
+            add_tokens<kValues, R, (T + 1) / 2>(weights, count, x, stride, sums, token, tokens);
     }
 }
 
-// How expanded vectors meet many tokens: here by multiply-adds, in two chains.
+// How expanded vectors meet many tokens: here by multiply-adds, 24 sums in registers.
 template <Values kValues>
 struct VectorUnit {
+    static constexpr int kFewTokens = 4;            // up to which vectors come straight from the file
     static constexpr int kVectors = kChunkVectors;  // of a panel, expanded at a time
     static constexpr int kMultiple = 2;             // their number is filled up to a multiple of this
-    static constexpr int kChains = 2;
+    static constexpr int kChains = Chains<kValues, 1>::kCount;
 
     template <int R>
     void add(const std::uint8_t* const* weights, int count, const Activations& x, int origin, int input,
              __m512 (*sums)[kChains * kSuperBlock], int tokens) const {
-        const int pairs = count * inputs_per_vector(kValues) / 2;
-        add_tokens<kValues, R, kTokens>(weights, pairs, x.x + origin * x.stride + input, x.stride, sums, 0,
-                                        tokens);
+        add_tokens<kValues, R, 12 / kChains>(weights, count, x.x + origin * x.stride + input, x.stride, sums,
+                                             0, tokens);
     }
 };
 
@@ -292,8 +289,10 @@ void many(const Linear& w, int panel, const Activations& x, int origin, Unit& un
     }
     for (int r = 0; r < R; ++r) {
         for (int t = 0; t < tokens; ++t) {
-            __m512 sum = sums[r][Unit::kChains * t];
-            if (Unit::kChains == 2) sum = _mm512_add_ps(sum, sums[r][Unit::kChains * t + 1]);
+            const __m512* chains = sums[r] + Unit::kChains * t;
+            __m512 sum = chains[0];
+            if constexpr (Unit::kChains > 1) sum = _mm512_add_ps(sum, chains[1]);
+            if constexpr (Unit::kChains > 2) sum = _mm512_add_ps(sum, _mm512_add_ps(chains[2], chains[3]));
             _mm512_storeu_ps(y_TN + (origin + t) * stride + (panel + r) * kPanelRows, sum);
         }
     }
@@ -307,7 +306,7 @@ void matmul_on(Unit&& unit, const Linear& w, int begin, int end, const Activatio
             few<kValues, kStorage, T>(w, panel, x, y_TN + panel * kPanelRows, stride);
     };
     bool done = false;
-    unrolled<kFewTokens>([&](auto i) {
+    unrolled<Unit::kFewTokens>([&](auto i) {
         if (x.num_tokens == i + 1) all_few(std::integral_constant<int, i + 1>()), done = true;
     });
     if (done) return;
@@ -360,7 +359,7 @@ void multiply_block(Tiles& tiles, const std::uint8_t* const* weights, int count,
 template <class Tiles>
 class TileUnit {
   public:
-    static constexpr int kVectors = 256, kMultiple = kTileRows, kChains = 1;
+    static constexpr int kFewTokens = 0, kVectors = 256, kMultiple = kTileRows, kChains = 1;
 
     TileUnit() { tiles_.begin(); }
     ~TileUnit() { tiles_.end(); }
@@ -383,6 +382,8 @@ class TileUnit {
 
 template <Storage kStorage, class Tiles>
 void matmul_bf16(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
+    if (x.num_tokens <= kVectorTokens)
+        return avx512::matmul<Values::bf16, kStorage>(w, begin, end, x, y_TN, stride);
     avx512::matmul_on<Values::bf16, kStorage>(TileUnit<Tiles>(), w, begin, end, x, y_TN, stride);
 }
 

@@ -391,7 +391,7 @@ void multiply_block(Tiles& tiles, const std::uint8_t* const* weights, int count,
 template <class Tiles>
 class TileUnit {
   public:
-    static constexpr int kFewTokens = 4, kVectors = 256, kMultiple = kTileRows;
+    static constexpr int kFewTokens = 0, kVectors = 256, kMultiple = kTileRows;
 
     TileUnit() { tiles_.begin(); }
     ~TileUnit() { tiles_.end(); }
@@ -414,12 +414,16 @@ class TileUnit {
 
 template <Values kValues, Storage kStorage, class Tiles>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
+    if (x.num_tokens <= kVectorTokens)
+        return avx512::matmul<kValues, kStorage>(w, begin, end, x, y_TN, stride);
     avx512::matmul_on<kValues, kStorage>(TileUnit<Tiles>(), w, begin, end, x, y_TN, stride);
 }
 
 template <Values kValues, Storage kStorage, class Tiles>
 void accumulate(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                 std::size_t stride) {
+    if (x.num_tokens <= kVectorTokens)
+        return avx512::accumulate<kValues, kStorage>(w, begin, end, x, acc_TN, stride);
     avx512::accumulate_on<kValues, kStorage>(TileUnit<Tiles>(), w, begin, end, x, acc_TN, stride);
 }
 

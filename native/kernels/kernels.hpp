@@ -10,10 +10,11 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
 
 #define GOSSAMER_VECTOR(level)                                     \
     namespace level {                                              \
-    void rmsnorm(const float*, const float*, float, int, float*);  \
-    void quantize(const float*, int, std::uint8_t*, float*);       \
+    float rmsnorm(const float*, const float*, float, int, float*); \
+    float swiglu(const float*, const float*, int, float*);         \
+    float largest(const float*, int);                              \
+    float quantize(const float*, int, float, std::uint8_t*);       \
     void split(const float*, int, std::uint16_t*, std::uint16_t*); \
-    void swiglu(const float*, const float*, int, float*);          \
     void attention(const AttentionTask&);                          \
     }
 

@@ -6,8 +6,10 @@ namespace gossamer {
 namespace {
 
 constexpr VectorRow kVector[] = {
-    {Isa::scalar, scalar::rmsnorm, scalar::quantize, scalar::split, scalar::swiglu, scalar::attention},
-    {Isa::avx512, avx512::rmsnorm, avx512::quantize, avx512::split, avx512::swiglu, avx512::attention},
+    {Isa::scalar, scalar::rmsnorm, scalar::swiglu, scalar::largest, scalar::quantize, scalar::split,
+     scalar::attention},
+    {Isa::avx512, avx512::rmsnorm, avx512::swiglu, avx512::largest, avx512::quantize, avx512::split,
+     avx512::attention},
 };
 
 constexpr ProbeRow kProbe[] = {

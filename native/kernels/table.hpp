@@ -45,12 +45,14 @@ struct AttentionTask {
 // Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
 struct VectorRow {
     Isa isa;
-    void (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
-    // Writes q + 128 and the scale max|x| / 127.5.
-    void (*quantize)(const float* x_K, int count, std::uint8_t* q_K, float* scale);
+    // Both return max|y|, so that quantizing y reads it only once more.
+    float (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
+    float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
+    float (*largest)(const float* x, int count);                               // max|x|
+    // Writes q + 128 and returns the scale, max|x| / 127.5.
+    float (*quantize)(const float* x_K, int count, float largest, std::uint8_t* q_K);
     // x = high + low, two bfloat16.
     void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
-    void (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
     void (*attention)(const AttentionTask& task);
 };
 

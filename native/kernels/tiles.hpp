@@ -17,6 +17,7 @@
 namespace gossamer::amx {
 
 constexpr int kTileRows = 16, kTileBytes = 64;
+constexpr int kVectorTokens = 4;  // up to which vectors straight from the file are as fast
 
 class Emulated {
   public:

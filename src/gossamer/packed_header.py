@@ -79,11 +79,12 @@ class Layer:
     def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...] | None]]:
         """Name -> (dtype, shape) of the tensors that hold the layer.
 
-        An int4 stream has no shape: how long it is depends on where the nonzero weights lie.
+        An int4 stream has no shape: its length depends on where the nonzero weights lie (`stream_range`).
         """
         if self.storage == "sparse":
+            least, most = self.stream_range()
             found: dict[str, tuple[str, tuple[int, ...] | None]] = {
-                f"{name}.weight.stream": ("U8", self._stream_shape()),
+                f"{name}.weight.stream": ("U8", (least,) if least == most else None),
                 f"{name}.weight.offsets": ("U64", (streams.num_offsets(self.rows),)),
             }
         else:
@@ -97,11 +98,12 @@ class Layer:
             found[f"{name}.weight_sum"] = ("I32", (self.padded_rows,))
         return found
 
-    def _stream_shape(self) -> tuple[int] | None:
-        if self.values == "i4":
-            return None
-        value_bytes = self.nonzeros * WEIGHT_DTYPES[self.values].itemsize
-        return (streams.stream_bytes(self.values, self.rows, self.columns, value_bytes),)
+    def stream_range(self) -> tuple[int, int]:
+        """Least and most bytes of a stream: of int4, all bytes may hold two weights, or one."""
+        most = self.nonzeros * WEIGHT_DTYPES[self.values].itemsize
+        least = -(-most // 2) if self.values == "i4" else most
+        size = (self.values, self.rows, self.columns)
+        return streams.stream_bytes(*size, least), streams.stream_bytes(*size, most)
 
 
 def norm_tensors(architecture: Llama) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -308,9 +310,15 @@ def check_tensors(
         raise FormatError(f"{source}: the file {state} tensor {different[0]!a}")
     for name, (dtype, shape) in expected.items():
         found = tensors[name]
-        if found.dtype != dtype or (len(found.shape) != 1 if shape is None else found.shape != shape):
-            expected_shape = "[bytes]" if shape is None else list(shape)
+        if found.dtype != dtype or found.shape != (shape or (found.nbytes,)):
             raise FormatError(
                 f"{source}: tensor {name} is {found.dtype} {list(found.shape)}; "
-                f"expected {dtype} {expected_shape}"
+                f"expected {dtype} {list(shape) if shape else '[bytes]'}"
+            )
+    for name, layer in layers.items():
+        stream, (least, most) = tensors.get(f"{name}.weight.stream"), layer.stream_range()
+        if stream is not None and not least <= stream.nbytes <= most:
+            raise FormatError(
+                f"{source}: {name} is a stream of {stream.nbytes} bytes; {layer.nonzeros} nonzero weights of "
+                f"{layer.values} take {least} to {most}"
             )

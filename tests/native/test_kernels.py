@@ -97,6 +97,23 @@ def test_product_equals_numpy(
             assert (np.abs(y_TN - x_TK @ asked.w_NK.T) <= bound_TN).all()
 
 
+@pytest.mark.parametrize("seed", range(2000 if os.environ.get("GOSSAMER_TORTURE") else 25))
+def test_random_products_equal_the_specification(seed: int) -> None:
+    """Any cell, shape, sparsity and number of tokens: what scalar code computes, to the bit but for tiles."""
+    rng = np.random.default_rng(seed)
+    values, storage = CELLS[rng.integers(len(CELLS))]
+    shape = int(rng.integers(1, 120)), int(rng.integers(1, 1500))
+    asked = problem(values, storage, shape, float(rng.random()), rng)
+    x_TK = rng.standard_normal((int(rng.integers(1, 40)), shape[1])).astype(np.float32)
+    expected_TN = _native.matmul("scalar", **asked.matrix.arguments, x_TK=x_TK)
+    for isa in (*RUNNABLE, *EMULATED):
+        found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
+        if isa.startswith("amx") and values == "bf16":
+            assert (np.abs(found_TN - expected_TN) <= 2.0**-15 * (np.abs(x_TK) @ np.abs(asked.w_NK.T))).all()
+        else:
+            np.testing.assert_array_equal(found_TN, expected_TN)
+
+
 @pytest.mark.parametrize(("values", "storage"), CELLS, ids="-".join)
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 def test_sums_are_the_same_bits_on_every_level(values: str, storage: str, tokens: int) -> None:

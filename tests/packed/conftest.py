@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gossamer.architecture import Llama
-from gossamer.packed import Layer, PackedWriter
+from gossamer.packed import Layer, PackedWriter, Storage
 from packed.matrices import random_matrix, random_multipliers
 
 CONFIG = {
@@ -54,13 +54,13 @@ class Synthetic:
             factor_NK = np.repeat(multiplier_NG.astype(np.int32), 128, axis=1)[:, : shape[1]]
             self.stored[name] = (self.written[name] * factor_NK).astype(np.int8)
 
-    def write(self, writer: PackedWriter, name: str) -> Layer:
+    def write(self, writer: PackedWriter, name: str, storage: Storage = "auto") -> Layer:
         w_NK = self.written[name]
         if self.values[name] == "i8":
-            return writer.int8(name, w_NK, self.scales[name])
+            return writer.int8(name, w_NK, self.scales[name], storage)
         if self.values[name] == "i4":
-            return writer.int4(name, w_NK, self.multipliers[name], self.scales[name])
-        return writer.floats(name, w_NK)
+            return writer.int4(name, w_NK, self.multipliers[name], self.scales[name], storage)
+        return writer.floats(name, w_NK, storage)
 
 
 def write_synthetic(path: Path, config: dict[str, Any] = CONFIG, seed: int = 0) -> Synthetic:
@@ -90,3 +90,8 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
 @pytest.fixture(scope="session")
 def make_synthetic() -> Callable[..., Synthetic]:
     return write_synthetic
+
+
+@pytest.fixture(scope="session")
+def make_empty() -> type[Synthetic]:
+    return Synthetic

@@ -11,21 +11,7 @@ import pytest
 
 from gossamer.errors import FormatError
 from gossamer.packed import Packed
-
-Header = dict[str, Any]
-
-
-def split(path: Path) -> tuple[Header, bytes]:
-    content = path.read_bytes()
-    begin = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:begin]), content[begin:]
-
-
-def join(path: Path, header: Header | str, data: bytes) -> Path:
-    text = (header if isinstance(header, str) else json.dumps(header)).encode()
-    text += b" " * (-(8 + len(text)) % 64)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return path
+from packed.damage import I4, Header, Q, join, set_layer, split
 
 
 def read_all(path: Path) -> None:
@@ -86,10 +72,6 @@ def test_flipped_data_bytes_never_crash(synthetic: Any, tmp_path: Path) -> None:
     assert refused > 5
 
 
-Q = "model.layers.1.mlp.up_proj"  # sparse int8
-I4 = "model.layers.1.mlp.down_proj"  # sparse int4
-
-
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
     "original_max_position_embeddings": 64,
@@ -103,13 +85,6 @@ def set_version(header: Header, version: Any) -> None:
 def set_config(header: Header, **changes: Any) -> None:
     metadata = header["__metadata__"]
     metadata["config"] = json.dumps(json.loads(metadata["config"]) | changes)
-
-
-def set_layer(header: Header, name: str = Q, **changes: Any) -> None:
-    metadata = header["__metadata__"]
-    table = json.loads(metadata["layers"])
-    table[name] = {**table[name], **changes}
-    metadata["layers"] = json.dumps(table)
 
 
 def set_table(header: Header, **changes: Any) -> None:
@@ -271,16 +246,6 @@ def test_unaligned_data_are_refused(synthetic: Any, tmp_path: Path) -> None:
     )
     with pytest.raises(FormatError, match="expected a multiple of 64"):
         Packed.open(path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_bad_scales_are_refused(value: float, synthetic: Any, tmp_path: Path) -> None:
-    path, stored = tmp_path / "scale.goss", Packed.open(synthetic.path).tensors[f"{Q}.weight_scale"]
-    content = bytearray(synthetic.path.read_bytes())
-    content[stored.offset + 4 : stored.offset + 8] = np.float32(value).tobytes()
-    path.write_bytes(content)
-    with pytest.raises(FormatError, match="scales must be finite"):
-        Packed.open(path).linear(Q)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

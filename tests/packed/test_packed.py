@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 
 import gossamer
 from gossamer import panels, streams
+from gossamer.architecture import Llama
 from gossamer.packed import EMBEDDING, Packed, PackedWriter, smaller_storage
 from packed.matrices import VALUES, random_matrix
 
@@ -41,6 +44,48 @@ def test_everything_reads_back(synthetic: Any) -> None:
     packed.check()
     widened = synthetic.stored[EMBEDDING].astype(np.uint32) << 16
     assert np.array_equal(packed.linear(EMBEDDING).view(np.uint32), widened)
+
+
+@seed(20240509)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    hidden=st.integers(1, 70), inner=st.integers(1, 300), head=st.integers(1, 12),
+    vocabulary=st.integers(3, 40), types=st.lists(st.sampled_from(VALUES), min_size=7, max_size=7),
+    number=st.integers(0, 2**32), storage=st.sampled_from(["auto", "sparse", "dense"]),
+    sparsity=st.sampled_from([0, 0.5, 0.9, 1]),
+)  # fmt: skip
+def test_any_model_reads_back(
+    hidden: int, inner: int, head: int, vocabulary: int, types: list[str], number: int, storage: Any,
+    sparsity: float, make_empty: Callable, synthetic: Any, tmp_path: Path,
+) -> None:  # fmt: skip
+    """All types and storages in matrices of any shape, through a file, bit for bit."""
+    config = Packed.open(synthetic.path).config | {
+        "hidden_size": hidden, "intermediate_size": inner, "head_dim": 2 * head, "vocab_size": vocabulary,
+        "num_hidden_layers": 1, "tie_word_embeddings": True,
+    }  # fmt: skip
+    made, llama = make_empty(tmp_path / "any.goss"), Llama.parse(config)
+    with PackedWriter(made.path, config=json.dumps(config)) as writer:
+        made.make(EMBEDDING, "bf16", (vocabulary, hidden), 0, number)
+        made.write(writer, EMBEDDING)
+        for (name, shape), values in zip(llama.linear_shapes(0).items(), types, strict=True):
+            made.make(name, values, shape, sparsity, number)
+            made.write(writer, name, storage)
+        for name, shape in llama.tensor_shapes().items():
+            if len(shape) == 1:
+                writer.norm(name, np.ones(shape, np.float32))
+    packed = Packed.open(made.path)
+    packed.check()
+    for name, w_NK in made.stored.items():
+        found = packed.stored(name)
+        assert found.dtype == w_NK.dtype and found.tobytes() == w_NK.tobytes()
+        if name in made.multipliers:
+            assert np.array_equal(packed.multiplier(name), made.multipliers[name])
+        if name in made.scales:
+            assert np.array_equal(packed.linear(name), w_NK * made.scales[name][:, None])
+    opened = dict(safetensors.deserialize(made.path.read_bytes()))
+    assert {name: tuple(entry["shape"]) for name, entry in opened.items()} == {
+        name: stored.shape for name, stored in packed.tensors.items()
+    }
 
 
 def test_what_is_said_about_the_model(synthetic: Any) -> None:
@@ -104,16 +149,9 @@ def test_the_embedding_is_never_sparse(tmp_path: Path, make_synthetic: Callable,
 def test_a_storage_can_be_asked_for(tmp_path: Path, synthetic: Any) -> None:
     config = Packed.open(synthetic.path).metadata["config"]
     with PackedWriter(tmp_path / "other.goss", config=config) as writer:
-        for name, w_NK in synthetic.written.items():
+        for name in synthetic.written:
             storage = "sparse" if ".layers.0." in name else "dense"
-            if name in synthetic.multipliers:
-                multiplier_NG = synthetic.multipliers[name]
-                layer = writer.int4(name, w_NK, multiplier_NG, synthetic.scales[name], storage)
-            elif name in synthetic.scales:
-                layer = writer.int8(name, w_NK, synthetic.scales[name], storage)
-            else:
-                layer = writer.floats(name, w_NK, storage)
-            assert layer.storage == storage
+            assert synthetic.write(writer, name, storage).storage == storage
         for name, w_D in synthetic.norms.items():
             writer.norm(name, w_D)
     packed = Packed.open(tmp_path / "other.goss")
