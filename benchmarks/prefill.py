@@ -6,7 +6,7 @@
 import dataclasses
 
 from results import write_row
-from stack import decoder, num_weights, stack
+from wide import num_weights, stack
 
 from gossamer import _native
 from gossamer.engine.machine import default_threads
@@ -31,7 +31,7 @@ def measure(values: Values, num_threads: int) -> None:
         peaks.append(2 * _native.int8_peak(_native.isa(), num_threads, 3) / TERA)
         for sparsity, model in models.items():
             seconds = sum(model.time_linears(TOKENS // PASS_TOKENS, PASS_TOKENS))
-            weights = num_weights(decoder(images[sparsity]))
+            weights = num_weights(images[sparsity])
             tops[sparsity].append(2 * weights * TOKENS / seconds / TERA)
     spreads = {sparsity: Spread.of(found[1:]) for sparsity, found in tops.items()}
     for sparsity, spread in spreads.items():
@@ -41,7 +41,7 @@ def measure(values: Values, num_threads: int) -> None:
             "sparsity": sparsity,
             "tokens": TOKENS,
             "num_threads": num_threads,
-            "num_weights": num_weights(decoder(images[sparsity])),
+            "num_weights": num_weights(images[sparsity]),
             "weight_bytes": images[sparsity].num_bytes,
             "tops": dataclasses.asdict(spread),
             "int8_peak_tops": max(peaks),

@@ -83,7 +83,7 @@ def test_a_share_above_all_is_said(
 
 
 def test_few_weights_are_said_to_be_few(row: BenchRow) -> None:
-    assert any("may stay in a cache" in note for note in row.notes)
+    assert any("may stay in a cache" in text for text in BenchResult((row,)).closing)
 
 
 def test_a_sweep_gives_a_row_for_each_combination(small_shape: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from gossamer.engine import machine
 from gossamer.errors import ConfigError
-from gossamer.tools.readers import HUGE_PAGE, Readers, best_bandwidth, huge_pages, impossible
+from gossamer.tools.readers import HUGE_PAGE, Readers, huge_pages, impossible
 
 
 def test_every_reader_reads() -> None:
@@ -24,7 +24,7 @@ def test_every_reader_reads() -> None:
 def test_the_best_is_the_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
     made = iter(range(1, 1000))
     monkeypatch.setattr("gossamer._native.read_bandwidth", lambda *_: [float(next(made))])
-    assert best_bandwidth(np.ones(1 << 20, np.uint8), 2, repeats=5) == 5 * 12  # 2 x 3 x 2 readers, 5 rounds
+    assert Readers.of(np.ones(1 << 20, np.uint8), 2).best(repeats=5) == 5 * 12  # 2 x 3 x 2 readers, 5 rounds
 
 
 def test_at_most_512_mb_are_read_and_copied(monkeypatch: pytest.MonkeyPatch) -> None:

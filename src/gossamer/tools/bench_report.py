@@ -10,6 +10,7 @@ from gossamer.plots import Curve
 from gossamer.report import Table
 
 GIGA, TERA = 1e9, 1e12
+CACHE_BYTES = 300e6  # of decoder linears; fewer may stay in a cache from step to step
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,11 @@ class BenchResult:
     def closing(self) -> tuple[str, ...]:
         """What is wrong with the run, what to know of it, and where its files are."""
         texts = [f"WRONG: {text}" for row in self.rows for text in row.impossible]
+        if small := [row.linears_bytes for row in self.rows if row.linears_bytes < CACHE_BYTES]:
+            texts.append(
+                f"{len(small)} of {len(self.rows)} rows: decoder linears of {min(small) / 1e6:.0f} MB may "
+                f"stay in a cache; {CACHE_BYTES / 1e6:.0f} MB or more tell the memory's speed."
+            )
         texts += [note for row in self.rows for note in row.notes]
         texts += [f"Picture: {self.picture}"] if self.picture else []
         return tuple(dict.fromkeys(texts))

@@ -22,7 +22,6 @@ from gossamer.tools.readers import Readers, impossible
 MIN_READS = 5  # rounds of all readers, whatever --repeats says
 MAX_TOKENS = 256  # that the engine passes through a layer at once
 WARM_TOKENS = 64
-CACHE_BYTES = 300e6  # of decoder linears; fewer may stay in a cache from step to step
 
 
 @dataclass(frozen=True)
@@ -197,15 +196,5 @@ def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
         baseline=Spread.of(samples.baseline) if samples.baseline else None,
         reads_gb_per_s=Spread.of([read / GIGA for read in samples.reads]),
         impossible=impossible(shares),
-        notes=(*subject.notes, *small(packed, linears_bytes)),
-    )
-
-
-def small(packed: Packed, linears_bytes: int) -> tuple[str, ...]:
-    """A note where the weights are so few that memory may not be what was measured."""
-    if linears_bytes >= CACHE_BYTES:
-        return ()
-    return (
-        f"{packed.path.name}: its decoder linears take {linears_bytes / 1e6:.0f} MB and may stay in a "
-        f"cache; {CACHE_BYTES / 1e6:.0f} MB or more tell the memory's speed.",
+        notes=subject.notes,
     )

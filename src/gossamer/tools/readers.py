@@ -60,11 +60,6 @@ class Readers:
         return max(max(self.rates().values()) for _ in range(repeats))
 
 
-def best_bandwidth(buffer: np.ndarray, num_threads: int, repeats: int = 1) -> float:
-    """Bytes/s of the fastest of all readers of `buffer`."""
-    return Readers.of(buffer, num_threads).best(repeats)
-
-
 def huge_pages(num_bytes: int) -> np.ndarray:
     """Untouched private memory that begins at a 2 MB page; in such pages where the system grants them."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

@@ -28,15 +28,11 @@ class StackRecipe(Recipe):
 
 
 def stack(values: Values, sparsity: float) -> Image:
-    return synthetic_image(
-        StackRecipe("llama-2-7b", values, sparsity, LAYERS[values, sparsity > 0], vocabulary=256)
-    )
+    layers = LAYERS[values, sparsity > 0]
+    return synthetic_image(StackRecipe("llama-2-7b", values, sparsity, layers, vocabulary=256))
 
 
-def decoder(image: Image) -> dict[str, dict[str, Any]]:
-    """Name -> entry of the decoder's matrices."""
-    return {name: entry for name, entry in image.config["linears"].items() if ".layers." in name}
-
-
-def num_weights(entries: dict[str, dict[str, Any]]) -> int:
-    return sum(entry["rows"] * entry["columns"] for entry in entries.values())
+def num_weights(image: Image) -> int:
+    """Weights of the decoder's matrices."""
+    matrices = [entry for name, entry in image.config["linears"].items() if ".layers." in name]
+    return sum(entry["rows"] * entry["columns"] for entry in matrices)
