@@ -1,7 +1,9 @@
 """Whole models at real shapes: value types beside read bandwidth, INT8 peak and dense float32.
 
-python benchmarks/decode.py            every job, some minutes and 5 GB of disk at a time
-python benchmarks/decode.py 7b         those whose shape, value types or name contain the word
+    python benchmarks/decode.py            every job, some minutes and 5 GB of disk at a time
+    python benchmarks/decode.py 7b         those with the word in their name
+
+Rows of docs/results/decode.jsonl, each as soon as it is measured.
 """
 
 import dataclasses
@@ -9,13 +11,13 @@ import sys
 
 from results import write_row
 
-from gossamer.tools.bench import Bench, bench
+from gossamer.tools.bench import Bench, measured
 
 JOBS = {
     "step-1b": Bench(shape="llama-3.2-1b", values=("i8", "i4", "bf16", "f32"), baseline=True),
     "sparsity-1b": Bench(shape="llama-3.2-1b", values=("i8", "i4"), sparsity=(0.0, 0.5)),
     "linears-7b": Bench(shape="llama-2-7b", layers=8, values=("i8", "i4", "f32"), baseline=True),
-    "batch-1b": Bench(shape="llama-3.2-1b", values=("i8",), batch=(1, 4, 16), prompt=(128,)),
+    "batch-1b": Bench(shape="llama-3.2-1b", values=("i8",), batch=(1, 4, 16)),
     "context-1b": Bench(shape="llama-3.2-1b", values=("i8",), prompt=(64, 512, 4096), repeats=3),
     "tinyllama": Bench(shape="tinyllama-1.1b", values=("i8", "i4"), prompt=(512,)),
 }
@@ -25,7 +27,7 @@ def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for name, job in JOBS.items():
         if wanted in name:
-            for row in bench(job).rows:
+            for row in measured(job):
                 what = {"job": name, "shape": job.shape, "layers": job.layers}
                 write_row("decode", what | dataclasses.asdict(row))
 

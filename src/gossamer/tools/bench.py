@@ -65,21 +65,24 @@ class Bench:
 
 
 def bench(job: Bench, progress: Progress = quiet) -> BenchResult:
-    """Measure every setting in rounds; models one after another, prompts and batches on the open one."""
-    check(job)
-    threads = default_threads() if job.threads is None else job.threads
-    dense = baseline(job, threads, progress)
-    rows = []
-    for subject in subjects(job, threads, dense, progress):
-        for batch, prompt in product(job.batch, job.prompt):
-            rows.append(measure(subject, Setting(batch, prompt, job.new, job.repeats), progress))
+    """Measure every setting, and draw the picture."""
+    rows = tuple(measured(job, progress))
     if job.plot is None:
-        return BenchResult(tuple(rows))
-    result = BenchResult(tuple(rows), str(Path(job.plot).resolve()))
-    first = rows[0]
+        return BenchResult(rows)
+    result, first = BenchResult(rows, str(Path(job.plot).resolve())), rows[0]
     title = f"{job.shape} on {first.cpu}, {first.num_threads} threads, {first.isa}, batch {first.batch}"
     plots.speed_by_sparsity(Path(job.plot), result.curves(), title)
     return result
+
+
+def measured(job: Bench, progress: Progress = quiet) -> Iterator[BenchRow]:
+    """Each setting in rounds; models one after another, prompts and batches on the open one."""
+    check(job)
+    threads = default_threads() if job.threads is None else job.threads
+    dense = baseline(job, threads, progress)
+    for subject in subjects(job, threads, dense, progress):
+        for batch, prompt in product(job.batch, job.prompt):
+            yield measure(subject, Setting(batch, prompt, job.new, job.repeats), progress)
 
 
 def check(job: Bench) -> None:
