@@ -16,6 +16,7 @@
 #include "kv_cache.hpp"
 #include "packed.hpp"
 #include "python.hpp"
+#include "sampling.hpp"
 #include "threads.hpp"
 
 namespace gossamer {
@@ -47,6 +48,9 @@ nb::list kernels() {
         for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "attention"})
             add(family, "f32", "dense", row.isa);
     }
+    for (const SamplingRow& row : sampling_table()) {
+        for (const char* family : {"highest", "mass", "keep"}) add(family, "f32", "dense", row.isa);
+    }
     for (const ProbeRow& row : probe_table()) {
         add("read", "i8", "dense", row.isa);
         add("multiply_int8", "i8", "dense", row.isa);
@@ -66,7 +70,10 @@ constexpr const char* kEmulated = "amx-emulated";
 
 Isa runnable(const std::string& level) {
     const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
-    if (wanted > machine_isa()) throw UnsupportedError("this machine has no " + level + " instructions");
+    if (wanted > isa()) {
+        throw UnsupportedError("asked for " + level + "; this machine, capped by GOSSAMER_ISA, runs up to " +
+                               gossamer::name(isa()));
+    }
     return wanted;
 }
 
@@ -201,6 +208,20 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, F
     return to_numpy(std::move(out), std::size_t(A), std::size_t(E), std::size_t(E));
 }
 
+std::uint64_t mass(const std::string& level, Floats x, float highest, float inverse_temperature, float low) {
+    return find_sampling(runnable(level)).mass(x.data(), int(x.size()), {highest, inverse_temperature}, low);
+}
+
+int sample_token(const std::string& level, Floats logits_V, double temperature, int top_k, double top_p,
+                 double min_p, double uniform) {
+    return sample(find_sampling(runnable(level)), {logits_V.data(), logits_V.size()},
+                  {temperature, top_k, top_p, min_p}, uniform);
+}
+
+double token_log_probability(const std::string& level, Floats logits_V, int index) {
+    return log_probability(find_sampling(runnable(level)), {logits_V.data(), logits_V.size()}, index);
+}
+
 std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, Bytes buffer, int repeats) {
     const std::size_t chunk = 256 * 1024, num_chunks = buffer.size() / chunk;
     if (num_chunks < 1) throw EngineError("the buffer is smaller than 256 KiB; nothing to measure");
@@ -265,6 +286,10 @@ void bind_kernels(nb::module_& m) {
     m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
     m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
     m.def("attention", &attention, "isa"_a, "q_AE"_a, "k_SE"_a, "v_SE"_a);
+    m.def("mass", &mass, "isa"_a, "x"_a, "highest"_a, "inverse_temperature"_a, "low"_a);
+    m.def("sample", &sample_token, "isa"_a, "logits_V"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+          "uniform"_a);
+    m.def("log_probability", &token_log_probability, "isa"_a, "logits_V"_a, "index"_a);
     m.def("time_matmul", &time_matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a,
           "repeats"_a);
     m.def("int8_peak", &int8_peak, "isa"_a, "num_threads"_a, "repeats"_a);

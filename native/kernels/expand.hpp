@@ -274,24 +274,30 @@ struct Reader {
     const std::uint8_t* position;
 
     // Calls pair(a, b) for each two of the next `count` vectors, and last(a) if their number is odd. `count`
-    // is a multiple of 16, or all that are left.
-    template <class Pair, class Last>
+    // is a multiple of 16, or all that are left. `kUnrolled` suits short bodies.
+    template <bool kUnrolled = true, class Pair, class Last>
     [[gnu::always_inline]] inline void read(int count, Pair pair, Last last) {
         if constexpr (kStorage == Storage::dense) {
-            for (; count >= 2; count -= 2) read_pair<2>(position, pair);
+            for (; count >= 2; count -= 2) read_pair(position, pair);
             if (count == 1) read_last(position, last);
             return;
         }
         for (; count >= kGroupVectors; count -= kGroupVectors) {
             const std::uint8_t* masks = position;
             position += kGroupVectors * sizeof(Mask<kValues>);
+            if constexpr (kUnrolled) {
 #pragma GCC unroll 8
-            for (int v = 0; v < kGroupVectors; v += 2)
-                read_pair<2>(masks + std::size_t(v) * sizeof(Mask<kValues>), pair);
+                for (int v = 0; v < kGroupVectors; v += 2)
+                    read_pair(masks + std::size_t(v) * sizeof(Mask<kValues>), pair);
+            } else {
+#pragma GCC unroll 1
+                for (int v = 0; v < kGroupVectors; v += 2)
+                    read_pair(masks + std::size_t(v) * sizeof(Mask<kValues>), pair);
+            }
         }
         const std::uint8_t* masks = position;
         position += std::size_t(count) * sizeof(Mask<kValues>);
-        for (; count >= 2; count -= 2, masks += 2 * sizeof(Mask<kValues>)) read_pair<2>(masks, pair);
+        for (; count >= 2; count -= 2, masks += 2 * sizeof(Mask<kValues>)) read_pair(masks, pair);
         if (count == 1) read_last(masks, last);
     }
 
@@ -314,7 +320,7 @@ struct Reader {
         return vector;
     }
 
-    template <int kCount, class Pair>
+    template <class Pair>
     [[gnu::always_inline]] inline void read_pair(const std::uint8_t* masks, Pair& pair) {
         if constexpr (kValues != Values::i4) {
             const __m512i first = next(masks);

@@ -195,12 +195,12 @@ void few(const Linear& w, int panel, const Activations& x, float* y, std::size_t
     unrolled<Sums::kCount * T>([&](auto i) { chains.sums[i / T][i % T] = _mm512_setzero_ps(); });
     reader.read(
         w.num_vectors(),
-        [&](__m512i a, __m512i b) {
+        [&](__m512i a, __m512i b) __attribute__((always_inline)) {
             chains.template add<0>(a, inputs);
             chains.template add<1>(b, inputs);
             inputs.advance(Sums::kCount);
         },
-        [&](__m512i a) { chains.template add<0>(a, inputs); });
+        [&](__m512i a) __attribute__((always_inline)) { chains.template add<0>(a, inputs); });
     unrolled<T>([&](auto t) { _mm512_storeu_ps(y + t * stride, chains.total(t)); });
 }
 

@@ -7,12 +7,13 @@
 // int32 (K <= 65536 keeps |w u| sums below 2^31), so every level gives the same bits.
 //
 // 64 bytes of weights are one vector, 16 rows x 4 inputs. `avx512`: `vpdpbusd` adds 4 products to each of 16
-// rows. Up to 8 tokens (4 beside a matrix unit) take vectors straight from the stream: 3.3 cycles a vector on
-// Zen 4, 3.0 on Emerald Rapids, and at 70% zeros a vector is 27 bytes, so one core could read 30 GB/s at 3.7
-// GHz; software prefetch, 0.5 to 4 KiB ahead, made it 5 to 20% slower. int4 sums 16 q4 u over 128 inputs,
-// then multiplies. For more, 512 inputs of two panels are expanded once and serve blocks of 12 tokens: 24
-// products for 14 loads. `avx2`: `vpmaddubsw` would saturate, so weights and activations are widened to 16
-// bits for `vpmaddwd`. `amx`: see tiles.hpp; the expanded chunk is 8 tiles of 16 vectors a panel.
+// rows. Up to 16 tokens (4 beside a matrix unit) take vectors straight from the stream: 3.3 cycles a vector
+// on Zen 4, 3.0 on Emerald Rapids, and at 70% zeros a vector is 27 bytes, so one core could read 30 GB/s
+// at 3.7 GHz; software prefetch, 0.5 to 4 KiB ahead, made it 5 to 20% slower. int4 sums 16 q4 u over 128
+// inputs, then multiplies. For more, 512 inputs of two panels are expanded once and serve blocks of 12
+// tokens: 24 products for 14 loads. `avx2`: `vpmaddubsw` would saturate, so weights and activations are
+// widened to 16 bits for `vpmaddwd`. `amx`: see tiles.hpp; the expanded chunk is 8 tiles of 16 vectors a
+// panel.
 
 #include <algorithm>
 #include <cstring>
@@ -180,29 +181,33 @@ constexpr int kTokens = 12;
 
 inline __m512i broadcast4(const std::uint8_t* q) { return _mm512_set1_epi32(load_as<std::int32_t>(q)); }
 
-// One panel for T tokens, straight from the file; two chains hide the latency of vpdpbusd.
+// One panel for T tokens, straight from the file. Few tokens need two chains to hide the latency of vpdpbusd.
 template <Values kValues, Storage kStorage, int T>
 void few(const Linear& w, int panel, const Activations& x, __m512i* totals) {
     Reader<kValues, kStorage> reader{w.panel(panel)};
     RowPointers<std::uint8_t, T> q(x.q, x.stride);
-    constexpr int kRun = kValues == Values::i4 ? kScaleVectors : 1 << 20;
+    constexpr int kRun = kValues == Values::i4 ? kScaleVectors : 1 << 20, kChains = T <= 8 ? 2 : 1;
     for (int first = 0; first < w.num_vectors(); first += kRun) {
-        __m512i even[T], odd[T];
-        unrolled<T>([&](auto t) { even[t] = odd[t] = _mm512_setzero_si512(); });
-        reader.read(
+        __m512i sums[kChains][T];
+        unrolled<kChains * T>([&](auto i) { sums[i / T][i % T] = _mm512_setzero_si512(); });
+        reader.template read<T <= 8>(
             std::min(kRun, w.num_vectors() - first),
-            [&](__m512i a, __m512i b) {
+            [&](__m512i a, __m512i b) __attribute__((always_inline)) {
+                unrolled<T>(
+                    [&](auto t) { sums[0][t] = _mm512_dpbusd_epi32(sums[0][t], broadcast4(q.row(t)), a); });
                 unrolled<T>([&](auto t) {
-                    even[t] = _mm512_dpbusd_epi32(even[t], broadcast4(q.row(t)), a);
-                    odd[t] = _mm512_dpbusd_epi32(odd[t], broadcast4(q.row(t) + 4), b);
+                    __m512i& sum = sums[kChains - 1][t];
+                    sum = _mm512_dpbusd_epi32(sum, broadcast4(q.row(t) + 4), b);
                 });
                 q.advance(8);
             },
-            [&](__m512i a) {
-                unrolled<T>([&](auto t) { even[t] = _mm512_dpbusd_epi32(even[t], broadcast4(q.row(t)), a); });
+            [&](__m512i a) __attribute__((always_inline)) {
+                unrolled<T>(
+                    [&](auto t) { sums[0][t] = _mm512_dpbusd_epi32(sums[0][t], broadcast4(q.row(t)), a); });
             });
         unrolled<T>([&](auto t) {
-            __m512i sum = _mm512_add_epi32(even[t], odd[t]);
+            __m512i sum = sums[0][t];
+            if constexpr (kChains == 2) sum = _mm512_add_epi32(sum, sums[1][t]);
             if constexpr (kValues == Values::i4) {  // 16 times too large so far
                 const auto* rows = reinterpret_cast<const __m128i*>(w.panel_multipliers(panel, first));
                 sum = _mm512_mullo_epi32(_mm512_srai_epi32(sum, 4),
@@ -247,7 +252,7 @@ void add_tokens(const std::uint8_t* const* weights, int count, const std::uint8_
 
 // How expanded vectors meet many tokens: here by vpdpbusd.
 struct VectorUnit {
-    static constexpr int kFewTokens = 8;            // up to which vectors come straight from the file
+    static constexpr int kFewTokens = 16;           // up to which vectors come straight from the file
     static constexpr int kVectors = kChunkVectors;  // of a panel, expanded at a time
     static constexpr int kMultiple = 1;             // their number is filled up to a multiple of this
 

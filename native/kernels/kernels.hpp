@@ -18,6 +18,13 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     void attention(const AttentionTask&);                          \
     }
 
+#define GOSSAMER_SAMPLING(level)                                  \
+    namespace level {                                             \
+    float highest(const float*, int);                             \
+    std::uint64_t mass(const float*, int, const Softmax&, float); \
+    int keep(const float*, int, float, float, float*);            \
+    }
+
 #define GOSSAMER_READ(level)                                           \
     namespace level {                                                  \
     std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t); \
@@ -35,5 +42,8 @@ GOSSAMER_MULTIPLY(avx512)
 GOSSAMER_MULTIPLY(amx)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
+GOSSAMER_SAMPLING(scalar)
+GOSSAMER_SAMPLING(avx2)
+GOSSAMER_SAMPLING(avx512)
 
 }  // namespace gossamer

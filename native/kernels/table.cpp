@@ -12,6 +12,12 @@ constexpr VectorRow kVector[] = {
      avx512::attention},
 };
 
+constexpr SamplingRow kSampling[] = {
+    {Isa::scalar, scalar::highest, scalar::mass, scalar::keep},
+    {Isa::avx2, avx2::highest, avx2::mass, scalar::keep},
+    {Isa::avx512, avx512::highest, avx512::mass, avx512::keep},
+};
+
 constexpr ProbeRow kProbe[] = {
     {Isa::scalar, scalar::read, scalar::multiply_int8},
     {Isa::avx2, scalar::read, avx2::multiply_int8},
@@ -37,6 +43,7 @@ std::vector<MatmulRow> matmul_table() {
     return rows;
 }
 std::span<const VectorRow> vector_table() { return kVector; }
+std::span<const SamplingRow> sampling_table() { return kSampling; }
 std::span<const ProbeRow> probe_table() { return kProbe; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated) {
@@ -59,6 +66,7 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emula
 }
 
 const VectorRow& find_vector(Isa isa) { return best(vector_table(), isa); }
+const SamplingRow& find_sampling(Isa isa) { return best(sampling_table(), isa); }
 const ProbeRow& find_probe(Isa isa) { return best(probe_table(), isa); }
 
 }  // namespace gossamer

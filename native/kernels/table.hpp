@@ -56,6 +56,23 @@ struct VectorRow {
     void (*attention)(const AttentionTask& task);
 };
 
+// exp((x - highest) / temperature).
+struct Softmax {
+    float highest, inverse_temperature;
+};
+
+constexpr std::uint64_t kMassUnit = std::uint64_t(1) << 40;
+
+// What choosing a token reads of a row of logits (sampling.cpp); every level gives the same.
+struct SamplingRow {
+    Isa isa;
+    float (*highest)(const float* x, int count);  // NaN when one is
+    // The sum of round(kMassUnit softmax(x)) over the x that are at least `low`; none is above `highest`.
+    std::uint64_t (*mass)(const float* x, int count, const Softmax& softmax, float low);
+    // Copies those with low <= x < high, in order, to another place with room for all; returns how many.
+    int (*keep)(const float* x, int count, float low, float high, float* kept);
+};
+
 // What the machine can do at best (probes.cpp).
 struct ProbeRow {
     Isa isa;
@@ -67,11 +84,13 @@ struct ProbeRow {
 
 std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
+std::span<const SamplingRow> sampling_table();
 std::span<const ProbeRow> probe_table();
 
 // The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
+const SamplingRow& find_sampling(Isa isa);
 const ProbeRow& find_probe(Isa isa);
 
 }  // namespace gossamer

@@ -118,5 +118,26 @@ def swiglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> np.ndarray:
 def attention(isa: str, q_AE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
     """float32 [A, E]: softmax(q k^T / sqrt(E)) v over S positions of one key/value head."""
 
+def sample(
+    isa: str,
+    logits_V: np.ndarray,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    uniform: float,
+) -> int:
+    """The token that `uniform`, in [0, 1), draws from softmax(logits / temperature) after the filters.
+
+    float32 logits; a temperature above 0; top_k 0, top_p 1 and min_p 0 keep all. Tokens lie in the order of
+    their ids. EngineError when a logit is NaN or +inf, or none is finite.
+    """
+
+def log_probability(isa: str, logits_V: np.ndarray, index: int) -> float:
+    """Natural logarithm of the softmax of float32 logits at `index`, within 1e-6."""
+
+def mass(isa: str, x: np.ndarray, highest: float, inverse_temperature: float, low: float) -> int:
+    """The sum of round(2^40 exp((x - highest) * inverse_temperature)) over the x that are at least `low`."""
+
 def read_bandwidth(num_threads: int, prefetch_bytes: int, buffer: np.ndarray, repeats: int) -> list[float]:
     """Bytes/s of reading the whole buffer, `repeats` times; `prefetch_bytes` ahead in software (0: none)."""

@@ -65,13 +65,13 @@ def main() -> None:
 
 def call(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
+    as_json, arguments = "--json" in arguments, [word for word in arguments if word != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         return usage()
     name, *rest = arguments
-    as_json = "--json" in rest
     try:
-        job, function = parse(name, [argument for argument in rest if argument != "--json"])
-        with progress_to_json() if as_json else progress_bars() as progress:
+        job, function = parse(name, rest)
+        with ProgressToJson() if as_json else ProgressBars() as progress:
             result = function(job, progress)
             if isinstance(result, Iterator):
                 return stream(result, as_json)
@@ -110,7 +110,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Callable[..., Any]]:
     parsed = tyro.cli(
         flagged(job_type, fields),
         prog=f"gossamer {name}",
-        description=VERBS[name].summary,
+        description=f"{VERBS[name].summary} (--json prints one object a line)",
         args=gather(arguments, {flag for flag, field in flags.items() if field and is_list(job_type, field)}),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -172,7 +172,7 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-class progress_bars:
+class ProgressBars:
     """Draws one bar per stage on stderr, or one line where that is no terminal; used as a context manager."""
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ class progress_bars:
         )
 
 
-class progress_to_json:
+class ProgressToJson:
     """Prints each event as one JSON object a line, at most ten a second and the last of every stage."""
 
     def __enter__(self) -> Progress:

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from engine import filters
 from gossamer.engine import sampling
 from gossamer.engine.sampling import Sampler, SamplingParams
 from gossamer.errors import ConfigError
@@ -34,10 +35,10 @@ def theirs(processor: Any, logits_V: np.ndarray, ids: list[int] | None = None) -
 def test_filters_keep_what_transformers_keeps(seed: int, scale: float) -> None:
     logits_V = random_logits(seed, scale)
     for k in (1, 5, 499, 500, 1000):
-        np.testing.assert_array_equal(sampling.top_k(logits_V, k), theirs(TopKLogitsWarper(k), logits_V))
+        np.testing.assert_array_equal(filters.top_k(logits_V, k), theirs(TopKLogitsWarper(k), logits_V))
     for p in (0.01, 0.3, 0.9, 0.999):
-        np.testing.assert_array_equal(sampling.top_p(logits_V, p), theirs(TopPLogitsWarper(p), logits_V))
-        np.testing.assert_array_equal(sampling.min_p(logits_V, p), theirs(MinPLogitsWarper(p), logits_V))
+        np.testing.assert_array_equal(filters.top_p(logits_V, p), theirs(TopPLogitsWarper(p), logits_V))
+        np.testing.assert_array_equal(filters.min_p(logits_V, p), theirs(MinPLogitsWarper(p), logits_V))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
@@ -50,7 +51,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
 
 
 def test_ties_at_the_kth_score_are_all_kept() -> None:
-    kept_V = sampling.top_k(np.array([1.0, 2.0, 2.0, 0.0]), 1)
+    kept_V = filters.top_k(np.array([1.0, 2.0, 2.0, 0.0]), 1)
     assert list(np.isfinite(kept_V)) == [False, True, True, False]
 
 
@@ -90,12 +91,6 @@ def test_a_seed_repeats_its_draws_and_none_does_not() -> None:
     assert draws(7) == draws(7)
     assert draws(-7) == draws(-7) != draws(7)
     assert draws(None) != draws(None)
-
-
-def test_log_probabilities_are_those_of_torch() -> None:
-    logits_V = random_logits(5)
-    expected_V = torch.log_softmax(torch.from_numpy(logits_V).double(), -1)
-    assert sampling.log_probability(logits_V, 17) == pytest.approx(expected_V[17].item(), abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""From logits to the next token, as transformers' logits processors do it, in NumPy.
+"""From logits to the next token, as transformers' logits processors do it.
 
-The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw. Each request
-owns its random generator and draws once a token, so a seed gives the same text alone or in a batch.
+The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw; from
+temperature on, native/sampling.cpp does it. Each request owns its random generator and draws once a token, so
+a seed gives the same text alone or in a batch.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer import _native
 from gossamer.errors import ConfigError
 
 Logits = NDArray[np.float32]
@@ -64,65 +66,28 @@ class Sampler:
 
     def _draw(self, logits_V: Logits) -> int:
         params = self.params
-        scores_V = logits_V.astype(np.float64) / params.temperature
-        scores_V = top_k(scores_V, params.top_k)
-        scores_V = top_p(scores_V, params.top_p)
-        scores_V = min_p(scores_V, params.min_p)
-        kept = np.flatnonzero(scores_V > -np.inf)
-        cumulative = np.cumsum(softmax(scores_V[kept]))
-        target = self._generator.random() * cumulative[-1]
-        return int(kept[np.searchsorted(cumulative[:-1], target, side="right")])
-
-
-def softmax(scores_V: NDArray) -> NDArray:
-    """Probabilities of scores; -inf becomes 0."""
-    exponentials_V = np.exp(scores_V - scores_V.max())
-    return exponentials_V / exponentials_V.sum()
+        k = min(params.top_k, logits_V.size)
+        uniform = self._generator.random()
+        return _native.sample(
+            _native.isa(), logits_V, params.temperature, k, params.top_p, params.min_p, uniform
+        )
 
 
 def log_probability(logits_V: Logits, index: int) -> float:
     """Natural log of the model's own probability of `index`, before any sampling option."""
-    shifted_V = logits_V.astype(np.float64) - float(logits_V.max())
-    return float(shifted_V[index] - np.log(np.exp(shifted_V).sum()))
+    return _native.log_probability(_native.isa(), logits_V, index)
 
 
 def repetition_penalty(logits_V: Logits, seen: set[int], penalty: float) -> Logits:
     """Divide the positive and multiply the negative logits of ids already seen, prompt included."""
     indices = np.fromiter(seen, dtype=np.int64, count=len(seen))
+    limits = np.finfo(np.float32)
     logits_V = logits_V.copy()
-    values = logits_V[indices]
-    logits_V[indices] = np.where(values < 0, values * penalty, values / penalty)
+    values = logits_V[indices].astype(np.float64)
+    with np.errstate(over="ignore"):
+        values = np.where(values < 0, values * penalty, values / penalty)
+    logits_V[indices] = np.clip(values, limits.min, limits.max)
     return logits_V
-
-
-def top_k(scores_V: NDArray, k: int) -> NDArray:
-    """Keep the k highest scores, and those equal to the k-th; 0 keeps all."""
-    if k == 0 or k >= scores_V.size:
-        return scores_V
-    threshold = np.partition(scores_V, -k)[-k]
-    return np.where(scores_V < threshold, -np.inf, scores_V)
-
-
-def top_p(scores_V: NDArray, p: float) -> NDArray:
-    """Keep the fewest highest scores whose probabilities reach p, at least one."""
-    if p >= 1.0:
-        return scores_V
-    probabilities_V = softmax(scores_V)
-    tiny_V = probabilities_V < (1.0 - p) / scores_V.size  # together less than 1 - p: no need to sort them
-    large = np.flatnonzero(~tiny_V)
-    ascending = large[np.argsort(probabilities_V[large], kind="stable")]
-    below = probabilities_V[tiny_V].sum() + np.cumsum(probabilities_V[ascending])
-    scores_V = np.where(tiny_V, -np.inf, scores_V)
-    scores_V[ascending[:-1][below[:-1] <= 1.0 - p]] = -np.inf
-    return scores_V
-
-
-def min_p(scores_V: NDArray, p: float) -> NDArray:
-    """Keep the scores whose probability is at least p times the highest one's."""
-    if p == 0.0:
-        return scores_V
-    probabilities_V = softmax(scores_V)
-    return np.where(probabilities_V < p * probabilities_V.max(), -np.inf, scores_V)
 
 
 def _check_count(name: str, value: object, *, low: int | None, none: str = "") -> None:
