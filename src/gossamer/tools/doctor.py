@@ -50,15 +50,23 @@ class Level:
 
     isa: str
     lacks: tuple[str, ...]
+    capped: bool
     int8_tops: float | None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine could run it, but for a cap."""
+        return self.int8_tops is not None or (self.capped and not self.lacks)
 
     @property
     def text(self) -> str:
         if self.int8_tops is not None:
             return f"yes; INT8 in registers {self.int8_tops:.3g} TOPS"
-        if not self.lacks:
-            return "this CPU has it, but the system does not grant it (an old kernel, or a sandbox)"
-        return f"lacks {', '.join(self.lacks)}: {COSTS[self.isa]}"
+        if self.lacks:
+            return f"lacks {', '.join(self.lacks)}: {COSTS[self.isa]}"
+        if self.capped:
+            return "yes, but GOSSAMER_ISA caps it"
+        return "this CPU has it, but the system does not grant it (an old kernel, or a sandbox)"
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,15 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
     num_threads = machine.default_threads()
     progress(Event("doctor", f"reading {job.megabytes} MB of memory", 0, 1))
     one, all_threads = _read_rates(job.megabytes << 20, num_threads)
-    levels = tuple(_level(isa, num_threads) for isa in ("scalar", *LEVEL_FLAGS))
+    levels = _levels(num_threads)
+    best = [level.isa for level in levels if level.is_here][-1]
     progress(Event("doctor", "done", 1, 1))
     memory_bytes, available_bytes = machine.memory_bytes()
     packages = {name: _version(name) for name in PACKAGES}
     return DoctorResult(
         cpu=machine.cpu_model(),
         isa=_native.isa(),
-        isa_reason=_isa_reason(levels),
+        isa_reason=_isa_reason(best),
         levels=levels,
         cores=machine.cores(),
         num_threads=num_threads,
@@ -126,40 +135,37 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
         read_1_thread_gb_per_s=one / 1e9,
         read_all_threads_gb_per_s=all_threads / 1e9,
         packages=packages,
-        closing=tuple(_advice(levels, num_threads, one, all_threads, packages)),
+        closing=tuple(_advice(best, num_threads, one, all_threads, packages)),
     )
 
 
-def _level(isa: str, num_threads: int) -> Level:
-    """What is there for a level; its peak is measured whatever GOSSAMER_ISA says."""
-    levels = list(LEVEL_FLAGS)
-    needed = (
-        [flag for level in levels[: levels.index(isa) + 1] for flag in LEVEL_FLAGS[level]]
-        if isa in levels
-        else []
-    )
-    lacks = tuple(flag for flag in needed if flag not in machine.cpu_flags())
-    try:
-        peak = 2 * _native.int8_peak(isa, num_threads, 5) / 1e12
-    except UnsupportedError:
-        peak = None
-    return Level(isa, lacks, peak)
+def _levels(num_threads: int) -> tuple[Level, ...]:
+    """Every level, the lowest first; what a level lacks, those above lack as well."""
+    found, lacks, flags = [], (), machine.cpu_flags()
+    names = ("scalar", *LEVEL_FLAGS)
+    for isa in names:
+        lacks += tuple(flag for flag in LEVEL_FLAGS.get(isa, ()) if flag not in flags)
+        capped = names.index(isa) > names.index(os.environ.get("GOSSAMER_ISA") or names[-1])
+        try:
+            peak = 2 * _native.int8_peak(isa, num_threads, 5) / 1e12
+        except UnsupportedError:
+            peak = None
+        found.append(Level(isa, lacks, capped, peak))
+    return tuple(found)
 
 
-def _isa_reason(levels: tuple[Level, ...]) -> str:
+def _isa_reason(best: str) -> str:
     """Why the engine uses the kernels that it uses."""
-    best = [level for level in levels if level.int8_tops is not None][-1].isa
     if _native.isa() == best:
         return "the best that this machine has"
     return f"capped by GOSSAMER_ISA={os.environ.get('GOSSAMER_ISA')}; this machine could run {best}"
 
 
 def _advice(
-    levels: tuple[Level, ...], num_threads: int, one: float, all_threads: float, packages: dict[str, str]
+    best: str, num_threads: int, one: float, all_threads: float, packages: dict[str, str]
 ) -> list[str]:
     """What would make this machine faster, each thing only where it is true."""
     found, advice = machine.cores(), []
-    best = [level for level in levels if level.int8_tops is not None][-1].isa
     if _native.isa() != best:
         advice.append(f"Unset GOSSAMER_ISA to use this machine's {best}.")
     if best in ("scalar", "avx2"):
