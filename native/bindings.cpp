@@ -36,11 +36,12 @@ LlamaConfig read_config(nb::dict config) {
                 std::vector<float>(frequencies.data(), frequencies.data() + frequencies.size())};
 }
 
+constexpr std::size_t kUncachedBytes = 256 << 20;
+
 // The cached keys and values of one conversation.
 class Sequence {
   public:
-    Sequence(const void* model, const LlamaConfig& config, int capacity)
-        : model_(model), cache_(config.num_layers, config.num_kv_heads, config.head_dim, capacity) {}
+    Sequence(const void* model, KvCache cache) : model_(model), cache_(std::move(cache)) {}
 
     int length() const { return cache_.length(); }
     int capacity() const { return cache_.capacity(); }
@@ -61,17 +62,18 @@ class Sequence {
 
 class Model {
   public:
-    Model(Bytes buffer, nb::dict tensors, nb::dict config, int num_threads)
+    Model(Bytes buffer, nb::dict tensors, nb::dict config, int num_threads, const std::string& kv)
         : buffer_(buffer), pool_(std::clamp(num_threads, 1, 1024)) {
         const Packed packed = read_packed(buffer, tensors, nb::cast<nb::dict>(config["linears"]));
         LlamaConfig shape = read_config(config);
+        const Values kv_values = parse_kv(kv);
         nb::gil_scoped_release unlocked;
-        llama_ = std::make_unique<Llama>(packed, std::move(shape), pool_);
+        llama_ = std::make_unique<Llama>(packed, std::move(shape), kv_values, pool_);
     }
 
     std::unique_ptr<Sequence> new_sequence(int capacity) {
         if (capacity < 1) throw EngineError("a sequence needs a capacity of at least 1 token");
-        return std::make_unique<Sequence>(this, llama_->config(), capacity);
+        return std::make_unique<Sequence>(this, llama_->new_cache(capacity));
     }
 
     nb::ndarray<nb::numpy, float, nb::ndim<2>> forward(const std::vector<Sequence*>& sequences,
@@ -102,6 +104,21 @@ class Model {
         std::vector<double> seconds;
         for (int i = 0; i < repeats; ++i) seconds.push_back(llama_->time_linears(num_tokens));
         return seconds;
+    }
+
+    // Bytes of keys and values, more than caches hold, and the seconds of every repeat.
+    nb::tuple time_attention(int context, int repeats) {
+        if (context < 1 || repeats < 1) throw EngineError("expected a context and repeats of at least 1");
+        const std::size_t sequence = llama_->position_bytes() * std::size_t(context);
+        const int sequences =
+            int(std::clamp<std::size_t>(kUncachedBytes / sequence + 1, 1, Llama::kMaxTokens));
+        std::vector<double> seconds;
+        {
+            nb::gil_scoped_release unlocked;
+            const std::lock_guard<std::mutex> lock(mutex_);
+            seconds = llama_->time_attention(context, sequences, repeats);
+        }
+        return nb::make_tuple(sequence * std::size_t(sequences), seconds);
     }
 
     std::size_t bytes_per_step() const { return llama_->bytes_per_step(); }
@@ -174,10 +191,12 @@ NB_MODULE(_native, m) {
         .def_prop_ro("capacity", &Sequence::capacity)
         .def("truncate", &Sequence::truncate, "length"_a);
     nb::class_<Model>(m, "Model")
-        .def(nb::init<Bytes, nb::dict, nb::dict, int>(), "buffer"_a, "tensors"_a, "config"_a, "num_threads"_a)
+        .def(nb::init<Bytes, nb::dict, nb::dict, int, const std::string&>(), "buffer"_a, "tensors"_a,
+             "config"_a, "num_threads"_a, "kv"_a = "f32")
         .def("new_sequence", &Model::new_sequence, "capacity"_a, nb::keep_alive<0, 1>())
         .def("forward", &Model::forward, "sequences"_a, "ids"_a, "all_logits"_a = false)
         .def("time_linears", &Model::time_linears, "repeats"_a, "num_tokens"_a = 1)
+        .def("time_attention", &Model::time_attention, "context"_a, "repeats"_a)
         .def_prop_ro("bytes_per_step", &Model::bytes_per_step)
         .def_prop_ro("num_threads", &Model::num_threads);
     bind_kernels(m);

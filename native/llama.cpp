@@ -84,10 +84,12 @@ Layer Llama::read_layer(const Packed& packed, int index,
                  .down = Group({matrix("mlp.down_proj", D, F)}, false, threads)};
 }
 
-Llama::Llama(const Packed& packed, LlamaConfig config, ThreadPool& pool)
+Llama::Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& pool)
     : config_(checked(std::move(config))),
       pool_(pool),
       kernels_(find_vector(isa())),
+      attention_(find_attention(kv, isa())),
+      kv_{kv, config_.head_dim},
       embedding_(packed.linear("model.embed_tokens")),
       final_norm_(packed.vector("model.norm.weight", config_.hidden_size)),
       head_({packed.linear(packed.layers.count("lm_head") ? "lm_head" : "model.embed_tokens")}, false,
@@ -113,7 +115,7 @@ Llama::Llama(const Packed& packed, LlamaConfig config, ThreadPool& pool)
       scales_(std::size_t(std::max(kMaxTokens, pool.size())) * sizeof(float)),
       largest_(std::size_t(pool.size()) * kMaxTokens * sizeof(float)),
       rotary_(kMaxTokens * std::size_t(config_.head_dim) * sizeof(float)),
-      scores_(std::size_t(pool.size())) {
+      attention_scratch_(std::size_t(pool.size()) * attention_scratch_floats_of_a_thread() * sizeof(float)) {
     std::vector<std::pair<std::string, Linear>> all;
     all.emplace_back("model.embed_tokens", embedding_);
     all.emplace_back("the head", head_.linears[0]);
@@ -137,6 +139,7 @@ void Llama::forward(std::span<const NewTokens> batch, bool all_logits, float* lo
         pass.runs.clear();
         pass.outputs.clear();
     };
+    for (const NewTokens& fresh : batch) fresh.cache->reserve(fresh.cache->length() + int(fresh.ids.size()));
     for (const NewTokens& fresh : batch) {
         const int count = int(fresh.ids.size()), start = fresh.cache->length();
         for (int done = 0; done < count;) {
@@ -154,13 +157,8 @@ void Llama::forward(std::span<const NewTokens> batch, bool all_logits, float* lo
         fresh.cache->set_length(fresh.cache->length() + int(fresh.ids.size()));
 }
 
-void Llama::run(const Pass& pass) {
-    int longest = 0;
-    for (const Run& run : pass.runs) longest = std::max(longest, run.position + run.count);
-    const std::size_t needed = round_up(longest, 16) * std::size_t(config_.num_heads / config_.num_kv_heads);
-    for (auto& scores : scores_) {
-        if (scores.size() < needed) scores.resize(needed);
-    }
+void Llama::run(Pass& pass) {
+    plan_attention(pass);
     pool_.run([&](int thread) {
         embed(pass, thread);
         for (int layer = 0; layer < config_.num_layers; ++layer) decoder_layer(pass, layer, thread);
@@ -168,10 +166,8 @@ void Llama::run(const Pass& pass) {
     });
 }
 
-// Rows of the embedding, from its panels, and the rotary angles: cos and sin of position * frequency (in
-// float32).
+// Rows of the embedding, from its panels, and the rotary angles.
 void Llama::embed(const Pass& pass, int thread) {
-    const int half = config_.head_dim / 2;
     const Part part(int(pass.tokens.size()), thread, pool_.size());
     for (int t = part.begin; t < part.end; ++t) {
         const auto [id, position] = pass.tokens[t];
@@ -186,13 +182,8 @@ void Llama::embed(const Pass& pass, int thread) {
                 hidden[d] = std::bit_cast<float>(std::uint32_t(bits) << 16);
             }
         }
-        float* rotary = rotary_.floats() + std::size_t(t) * config_.head_dim;
-        for (int e = 0; e < half; ++e) {
-            const float angle = float(position) * config_.inverse_frequencies[e];
-            rotary[e] = float(std::cos(double(angle)));
-            rotary[half + e] = float(std::sin(double(angle)));
-        }
     }
+    rotary_angles(pass, thread);
     pool_.barrier();
 }
 
@@ -262,50 +253,6 @@ void Llama::activate(const Group& gate_up, int num_tokens, int thread) {
             const float* up = up_.floats() + t * inner_stride_ + first;
             largest[t] = std::max(largest[t], kernels_.swiglu(gate, up, count, gate));
         }
-    }
-}
-
-void Llama::attend(const Pass& pass, int layer, int thread) {
-    const int G = config_.num_kv_heads;
-    const Part part(int(pass.runs.size()) * G, thread, pool_.size());
-    for (int task = part.begin; task < part.end; ++task)
-        attend_head(pass.runs[task / G], layer, task % G, thread);
-}
-
-// All new tokens of a sequence at one key/value head: its keys and values first, then each token's queries.
-void Llama::attend_head(const Run& run, int layer, int head, int thread) {
-    const int E = config_.head_dim, heads = config_.num_heads / config_.num_kv_heads;
-    for (int t = run.first; t < run.first + run.count; ++t) {
-        float* k_E = k_.floats() + t * kv_stride_ + std::size_t(head) * E;
-        rotate(k_E, t);
-        run.cache->store(layer, head, run.position + t - run.first, k_E,
-                         v_.floats() + t * kv_stride_ + std::size_t(head) * E);
-    }
-    for (int t = run.first; t < run.first + run.count; ++t) {
-        const std::size_t begin = t * q_stride_ + std::size_t(head) * heads * E;
-        for (int i = 0; i < heads; ++i) rotate(q_.floats() + begin + std::size_t(i) * E, t);
-        kernels_.attention({.q_AE = q_.floats() + begin,
-                            .k_blocks = run.cache->keys(layer, head),
-                            .v_SE = run.cache->values(layer, head),
-                            .num_heads = heads,
-                            .num_positions = run.position + t - run.first + 1,
-                            .head_dim = E,
-                            .scale = float(1.0 / std::sqrt(double(E))),
-                            .scores = scores_[thread].data(),
-                            .out_AE = attended_.floats() + begin});
-    }
-}
-
-// Rotates the halves of one head's query or key: (a, b) -> (a cos - b sin, b cos + a sin), as Hugging Face
-// does.
-void Llama::rotate(float* head, int token) const {
-    const int half = config_.head_dim / 2;
-    const float* cosine = rotary_.floats() + std::size_t(token) * config_.head_dim;
-    const float* sine = cosine + half;
-    for (int e = 0; e < half; ++e) {
-        const float a = head[e], b = head[half + e];
-        head[e] = a * cosine[e] - b * sine[e];
-        head[half + e] = b * cosine[e] + a * sine[e];
     }
 }
 

@@ -75,7 +75,9 @@ class Llama {
   public:
     static constexpr int kMaxTokens = 256;  // of one pass; longer prompts take several
 
-    Llama(const Packed& packed, LlamaConfig config, ThreadPool& pool);
+    Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& pool);
+
+    KvCache new_cache(int capacity) const;
 
     // Advances all sequences. Logits [rows, padded_vocab()]: of every new token, or of each sequence's last.
     // Ids and capacities must have been checked.
@@ -84,7 +86,13 @@ class Llama {
     // Seconds that all decoder matrices take for `num_tokens` (at most kMaxTokens) at once.
     double time_linears(int num_tokens);
 
+    // Seconds that attention takes, `repeats` times, for one new token of `num_sequences` sequences after
+    // `context` positions, in all layers; that many keys and values are made up.
+    std::vector<double> time_attention(int context, int num_sequences, int repeats);
+
     std::size_t bytes_per_step() const;
+    // Of the cached keys and values of a position, in all layers.
+    std::size_t position_bytes() const;
     int padded_vocab() const { return head_.linears[0].padded_rows(); }
     const LlamaConfig& config() const { return config_; }
 
@@ -97,19 +105,31 @@ class Llama {
         KvCache* cache;
         int first, count, position;
     };
+    struct AttentionItem {  // tokens of a run at one key/value head, over some chunks of positions
+        int run, head, first, count, begin, end;
+        std::ptrdiff_t state;  // where its rows' states go, or -1: it has all chunks and writes the output
+    };
     struct Pass {
         std::vector<Token> tokens;
         std::vector<Run> runs;
-        std::vector<int> outputs;  // tokens whose logits are wanted
+        std::vector<AttentionItem> items;
+        std::vector<std::size_t> shares;  // items of thread i: shares[i] .. shares[i + 1]
+        std::vector<int> outputs;         // tokens whose logits are wanted
         float* logits;
     };
 
     Layer read_layer(const Packed& packed, int index, std::vector<std::pair<std::string, Linear>>& all) const;
-    void run(const Pass& pass);
+    void run(Pass& pass);
+    void plan_attention(Pass& pass);
+    void split(Pass& pass) const;
+    std::size_t attention_scratch_floats_of_a_thread() const;
+    void rotary_angles(const Pass& pass, int thread);
     void embed(const Pass& pass, int thread);
     void decoder_layer(const Pass& pass, int layer, int thread);
     void attend(const Pass& pass, int layer, int thread);
-    void attend_head(const Run& run, int layer, int head, int thread);
+    void store(const Pass& pass, int layer, int thread);
+    void attend_item(const Pass& pass, const AttentionItem& item, int layer, int thread);
+    void merge_states(const Pass& pass, int thread);
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
     void prepare(const Group& group, const float* row, int columns, float largest, int token, int num_tokens,
@@ -120,11 +140,12 @@ class Llama {
     void activate(const Group& gate_up, int num_tokens, int thread);
     void multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread);
     void add_to_hidden(const Group& group, int num_tokens, int thread);
-    void rotate(float* head, int token) const;
 
     LlamaConfig config_;
     ThreadPool& pool_;
     const VectorRow& kernels_;
+    const AttentionRow& attention_;
+    const KvLayout kv_;
     Linear embedding_;
     const float* final_norm_;
     std::vector<Layer> layers_;
@@ -133,7 +154,8 @@ class Llama {
     std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
     Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_high_, x_low_, scales_,
         largest_, rotary_;
-    std::vector<std::vector<float>> scores_;  // of each thread
+    Scratch attention_scratch_;            // of each thread
+    std::vector<float> attention_states_;  // of rows whose chunks are split among threads
 };
 
 }  // namespace gossamer

@@ -21,6 +21,7 @@ using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::dev
 using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatMatrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatCube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 // A NumPy array [rows, columns] over owned memory with rows `stride` apart.
 template <class T>
@@ -31,6 +32,13 @@ nb::ndarray<nb::numpy, T, nb::ndim<2>> to_numpy(std::unique_ptr<T[]> data, std::
     const std::size_t shape[] = {rows, columns};
     const std::int64_t strides[] = {std::int64_t(stride), 1};
     return nb::ndarray<nb::numpy, T, nb::ndim<2>>(pointer, 2, shape, owner, strides);
+}
+
+inline Values parse_kv(const std::string& name) {
+    if (name == "f32") return Values::f32;
+    if (name == "bf16") return Values::bf16;
+    if (name == "i8") return Values::i8;
+    throw ConfigError("found the type '" + name + "' of cached keys and values; expected f32, bf16 or i8");
 }
 
 inline LayerEntry layer_entry(nb::handle entry) {

@@ -45,7 +45,7 @@ nb::list kernels() {
     };
     for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
     for (const VectorRow& row : vector_table()) {
-        for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "attention"})
+        for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "rope"})
             add(family, "f32", "dense", row.isa);
     }
     for (const SamplingRow& row : sampling_table()) {
@@ -55,6 +55,7 @@ nb::list kernels() {
         add("read", "i8", "dense", row.isa);
         add("multiply_int8", "i8", "dense", row.isa);
     }
+    for (const AttentionRow& row : attention_table()) add("attention", name(row.values), "dense", row.isa);
     return rows;
 }
 
@@ -183,29 +184,56 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> swiglu(const std::string& level, Floa
     return to_numpy(std::move(y), T, N, N);
 }
 
-// Attention of queries q_AE over keys and values k_SE, v_SE of their key/value head.
-nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, FloatMatrix q_AE,
-                                                     FloatMatrix k_SE, FloatMatrix v_SE) {
-    const int A = int(q_AE.shape(0)), E = int(q_AE.shape(1)), S = int(k_SE.shape(0));
-    if (int(k_SE.shape(1)) != E || int(v_SE.shape(1)) != E || int(v_SE.shape(0)) != S || S < 1) {
+// Attention of new tokens q_TAE over keys and values of one key/value head, the tokens being the last of the
+// S positions; `split`: chunk by chunk, merged afterwards, as a long decode step does it.
+nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, const std::string& kv,
+                                                     FloatCube q_TAE, FloatMatrix k_SE, FloatMatrix v_SE,
+                                                     bool split) {
+    const int T = int(q_TAE.shape(0)), A = int(q_TAE.shape(1)), E = int(q_TAE.shape(2));
+    const int S = int(k_SE.shape(0)), chunks = (S + kChunkPositions - 1) / kChunkPositions;
+    const bool fits = int(k_SE.shape(1)) == E && int(v_SE.shape(1)) == E && int(v_SE.shape(0)) == S;
+    if (!fits || T < 1 || T > S || (split && T != 1))
         throw EngineError("queries, keys and values do not fit together");
-    }
-    KvCache cache(1, 1, E, S);
+    const KvLayout layout{parse_kv(kv), E};
+    KvCache cache(layout, 1, 1, S);
+    cache.reserve(S);
     for (int s = 0; s < S; ++s)
-        cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E);
-    std::vector<float> scores(std::size_t(A) * round_up(S, 16));
-    std::unique_ptr<float[]> out(new float[std::size_t(A) * E]);
-    find_vector(runnable(level))
-        .attention({.q_AE = q_AE.data(),
-                    .k_blocks = cache.keys(0, 0),
-                    .v_SE = cache.values(0, 0),
-                    .num_heads = A,
-                    .num_positions = S,
-                    .head_dim = E,
-                    .scale = float(1.0 / std::sqrt(double(E))),
-                    .scores = scores.data(),
-                    .out_AE = out.get()});
-    return to_numpy(std::move(out), std::size_t(A), std::size_t(E), std::size_t(E));
+        cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E, s + 1 == S);
+    const std::size_t state = attention_state_floats(E) * std::size_t(A);
+    std::vector<float> scratch(attention_scratch_floats(T * A, E)), states(split ? state * chunks : 0);
+    std::unique_ptr<float[]> out(new float[std::size_t(T) * A * E]);
+    AttentionTask task{.layout = layout,
+                       .chunks = cache.chunks(),
+                       .head_begin = 0,
+                       .begin = 0,
+                       .end = chunks,
+                       .q = q_TAE.data(),
+                       .out = out.get(),
+                       .stride = std::size_t(A) * E,
+                       .num_tokens = T,
+                       .num_heads = A,
+                       .position = S - T,
+                       .scale = float(1.0 / std::sqrt(double(E))),
+                       .state = nullptr,
+                       .scratch = scratch.data()};
+    const AttentionRow& row = find_attention(layout.values, runnable(level));
+    if (!split) row.attention(task);
+    for (int c = 0; split && c < chunks; ++c) {
+        task.begin = c, task.end = c + 1, task.state = states.data() + state * c;
+        row.attention(task);
+    }
+    for (int a = 0; split && a < A; ++a)
+        merge_attention(states.data() + attention_state_floats(E) * a, state, chunks, E, out.get() + a * E);
+    return to_numpy(std::move(out), std::size_t(T) * A, std::size_t(E), std::size_t(E));
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> rope(const std::string& level, FloatMatrix x_HE, Floats cos_sin) {
+    const std::size_t H = x_HE.shape(0), E = x_HE.shape(1);
+    if (cos_sin.size() != E || E % 2 != 0) throw EngineError("the angles do not fit the heads");
+    std::unique_ptr<float[]> y(new float[H * E]);
+    std::copy_n(x_HE.data(), H * E, y.get());
+    find_vector(runnable(level)).rope(y.get(), int(H), int(E), cos_sin.data());
+    return to_numpy(std::move(y), H, E, E);
 }
 
 std::uint64_t mass(const std::string& level, Floats x, float highest, float inverse_temperature, float low) {
@@ -285,7 +313,8 @@ void bind_kernels(nb::module_& m) {
     m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
     m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
     m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
-    m.def("attention", &attention, "isa"_a, "q_AE"_a, "k_SE"_a, "v_SE"_a);
+    m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "split"_a = false);
+    m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);
     m.def("mass", &mass, "isa"_a, "x"_a, "highest"_a, "inverse_temperature"_a, "low"_a);
     m.def("sample", &sample_token, "isa"_a, "logits_V"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
           "uniform"_a);

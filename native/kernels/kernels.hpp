@@ -15,7 +15,13 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     float largest(const float*, int);                              \
     float quantize(const float*, int, float, std::uint8_t*);       \
     void split(const float*, int, std::uint16_t*, std::uint16_t*); \
-    void attention(const AttentionTask&);                          \
+    void rope(float*, int, int, const float*);                     \
+    }
+#define GOSSAMER_ATTENTION(level)              \
+    namespace level {                          \
+    void attention_f32(const AttentionTask&);  \
+    void attention_bf16(const AttentionTask&); \
+    void attention_i8(const AttentionTask&);   \
     }
 
 #define GOSSAMER_SAMPLING(level)                                  \
@@ -42,6 +48,9 @@ GOSSAMER_MULTIPLY(avx512)
 GOSSAMER_MULTIPLY(amx)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
+GOSSAMER_ATTENTION(scalar)
+GOSSAMER_ATTENTION(avx2)
+GOSSAMER_ATTENTION(avx512)
 GOSSAMER_SAMPLING(scalar)
 GOSSAMER_SAMPLING(avx2)
 GOSSAMER_SAMPLING(avx512)

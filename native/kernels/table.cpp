@@ -7,9 +7,17 @@ namespace {
 
 constexpr VectorRow kVector[] = {
     {Isa::scalar, scalar::rmsnorm, scalar::swiglu, scalar::largest, scalar::quantize, scalar::split,
-     scalar::attention},
+     scalar::rope},
     {Isa::avx512, avx512::rmsnorm, avx512::swiglu, avx512::largest, avx512::quantize, avx512::split,
-     avx512::attention},
+     avx512::rope},
+};
+
+constexpr AttentionRow kAttention[] = {
+    {Values::f32, Isa::scalar, scalar::attention_f32}, {Values::f32, Isa::avx2, avx2::attention_f32},
+    {Values::f32, Isa::avx512, avx512::attention_f32}, {Values::bf16, Isa::scalar, scalar::attention_bf16},
+    {Values::bf16, Isa::avx2, avx2::attention_bf16},   {Values::bf16, Isa::avx512, avx512::attention_bf16},
+    {Values::i8, Isa::scalar, scalar::attention_i8},   {Values::i8, Isa::avx2, avx2::attention_i8},
+    {Values::i8, Isa::avx512, avx512::attention_i8},
 };
 
 constexpr SamplingRow kSampling[] = {
@@ -43,6 +51,7 @@ std::vector<MatmulRow> matmul_table() {
     return rows;
 }
 std::span<const VectorRow> vector_table() { return kVector; }
+std::span<const AttentionRow> attention_table() { return kAttention; }
 std::span<const SamplingRow> sampling_table() { return kSampling; }
 std::span<const ProbeRow> probe_table() { return kProbe; }
 
@@ -68,5 +77,14 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emula
 const VectorRow& find_vector(Isa isa) { return best(vector_table(), isa); }
 const SamplingRow& find_sampling(Isa isa) { return best(sampling_table(), isa); }
 const ProbeRow& find_probe(Isa isa) { return best(probe_table(), isa); }
+
+const AttentionRow& find_attention(Values values, Isa isa) {
+    const AttentionRow* found = nullptr;
+    for (const AttentionRow& row : kAttention) {
+        if (row.values == values && row.isa <= isa && (found == nullptr || row.isa > found->isa))
+            found = &row;
+    }
+    return *found;
+}
 
 }  // namespace gossamer

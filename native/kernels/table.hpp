@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "isa.hpp"
+#include "kv_layout.hpp"
 #include "view.hpp"
 
 namespace gossamer {
@@ -29,18 +30,33 @@ struct MatmulRow {
     Accumulate accumulate;  // i8 and i4 only
 };
 
-// One new token against the cached positions of one key/value head (attention.cpp).
+// New tokens of one sequence against its cached positions at one key/value head (attention.cpp). Token t sees
+// positions 0 .. position + t.
 struct AttentionTask {
-    const float* q_AE;      // rotated queries of the heads that share the key/value head
-    const float* k_blocks;  // [position / 16][E][16]
-    const float* v_SE;      // [position][E padded to 16]
-    int num_heads;
-    int num_positions;
-    int head_dim;
+    KvLayout layout;
+    const std::uint8_t* const* chunks;  // of the sequence
+    std::size_t head_begin;             // of the key/value head in each chunk
+    int begin, end;                     // chunks
+    const float* q;  // rotated; row (t, h) is q[t * stride + h * head_dim], and out likewise
+    float* out;      // written if `state` is null: then begin is 0, and end covers what the last token sees
+    std::size_t stride;                   // floats between tokens
+    int num_tokens, num_heads, position;  // heads: those that share the key/value head
     float scale;
-    float* scores;  // scratch [num_heads][num_positions padded to 16]
-    float* out_AE;
+    float* state;    // of each row (attention_state_floats), for merge_attention; one token, one chunk
+    float* scratch;  // attention_scratch_floats
 };
+
+struct AttentionRow {
+    Values values;  // of keys and values
+    Isa isa;
+    void (*attention)(const AttentionTask& task);
+};
+
+std::size_t attention_state_floats(int head_dim);
+std::size_t attention_scratch_floats(int num_rows, int head_dim);
+
+// out_E of one row from its states after chunks 0 .. num_chunks - 1, each `stride` floats behind the last.
+void merge_attention(const float* states, std::size_t stride, int num_chunks, int head_dim, float* out_E);
 
 // Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
 struct VectorRow {
@@ -53,7 +69,9 @@ struct VectorRow {
     float (*quantize)(const float* x_K, int count, float largest, std::uint8_t* q_K);
     // x = high + low, two bfloat16.
     void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
-    void (*attention)(const AttentionTask& task);
+    // Rotates heads [head][E] of one token in place by cos_sin [2][E / 2]: (a, b) -> (a cos - b sin, b cos +
+    // a sin) of the halves.
+    void (*rope)(float* x_HE, int num_heads, int head_dim, const float* cos_sin);
 };
 
 // exp((x - highest) / temperature).
@@ -84,12 +102,14 @@ struct ProbeRow {
 
 std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
+std::span<const AttentionRow> attention_table();
 std::span<const SamplingRow> sampling_table();
 std::span<const ProbeRow> probe_table();
 
 // The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
+const AttentionRow& find_attention(Values values, Isa isa);
 const SamplingRow& find_sampling(Isa isa);
 const ProbeRow& find_probe(Isa isa);
 

@@ -22,7 +22,7 @@ class _Kernel(TypedDict):
     isa: _Isa
 
 class Sequence:
-    """Cached keys and values (float32) of one sequence of tokens."""
+    """Cached keys and values of one sequence of tokens; memory is taken as it grows, 256 tokens at a time."""
 
     @property
     def length(self) -> int:
@@ -36,10 +36,18 @@ class Sequence:
         """Forget all but the first `length` tokens."""
 
 class Model:
-    """A Llama over the packed file in `buffer`; `config` is `Packed.native_config()`."""
+    """A Llama over the packed file in `buffer`; `config` is `Packed.native_config()`.
+
+    Keys and values are cached as `kv` says; i8 has a scale for every position and key/value head.
+    """
 
     def __init__(
-        self, buffer: np.ndarray, tensors: _Tensors, config: Mapping[str, Any], num_threads: int
+        self,
+        buffer: np.ndarray,
+        tensors: _Tensors,
+        config: Mapping[str, Any],
+        num_threads: int,
+        kv: Literal["f32", "bf16", "i8"] = "f32",
     ) -> None: ...
     def new_sequence(self, capacity: int) -> Sequence:
         """An empty sequence with room for `capacity` tokens."""
@@ -55,6 +63,13 @@ class Model:
 
     def time_linears(self, repeats: int, num_tokens: int = 1) -> list[float]:
         """Seconds of a pass over all decoder matrices with `num_tokens` (1 .. 256), `repeats` times."""
+
+    def time_attention(self, context: int, repeats: int) -> tuple[int, list[float]]:
+        """Bytes of cached keys and values, and the seconds that attending to all takes, `repeats` times.
+
+        One new token of each of as many sequences of `context` tokens as no cache holds, in all layers:
+        rotation, storing and merging included, matrix products not.
+        """
 
     @property
     def bytes_per_step(self) -> int:
@@ -115,8 +130,16 @@ def quantize(isa: str, x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def swiglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> np.ndarray:
     """float32 gate / (1 + exp(-gate)) * up."""
 
-def attention(isa: str, q_AE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
-    """float32 [A, E]: softmax(q k^T / sqrt(E)) v over S positions of one key/value head."""
+def attention(
+    isa: str, kv: str, q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, split: bool = False
+) -> np.ndarray:
+    """float32 [T * A, E]: softmax(q k^T / sqrt(E)) v of the last T of S positions at one key/value head.
+
+    Each token sees the positions up to its own. `split` (one token): by chunks of positions, then merged.
+    """
+
+def rope(isa: str, x_HE: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
+    """float32 [H, E]: every head's halves (a, b) rotated to (a cos - b sin, b cos + a sin)."""
 
 def sample(
     isa: str,

@@ -39,7 +39,8 @@ def opened(
                 pack_int8(Checkpoint.open(tiny_llama("llama3")), path)
             else:
                 pack_checkpoint(Checkpoint.open(directory(name, tiny_llama, request)), path)
-            made[name] = LLM(path, 1)  # two threads would wait for each other on a busy machine
+            # Two threads would wait for each other on a busy machine; transformers computes in float32.
+            made[name] = LLM(path, 1, kv_cache_dtype="auto" if name == "int8" else "f32")
         return made[name]
 
     return make

@@ -13,8 +13,8 @@ from gossamer.packed import EMBEDDING, Packed
 class Reference:
     """Logits of one sequence, all tokens at once; tensors decoded by `Packed`, the format's specification."""
 
-    def __init__(self, packed: Packed) -> None:
-        self.packed, self.llama = packed, packed.architecture
+    def __init__(self, packed: Packed, kv: str = "f32") -> None:
+        self.packed, self.llama, self.kv = packed, packed.architecture, kv
         self.cache = {name: packed.stored(name) for name in packed.layers}
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
@@ -49,11 +49,14 @@ class Reference:
         shared = llama.num_heads // llama.num_kv_heads
         k_ATE, v_ATE = k_GTE.repeat(shared, axis=0), v_GTE.repeat(shared, axis=0)
         scale = np.float32(1 / np.sqrt(llama.head_dim))
-        scores_ATT = products_in_order(q_ATE, k_ATE.transpose(0, 2, 1)) * scale
+        product = integer_products if self.kv == "i8" else products_in_order
+        (k_ATE, k_scale_AT1), (v_ATE, v_scale_AT1) = cached(k_ATE, self.kv), cached(v_ATE, self.kv)
+        scores_ATT = product(q_ATE * scale, k_ATE.transpose(0, 2, 1)) * k_scale_AT1.transpose(0, 2, 1)
         scores_ATT = np.where(np.tri(T, dtype=bool), scores_ATT, -np.inf)
         weights_ATT = exponential(scores_ATT - scores_ATT.max(axis=2, keepdims=True))
         weights_ATT = np.where(np.tri(T, dtype=bool), weights_ATT, np.float32(0))
-        out_ATE = products_in_order(weights_ATT, v_ATE) / sums_in_lanes(weights_ATT)
+        scaled_ATT = weights_ATT * v_scale_AT1.transpose(0, 2, 1)
+        out_ATE = product(scaled_ATT, v_ATE) / sums_in_lanes(weights_ATT)
         return self.linear(out_ATE.transpose(1, 0, 2).reshape(T, -1), f"{prefix}.o_proj")
 
     def heads(self, x_TD: np.ndarray, name: str, num_heads: int) -> np.ndarray:
@@ -68,31 +71,54 @@ class Reference:
         return x_HTE * cosine + np.concatenate([-second, first], axis=2) * sine
 
 
+def cached(x_SE: np.ndarray, kv: str) -> tuple[np.ndarray, np.ndarray]:
+    """Keys or values [..., S, E] as a cache of type `kv` keeps them: numbers, and scales [..., S, 1]."""
+    most_S1 = np.abs(x_SE).max(axis=-1, keepdims=True)
+    if kv == "i8":
+        steps_S1 = np.divide(np.float32(127), most_S1, where=most_S1 > 0, out=np.zeros_like(most_S1))
+        return np.rint(x_SE * steps_S1), most_S1 / np.float32(127)
+    if kv == "bf16":
+        bits = np.ascontiguousarray(x_SE).view(np.uint32)
+        x_SE = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return x_SE, np.ones_like(most_S1)
+
+
 def exponential(x: np.ndarray) -> np.ndarray:
     """exp(x) in float32 as native/kernels/exponential.hpp defines it (Cephes; to about the last bit)."""
     x = np.clip(x, np.float32(-87), np.float32(88)).astype(np.float32)
-    n = np.rint(x * np.float32(1.44269504088896341))
-    r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
+    n = np.rint(x.astype(np.float64) * np.float32(1.44269504088896341)).astype(np.float32)
+    r = fused(-n, np.float32(-2.12194440e-4), fused(-n, np.float32(0.693359375), x))
     p = np.float32(1.9875691500e-4)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = p * r + np.float32(c)
-    return ((p * (r * r) + r) + np.float32(1)) * np.exp2(n)
+        p = fused(p, r, np.float32(c))
+    return (fused(p, r * r, r) + np.float32(1)) * np.exp2(n)
+
+
+def fused(a: np.ndarray, b: np.ndarray | np.float32, c: np.ndarray | np.float32) -> np.ndarray:
+    """a * b + c in float32, rounded once (but for rare ties: float64 holds the product exactly)."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
 def products_in_order(a_AMK: np.ndarray, b_AKN: np.ndarray) -> np.ndarray:
-    """a @ b in float32, summed over k from the first to the last."""
+    """a @ b in float32, fused, summed over k from the first to the last."""
     total_AMN = np.zeros((*a_AMK.shape[:2], b_AKN.shape[2]), np.float32)
     for k in range(a_AMK.shape[2]):
-        total_AMN += a_AMK[:, :, k, None] * b_AKN[:, None, k, :]
+        total_AMN = fused(a_AMK[:, :, k, None], b_AKN[:, None, k, :], total_AMN)
     return total_AMN
 
 
+def integer_products(a_AMK: np.ndarray, b_AKN: np.ndarray) -> np.ndarray:
+    """a @ b for integers b; rows of a become 16-bit integers first, with one step each."""
+    most_AM1 = np.abs(a_AMK).max(axis=2, keepdims=True)
+    q_AMK = np.rint(a_AMK * (np.float32(32639) / most_AM1)).astype(np.float64)
+    return (q_AMK @ b_AKN).astype(np.float32) * (most_AM1 / np.float32(32639))
+
+
 def sums_in_lanes(weights_ATS: np.ndarray) -> np.ndarray:
-    """Sums over the last axis [A, T, 1]: 16 running sums (of every 16th number), then those in order."""
+    """Sums over the last axis [A, T, 1]: 16 running sums (of every 16th number), halved four times."""
     lanes = np.zeros((*weights_ATS.shape[:2], 16), np.float32)
     for s in range(weights_ATS.shape[2]):
         lanes[:, :, s % 16] += weights_ATS[:, :, s]
-    total = np.zeros((*weights_ATS.shape[:2], 1), np.float32)
-    for lane in range(16):
-        total += lanes[:, :, lane, None]
-    return total
+    for half in (8, 4, 2, 1):
+        lanes = lanes[:, :, :half] + lanes[:, :, half:]
+    return lanes

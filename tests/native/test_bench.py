@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gossamer import _native, cli
+from gossamer.engine import KvCacheDtype, cached_type, native_model
 from gossamer.errors import ConfigError
 from gossamer.packed import Packed
 from gossamer.tools.bench import Bench, BenchResult, BenchRow, bench
@@ -50,18 +51,31 @@ def test_shares_refer_to_the_limits_of_the_run(row: BenchRow) -> None:
     assert row.prompt_tops / row.prompt_tokens_per_s == pytest.approx(
         row.prompt_linears_tops / (row.prompt_linears_tokens / row.prompt_linears.median)
     )
+    assert row.attention_bandwidth_share == pytest.approx(row.attention_gb_per_s / row.read_gb_per_s)
     assert row.read_gb_per_s >= row.reads_gb_per_s.mean
 
 
 def test_bytes_are_those_of_the_file_and_the_cache(row: BenchRow, int8_model: Packed) -> None:
     """Keys and values of three sequences, at the middle of 8 steps that follow 9 tokens."""
     llama = int8_model.architecture
-    assert row.kv_bytes == pytest.approx(3 * kv_bytes(llama, 9 + 4.5), abs=3)
+    assert row.kv_bytes == pytest.approx(3 * kv_bytes(llama, 9 + 4.5, "bf16"), abs=3)
     position = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
     assert [kv_bytes(llama, 7, dtype) for dtype in ("f32", "bf16")] == [28 * position, 14 * position]
     assert row.linears_bytes == sum(int8_model.layer_bytes(name) for name in int8_model.decoder)
     assert row.linears_bytes + int8_model.layer_bytes(int8_model.head) < row.step_bytes - row.kv_bytes
     assert row.step_bytes - row.kv_bytes < row.file_bytes == int8_model.path.stat().st_size
+
+
+@pytest.mark.parametrize("dtype", ["auto", "f32", "i8"])
+def test_keys_and_values_are_counted_in_their_type(int8_model: Packed, dtype: KvCacheDtype) -> None:
+    """The engine, asked for the bytes of a whole cache, counts the same for a position."""
+    job = dataclasses.replace(QUICK, model=str(int8_model.path), kv_cache_dtype=dtype, repeats=1)
+    row = bench(job).row
+    assert row.kv_cache_dtype == {"auto": "bf16"}.get(dtype, dtype)
+    llama = int8_model.architecture
+    assert row.kv_bytes == kv_bytes(llama, 13.5, cached_type(int8_model, dtype))
+    num_bytes, _ = native_model(int8_model, 1, dtype).time_attention(9, 1)
+    assert num_bytes % kv_bytes(llama, 9, cached_type(int8_model, dtype)) == 0
 
 
 def test_spreads_count_every_sample(row: BenchRow) -> None:

@@ -177,22 +177,6 @@ def test_rmsnorm_and_swiglu_equal_numpy_with_the_same_bits_on_every_level() -> N
             np.testing.assert_array_equal(found[1], _native.swiglu("scalar", x_TD, up_TD))
 
 
-@pytest.mark.parametrize("heads", [1, 4, 7])
-@pytest.mark.parametrize("width", [6, 16, 20, 64])
-def test_attention_equals_numpy_with_the_same_bits_on_every_level(heads: int, width: int) -> None:
-    rng = np.random.default_rng(heads)
-    for positions in (1, 15, 16, 17, 100):
-        q_AE = 3 * rng.standard_normal((heads, width)).astype(np.float32)
-        k_SE, v_SE = rng.standard_normal((2, positions, width)).astype(np.float32)
-        scores_AS = q_AE.astype(np.float64) @ k_SE.T / np.sqrt(width)
-        weights_AS = np.exp(scores_AS - scores_AS.max(axis=1, keepdims=True))
-        expected_AE = weights_AS @ v_SE / weights_AS.sum(axis=1, keepdims=True)
-        for isa in ISAS:
-            found_AE = _native.attention(isa, q_AE, k_SE, v_SE)
-            np.testing.assert_allclose(found_AE, expected_AE, rtol=1e-5, atol=2e-6)
-            np.testing.assert_array_equal(found_AE, _native.attention("scalar", q_AE, k_SE, v_SE))
-
-
 def test_bandwidth_reads_every_byte_in_some_time() -> None:
     rates = _native.read_bandwidth(2, 1024, np.ones(4 << 20, np.uint8), 3)
     assert len(rates) == 3 and min(rates) > 1e6

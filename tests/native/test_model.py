@@ -13,6 +13,7 @@ from gossamer.errors import EngineError, FormatError
 from gossamer.packed import Packed
 from native.reference import Reference
 
+KVS = ("f32", "bf16", "i8")
 NUM_PROMPT, NUM_GREEDY = 40, 60
 GREEDY = """
 import sys
@@ -21,7 +22,7 @@ from gossamer import _native
 from gossamer.packed import Packed
 
 packed = Packed.open(sys.argv[1])
-model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 2)
+model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 2, sys.argv[5])
 sequence, ids, rows = model.new_sequence(256), np.load(sys.argv[2]).astype(np.int32), []
 rows.append(model.forward([sequence], [ids], True))
 for _ in range(int(sys.argv[4])):
@@ -30,43 +31,47 @@ np.save(sys.argv[3], np.concatenate(rows))
 """
 
 
-def open_model(packed: Packed, num_threads: int = 1) -> _native.Model:
-    return _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), num_threads)
+def open_model(packed: Packed, num_threads: int = 1, kv: str = "f32") -> _native.Model:
+    return _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), num_threads, kv)
 
 
 def prompt(length: int = NUM_PROMPT, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 331, length).astype(np.int32)
 
 
-def test_int8_equals_numpy_and_itself_on_every_level(int8_model: Packed, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv", KVS)
+def test_int8_equals_numpy_and_itself_on_every_level(int8_model: Packed, tmp_path: Path, kv: str) -> None:
     np.save(tmp_path / "ids.npy", prompt())
     found = []
     for isa in ("scalar", "avx512"):
         output = tmp_path / f"{isa}.npy"
-        arguments = [str(int8_model.path), str(tmp_path / "ids.npy"), str(output), str(NUM_GREEDY)]
+        arguments = [str(int8_model.path), str(tmp_path / "ids.npy"), str(output), str(NUM_GREEDY), kv]
         environment = os.environ | {"GOSSAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", GREEDY, *arguments], env=environment, check=True)
         found.append(np.load(output))
     np.testing.assert_array_equal(found[0], found[1])
     greedy = found[0][NUM_PROMPT - 1 : -1].argmax(axis=1)
-    expected = Reference(int8_model).logits(np.concatenate([prompt(), greedy]))
+    expected = Reference(int8_model, kv).logits(np.concatenate([prompt(), greedy]))
     assert np.abs(found[0] - expected).max() <= 1e-3 * np.abs(expected).max()
     np.testing.assert_array_equal(
         expected[NUM_PROMPT - 1 :].argmax(axis=1), found[0][NUM_PROMPT - 1 :].argmax(axis=1)
     )
 
 
-def test_passes_batches_and_threads_give_the_same_bits(int8_model: Packed) -> None:
+@pytest.mark.parametrize("kv", KVS)
+def test_passes_batches_and_threads_give_the_same_bits(int8_model: Packed, kv: str) -> None:
+    """One prompt crosses a chunk of positions; its second half comes as single tokens."""
     prompts = [prompt(length, seed) for seed, length in enumerate((1, 300, 9, 33))]
-    model = open_model(int8_model)
+    model = open_model(int8_model, 1, kv)
     alone = []
     for ids in prompts:
         sequence, rows = model.new_sequence(300), []
-        for piece in np.array_split(ids, 7 if len(ids) < 20 else 2):
+        halves = np.array_split(ids, 2)
+        for piece in [halves[0], *np.array_split(halves[1], halves[1].size)] if ids.size > 1 else [ids]:
             rows += [model.forward([sequence], [piece], True)] if piece.size else []
         alone.append(np.concatenate(rows))
     for num_threads in (1, 2, 3):
-        model = open_model(int8_model, num_threads)
+        model = open_model(int8_model, num_threads, kv)
         sequences = [model.new_sequence(301) for _ in prompts]
         last = model.forward(sequences, prompts)
         np.testing.assert_array_equal(last, [rows[-1] for rows in alone])
@@ -75,8 +80,9 @@ def test_passes_batches_and_threads_give_the_same_bits(int8_model: Packed) -> No
         np.testing.assert_array_equal(model.forward(sequences, prompts, True), np.concatenate(alone))
 
 
-def test_a_truncated_sequence_goes_on_as_if_never_longer(int8_model: Packed) -> None:
-    model = open_model(int8_model)
+@pytest.mark.parametrize("kv", KVS)
+def test_a_truncated_sequence_goes_on_as_if_never_longer(int8_model: Packed, kv: str) -> None:
+    model = open_model(int8_model, 1, kv)
     sequence, other = model.new_sequence(64), model.new_sequence(20)
     model.forward([sequence], [prompt(30)])
     sequence.truncate(11)
@@ -129,3 +135,12 @@ def test_bytes_of_a_step_are_those_of_the_file(int8_model: Packed) -> None:
     matrices = sum(int8_model.layer_bytes(name) for name in int8_model.layers if name != "model.embed_tokens")
     assert 0.9 * matrices < step <= matrices + 8 * 96 * 4
     assert len(open_model(int8_model, 2).time_linears(3)) == 3
+
+
+@pytest.mark.parametrize(("kv", "bits"), [("f32", 32), ("bf16", 16), ("i8", 8 + 32 / 20)])
+def test_attention_is_timed_over_more_than_caches_hold(int8_model: Packed, kv: str, bits: float) -> None:
+    """As many sequences as a pass takes, at most; 3 layers, 2 heads of 20 keys and values."""
+    num_bytes, seconds = open_model(int8_model, 2, kv).time_attention(700, 2)
+    sequence = 700 * 3 * 2 * 2 * 20 * bits / 8
+    assert num_bytes % sequence == 0 and num_bytes == min(num_bytes // sequence, 256) * sequence
+    assert num_bytes >= min(256 << 20, 256 * sequence) and len(seconds) == 2 and min(seconds) > 0

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,3 +170,22 @@ def test_packed_file_needs_the_engine(tmp_path: Path) -> None:
 def test_dense_reference_points(model: str, expected: float, shared_data: Path, reserved_slice: Path) -> None:
     result = evaluate(Evaluate(str(shared_data / "models" / model), dataset=str(reserved_slice)))
     assert result.perplexity == pytest.approx(expected, abs=6e-4)
+
+
+@pytest.mark.parametrize("model", ["stories3m", "stories260k"])
+def test_an_int8_cache_costs_less_than_half_a_percent(
+    model: str, shared_data: Path, reserved_slice: Path
+) -> None:
+    job = Evaluate(
+        str(shared_data / "models" / model), dataset=str(reserved_slice), backend="engine", limit=40
+    )
+    perplexity = {kv: evaluate(replace(job, kv_cache_dtype=kv)).perplexity for kv in ("f32", "bf16", "i8")}
+    assert perplexity["bf16"] == pytest.approx(perplexity["f32"], rel=1e-3)
+    assert perplexity["i8"] == pytest.approx(perplexity["bf16"], rel=5e-3)
+    assert len(set(perplexity.values())) == 3
+
+
+def test_the_type_of_the_cache_is_the_engines(tiny_llama: TinyLlama, text_file: Path) -> None:
+    job = Evaluate(str(tiny_llama("llama2")), dataset=str(text_file), kv_cache_dtype="i8")
+    with pytest.raises(ConfigError, match="--backend engine"):
+        evaluate(job)

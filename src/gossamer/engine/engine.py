@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from gossamer.tokens import Tokenizer
 LOGITS_CHUNK = 256  # tokens whose logits are computed in one call
 
 Prompt = str | Sequence[int]
+KvCacheDtype = Literal["auto", "f32", "bf16", "i8"]
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,24 @@ class Engine:
     num_threads: int
 
     @classmethod
-    def open(cls, path: str | Path, num_threads: int | None = None, progress: Progress = quiet) -> "Engine":
+    def open(
+        cls,
+        path: str | Path,
+        num_threads: int | None = None,
+        progress: Progress = quiet,
+        kv_cache_dtype: KvCacheDtype = "auto",
+    ) -> "Engine":
         """Map a .goss file and validate it (FormatError says what is wrong with it).
 
-        A checkpoint directory is packed once into the cache. `num_threads` None: see `default_threads`.
+        A checkpoint directory is packed once into the cache. `num_threads` None: see `default_threads`;
+        `kv_cache_dtype`: see `native_model`.
         """
         threads = default_threads() if num_threads is None else num_threads
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
         packed = Packed.open(cached_pack(path, progress) if Path(path).is_dir() else path)
         tokenizer = _tokenizer(packed)
-        model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), threads)
+        model = native_model(packed, threads, kv_cache_dtype)
         return cls(packed.path, model, tokenizer, packed.architecture, threads)
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
@@ -79,6 +88,22 @@ class Engine:
             if not isinstance(index, int | np.integer) or not 0 <= index < size:
                 raise ConfigError(f"found token id {index!r}; this model's ids are 0 to {size - 1}.")
         return [int(index) for index in ids]
+
+
+def native_model(packed: Packed, num_threads: int, kv_cache_dtype: KvCacheDtype = "auto") -> _native.Model:
+    """The forward pass, with keys and values cached as f32, bf16 or i8 (a scale a position and head)."""
+    kv = cached_type(packed, kv_cache_dtype)
+    return _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), num_threads, kv)
+
+
+def cached_type(packed: Packed, kv_cache_dtype: KvCacheDtype) -> Literal["f32", "bf16", "i8"]:
+    """What "auto" stands for: f32 where decoder linears are f32, so that such models compute in float32
+    throughout, else bf16."""
+    if kv_cache_dtype not in get_args(KvCacheDtype):
+        raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected auto, f32, bf16 or i8.")
+    if kv_cache_dtype != "auto":
+        return kv_cache_dtype
+    return "f32" if any(packed.layers[name].values == "f32" for name in packed.decoder) else "bf16"
 
 
 def _tokenizer(packed: Packed) -> Tokenizer:

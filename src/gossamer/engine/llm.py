@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer.engine.engine import Engine, Prompt
+from gossamer.engine.engine import Engine, KvCacheDtype, Prompt
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
@@ -33,13 +33,15 @@ class LLM:
         num_threads: int | None = None,
         *,
         max_batch: int = 16,
+        kv_cache_dtype: KvCacheDtype = "auto",
         progress: Progress = quiet,
     ) -> None:
         """Open a .goss file, or a directory, which is packed once into the cache.
 
-        `num_threads` None takes GOSSAMER_THREADS or the physical cores.
+        `num_threads` None takes GOSSAMER_THREADS or the physical cores. `kv_cache_dtype`: keys and values in
+        "f32", "bf16" or "i8"; "auto" is f32 for float32 models, else bf16.
         """
-        self.engine = Engine.open(path, num_threads, progress)
+        self.engine = Engine.open(path, num_threads, progress, kv_cache_dtype)
         self._scheduler = Scheduler(self.engine.model, max_batch)
 
     @property

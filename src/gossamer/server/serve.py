@@ -3,6 +3,7 @@
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import uvicorn
 
@@ -27,6 +28,9 @@ class Serve:
     port: int = option(8000, help="port to listen on; 0 takes a free one")
     name: str = option("", help="the model's name in the API (default: the file's or directory's)")
     threads: int | None = option(None, help="threads that compute (default: the physical cores)")
+    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
+        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
+    )
     max_batch: int = option(16, help="requests decoded together")
     max_queue: int = option(256, help="requests under way or waiting; more are refused")
     max_tokens: int | None = option(
@@ -48,7 +52,7 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     `progress` gets one event when the port accepts connections, with `url` and `name` as metrics.
     """
     _check(job)
-    engine = Engine.open(job.model, job.threads, progress)
+    engine = Engine.open(job.model, job.threads, progress, job.kv_cache_dtype)
     worker = Worker(Scheduler(engine.model, job.max_batch), job.max_queue)
     name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
     api = Api(engine, worker, name, job.max_tokens)

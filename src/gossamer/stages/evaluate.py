@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gossamer import doctests
 from gossamer.checkpoint import Checkpoint
 from gossamer.data import evaluation_rows
+from gossamer.engine import LLM, KvCacheDtype, SamplingParams
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job import option
 from gossamer.report import Event, Progress, Table, quiet
@@ -33,6 +34,9 @@ class Evaluate:
         (), help="doctest, doctest-unseen, or .jsonl files with fields prompt and answer"
     )
     backend: Literal["torch", "engine"] = option("torch", help="transformers, or Gossamer's own engine")
+    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
+        "auto", help="the engine's type of cached keys and values (auto: f32 for float32 models, else bf16)"
+    )
     baseline: str = option("", help="model to compare with; adds recovery")
     limit: int = option(0, help="rows of text and examples a task at most; 0: all (500 doctests)")
     seed: int = option(0, help="choice of the doctests")
@@ -100,6 +104,8 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     if job.limit < 0:
         raise ConfigError(f"--limit is {job.limit}; expected a number of examples, or 0 for all")
     tasks = {task: task_examples(task, job) for task in job.tasks}
+    if job.backend != "engine" and job.kv_cache_dtype != "auto":
+        raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
     ours = measure(job.model, job, tasks, progress)
     base = measure(job.baseline, job, tasks, progress) if job.baseline else None
     return EvaluateResult(
@@ -127,7 +133,7 @@ class Figures:
 
 def measure(model: str, job: Evaluate, tasks: dict[str, list[Example]], progress: Progress) -> Figures:
     """Run one model through the text and the tasks."""
-    backend, figures = open_backend(model, job.backend), Figures()
+    backend, figures = open_backend(model, job.backend, job.kv_cache_dtype), Figures()
     if job.dataset:
         rows_BT = evaluation_rows(job.dataset, backend.tokenizer, offline=job.offline)[: job.limit or None]
         total, figures.num_tokens = 0.0, rows_BT[:, 1:].size
@@ -212,10 +218,10 @@ def _example(row: dict[str, Any], where: str) -> Example:
     return Example(row["prompt"], str(row.get("kind", "")), answer, lambda got: got.strip() == answer)
 
 
-def open_backend(model: str, backend: str) -> Backend:
+def open_backend(model: str, backend: str, kv_cache_dtype: KvCacheDtype = "auto") -> Backend:
     """Open a model for evaluation; UnsupportedError for a packed file on the torch backend."""
     if backend == "engine":
-        return EngineBackend(model)
+        return EngineBackend(model, kv_cache_dtype)
     if Path(model).is_file():
         raise UnsupportedError(
             f"{model} is a file; the torch backend reads directories (try --backend engine)"
@@ -226,10 +232,8 @@ def open_backend(model: str, backend: str) -> Backend:
 class EngineBackend:
     """Gossamer's own engine; a directory is packed once into its cache."""
 
-    def __init__(self, model: str) -> None:
-        from gossamer.engine import LLM
-
-        self._llm = LLM(model, max_batch=BATCH_ROWS)
+    def __init__(self, model: str, kv_cache_dtype: KvCacheDtype = "auto") -> None:
+        self._llm = LLM(model, max_batch=BATCH_ROWS, kv_cache_dtype=kv_cache_dtype)
         self.tokenizer = self._llm.tokenizer
 
     def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
@@ -242,8 +246,6 @@ class EngineBackend:
         return total
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
-        from gossamer.engine import SamplingParams
-
         params = SamplingParams(max_tokens=max_tokens, stop=[stop] if stop else [])
         return [generation.text for generation in self._llm.generate(prompts, params)]
 

@@ -7,7 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-from gossamer import _native, plots
+from gossamer import plots
+from gossamer.engine import KvCacheDtype, cached_type, native_model
 from gossamer.engine.machine import default_threads, memory_bytes
 from gossamer.errors import ConfigError
 from gossamer.job import option
@@ -54,6 +55,9 @@ class Bench:
     new: int = option(32, help="tokens to decode", short="-n")
     batch: tuple[int, ...] = option((1,), help="sequences at once, a row each", short="-b")
     threads: int | None = option(None, help="threads (default: physical cores)", short="-t")
+    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
+        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
+    )
     repeats: int = option(5, help="rounds; medians are reported", short="-r")
     baseline: bool = option(False, help="also time dense float32 decoder linears of the same shape")
     plot: str | None = option(None, help="draw speed against sparsity, with its bound, as this PNG file")
@@ -124,7 +128,7 @@ def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progres
         path = Path(job.model)
         packed = Packed.open(cached_pack(path, progress) if path.is_dir() else path)
         values = "+".join(sorted({packed.layers[name].values for name in packed.decoder}))
-        yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, dense)
+        yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, job.kv_cache_dtype, dense)
         return
     made = recipes(job)
     for recipe in made:
@@ -133,7 +137,8 @@ def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progres
         try:
             packed = Packed.open(synthetic_file(recipe, progress))
             notes = () if drop else (f"{path} ({packed.file_bytes / 1e9:.1f} GB) stays in the cache.",)
-            yield subject_of(packed, recipe.values, recipe.sparsity, threads, dense, notes)
+            kind = (recipe.values, recipe.sparsity)
+            yield subject_of(packed, *kind, threads, job.kv_cache_dtype, dense, notes)
         finally:
             if drop:
                 path.unlink(missing_ok=True)
@@ -144,11 +149,13 @@ def subject_of(
     values: str,
     sparsity: float,
     threads: int,
+    kv_cache_dtype: KvCacheDtype,
     dense: Baseline | None,
     notes: tuple[str, ...] = (),
 ) -> Subject:
     readers = Readers.of(packed.buffer, threads)
-    return Subject(packed, values, sparsity, open_model(packed, threads), readers, dense, notes)
+    kv, model = cached_type(packed, kv_cache_dtype), native_model(packed, threads, kv_cache_dtype)
+    return Subject(packed, values, sparsity, kv, model, readers, dense, notes)
 
 
 def recipes(job: Bench) -> list[Recipe]:
@@ -187,10 +194,6 @@ def layer_weights(shape: Shape) -> int:
     return hidden * (2 * hidden + 2 * keys + 3 * inner)
 
 
-def open_model(packed: Packed, threads: int) -> _native.Model:
-    return _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), threads)
-
-
 def baseline(job: Bench, threads: int, progress: Progress) -> Baseline | None:
     """Dense float32 layers of the same shape, as many as no cache holds, and the factor to all layers."""
     if not job.baseline:
@@ -199,4 +202,4 @@ def baseline(job: Bench, threads: int, progress: Progress) -> Baseline | None:
     layers = job.layers or CONFIGS[job.shape]["num_hidden_layers"]
     measured = min(layers, int(-(-BASELINE_BYTES // (4 * layer_weights(job.shape)))))
     path = synthetic_file(Recipe.of(job.shape, "f32", 0.0, measured, vocabulary=256), progress)
-    return Baseline(open_model(Packed.open(path), threads), layers / measured)
+    return Baseline(native_model(Packed.open(path), threads), layers / measured)

@@ -45,6 +45,7 @@ class BenchRow:
     values (`kv_bytes`) at the mean context of the steps. `bound_tokens_per_s` is what the best reader could
     reach with these bytes, `linears_bound_tokens_per_s` the same of the decoder linears alone; `linears`
     times one token through them, and `baseline` the same in dense float32 (None without --baseline).
+    `attention` has GB/s of cached keys and values, as many as no cache holds, at a context of `prompt`.
     `prompt_linears` times `prompt_linears_tokens` tokens through them. TOPS are 2 x the multiply-adds of the
     decoder linears: `prompt_tops` over the whole prompt's time, `prompt_linears_tops` over the linears' own.
     """
@@ -78,6 +79,9 @@ class BenchRow:
     linears_gb_per_s: float
     linears_bandwidth_share: float
     linears_bound_tokens_per_s: float
+    kv_cache_dtype: str
+    attention_gb_per_s: float
+    attention_bandwidth_share: float
     baseline_s: float | None
     linears_speedup: float | None
     prompt_tops: float
@@ -90,6 +94,7 @@ class BenchRow:
     prompts: Spread
     linears: Spread
     prompt_linears: Spread
+    attention: Spread
     baseline: Spread | None
     reads_gb_per_s: Spread
     impossible: tuple[str, ...]
@@ -129,6 +134,11 @@ class BenchRow:
             ("of the best read bandwidth", f"{self.bandwidth_share:.0%} of {read}", ""),
             ("of the best reader of its round", f"{self.round_share:.0%}", self.reads_gb_per_s.relative),
             ("linears, of the bandwidth", f"{self.linears_bandwidth_share:.0%}", self.linears.relative),
+            (
+                f"attention, {self.prompt} {self.kv_cache_dtype} positions",
+                f"{self.attention_gb_per_s:.1f} GB/s, {self.attention_bandwidth_share:.0%}",
+                self.attention.relative,
+            ),
             ("whole prompt", f"{self.prompt_tops:.2f} TOPS, {self.prompt_peak_share:.0%} of {peak}", ""),
             (f"linears, {tokens} tokens", f"{linears} of it", self.prompt_linears.relative),
         ]

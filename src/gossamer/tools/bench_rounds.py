@@ -1,6 +1,7 @@
 """How `bench` measures: in rounds, so that everything sees the same machine.
 
-A round is a prompt, all readers of memory, the decode steps, the decoder linears alone, int8 in registers.
+A round is a prompt, all readers of memory, the decode steps, the decoder linears and attention alone,
+int8 in registers.
 """
 
 import time
@@ -18,6 +19,8 @@ from gossamer.packed import Packed
 from gossamer.report import Event, Progress
 from gossamer.tools.bench_report import GIGA, TERA, BenchRow, Spread
 from gossamer.tools.readers import Readers, impossible
+
+Kv = Literal["f32", "bf16", "i8"]
 
 MIN_READS = 5  # rounds of all readers, whatever --repeats says
 MAX_TOKENS = 256  # that the engine passes through a layer at once
@@ -50,6 +53,7 @@ class Subject:
     packed: Packed
     values: str
     sparsity: float
+    kv: Kv
     model: _native.Model
     readers: Readers
     baseline: "Baseline | None"
@@ -66,7 +70,7 @@ class Baseline:
 
 @dataclass
 class Samples:
-    """Seconds of everything, bytes/s of the best reader and multiply-adds/s, in every round."""
+    """Of every round: seconds, bytes/s of the best reader and of attention, and multiply-adds/s."""
 
     steps: list[float] = field(default_factory=list)
     prompts: list[float] = field(default_factory=list)
@@ -75,6 +79,7 @@ class Samples:
     baseline: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     products: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
 
     def round_share(self, step_bytes: float) -> float:
         """The median over the rounds of a round's bytes/s as a share of its best reader's."""
@@ -112,6 +117,8 @@ def _round(subject: Subject, setting: Setting, samples: Samples) -> None:
     if subject.baseline is not None:
         samples.baseline += [subject.baseline.scale * s for s in subject.baseline.model.time_linears(2)]
     samples.prompt_linears += model.time_linears(1, setting.linears_tokens)
+    num_bytes, seconds = model.time_attention(setting.prompt, 3)
+    samples.attention += [num_bytes / s for s in seconds[1:]]
     samples.products.append(_native.int8_peak(_native.isa(), model.num_threads, 3))
 
 
@@ -124,7 +131,7 @@ def step(
     return time.perf_counter() - begin, chosen
 
 
-def kv_bytes(llama: Llama, context: float, dtype: Literal["f32", "bf16", "i8"] = "bf16") -> int:
+def kv_bytes(llama: Llama, context: float, dtype: Kv) -> int:
     """Bytes of keys and values that one new token of a sequence of `context` tokens reads, in all layers.
 
     i8 has a float32 scale for each position and key/value head.
@@ -136,7 +143,7 @@ def kv_bytes(llama: Llama, context: float, dtype: Literal["f32", "bf16", "i8"] =
 def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
     """All figures of a setting from its samples."""
     packed, best, peak = subject.packed, max(samples.reads), 2 * max(samples.products)
-    kv = setting.batch * kv_bytes(packed.architecture, setting.mean_context)
+    kv = setting.batch * kv_bytes(packed.architecture, setting.mean_context, subject.kv)
     step_bytes, step_s = subject.model.bytes_per_step + kv, median(samples.steps)
     linears_bytes = sum(map(packed.layer_bytes, packed.decoder))
     linears_s, prompt_s = median(samples.linears), median(samples.prompts)
@@ -148,6 +155,7 @@ def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
     shares = {
         "read while decoding": step_bytes / step_s / best,
         "read by the linears": linears_bytes / linears_s / best,
+        "read by attention": median(samples.attention) / best,
         "whole prompt": prompt_rate / peak,
         "linears of a prompt": linears_rate / peak,
     }
@@ -181,6 +189,9 @@ def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
         linears_gb_per_s=linears_bytes / linears_s / GIGA,
         linears_bandwidth_share=shares["read by the linears"],
         linears_bound_tokens_per_s=best / linears_bytes,
+        kv_cache_dtype=subject.kv,
+        attention_gb_per_s=median(samples.attention) / GIGA,
+        attention_bandwidth_share=shares["read by attention"],
         baseline_s=baseline_s,
         linears_speedup=None if baseline_s is None else baseline_s / linears_s,
         prompt_tops=prompt_rate / TERA,
@@ -193,6 +204,7 @@ def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
         prompts=Spread.of(samples.prompts),
         linears=Spread.of(samples.linears),
         prompt_linears=Spread.of(samples.prompt_linears),
+        attention=Spread.of([rate / GIGA for rate in samples.attention]),
         baseline=Spread.of(samples.baseline) if samples.baseline else None,
         reads_gb_per_s=Spread.of([read / GIGA for read in samples.reads]),
         impossible=impossible(shares),

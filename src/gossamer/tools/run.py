@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from gossamer.engine import LLM, Piece, SamplingParams
 from gossamer.job import option
@@ -24,11 +25,14 @@ class Run:
     stop: tuple[str, ...] = option((), help="strings that end the text")
     chat: bool = option(False, help="put the prompt through the model's chat template")
     threads: int | None = option(None, help="threads (default: every core)")
+    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
+        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
+    )
 
 
 def run(job: Run, progress: Progress = quiet) -> Iterator[Piece]:
     """Yield the completion piece by piece."""
-    llm = LLM(job.model, job.threads, progress=progress)
+    llm = LLM(job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, progress=progress)
     params = SamplingParams(
         max_tokens=job.max_tokens,
         temperature=job.temperature,

@@ -1,0 +1,118 @@
+"""Attention and RoPE on every level against NumPy in float64, over the keys and values as they are stored."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from gossamer import _native
+from gossamer.errors import ConfigError, EngineError
+from native.reference import cached
+
+LEVELS = ("scalar", "avx2", "avx512", "amx")
+ISAS = LEVELS[: LEVELS.index(_native.isa()) + 1]
+ROWS = [row for row in _native.kernels() if row["family"] == "attention" and row["isa"] in ISAS]
+KVS = ("f32", "bf16", "i8")
+POSITIONS = (1, 2, 3, 5, 15, 16, 17, 31, 63, 100, 255, 256, 257, 511, 700)
+cell = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['values']}-{row['isa']}")
+
+
+def draw(
+    tokens: int, heads: int, positions: int, width: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values with some scores far above the rest."""
+    rng = np.random.default_rng(seed)
+    q_TAE = 3 * rng.standard_normal((tokens, heads, width)).astype(np.float32)
+    k_SE, v_SE = rng.standard_normal((2, positions, width)).astype(np.float32)
+    return q_TAE, k_SE * rng.uniform(0.1, 2, (positions, 1)).astype(np.float32), v_SE
+
+
+def attention(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
+    """softmax(q k^T / sqrt(E)) v in float64, every token seeing the positions up to its own."""
+    T, S = len(q_TAE), len(k_SE)
+    scores_TAS = q_TAE.astype(np.float64) @ k_SE.T.astype(np.float64) / np.sqrt(q_TAE.shape[2])
+    seen_T1S = np.arange(S) <= np.arange(S - T, S)[:, None, None]
+    scores_TAS = np.where(seen_T1S, scores_TAS, -np.inf)
+    weights_TAS = np.exp(scores_TAS - scores_TAS.max(axis=2, keepdims=True))
+    return (weights_TAS @ v_SE / weights_TAS.sum(axis=2, keepdims=True)).reshape(-1, q_TAE.shape[2])
+
+
+def bound(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> float:
+    """What rounding queries and weights to 16 bits may change: half a step in every factor."""
+    score = np.abs(q_TAE).max() / np.sqrt(len(k_SE[0])) / 65278 * np.abs(k_SE).sum(axis=1).max()
+    return 1e-5 + (score + np.sqrt(len(v_SE)) / 65278) * np.abs(v_SE).max()
+
+
+def check(row: dict[str, str], q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
+    found = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE)
+    (k, k_scale), (v, v_scale) = cached(k_SE, row["values"]), cached(v_SE, row["values"])
+    expected = attention(q_TAE, k.astype(np.float64) * k_scale, v.astype(np.float64) * v_scale)
+    atol = 1e-5 if row["values"] != "i8" else bound(q_TAE, k_SE, v_SE)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
+    return found
+
+
+@cell
+@pytest.mark.parametrize("width", [2, 6, 16, 20, 64, 80, 128])
+def test_one_token_equals_numpy(row: dict[str, str], width: int) -> None:
+    for heads, positions in itertools.product((1, 4, 7), POSITIONS):
+        check(row, *draw(1, heads, positions, width))
+
+
+@cell
+@pytest.mark.parametrize("tokens", [2, 3, 5, 24, 300])
+def test_new_tokens_see_what_came_before_them(row: dict[str, str], tokens: int) -> None:
+    for heads, before, width in ((1, 0, 16), (3, 1, 20), (1, 250, 64), (2, 300, 6)):
+        check(row, *draw(tokens, heads, before + tokens, width))
+
+
+@pytest.mark.parametrize("kv", KVS)
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8, 15])
+def test_every_level_and_every_batch_give_the_same_bits(kv: str, heads: int) -> None:
+    """Rows alone, rows together, and chunks apart that are merged."""
+    for positions, width in ((1, 6), (77, 20), (256, 64), (1000, 16)):
+        tokens = min(3, positions)
+        q_TAE, k_SE, v_SE = draw(tokens, heads, positions, width, seed=heads)
+        expected = _native.attention("scalar", kv, q_TAE, k_SE, v_SE).reshape(q_TAE.shape)
+        for isa in ISAS:
+            found = _native.attention(isa, kv, q_TAE, k_SE, v_SE).reshape(q_TAE.shape)
+            np.testing.assert_array_equal(found, expected)
+            for t, head in itertools.product(range(tokens), range(heads)):
+                q_11E, seen = q_TAE[t : t + 1, head : head + 1].copy(), positions - tokens + t + 1
+                for split in (False, True):
+                    alone = _native.attention(isa, kv, q_11E, k_SE[:seen], v_SE[:seen], split)
+                    np.testing.assert_array_equal(alone[0], expected[t, head])
+
+
+@cell
+def test_extreme_scores_and_empty_vectors(row: dict[str, str]) -> None:
+    """One position with all the weight, scores beyond exp's range, keys and values of zeros."""
+    q_TAE, k_SE, v_SE = draw(1, 2, 300, 32)
+    k_SE[7:9], v_SE[5:200], q_TAE[:, 1] = 0, 0, 0
+    k_SE[260] = 40 * q_TAE[0, 0]
+    found = check(row, q_TAE, k_SE, v_SE)
+    assert np.abs(found[0] - v_SE[260]).max() < 0.02
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_rope_equals_numpy_with_the_same_bits_on_every_level(isa: str) -> None:
+    rng = np.random.default_rng(3)
+    for heads, width in itertools.product((1, 5), (2, 6, 16, 40, 64, 128)):
+        x_HE = rng.standard_normal((heads, width)).astype(np.float32)
+        angle_E = rng.uniform(0, 7, width // 2)
+        cosine_E, sine_E = np.cos(angle_E).astype(np.float32), np.sin(angle_E).astype(np.float32)
+        a_HE, b_HE = np.split(x_HE, 2, axis=1)
+        found = _native.rope(isa, x_HE, np.concatenate([cosine_E, sine_E]))
+        expected = [a_HE * cosine_E - b_HE * sine_E, b_HE * cosine_E + a_HE * sine_E]
+        np.testing.assert_array_equal(found, np.concatenate(expected, axis=1))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q_TAE, k_SE, v_SE = draw(2, 1, 4, 8)
+    with pytest.raises(ConfigError, match="f16"):
+        _native.attention("scalar", "f16", q_TAE, k_SE, v_SE)
+    for wrong in ((q_TAE, k_SE[:1], v_SE[:1]), (q_TAE, k_SE, v_SE[:, :6].copy()), (q_TAE, k_SE[:3], v_SE)):
+        with pytest.raises(EngineError):
+            _native.attention("scalar", "f32", *wrong)
+    with pytest.raises(EngineError):
+        _native.rope("scalar", k_SE, np.ones(6, np.float32))
