@@ -27,7 +27,7 @@ def demo(
         left,
         [label for label, _, _ in speeds],
         f"Tokens per second through 16 wide layers, {cpu}",
-        fastest * 2.1,
+        fastest * 2.5,
     )
     for row, (_, accuracy) in enumerate(accuracies):
         right.barh(row, accuracy, color=ACCENT if row == len(accuracies) - 1 else PALE)
