@@ -1,24 +1,35 @@
-"""Decoding at real shapes, as rows of docs/results: zeros and value types, beside the read bandwidth."""
+"""Whole models at real shapes: value types beside read bandwidth, INT8 peak and dense float32.
+
+    python benchmarks/decode.py            every job, some minutes and 5 GB of disk at a time
+    python benchmarks/decode.py 7b         those with the word in their name
+
+Rows of docs/results/decode.jsonl, each as soon as it is measured.
+"""
 
 import dataclasses
+import sys
 
 from results import write_row
 
-from gossamer.tools.bench import Bench, bench
+from gossamer.tools.bench import Bench, measured
 
-JOBS = (
-    Bench(shape="llama-3.2-1b", sparsity=0.7, baseline=True),
-    Bench(shape="llama-3.2-1b", sparsity=0.5),
-    Bench(shape="llama-3.2-1b", sparsity=0.0),
-    Bench(shape="llama-3.2-1b", values="bf16"),
-    Bench(shape="llama-2-7b", layers=8, sparsity=0.7, baseline=True),
-)
+JOBS = {
+    "step-1b": Bench(shape="llama-3.2-1b", values=("i8", "i4", "bf16", "f32"), baseline=True),
+    "sparsity-1b": Bench(shape="llama-3.2-1b", values=("i8", "i4"), sparsity=(0.0, 0.5)),
+    "linears-7b": Bench(shape="llama-2-7b", layers=8, values=("i8", "i4", "f32"), baseline=True),
+    "batch-1b": Bench(shape="llama-3.2-1b", values=("i8",), batch=(1, 4, 16)),
+    "context-1b": Bench(shape="llama-3.2-1b", values=("i8",), prompt=(64, 512, 4096), repeats=3),
+    "tinyllama": Bench(shape="tinyllama-1.1b", values=("i8", "i4"), prompt=(512,)),
+}
 
 
 def main() -> None:
-    for job in JOBS:
-        options = {key: value for key, value in dataclasses.asdict(job).items() if value is not None}
-        write_row("decode", {"job": options} | dataclasses.asdict(bench(job)))
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name, job in JOBS.items():
+        if wanted in name:
+            for row in measured(job):
+                what = {"job": name, "shape": job.shape, "layers": job.layers}
+                write_row("decode", what | dataclasses.asdict(row))
 
 
 if __name__ == "__main__":

@@ -5,19 +5,30 @@ import dataclasses
 from results import write_row
 
 from gossamer import _native
-from gossamer.tools.readers import PREFETCH_BYTES
+from gossamer.engine.machine import default_threads
+from gossamer.tools.bench_report import Spread
+from gossamer.tools.readers import Reader, Readers
 from gossamer.tools.synthetic import Recipe, synthetic_image
 from gossamer.tools.tour import cpu_tour
 
+REPEATS = 20
+
 
 def main() -> None:
+    threads = default_threads()
     image = synthetic_image(Recipe.of("llama-3.2-1b", "f32", 0.0, layers=2, vocabulary=256))
-    for threads in (1, 2):
-        for ahead in PREFETCH_BYTES:
-            rates = sorted(_native.read_bandwidth(threads, ahead, image.buffer, 20))
-            row = {"threads": threads, "prefetch_bytes": ahead}
-            write_row("machine", row | {"best_gb_per_s": rates[-1] / 1e9, "median_gb_per_s": rates[10] / 1e9})
-    del image
+    readers = Readers.of(image.buffer, threads)
+    found: dict[Reader, list[float]] = {}
+    for _ in range(REPEATS):
+        for reader, rate in readers.rates().items():
+            found.setdefault(reader, []).append(rate / 1e9)
+    for reader, rates in found.items():
+        speeds = {"best_gb_per_s": max(rates)} | dataclasses.asdict(Spread.of(rates))
+        write_row("machine", dataclasses.asdict(reader) | speeds)
+    del image, readers
+    for num_threads in sorted({1, threads}):
+        peak = 2 * _native.int8_peak(_native.isa(), num_threads, REPEATS) / 1e12
+        write_row("machine", {"num_threads": num_threads, "int8_peak_tops": peak})
     write_row("machine", dataclasses.asdict(cpu_tour()))
 
 

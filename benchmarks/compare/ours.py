@@ -1,18 +1,22 @@
 """Gossamer in the same terms as its peers: a whole synthetic model, and a stack of wide linears."""
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median, pstdev
-from typing import Any, get_args
+from typing import get_args
 
 from stack import NAME, Row, options, print_rows
 
 from gossamer import _native
 from gossamer.tools.bench import Bench, bench
-from gossamer.tools.synthetic import CONFIGS, Recipe, Shape, Values, synthetic_image
+from gossamer.tools.synthetic import CONFIGS, Shape, Values
 
-STACK_LAYERS = {"f32": 2, "bf16": 4, "i8": 6, "i4": 8}  # > 300 MB each at 70% zeros
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.wide import num_weights, stack
+
 MAX_TOKENS = 256  # that the engine passes through a layer at once
 
 
@@ -25,38 +29,28 @@ def measure(
     shape: Shape, values: Values, sparsity: float, threads: int, repeats: int, prompt: int, new: int
 ) -> Iterator[Row]:
     """Two rows as llama-bench has them: a prompt, and decoding from an almost empty context."""
-    job = Bench(shape=shape, values=values, sparsity=sparsity, threads=threads, repeats=repeats)
+    job = Bench(shape=shape, values=(values,), sparsity=(sparsity,), threads=threads, repeats=repeats)
     row = who(values, sparsity, threads) | {"shape": shape, "repeats": repeats}
-    found = bench(replace(job, prompt=prompt, new=1))
-    about = {"tokens": prompt, "weight_bytes": found.step_bytes}
+    found = bench(replace(job, prompt=(prompt,), new=1)).row
+    about = {"tokens": prompt, "weight_bytes": found.step_bytes - found.kv_bytes}
     yield row | about | {"tokens_per_s": found.prompt_tokens_per_s}
-    found = bench(replace(job, prompt=1, new=new))
+    found = bench(replace(job, prompt=(1,), new=new)).row
     yield row | {
         "tokens": 1,
         "tokens_per_s": found.decode_tokens_per_s,
         "step_p99_s": found.step_p99_s,
-        "weight_bytes": found.step_bytes,
+        "weight_bytes": found.step_bytes - found.kv_bytes,
         "gb_per_s": found.gb_per_s,
     }
-
-
-@dataclass(frozen=True)
-class StackRecipe(Recipe):
-    """Layers of llama-2-7b's width whose attention has one small head: 97% of weights are 4096 x 11008."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return super().config | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 256}
 
 
 def ours_stack(
     values: Values, sparsity: float, tokens: list[int], threads: int, repeats: int
 ) -> Iterator[Row]:
     """Rows of the stack, one for each number of tokens; more than 256 pass in blocks, as in a prompt."""
-    image = synthetic_image(StackRecipe("llama-2-7b", values, sparsity, STACK_LAYERS[values], vocabulary=256))
+    image = stack(values, sparsity)
     model = _native.Model(image.buffer, image.tensors, image.config, threads)
-    matrices = [entry for name, entry in image.config["linears"].items() if ".layers." in name]
-    num_weights = sum(entry["rows"] * entry["columns"] for entry in matrices)
+    weights = num_weights(image)
     for count in tokens:
         whole, rest = divmod(count, MAX_TOKENS)
         blocks = [MAX_TOKENS] * whole + [rest] * (rest > 0)
@@ -66,11 +60,11 @@ def ours_stack(
         yield who(values, sparsity, threads) | {
             "shape": NAME,
             "tokens": count,
-            "num_weights": num_weights,
+            "num_weights": weights,
             "repeats": repeats,
             "seconds": middle,
             "deviation_s": pstdev(seconds),
-            "tops": 2 * count * num_weights / middle / 1e12,
+            "tops": 2 * count * weights / middle / 1e12,
             "weight_bytes": image.num_bytes,
             "gb_per_s": image.num_bytes / middle / 1e9 if count == 1 else None,
         }

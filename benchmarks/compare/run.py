@@ -20,7 +20,7 @@ from install import PACKAGES, ROOT, how_to_install, install, installed, python
 from report import tables
 
 from gossamer.engine.machine import default_threads
-from gossamer.tools.readers import MAX_BYTES, best_bandwidth
+from gossamer.tools.readers import MAX_BYTES, Readers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.results import write_row
@@ -61,7 +61,7 @@ def rows_of(command: Command) -> Iterator[dict]:
 
 def compare(job: argparse.Namespace) -> tuple[list[dict], int]:
     """All rows of all rounds, and how many contestants failed; each row is kept as soon as it is there."""
-    memory = np.ones(MAX_BYTES, np.uint8)
+    memory = Readers.of(np.ones(MAX_BYTES, np.uint8), job.threads)
     found, failures, contestants = [], 0, commands(job)
     run = time.strftime("%Y-%m-%d %H:%M:%S")
 
@@ -75,7 +75,7 @@ def compare(job: argparse.Namespace) -> tuple[list[dict], int]:
 
     for number in range(1, job.rounds + 1):
         for command in contestants:
-            read = best_bandwidth(memory, job.threads)
+            read = memory.best()
             keep({"peer": "memory", "threads": job.threads, "read_gb_per_s": read / 1e9}, number)
             try:
                 for row in rows_of(command):

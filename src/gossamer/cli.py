@@ -236,7 +236,9 @@ def stream(pieces: Iterator[Any], as_json: bool) -> int:
 
 
 def show_json(result: Any) -> None:
-    print_json({"result": dataclasses.asdict(result)})
+    """One object, or as many as a result of several rows says."""
+    for row in result.objects() if hasattr(result, "objects") else (result,):
+        print_json({"result": dataclasses.asdict(row)})
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -244,10 +246,14 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def show(result: Any) -> None:
-    """Draw the result's own tables, or its plain fields; then what it suggests to do next."""
+    """Draw the result's own tables (as Markdown where it is a list of rows), or its plain fields; then what
+    it suggests to do next."""
     tables = result.tables() if hasattr(result, "tables") else [field_table(result)] if result else []
     for table in tables:
-        out.print(drawn(table))
+        if hasattr(result, "objects"):
+            out.print(f"{table.title}\n\n{table.markdown()}", soft_wrap=True, markup=False)
+        else:
+            out.print(drawn(table))
     for line in getattr(result, "closing", ()):
         out.print(line, soft_wrap=True)
 

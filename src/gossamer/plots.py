@@ -1,9 +1,11 @@
 """The pictures: drawn from a report's figures, one function a picture."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 INK, ACCENT, PALE = "#22313f", "#1f7a8c", "#b8c4cc"
+COLORS = (ACCENT, "#c8553d", "#6a4c93", "#8a9a5b")
 
 
 def demo(
@@ -25,7 +27,7 @@ def demo(
         left,
         [label for label, _, _ in speeds],
         f"Tokens per second through 16 wide layers, {cpu}",
-        fastest * 2.1,
+        fastest * 2.5,
     )
     for row, (_, accuracy) in enumerate(accuracies):
         right.barh(row, accuracy, color=ACCENT if row == len(accuracies) - 1 else PALE)
@@ -41,3 +43,35 @@ def _finish(axes, labels: Sequence[str], title: str, limit: float) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Speeds in tokens/s of one value type at several sparsities, and what its bytes allow at each."""
+
+    label: str
+    sparsities: Sequence[float]
+    speeds: Sequence[float]
+    bounds: Sequence[float]
+
+
+def speed_by_sparsity(path: Path, curves: Sequence[Curve], title: str) -> None:
+    """A solid line a value type: tokens/s over the percentage of zeros; dashed, its bound by bytes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for curve, color in zip(curves, COLORS, strict=False):
+        percent = [100 * sparsity for sparsity in curve.sparsities]
+        axes.plot(percent, curve.speeds, color=color, marker="o", label=curve.label)
+        axes.plot(percent, curve.bounds, color=color, linestyle="--", linewidth=1.2)
+    axes.plot([], [], color=INK, linestyle="--", linewidth=1.2, label="bound: bytes at read bandwidth")
+    axes.set_xlabel("zeros in the decoder linears, %", color=INK)
+    axes.set_ylabel("decode, tokens/s", color=INK)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left")
+    axes.grid(color=PALE, alpha=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    figure.savefig(path, dpi=130)

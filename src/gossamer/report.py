@@ -33,6 +33,16 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """The table as GitHub shows it, numbers aligned right."""
-        lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        """The table as GitHub shows it, numbers aligned right, and readable as plain text."""
+        lines = [self.columns, *self.rows]
+        widths = [max(3, *(len(line[index]) for line in lines)) for index in range(len(self.columns))]
+        rule = [f"{'-' * (width - 1)}{':' if index else '-'}" for index, width in enumerate(widths)]
+        return "".join(
+            f"| {' | '.join(_justified(line, widths))} |\n" for line in (lines[0], rule, *lines[1:])
+        )
+
+
+def _justified(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Words of one line, the first to the left and the others to the right."""
+    pairs = list(zip(line, widths, strict=True))
+    return [pairs[0][0].ljust(pairs[0][1]), *(cell.rjust(width) for cell, width in pairs[1:])]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gossamer import _native
+from gossamer.engine import machine
 from gossamer.errors import ConfigError
 from gossamer.tools.doctor import Doctor, doctor
 
@@ -37,7 +38,23 @@ def test_the_read_rate_is_of_the_order_of_a_plain_sum() -> None:
     assert 0.05 * rate < found < 20 * rate  # wide, for machines that are busy with other things
 
 
-@pytest.mark.skipif(_native.isa() != "avx512", reason="needs a CPU that the cap can lower")
+def test_every_level_is_there_or_lacks_what_linux_does_not_list() -> None:
+    levels = {level.isa: level for level in doctor(Doctor(megabytes=1)).levels}
+    assert list(levels) == ["scalar", "avx2", "avx512", "amx"]
+    flags = machine.CPUINFO.read_text().split()
+    for level in levels.values():
+        assert not set(level.lacks) & set(flags)
+        if level.lacks:
+            assert level.int8_tops is None and level.lacks[0] in level.text and "lacks" in level.text
+        elif level.int8_tops is not None:
+            assert level.int8_tops > 0
+    runs = [level.int8_tops for level in levels.values() if level.int8_tops is not None]
+    assert (
+        runs == sorted(runs) or os.getloadavg()[0] > 1
+    )  # each faster than the one below, on a quiet machine
+
+
+@pytest.mark.skipif(_native.isa() == "scalar", reason="needs a CPU that the cap can lower")
 def test_a_cap_on_the_kernels_is_named() -> None:
     code = (
         "from gossamer.tools.doctor import *; r = doctor(Doctor(1)); print(r.isa, r.isa_reason, *r.closing)"
@@ -47,6 +64,7 @@ def test_a_cap_on_the_kernels_is_named() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout.startswith("scalar capped by GOSSAMER_ISA=scalar")
+    assert "could run avx" in done.stdout or "could run amx" in done.stdout
     assert "Unset GOSSAMER_ISA" in done.stdout
 
 

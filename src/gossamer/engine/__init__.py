@@ -1,6 +1,6 @@
 """CPU inference over packed models: no torch."""
 
-from gossamer.engine.engine import Engine, KvCacheDtype, native_model
+from gossamer.engine.engine import Engine, KvCacheDtype, cached_type, native_model
 from gossamer.engine.llm import LLM
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
@@ -15,5 +15,6 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Scheduler",
+    "cached_type",
     "native_model",
 ]

@@ -91,17 +91,19 @@ class Engine:
 
 
 def native_model(packed: Packed, num_threads: int, kv_cache_dtype: KvCacheDtype = "auto") -> _native.Model:
-    """The forward pass, with keys and values cached as f32, bf16 or i8 (a scale a position and head).
+    """The forward pass, with keys and values cached as f32, bf16 or i8 (a scale a position and head)."""
+    kv = cached_type(packed, kv_cache_dtype)
+    return _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), num_threads, kv)
 
-    "auto" is f32 where decoder linears are f32, so that such models compute in float32 throughout, else bf16.
-    """
+
+def cached_type(packed: Packed, kv_cache_dtype: KvCacheDtype) -> Literal["f32", "bf16", "i8"]:
+    """What "auto" stands for: f32 where decoder linears are f32, so that such models compute in float32
+    throughout, else bf16."""
     if kv_cache_dtype not in get_args(KvCacheDtype):
         raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected auto, f32, bf16 or i8.")
-    if kv_cache_dtype == "auto":
-        is_f32 = any(packed.layers[name].values == "f32" for name in packed.decoder)
-        kv_cache_dtype = "f32" if is_f32 else "bf16"
-    tensors, config = packed.native_tensors(), packed.native_config()
-    return _native.Model(packed.buffer, tensors, config, num_threads, kv_cache_dtype)
+    if kv_cache_dtype != "auto":
+        return kv_cache_dtype
+    return "f32" if any(packed.layers[name].values == "f32" for name in packed.decoder) else "bf16"
 
 
 def _tokenizer(packed: Packed) -> Tokenizer:

@@ -1,6 +1,5 @@
 """`doctor`: what this machine is, what the engine makes of it, and what would make it faster."""
 
-import mmap
 import os
 from dataclasses import dataclass
 from importlib import metadata
@@ -9,21 +8,33 @@ import numpy as np
 
 from gossamer import _native
 from gossamer.engine import machine
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job import option
 from gossamer.report import Event, Progress, Table, quiet
-from gossamer.tools.readers import PREFETCH_BYTES
+from gossamer.tools.readers import Readers
 
-# What native/isa.cpp asks CPUID for, under Linux's names.
-AVX512_FLAGS = (
-    *("fma", "popcnt", "avx512f", "avx512dq", "avx512bw", "avx512vl"),
-    *("avx512vbmi", "avx512_vbmi2", "avx512_vnni"),
-)
+# What native/isa.cpp asks CPUID for on each level, beside the levels below, under Linux's names.
+LEVEL_FLAGS = {
+    "avx2": ("fma", "popcnt", "avx", "bmi1", "avx2", "bmi2"),
+    "avx512": (
+        *("avx512f", "avx512dq", "avx512bw", "avx512vl"),
+        *("avx512vbmi", "avx512_vbmi2", "avx512_vnni"),
+    ),
+    "amx": ("amx_bf16", "amx_tile", "amx_int8"),
+}
+COSTS = {
+    "avx2": "the plain loops of `scalar` run, many times slower at everything",
+    "avx512": "zeros are expanded by table look-ups and INT8 is multiplied as 16-bit words: decoding is "
+    "bound by instructions instead of memory, and prompts take several times as long",
+    "amx": "prompts and large batches go through vector instructions, an eighth of the multiplications a "
+    "cycle; decoding one sequence loses nothing",
+}
 PACKAGES = (
     *("gossamer", "numpy", "tokenizers", "jinja2", "msgspec", "starlette", "uvicorn"),
     *("torch", "transformers", "trl", "compressed-tensors"),
 )
 BITS_PER_WEIGHT = 3.4  # INT8 at 70% zeros
+REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,38 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A level of instructions: what this CPU lacks for it, or the INT8 peak of all threads where it runs."""
+
+    isa: str
+    lacks: tuple[str, ...]
+    capped: bool
+    int8_tops: float | None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this machine could run it, but for a cap."""
+        return self.int8_tops is not None or (self.capped and not self.lacks)
+
+    @property
+    def text(self) -> str:
+        if self.int8_tops is not None:
+            return f"yes; INT8 in registers {self.int8_tops:.3g} TOPS"
+        if self.lacks:
+            return f"lacks {', '.join(self.lacks)}: {COSTS[self.isa]}"
+        if self.capped:
+            return "yes, but GOSSAMER_ISA caps it"
+        return "this CPU has it, but the system does not grant it (an old kernel, or a sandbox)"
+
+
+@dataclass(frozen=True)
 class DoctorResult:
     """What was found; rates in 10^9 bytes a second, the best of several readers."""
 
     cpu: str
     isa: str
     isa_reason: str
+    levels: tuple[Level, ...]
     cores: machine.Cores
     num_threads: int
     memory_bytes: int
@@ -57,6 +94,7 @@ class DoctorResult:
         rows = [
             ("CPU", self.cpu),
             ("kernels", f"{self.isa}: {self.isa_reason}"),
+            *((f"has {level.isa}", level.text) for level in self.levels),
             ("cores", f"{self.cores.physical} ({self.cores.logical} logical{quota})"),
             ("threads used", str(self.num_threads)),
             (
@@ -78,15 +116,17 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
         raise ConfigError(f"megabytes is {job.megabytes}; expected at least 1.")
     num_threads = machine.default_threads()
     progress(Event("doctor", f"reading {job.megabytes} MB of memory", 0, 1))
-    buffer = _touched(job.megabytes << 20)
-    one, all_threads = (_best_rate(buffer, threads) for threads in (1, num_threads))
+    one, all_threads = _read_rates(job.megabytes << 20, num_threads)
+    levels = _levels(num_threads)
+    best = [level.isa for level in levels if level.is_here][-1]
     progress(Event("doctor", "done", 1, 1))
     memory_bytes, available_bytes = machine.memory_bytes()
     packages = {name: _version(name) for name in PACKAGES}
     return DoctorResult(
         cpu=machine.cpu_model(),
         isa=_native.isa(),
-        isa_reason=_isa_reason(),
+        isa_reason=_isa_reason(best),
+        levels=levels,
         cores=machine.cores(),
         num_threads=num_threads,
         memory_bytes=memory_bytes,
@@ -95,29 +135,43 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
         read_1_thread_gb_per_s=one / 1e9,
         read_all_threads_gb_per_s=all_threads / 1e9,
         packages=packages,
-        closing=tuple(_advice(num_threads, one, all_threads, packages)),
+        closing=tuple(_advice(best, num_threads, one, all_threads, packages)),
     )
 
 
-def _isa_reason() -> str:
+def _levels(num_threads: int) -> tuple[Level, ...]:
+    """Every level, the lowest first; what a level lacks, those above lack as well."""
+    found, lacks, flags = [], (), machine.cpu_flags()
+    names = ("scalar", *LEVEL_FLAGS)
+    for isa in names:
+        lacks += tuple(flag for flag in LEVEL_FLAGS.get(isa, ()) if flag not in flags)
+        capped = names.index(isa) > names.index(os.environ.get("GOSSAMER_ISA") or names[-1])
+        try:
+            peak = 2 * _native.int8_peak(isa, num_threads, 5) / 1e12
+        except UnsupportedError:
+            peak = None
+        found.append(Level(isa, lacks, capped, peak))
+    return tuple(found)
+
+
+def _isa_reason(best: str) -> str:
     """Why the engine uses the kernels that it uses."""
-    missing = [flag for flag in AVX512_FLAGS if flag not in machine.cpu_flags()]
-    if missing:
-        return f"this CPU lacks {', '.join(missing)}"
-    if _native.isa() == "avx512":
-        return "this CPU has AVX-512 with VNNI and VBMI2"
-    return f"capped by GOSSAMER_ISA={os.environ.get('GOSSAMER_ISA')}; this CPU could run avx512"
+    if _native.isa() == best:
+        return "the best that this machine has"
+    return f"capped by GOSSAMER_ISA={os.environ.get('GOSSAMER_ISA')}; this machine could run {best}"
 
 
-def _advice(num_threads: int, one: float, all_threads: float, packages: dict[str, str]) -> list[str]:
+def _advice(
+    best: str, num_threads: int, one: float, all_threads: float, packages: dict[str, str]
+) -> list[str]:
     """What would make this machine faster, each thing only where it is true."""
     found, advice = machine.cores(), []
-    if _native.isa() == "scalar":
+    if _native.isa() != best:
+        advice.append(f"Unset GOSSAMER_ISA to use this machine's {best}.")
+    if best in ("scalar", "avx2"):
         advice.append(
-            "Unset GOSSAMER_ISA to use this CPU's AVX-512."
-            if set(AVX512_FLAGS) <= machine.cpu_flags()
-            else "The scalar kernels are many times slower than a CPU with AVX-512 VNNI and VBMI2 "
-            "(Intel since Ice Lake, AMD since Zen 4)."
+            "A CPU with AVX-512 VNNI and VBMI2 (Intel since Ice Lake, AMD since Zen 4) would be several "
+            "times faster."
         )
     if found.quota is not None and found.quota < found.physical:
         advice.append(f"The container gets {found.quota:g} of {found.physical} cores: raise its CPU quota.")
@@ -137,18 +191,14 @@ def _advice(num_threads: int, one: float, all_threads: float, packages: dict[str
     return advice
 
 
-def _touched(num_bytes: int) -> np.ndarray:
-    """Page-aligned memory that is really there: pages never written would all be the one page of zeros."""
-    buffer = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
-    buffer[:] = 1
-    return buffer
-
-
-def _best_rate(buffer: np.ndarray, num_threads: int) -> float:
-    """Bytes/s of the fastest of the plain and the prefetching readers."""
-    return max(
-        rate for ahead in PREFETCH_BYTES for rate in _native.read_bandwidth(num_threads, ahead, buffer, 3)
-    )
+def _read_rates(num_bytes: int, num_threads: int) -> tuple[float, float]:
+    """Bytes/s of the fastest reader on one thread, and on all."""
+    buffer = np.ones(num_bytes, np.uint8)  # pages never written would all be the one page of zeros
+    readers, best = Readers.of(buffer, num_threads), {1: 0.0, num_threads: 0.0}
+    for _ in range(REPEATS):
+        for reader, rate in readers.rates().items():
+            best[reader.num_threads] = max(rate, best.get(reader.num_threads, 0.0))
+    return best[1], best[num_threads]
 
 
 def _version(package: str) -> str:

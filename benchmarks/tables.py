@@ -1,0 +1,160 @@
+"""Tables of results, made from the newest rows of docs/results/*.jsonl.
+
+    python benchmarks/tables.py     writes them into README.md and, all of them, into docs/results/README.md
+
+They stand between <!-- results --> and <!-- /results -->.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from compare.report import ratio_table, speed_table
+from results import RESULTS
+
+from gossamer.report import Table
+
+README, ALL = RESULTS.parents[1] / "README.md", RESULTS / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+LEVELS = ("scalar", "avx2", "avx512", "amx")
+MAIN_JOBS = ("step-1b", "linears-7b", "batch-1b")  # of decode.py, for README
+
+Row = dict[str, Any]
+
+
+def all_rows(benchmark: str, folder: Path) -> list[Row]:
+    file = folder / f"{benchmark}.jsonl"
+    return list(map(json.loads, file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+
+
+def newest(rows: Iterable[Row], keys: Iterable[str]) -> list[Row]:
+    """The last row of each measurement, told apart by `keys`, in the order first measured."""
+    found = {tuple(row[key] for key in keys): row for row in rows}
+    return list(found.values())
+
+
+def headed(what: str, rows: list[Row], table: Table) -> str:
+    """A table under what, where and when; and whether a row contradicts itself."""
+    places = ", ".join(dict.fromkeys(f"{row['cpu']} ({row['isa']})" for row in rows))
+    wrong = any(row["impossible"] for row in rows)
+    warning = "**Some shares are above 100%: a bug in the benchmark.**\n\n" if wrong else ""
+    date = max(row["date"] for row in rows)[:10]
+    return f"*{what}; {places}, {date}.*\n\n{warning}{table.markdown()}"
+
+
+def decode(folder: Path, jobs: tuple[str, ...] = ()) -> str:
+    """Whole models, one line a setting; of all jobs unless some are named."""
+    keys = ("job", "shape", "layers", "values", "sparsity", "batch", "prompt")
+    rows = [row for row in newest(all_rows("decode", folder), keys) if not jobs or row["job"] in jobs]
+    if not rows:
+        return ""
+    columns = ("model", "weights", "batch", "context", "decode tokens/s", "GB/s", "of bandwidth")
+    columns += ("linears against dense f32", "prompt tokens/s")
+    what = "Whole models: medians, beside the best of all readers of memory in the same run"
+    return headed(what, rows, Table("", columns, [decode_line(row) for row in rows]))
+
+
+def decode_line(row: Row) -> tuple[str, ...]:
+    return (
+        row["shape"] + (f", {row['layers']} layers" if row["layers"] else ""),
+        f"{row['values']} {row['sparsity']:.0%}",
+        str(row["batch"]),
+        str(row["prompt"]),
+        f"{row['decode_tokens_per_s']:.1f}",
+        f"{row['gb_per_s']:.1f}",
+        f"{row['bandwidth_share']:.0%}",
+        f"{row['linears_speedup']:.1f}x" if row["linears_speedup"] else "",
+        f"{row['prompt_tokens_per_s']:.0f}",
+    )
+
+
+def main_jobs(folder: Path) -> str:
+    return decode(folder, MAIN_JOBS)
+
+
+def prefill(folder: Path) -> str:
+    """A stack of wide linears with a prompt."""
+    rows = newest(all_rows("prefill", folder), ("values", "sparsity", "tokens", "num_threads"))
+    if not rows:
+        return ""
+    lines = [
+        (
+            f"{row['values']} {row['sparsity']:.0%}",
+            f"{row['tops']['median']:.2f} ± {row['tops']['deviation']:.2f}",
+            f"{row['peak_share']:.0%} of {row['int8_peak_tops']:.2f}",
+            f"{row['against_dense']:.2f}x",
+        )
+        for row in rows
+    ]
+    tokens, threads = rows[0]["tokens"], rows[0]["num_threads"]
+    what = f"A prompt of {tokens} tokens through linears of 4096 x 11008, {threads} threads"
+    return headed(what, rows, Table("", ("weights", "TOPS", "of the INT8 peak", "against dense"), lines))
+
+
+def kernels(folder: Path) -> str:
+    """Every kernel on one thread at 1 and 256 tokens."""
+    rows = newest(all_rows("kernels", folder), ("values", "storage", "kernel_isa", "tokens"))
+    if not rows:
+        return ""
+    rates = {
+        (row["values"], row["storage"], row["kernel_isa"], row["tokens"]): row["giga_multiply_adds_per_s"]
+        for row in rows
+    }
+
+    def cell(values: str, storage: str, isa: str) -> str:
+        found = [rates.get((values, storage, isa, tokens)) for tokens in (1, 256)]
+        return " / ".join("-" if rate is None else f"{rate:.3g}" for rate in found) if any(found) else ""
+
+    lines = [
+        (f"{values} {'70%' if storage == 'sparse' else 'dense'}", *(cell(values, storage, i) for i in LEVELS))
+        for values, storage in dict.fromkeys((row["values"], row["storage"]) for row in rows)
+    ]
+    what = "One thread, 10^9 multiply-adds/s with 1 / 256 tokens, those with zeros counted"
+    return headed(what, rows, Table("", ("matrix product", *LEVELS), lines))
+
+
+def last_comparison(folder: Path) -> list[Row]:
+    rows = all_rows("compare", folder)
+    return [row for row in rows if row["run"] == rows[-1]["run"]]
+
+
+def against_peers(folder: Path) -> str:
+    """Our speed over each peer's in the last comparison, beside what the bytes allow."""
+    rows = last_comparison(folder)
+    what = "Against other engines in the same run (`benchmarks/compare/`)"
+    return f"*{what}, {rows[0]['run'][:10]}.*\n\n{ratio_table(rows)}\n" if rows else ""
+
+
+def peers(folder: Path) -> str:
+    """Every engine's speed in the last comparison."""
+    rows = last_comparison(folder)
+    return f"*All engines in that run.*\n\n{speed_table(rows)}\n" if rows else ""
+
+
+BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, prefill, against_peers)
+COMPLETE: tuple[Callable[[Path], str], ...] = (decode, prefill, kernels, against_peers, peers)
+
+
+def render(sections: Iterable[Callable[[Path], str]], folder: Path = RESULTS) -> str:
+    """Tables as Markdown; a line that says so where nothing was measured."""
+    texts = [section(folder) for section in sections]
+    return "\n".join(text for text in texts if text) or "No results yet: `benchmarks/` makes them.\n"
+
+
+def replaced(page: str, tables: str) -> str:
+    """A page with these tables between its markers; ValueError without the markers."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page lacks {BEGIN} ... {END}")
+    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+
+
+def main() -> None:
+    for page, sections in ((README, BRIEF), (ALL, COMPLETE)):
+        page.write_text(replaced(page.read_text(encoding="utf-8"), render(sections)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
