@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gossamer import _native
 from gossamer.checkpoint import Checkpoint
 from gossamer.errors import CheckpointError, FormatError, UnsupportedError
 from gossamer.packed import EMBEDDING, HEAD, Layer, Packed, PackedWriter
@@ -25,6 +26,7 @@ from gossamer.report import Event, Progress, quiet
 from gossamer.weights import to_float32
 
 Head = Literal["auto", "keep", "i8"]
+Storage = Literal["auto", "smallest"]
 
 SCHEME = "compressed-tensors int-quantized W8A8, weights symmetric per channel, inputs dynamic per token"
 _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
@@ -42,12 +44,18 @@ class Packing:
 
 
 def pack_checkpoint(
-    source: Checkpoint, path: Path, head: Head = "auto", progress: Progress = quiet
+    source: Checkpoint,
+    path: Path,
+    head: Head = "auto",
+    progress: Progress = quiet,
+    storage: Storage = "auto",
 ) -> Packing:
     """Write `source` as one .goss file, whole or not at all.
 
     `head`: "keep" stores the output head as the checkpoint does, "i8" rounds it to int8 with a scale a row,
-    "auto" does so if the decoder is int8. Raises UnsupportedError for a quantization that we do not run.
+    "auto" does so if the decoder is int8. `storage`: "smallest" stores every matrix sparse where that takes
+    fewer bytes; "auto" too, but leaves int8 dense where this machine reads it faster so. Raises
+    UnsupportedError for a quantization that we do not run.
     """
     quantized = check_quantization(source)
     round_head = head == "i8" or (head == "auto" and quantized)
@@ -55,18 +63,27 @@ def pack_checkpoint(
     if round_head and HEAD not in names:
         names.append(HEAD)
     error = None
+    int8 = "auto" if storage == "smallest" or expands_int8_fast() else "dense"
     with PackedWriter(path, **_companions(source)) as writer:
         for index, name in enumerate(names, start=1):
             if name == HEAD and round_head:
-                layer, error = _write_rounded(writer, source)
+                layer, error = _write_rounded(writer, source, int8)
             else:
-                layer = _write_matrix(writer, source, name)
+                layer = _write_matrix(writer, source, name, int8)
             metrics = {"storage": layer.storage, "values": layer.values, "sparsity": round(layer.sparsity, 4)}
             progress(Event("pack", name, index, len(names), metrics))
         for name, shape in source.architecture.tensor_shapes().items():
             if len(shape) == 1:
                 writer.norm(name, source.float32(name))
     return Packing(writer.layers, error)
+
+
+def expands_int8_fast() -> bool:
+    """Whether sparse int8 is as fast here as its bytes are few: `vpexpandb` came with AVX-512 VBMI2.
+
+    AVX2 takes 20 cycles for 64 weights at any sparsity, a dense 64 bytes 5 (docs/results/kernels.jsonl).
+    """
+    return _native.isa() in ("avx512", "amx")
 
 
 def check_quantization(source: Checkpoint) -> bool:
@@ -137,10 +154,12 @@ def _text(file: Path) -> str:
         raise CheckpointError(f"{file}: not UTF-8 text ({error}); the file is damaged") from error
 
 
-def _write_matrix(writer: PackedWriter, source: Checkpoint, name: str) -> Layer:
+def _write_matrix(
+    writer: PackedWriter, source: Checkpoint, name: str, int8: Literal["auto", "dense"]
+) -> Layer:
     dtype = source.dtype(f"{name}.weight")
     if dtype == "I8":
-        return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name))
+        return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name), int8)
     if dtype in ("F32", "BF16"):
         return writer.floats(name, source.raw(f"{name}.weight"))
     return writer.floats(name, source.float32(f"{name}.weight"))
@@ -154,7 +173,9 @@ def stored_scales(source: Checkpoint, name: str) -> np.ndarray:
     return scale_N
 
 
-def _write_rounded(writer: PackedWriter, source: Checkpoint) -> tuple[Layer, float]:
+def _write_rounded(
+    writer: PackedWriter, source: Checkpoint, int8: Literal["auto", "dense"]
+) -> tuple[Layer, float]:
     """Store the head in int8, some rows at a time; returns |w - rounded w| / |w| too."""
     tensor = f"{EMBEDDING if source.architecture.tie_word_embeddings else HEAD}.weight"
     raw_NK, dtype = source.raw(tensor), source.dtype(tensor)
@@ -166,7 +187,7 @@ def _write_rounded(writer: PackedWriter, source: Checkpoint) -> tuple[Layer, flo
         back_NK = q_NK[begin:end] * scale_N[begin:end, None]
         square_error += float(np.square(w_NK - back_NK).sum(dtype=np.float64))
         square += float(np.square(w_NK).sum(dtype=np.float64))
-    return writer.int8(HEAD, q_NK, scale_N), (square_error / square) ** 0.5 if square else 0.0
+    return writer.int8(HEAD, q_NK, scale_N, int8), (square_error / square) ** 0.5 if square else 0.0
 
 
 def round_rows(w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,6 +241,6 @@ def _is_sound(path: Path) -> bool:
 def _content_hash(source: Checkpoint) -> str:
     """Of what decides the packed file: the checkpoint, the small files that are copied, how we store them."""
     companions = _companions(source)
-    decides = [_LAYOUT, companions["parent"], companions["metadata"]]
+    decides = [_LAYOUT, expands_int8_fast(), companions["parent"], companions["metadata"]]
     digest = hashlib.sha256(json.dumps(decides).encode())
     return digest.hexdigest()

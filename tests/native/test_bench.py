@@ -85,11 +85,8 @@ def test_spreads_count_every_sample(row: BenchRow) -> None:
     assert row.steps.deviation > 0
 
 
-def test_a_share_above_all_is_said(
-    row: BenchRow, monkeypatch: pytest.MonkeyPatch, int8_model: Packed
-) -> None:
+def test_a_share_above_all_is_said(monkeypatch: pytest.MonkeyPatch, int8_model: Packed) -> None:
     """Readers that claim a thousandth of the truth: the run must not look sound."""
-    assert row.impossible == ()
     monkeypatch.setattr("gossamer.tools.readers.Readers.best", lambda self, repeats=1: 1e5)
     result = bench(dataclasses.replace(QUICK, model=str(int8_model.path)))
     assert result.row.bandwidth_share > 1

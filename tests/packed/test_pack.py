@@ -1,7 +1,10 @@
 """Checkpoints of every kind become one file that decodes to their tensors."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -105,7 +108,7 @@ def test_pruned_directory_keeps_its_zeros(tiny_llama: Callable[[str], Path], tmp
 def test_quantized_directory(quantized: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(quantized)
     events: list[Event] = []
-    result = pack(Pack(str(quantized), str(tmp_path / "model.goss")), events.append)
+    result = pack(Pack(str(quantized), str(tmp_path / "model.goss"), storage="smallest"), events.append)
     packed = Packed.open(tmp_path / "model.goss")
     for name in packed.decoder:
         layer = packed.layers[name]
@@ -279,3 +282,17 @@ def test_a_packed_file_is_no_checkpoint(tiny_llama: Callable[[str], Path], tmp_p
         pack(Pack(str(tmp_path / "model.goss"), str(tmp_path / "again.goss")))
     with pytest.raises(FormatError, match="no packed model"):
         Packed.open(tiny_llama("llama2") / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("isa", "storage", "expected"), [("avx2", "auto", "dense"), ("avx2", "smallest", "sparse")]
+)
+def test_int8_stays_dense_where_that_is_faster(
+    isa: str, storage: str, expected: str, quantized: Path, tmp_path: Path
+) -> None:
+    """Below AVX-512 a sparse INT8 layer costs more than it saves; the file may be for another CPU."""
+    arguments = ["pack", str(quantized), "-o", str(tmp_path / "m.goss"), "--storage", storage]
+    environment = os.environ | {"GOSSAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-m", "gossamer", *arguments], env=environment, check=True)
+    layers = Packed.open(tmp_path / "m.goss").layers
+    assert layers["model.layers.0.mlp.up_proj"].storage == expected

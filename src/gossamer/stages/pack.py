@@ -24,6 +24,9 @@ class Pack:
     head: Literal["auto", "keep", "i8"] = option(
         "auto", help="output head: as it is, int8, or (auto) int8 if the decoder is"
     )
+    storage: Literal["auto", "smallest"] = option(
+        "auto", help="auto: INT8 layers stay dense on CPUs that read them faster so; smallest: fewest bytes"
+    )
     overwrite: bool = option(False, help="replace the output file")
 
 
@@ -91,7 +94,7 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
         raise ConfigError(f"{output} is a directory; -o of pack is the file to write, such as model.goss")
     source = Checkpoint.open(job.model)
     output.parent.mkdir(parents=True, exist_ok=True)
-    packing = pack_checkpoint(source, output, job.head, progress)
+    packing = pack_checkpoint(source, output, job.head, progress, job.storage)
     packed = Packed.open(output)
     head = packed.layers[packed.head]
     return PackResult(
