@@ -14,7 +14,7 @@ from results import write_row
 from gossamer.tools.bench import Bench, measured
 
 JOBS = {
-    "step-1b": Bench(shape="llama-3.2-1b", values=("i8", "i4", "bf16", "f32"), baseline=True),
+    "step-1b": Bench(shape="llama-3.2-1b", values=("i8", "i4", "bf16", "f32")),
     "sparsity-1b": Bench(shape="llama-3.2-1b", values=("i8", "i4"), sparsity=(0.0, 0.5)),
     "linears-7b": Bench(shape="llama-2-7b", layers=8, values=("i8", "i4", "f32"), baseline=True),
     "batch-1b": Bench(shape="llama-3.2-1b", values=("i8",), batch=(1, 4, 16)),

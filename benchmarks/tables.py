@@ -49,9 +49,9 @@ def decode(folder: Path, jobs: tuple[str, ...] = ()) -> str:
     rows = [row for row in newest(all_rows("decode", folder), keys) if not jobs or row["job"] in jobs]
     if not rows:
         return ""
-    columns = ("model", "weights", "batch", "context", "decode tokens/s", "GB/s", "of bandwidth")
-    columns += ("linears against dense f32", "prompt tokens/s")
-    what = "Whole models: medians, beside the best of all readers of memory in the same run"
+    columns = ("model", "weights", "batch", "context", "decode tokens/s", "GB/s")
+    columns += ("of the run's best", "of its round's", "linears against dense f32", "prompt tokens/s")
+    what = "Whole models: medians, beside the best reader of memory in the run, and in the same round of it"
     return headed(what, rows, Table("", columns, [decode_line(row) for row in rows]))
 
 
@@ -64,6 +64,7 @@ def decode_line(row: Row) -> tuple[str, ...]:
         f"{row['decode_tokens_per_s']:.1f}",
         f"{row['gb_per_s']:.1f}",
         f"{row['bandwidth_share']:.0%}",
+        f"{row['round_share']:.0%}",
         f"{row['linears_speedup']:.1f}x" if row["linears_speedup"] else "",
         f"{row['prompt_tokens_per_s']:.0f}",
     )
@@ -126,13 +127,20 @@ def against_peers(folder: Path) -> str:
     return f"*{what}, {rows[0]['run'][:10]}.*\n\n{ratio_table(rows)}\n" if rows else ""
 
 
+def whole_models(folder: Path) -> str:
+    """The same for whole models only, for README."""
+    rows = [row for row in last_comparison(folder) if not str(row.get("shape")).startswith("stack")]
+    what = "Whole models against llama.cpp in the same run (`benchmarks/compare/`)"
+    return f"*{what}, {rows[0]['run'][:10]}.*\n\n{ratio_table(rows)}\n" if rows else ""
+
+
 def peers(folder: Path) -> str:
     """Every engine's speed in the last comparison."""
     rows = last_comparison(folder)
     return f"*All engines in that run.*\n\n{speed_table(rows)}\n" if rows else ""
 
 
-BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, prefill, against_peers)
+BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, prefill, whole_models)
 COMPLETE: tuple[Callable[[Path], str], ...] = (decode, prefill, kernels, against_peers, peers)
 
 
