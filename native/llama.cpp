@@ -110,6 +110,7 @@ Llama::Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& po
       rows_(std::size_t(pool.size()) * hidden_stride_ * sizeof(float)),
       x_(std::size_t(std::max(kMaxTokens, pool.size())) * input_stride_ * sizeof(float)),
       x_i8_(std::size_t(std::max(kMaxTokens, pool.size())) * input_stride_),
+      x_block_(Activations::kBlockTokens * input_stride_),
       x_high_(kMaxTokens * input_stride_ * sizeof(std::uint16_t)),
       x_low_(kMaxTokens * input_stride_ * sizeof(std::uint16_t)),
       scales_(std::size_t(std::max(kMaxTokens, pool.size())) * sizeof(float)),
@@ -236,6 +237,7 @@ Activations Llama::inputs(int num_tokens, int thread) const {
             .stride = input_stride_,
             .x = x_.floats() + first * input_stride_,
             .q = x_i8_.bytes() + first * input_stride_,
+            .q_block = num_tokens == 1 ? x_i8_.bytes() + first * input_stride_ : x_block_.bytes(),
             .scale = scales_.floats() + first,
             .high = reinterpret_cast<const std::uint16_t*>(x_high_.bytes()),
             .low = reinterpret_cast<const std::uint16_t*>(x_low_.bytes())};
@@ -278,8 +280,12 @@ void Llama::prepare(const Group& group, const float* row, int columns, float lar
                     int num_tokens, int thread) {
     const std::size_t index = num_tokens == 1 ? std::size_t(thread) : std::size_t(token);
     const std::size_t begin = index * input_stride_, pad = Activations::padded(columns) - columns;
-    if (group.needs_i8)
-        scales_.floats()[index] = kernels_.quantize(row, columns, largest, x_i8_.bytes() + begin);
+    if (group.needs_i8) {
+        std::uint8_t* q = x_i8_.bytes() + begin;
+        scales_.floats()[index] = kernels_.quantize(row, columns, largest, q);
+        if (num_tokens > 1 && num_tokens <= Activations::kBlockTokens)
+            Activations::interleave(q, columns, token, num_tokens, x_block_.bytes());
+    }
     if (!group.needs_f32) return;
     float* x = x_.floats() + begin;
     std::copy(row, row + columns, x);

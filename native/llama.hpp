@@ -152,8 +152,8 @@ class Llama {
     Group head_;
     // Strides of the scratch, in floats.
     std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
-    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_high_, x_low_, scales_,
-        largest_, rotary_;
+    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_block_, x_high_, x_low_,
+        scales_, largest_, rotary_;
     Scratch attention_scratch_;            // of each thread
     std::vector<float> attention_states_;  // of rows whose chunks are split among threads
 };

@@ -152,7 +152,7 @@ const char* check_sums(const Linear& w, int panel, const std::vector<std::uint8_
         if (std::abs(std::int64_t(stored[r])) > std::int64_t(128) * w.columns)
             return "its row sums are out of range";
     }
-    const Activations x{.num_tokens = 1, .stride = ones.size(), .q = ones.data()};
+    const Activations x{.num_tokens = 1, .stride = ones.size(), .q = ones.data(), .q_block = ones.data()};
     std::int32_t acc[kPanelRows];
     const MatmulRow& row = find_matmul(w.storage, w.values, isa());
     row.accumulate(w, panel, panel + 1, x, acc - panel * kPanelRows, 0);

@@ -95,7 +95,7 @@ struct Matrix {
 // Inputs as kernels want them, rows up to a multiple of 16.
 struct Inputs {
     std::vector<float> x, scale;
-    std::vector<std::uint8_t> q;
+    std::vector<std::uint8_t> q, q_block;
     std::vector<std::uint16_t> high, low;
     Activations activations;
 
@@ -105,6 +105,7 @@ struct Inputs {
         const std::size_t stride = Activations::padded(K), size = round_up(std::size_t(T), 16) * stride;
         x.resize(size);
         q.resize(size, 128);
+        q_block.resize(size);
         high.resize(size);
         low.resize(size);
         scale.resize(std::size_t(T));
@@ -112,6 +113,7 @@ struct Inputs {
                        .stride = stride,
                        .x = x.data(),
                        .q = q.data(),
+                       .q_block = q_block.data(),
                        .scale = scale.data(),
                        .high = high.data(),
                        .low = low.data()};
@@ -119,6 +121,8 @@ struct Inputs {
             const float* row = x_TK.data() + std::size_t(t) * K;
             std::copy(row, row + K, x.data() + t * stride);
             scale[t] = vectors.quantize(row, K, vectors.largest(row, K), q.data() + t * stride);
+            if (T <= Activations::kBlockTokens)
+                Activations::interleave(q.data() + t * stride, K, t, T, q_block.data());
             vectors.split(row, K, high.data() + t * stride, low.data() + t * stride);
         }
     }

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -99,11 +100,19 @@ struct Linear {
 struct Activations {
     int num_tokens = 0;
     std::size_t stride = 0;
-    const float* x = nullptr;             // for f32 and bf16 weights
-    const std::uint8_t* q = nullptr;      // for i8 and i4 weights: q + 128
-    const float* scale = nullptr;         // [T] of q
-    const std::uint16_t* high = nullptr;  // x = high + low, both bf16, for bf16 weights on the matrix unit
+    const float* x = nullptr;               // for f32 and bf16 weights
+    const std::uint8_t* q = nullptr;        // for i8 and i4 weights: q + 128
+    const std::uint8_t* q_block = nullptr;  // the same of up to 16 tokens as [K / 4][token][4]: one stream
+    const float* scale = nullptr;           // [T] of q
+    const std::uint16_t* high = nullptr;    // x = high + low, both bf16, for bf16 weights on the matrix unit
     const std::uint16_t* low = nullptr;
+
+    static constexpr int kBlockTokens = 16;
+
+    // Puts a row of q into its places in the block of `tokens`.
+    static void interleave(const std::uint8_t* q_K, int columns, int token, int tokens, std::uint8_t* block) {
+        for (int k = 0; k < columns; k += 4) std::memcpy(block + k * tokens + 4 * token, q_K + k, 4);
+    }
 
     // Room for K inputs: whole tile rows, and no power of two, which would put all rows into one cache set.
     static constexpr std::size_t padded(int columns) { return round_up(std::size_t(columns), 64) + 64; }

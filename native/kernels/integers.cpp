@@ -9,11 +9,12 @@
 // 64 bytes of weights are one vector, 16 rows x 4 inputs. `avx512`: `vpdpbusd` adds 4 products to each of 16
 // rows. Up to 16 tokens (4 beside a matrix unit) take vectors straight from the stream: 3.3 cycles a vector
 // on Zen 4, 3.0 on Emerald Rapids, and at 70% zeros a vector is 27 bytes, so one core could read 30 GB/s
-// at 3.7 GHz; software prefetch, 0.5 to 4 KiB ahead, made it 5 to 20% slower. int4 sums 16 q4 u over 128
-// inputs, then multiplies. For more, 512 inputs of two panels are expanded once and serve blocks of 12
-// tokens: 24 products for 14 loads. `avx2`: `vpmaddubsw` would saturate, so weights and activations are
-// widened to 16 bits for `vpmaddwd`. `amx`: see tiles.hpp; the expanded chunk is 8 tiles of 16 vectors a
-// panel.
+// at 3.7 GHz; software prefetch, 0.5 to 4 KiB ahead, made it 5 to 20% slower. Their activations are one
+// stream, interleaved: with one for each token the weights came from memory at half the speed. int4 sums 16
+// q4 u over 128 inputs, then multiplies. For more tokens, 512 inputs of two panels are expanded once and
+// serve blocks of 12: 24 products for 14 loads. `avx2`: `vpmaddubsw` would saturate, so weights and
+// activations are widened to 16 bits for `vpmaddwd`. `amx`: see tiles.hpp; the expanded chunk is tiles of 16
+// vectors.
 
 #include <algorithm>
 #include <cstring>
@@ -185,7 +186,7 @@ inline __m512i broadcast4(const std::uint8_t* q) { return _mm512_set1_epi32(load
 template <Values kValues, Storage kStorage, int T>
 void few(const Linear& w, int panel, const Activations& x, __m512i* totals) {
     Reader<kValues, kStorage> reader{w.panel(panel)};
-    RowPointers<std::uint8_t, T> q(x.q, x.stride);
+    const std::uint8_t* q = x.q_block;
     constexpr int kRun = kValues == Values::i4 ? kScaleVectors : 1 << 20, kChains = T <= 8 ? 2 : 1;
     for (int first = 0; first < w.num_vectors(); first += kRun) {
         __m512i sums[kChains][T];
@@ -194,16 +195,16 @@ void few(const Linear& w, int panel, const Activations& x, __m512i* totals) {
             std::min(kRun, w.num_vectors() - first),
             [&](__m512i a, __m512i b) __attribute__((always_inline)) {
                 unrolled<T>(
-                    [&](auto t) { sums[0][t] = _mm512_dpbusd_epi32(sums[0][t], broadcast4(q.row(t)), a); });
+                    [&](auto t) { sums[0][t] = _mm512_dpbusd_epi32(sums[0][t], broadcast4(q + 4 * t), a); });
                 unrolled<T>([&](auto t) {
                     __m512i& sum = sums[kChains - 1][t];
-                    sum = _mm512_dpbusd_epi32(sum, broadcast4(q.row(t) + 4), b);
+                    sum = _mm512_dpbusd_epi32(sum, broadcast4(q + 4 * T + 4 * t), b);
                 });
-                q.advance(8);
+                q += 8 * T;
             },
             [&](__m512i a) __attribute__((always_inline)) {
                 unrolled<T>(
-                    [&](auto t) { sums[0][t] = _mm512_dpbusd_epi32(sums[0][t], broadcast4(q.row(t)), a); });
+                    [&](auto t) { sums[0][t] = _mm512_dpbusd_epi32(sums[0][t], broadcast4(q + 4 * t), a); });
             });
         unrolled<T>([&](auto t) {
             __m512i sum = sums[0][t];
