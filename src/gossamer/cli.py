@@ -161,6 +161,7 @@ def flagged(job_type: type, fields: dict[str, dataclasses.Field[Any]]) -> type:
             help=field.metadata.get("help"),
             aliases=[short] if short else None,
             metavar=name.upper() if positional else None,
+            help_behavior_hint="" if field.default in (None, ()) else None,  # the help itself says what then
         )
         annotated = Annotated[(hints[name], face, *([tyro.conf.Positional] if positional else []))]
         specification.append((name, annotated, dataclasses.field(default=field.default)))
