@@ -54,15 +54,10 @@ Isa best() {
 
 Isa decide() {
     const char* cap = std::getenv("GOSSAMER_ISA");
-    return cap == nullptr || *cap == '\0' ? machine_isa() : std::min(machine_isa(), parse_isa(cap));
+    return cap == nullptr || *cap == '\0' ? best() : std::min(best(), parse_isa(cap));
 }
 
 }  // namespace
-
-Isa machine_isa() {
-    static const Isa found = best();
-    return found;
-}
 
 Isa isa() {
     static const Isa decided = decide();

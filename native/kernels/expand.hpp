@@ -34,6 +34,9 @@ template <int N, class Body>
 // A panel's run of vectors that is expanded at a time: whole multiplier groups, 8 KiB.
 constexpr int kChunkVectors = 128;
 
+// Tokens that share one expansion of the weights.
+constexpr int kSuperBlock = 256;
+
 template <Values kValues>
 using Mask = std::conditional_t<kValues == Values::f32, std::uint16_t,
                                 std::conditional_t<kValues == Values::bf16, std::uint32_t, std::uint64_t>>;

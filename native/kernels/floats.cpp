@@ -21,12 +21,6 @@
 #include "kernels/tiles.hpp"
 
 namespace gossamer {
-namespace {
-
-constexpr int kSuperBlock = 256;  // tokens that share one expansion of the weights
-
-}  // namespace
-
 namespace scalar {
 
 template <Values kValues, Storage kStorage>

@@ -25,12 +25,6 @@
 #include "kernels/tiles.hpp"
 
 namespace gossamer {
-namespace {
-
-constexpr int kSuperBlock = 256;  // tokens that share one expansion of the weights
-
-}  // namespace
-
 namespace scalar {
 namespace {
 

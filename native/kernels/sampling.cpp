@@ -108,10 +108,6 @@ namespace {
 
 constexpr int kLanes = 16;
 
-inline __mmask16 first_lanes(int count) {
-    return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1);
-}
-
 }  // namespace
 
 float highest(const float* x, int count) {

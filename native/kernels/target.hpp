@@ -22,3 +22,14 @@
 #define GOSSAMER_BEGIN_AVX2 GOSSAMER_BEGIN(GOSSAMER_AVX2)
 #define GOSSAMER_BEGIN_AVX512 GOSSAMER_BEGIN(GOSSAMER_AVX512)
 #define GOSSAMER_BEGIN_AMX GOSSAMER_BEGIN(GOSSAMER_AMX)
+
+GOSSAMER_BEGIN_AVX512
+namespace gossamer::avx512 {
+
+// The first `count` of 16 lanes; all if there are more.
+inline __mmask16 first_lanes(int count) {
+    return count >= 16 ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1);
+}
+
+}  // namespace gossamer::avx512
+GOSSAMER_END

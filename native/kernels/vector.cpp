@@ -84,10 +84,6 @@ GOSSAMER_BEGIN_AVX512
 namespace avx512 {
 namespace {
 
-inline __mmask16 first_lanes(int count) {
-    return count >= kLanes ? __mmask16(0xFFFF) : __mmask16((1u << count) - 1);
-}
-
 // The bits of the nearest bfloat16, halves to even, in the low words.
 inline __m512i nearest_bf16(__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
