@@ -394,5 +394,20 @@ const std::uint8_t* expand(const std::uint8_t* position, const std::uint8_t* mul
     return reader.position;
 }
 
+// The run of `count` vectors of a panel from `v` on, filled up with zeros to `filled`: in the file if it lies
+// there so, else expanded into `buffer` from `position`, which moves past it.
+template <Values kValues, Storage kStorage>
+const std::uint8_t* expanded_run(const Linear& w, int panel, int v, int count, int filled,
+                                 const std::uint8_t*& position, std::uint8_t* buffer) {
+    if (lies_expanded(kValues, kStorage) && filled == count) {
+        const std::uint8_t* run = position;
+        position += std::size_t(count) * kVectorBytes;
+        return run;
+    }
+    position = expand<kValues, kStorage>(position, w.panel_multipliers(panel, v), count, buffer);
+    std::memset(buffer + count * kVectorBytes, 0, std::size_t(filled - count) * kVectorBytes);
+    return buffer;
+}
+
 }  // namespace gossamer::avx512
 GOSSAMER_END

@@ -270,14 +270,8 @@ void many(const Linear& w, int panel, const Activations& x, int origin, Unit& un
         const int count = std::min(Unit::kVectors, w.num_vectors() - v);
         const int filled = int(round_up(count, Unit::kMultiple));
         for (int r = 0; r < R; ++r) {
-            if (lies_expanded(kValues, kStorage) && filled == count) {
-                weights[r] = w.panel(panel + r) + std::size_t(v) * kVectorBytes;
-                position[r] = weights[r] + std::size_t(count) * kVectorBytes;
-                continue;
-            }
-            position[r] = expand<kValues, kStorage>(position[r], nullptr, count, expanded[r]);
-            std::memset(expanded[r] + count * kVectorBytes, 0, std::size_t(filled - count) * kVectorBytes);
-            weights[r] = expanded[r];
+            weights[r] =
+                expanded_run<kValues, kStorage>(w, panel + r, v, count, filled, position[r], expanded[r]);
         }
         unit.template add<R>(weights, filled, x, origin, v * inputs_per_vector(kValues), sums, tokens);
     }
