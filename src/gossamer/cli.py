@@ -102,7 +102,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Callable[..., Any]]:
     if name not in VERBS:
         raise ConfigError(f"unknown verb {name!r}{nearest(name, VERBS)}; `gossamer --help` lists the verbs")
     job_type, function = VERBS[name].load(name)
-    fields = {field.name: field for field in dataclasses.fields(job_type)}
+    fields = help_order(job_type)
     flags = flag_names(fields)
     for argument in arguments:
         if argument.startswith("--") and argument.split("=")[0] not in flags:
@@ -115,6 +115,14 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Callable[..., Any]]:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return job_type(**{field: getattr(parsed, field) for field in fields}), function
+
+
+def help_order(job_type: type) -> dict[str, dataclasses.Field[Any]]:
+    """name -> field: what must be given, what the verb has of its own, then what it shares with others."""
+    shared = {name for parent in job_type.__mro__[1:] for name in getattr(parent, "__annotations__", {})}
+    fields = dataclasses.fields(job_type)
+    ordered = sorted(fields, key=lambda f: (f.default is not dataclasses.MISSING, f.name in shared))
+    return {field.name: field for field in ordered}
 
 
 def flag_names(fields: dict[str, dataclasses.Field[Any]]) -> dict[str, str]:

@@ -18,6 +18,12 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def inherited(parent: type, name: str, default: Any) -> Any:
+    """The option `name` of the dataclass `parent`, with another default."""
+    [field] = [field for field in dataclasses.fields(parent) if field.name == name]
+    return option(default, **field.metadata)
+
+
 def record(job: object) -> dict[str, Any]:
     """The job's options as JSON-able values, for `gossamer.json`."""
     assert dataclasses.is_dataclass(job) and not isinstance(job, type)

@@ -22,7 +22,7 @@ from gossamer.training.trainer import train
 JOB = Pretrain(
     "model",
     "out",
-    ("text",),
+    dataset=("text",),
     batch_tokens=128,
     learning_rate=1e-3,
     warmup_ratio=0.0,

@@ -7,41 +7,32 @@ from gossamer.checkpoint import Checkpoint
 from gossamer.data import manifest, supervised_examples
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import ConfigError
-from gossamer.job import option
+from gossamer.job import inherited, option
 from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
+from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.rows import Example, Rows, packed_rows
-from gossamer.training.trainer import TrainingResult, check_options, train
+from gossamer.training.trainer import TrainingResult, train
 
 ROW_LENGTH = 128
 
 
-@dataclass(frozen=True)
-class Finetune:
+@dataclass(frozen=True, kw_only=True)
+class Finetune(TrainingOptions):
     """Teach a model to answer, with its zeros held fixed and a dense model as its teacher (SquareHead)."""
 
-    model: str = option(help="checkpoint directory", positional=True)
-    output_dir: str = option(help="directory to write", short="-o")
     dataset: tuple[str, ...] = option(help="examples: SRC... (.jsonl[.zst], .parquet or python:doctests)")
     format: Literal["chat", "instruct", "prompt-completion"] = option(
         "prompt-completion", help="the fields of an example"
     )
-    teacher: str | None = option(None, help="directory of the dense model tuned on the same task")
     distill: Literal["squarehead", "none"] = option("squarehead", help="the teacher's share of the loss")
     num_train_epochs: int = option(2, help="times that every example is seen")
-    max_length: int = option(1024, help="tokens of an example; the model's context where that is shorter")
-    batch_tokens: int = option(8192, help="tokens an optimizer step, prompts included")
-    learning_rate: float = option(1e-4, help="highest learning rate; it falls to 0")
-    warmup_ratio: float = option(0.05, help="share of the steps in which the learning rate rises")
-    lr_schedule: Literal["linear", "cosine"] = option("linear", help="how the learning rate falls")
-    weight_decay: float = option(0.0, help="AdamW's decay of matrices (norms have none)")
-    max_grad_norm: float = option(2.0, help="gradients of a larger norm are scaled down to it")
-    precision: Literal["auto", "f32", "bf16"] = option(
-        "auto", help="of matrix products; weights are always trained in float32"
-    )
-    seed: int = option(0, help="order of the examples")
-    overwrite: bool = option(False, help="replace the output directory")
+    batch_tokens: int = inherited(TrainingOptions, "batch_tokens", 8192)
+    learning_rate: float = inherited(TrainingOptions, "learning_rate", 1e-4)
+    warmup_ratio: float = inherited(TrainingOptions, "warmup_ratio", 0.05)
+    weight_decay: float = inherited(TrainingOptions, "weight_decay", 0.0)
+    max_grad_norm: float = inherited(TrainingOptions, "max_grad_norm", 2.0)
 
 
 def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.data import manifest, mixture, token_rows
@@ -12,31 +11,17 @@ from gossamer.job import option
 from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
+from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.rows import Rows, next_token_rows
-from gossamer.training.trainer import TrainingResult, check_options, train
+from gossamer.training.trainer import TrainingResult, train
 
 
-@dataclass(frozen=True)
-class Pretrain:
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(TrainingOptions):
     """Train on text with the model's zeros held fixed, so that it recovers from pruning."""
 
-    model: str = option(help="checkpoint directory", positional=True)
-    output_dir: str = option(help="directory to write", short="-o")
     dataset: tuple[str, ...] = option(help="training text: SRC[@WEIGHT]...")
     num_tokens: int = option(10_000_000, help="tokens to train on; sources that are shorter begin again")
-    max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
-    batch_tokens: int = option(16_384, help="tokens an optimizer step")
-    learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
-    warmup_ratio: float = option(0.02, help="share of the steps in which the learning rate rises")
-    lr_schedule: Literal["linear", "cosine"] = option("linear", help="how the learning rate falls")
-    weight_decay: float = option(0.1, help="AdamW's decay of matrices (norms have none)")
-    max_grad_norm: float = option(1.0, help="gradients of a larger norm are scaled down to it")
-    teacher: str | None = option(None, help="directory of a dense model: adds the SquareHead loss")
-    precision: Literal["auto", "f32", "bf16"] = option(
-        "auto", help="of matrix products; weights are always trained in float32"
-    )
-    seed: int = option(0, help="order of the text")
-    overwrite: bool = option(False, help="replace the output directory")
     offline: bool = option(False, help="never touch the network")
 
 

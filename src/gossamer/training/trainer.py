@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,35 +17,11 @@ from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.report import Event, Progress
 from gossamer.training.distillation import SquareHead
 from gossamer.training.masks import MaskCallback
+from gossamer.training.options import TrainingOptions
 from gossamer.training.rows import IGNORED, Rows
 
-Precision = Literal["auto", "f32", "bf16"]
-Schedule = Literal["linear", "cosine"]
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 EAGER_ROW_LENGTH = 512
-
-
-class Options(Protocol):
-    """The options that `pretrain` and `finetune` have in common."""
-
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def batch_tokens(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def warmup_ratio(self) -> float: ...
-    @property
-    def lr_schedule(self) -> Schedule: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def max_grad_norm(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def precision(self) -> Precision: ...
 
 
 @dataclass(frozen=True)
@@ -92,22 +68,9 @@ class History:
         return TrainingResult(output_dir, sparsity, losses=self.losses, **figures)
 
 
-def check_options(job: Options) -> None:
-    """Raise ConfigError for numbers that mean nothing."""
-    if job.max_length < 2 or job.batch_tokens < 1:
-        raise ConfigError(
-            f"--max-length {job.max_length}, --batch-tokens {job.batch_tokens}: expected at least 2 and 1"
-        )
-    if not (job.learning_rate > 0 and math.isfinite(job.learning_rate)) or not 0 <= job.warmup_ratio < 1:
-        raise ConfigError(
-            f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
-            "expected a rate above 0 and a ratio in [0, 1)"
-        )
-
-
 def train(
     stage: str,
-    job: Options,
+    job: TrainingOptions,
     model: LlamaForCausalLM,
     rows: Rows,
     progress: Progress,
@@ -141,7 +104,7 @@ def train(
     return History(tuple(monitor.losses), num_tokens, seconds, precision, torch.get_num_threads())
 
 
-def choose_precision(wanted: Precision, device: str) -> Literal["f32", "bf16"]:
+def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Literal["f32", "bf16"]:
     """`auto`: bf16 matrix products where the hardware has them (1.5 to 2 times faster), float32 elsewhere."""
     if wanted != "auto":
         return wanted
@@ -149,7 +112,9 @@ def choose_precision(wanted: Precision, device: str) -> Literal["f32", "bf16"]:
     return "bf16" if fast else "f32"
 
 
-def _arguments(rows: Rows, job: Options, device: str, precision: str, scratch: str) -> TrainingArguments:
+def _arguments(
+    rows: Rows, job: TrainingOptions, device: str, precision: str, scratch: str
+) -> TrainingArguments:
     batch_rows = max(1, job.batch_tokens // rows.input_ids_ST.shape[1])
     micro_rows = _micro_rows(batch_rows, rows.input_ids_ST.shape[1], MICRO_BATCH_TOKENS[device])
     num_steps = math.ceil(len(rows) / batch_rows)

@@ -1,0 +1,45 @@
+"""The options of every verb that trains."""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
+
+from gossamer.errors import ConfigError
+from gossamer.job import option
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What `Pretrain` and `Finetune` share; but for model and output, given by name."""
+
+    model: str = option(help="checkpoint directory", positional=True)
+    output_dir: str = option(help="directory to write", short="-o")
+    _: KW_ONLY
+    teacher: str | None = option(
+        None, help="directory of a dense model, tuned on the same task if this is fine-tuning: SquareHead"
+    )
+    max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
+    batch_tokens: int = option(16_384, help="tokens an optimizer step, prompts included")
+    learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
+    warmup_ratio: float = option(0.02, help="share of the steps in which the learning rate rises")
+    lr_schedule: Literal["linear", "cosine"] = option("linear", help="how the learning rate falls")
+    weight_decay: float = option(0.1, help="AdamW's decay of matrices (norms have none)")
+    max_grad_norm: float = option(1.0, help="gradients of a larger norm are scaled down to it")
+    precision: Literal["auto", "f32", "bf16"] = option(
+        "auto", help="of matrix products; weights are always trained in float32"
+    )
+    seed: int = option(0, help="order of the data")
+    overwrite: bool = option(False, help="replace the output directory")
+
+
+def check_options(job: TrainingOptions) -> None:
+    """Raise ConfigError for numbers that mean nothing."""
+    if job.max_length < 2 or job.batch_tokens < 1:
+        raise ConfigError(
+            f"--max-length {job.max_length}, --batch-tokens {job.batch_tokens}: expected at least 2 and 1"
+        )
+    if not (job.learning_rate > 0 and math.isfinite(job.learning_rate)) or not 0 <= job.warmup_ratio < 1:
+        raise ConfigError(
+            f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
+            "expected a rate above 0 and a ratio in [0, 1)"
+        )
