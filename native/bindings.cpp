@@ -200,6 +200,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("bytes_per_step", &Model::bytes_per_step)
         .def_prop_ro("num_threads", &Model::num_threads);
     bind_kernels(m);
+    bind_training(m);
 }
 
 }  // namespace gossamer

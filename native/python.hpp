@@ -66,7 +66,13 @@ inline Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict layers
     return packed;
 }
 
+// The level of that name; UnsupportedError when the machine, capped by GOSSAMER_ISA, lacks it.
+Isa runnable(const std::string& level);
+
 // Adds the table of kernels, and an entry that runs each of its rows, to the module.
 void bind_kernels(nb::module_& m);
+
+// Adds what training calls.
+void bind_training(nb::module_& m);
 
 }  // namespace gossamer

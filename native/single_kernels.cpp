@@ -25,6 +25,22 @@ using namespace nb::literals;
 
 namespace {
 
+// The tiles of the amx level, computed instead of issued: for tests on machines without them.
+constexpr const char* kEmulated = "amx-emulated";
+
+}  // namespace
+
+Isa runnable(const std::string& level) {
+    const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
+    if (wanted > isa()) {
+        throw UnsupportedError("asked for " + level + "; this machine, capped by GOSSAMER_ISA, runs up to " +
+                               gossamer::name(isa()));
+    }
+    return wanted;
+}
+
+namespace {
+
 const char* name(Values values) {
     return values == Values::f32    ? "f32"
            : values == Values::bf16 ? "bf16"
@@ -51,6 +67,7 @@ nb::list kernels() {
     for (const SamplingRow& row : sampling_table()) {
         for (const char* family : {"highest", "mass", "keep"}) add(family, "f32", "dense", row.isa);
     }
+    for (const AdamwRow& row : adamw_table()) add("adamw", "f32", "dense", row.isa);
     for (const ProbeRow& row : probe_table()) {
         add("read", "i8", "dense", row.isa);
         add("multiply_int8", "i8", "dense", row.isa);
@@ -64,18 +81,6 @@ double time_of(Work work) {
     const auto begin = std::chrono::steady_clock::now();
     work();
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
-
-// The tiles of the amx level, computed instead of issued: for tests on machines without them.
-constexpr const char* kEmulated = "amx-emulated";
-
-Isa runnable(const std::string& level) {
-    const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
-    if (wanted > isa()) {
-        throw UnsupportedError("asked for " + level + "; this machine, capped by GOSSAMER_ISA, runs up to " +
-                               gossamer::name(isa()));
-    }
-    return wanted;
 }
 
 // One matrix of a packed buffer, checked, for the entries that run a single kernel.

@@ -32,6 +32,11 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     int keep(const float*, int, float, float, float*);            \
     }
 
+#define GOSSAMER_ADAMW(level)                                                        \
+    namespace level {                                                                \
+    void adamw(const AdamwStep&, const float*, std::size_t, float*, float*, float*); \
+    }
+
 #define GOSSAMER_READ(level)                                           \
     namespace level {                                                  \
     std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t); \
@@ -55,5 +60,8 @@ GOSSAMER_ATTENTION(avx512)
 GOSSAMER_SAMPLING(scalar)
 GOSSAMER_SAMPLING(avx2)
 GOSSAMER_SAMPLING(avx512)
+GOSSAMER_ADAMW(scalar)
+GOSSAMER_ADAMW(avx2)
+GOSSAMER_ADAMW(avx512)
 
 }  // namespace gossamer

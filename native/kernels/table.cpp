@@ -26,6 +26,12 @@ constexpr SamplingRow kSampling[] = {
     {Isa::avx512, avx512::highest, avx512::mass, avx512::keep},
 };
 
+constexpr AdamwRow kAdamw[] = {
+    {Isa::scalar, scalar::adamw},
+    {Isa::avx2, avx2::adamw},
+    {Isa::avx512, avx512::adamw},
+};
+
 constexpr ProbeRow kProbe[] = {
     {Isa::scalar, scalar::read, scalar::multiply_int8},
     {Isa::avx2, scalar::read, avx2::multiply_int8},
@@ -57,6 +63,7 @@ std::vector<AttentionRow> attention_table() {
     return rows;
 }
 std::span<const SamplingRow> sampling_table() { return kSampling; }
+std::span<const AdamwRow> adamw_table() { return kAdamw; }
 std::span<const ProbeRow> probe_table() { return kProbe; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated) {
@@ -80,6 +87,7 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emula
 
 const VectorRow& find_vector(Isa isa) { return best(vector_table(), isa); }
 const SamplingRow& find_sampling(Isa isa) { return best(sampling_table(), isa); }
+const AdamwRow& find_adamw(Isa isa) { return best(adamw_table(), isa); }
 const ProbeRow& find_probe(Isa isa) { return best(probe_table(), isa); }
 
 const AttentionRow& find_attention(Values values, Isa isa, bool emulated) {

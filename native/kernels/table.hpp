@@ -91,6 +91,23 @@ struct SamplingRow {
     int (*keep)(const float* x, int count, float low, float high, float* kept);
 };
 
+// The factors of one step of AdamW (adamw.cpp).
+struct AdamwStep {
+    float take1;         // 1 - beta1
+    float keep2, take2;  // beta2, 1 - beta2
+    float shrink;        // 1 - learning rate * weight decay
+    float rate;          // learning rate / (1 - beta1^t)
+    float correction2;   // sqrt(1 - beta2^t)
+    float eps;
+};
+
+// Every level gives the same bits.
+struct AdamwRow {
+    Isa isa;
+    void (*adamw)(const AdamwStep& step, const float* gradient, std::size_t count, float* exp_avg,
+                  float* exp_avg_sq, float* weight);
+};
+
 // What the machine can do at best (probes.cpp).
 struct ProbeRow {
     Isa isa;
@@ -104,6 +121,7 @@ std::vector<MatmulRow> matmul_table();
 std::span<const VectorRow> vector_table();
 std::vector<AttentionRow> attention_table();
 std::span<const SamplingRow> sampling_table();
+std::span<const AdamwRow> adamw_table();
 std::span<const ProbeRow> probe_table();
 
 // The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
@@ -111,6 +129,7 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emula
 const VectorRow& find_vector(Isa isa);
 const AttentionRow& find_attention(Values values, Isa isa, bool emulated = false);
 const SamplingRow& find_sampling(Isa isa);
+const AdamwRow& find_adamw(Isa isa);
 const ProbeRow& find_probe(Isa isa);
 
 }  // namespace gossamer

@@ -162,5 +162,25 @@ def log_probability(isa: str, logits_V: np.ndarray, index: int) -> float:
 def mass(isa: str, x: np.ndarray, highest: float, inverse_temperature: float, low: float) -> int:
     """The sum of round(2^40 exp((x - highest) * inverse_temperature)) over the x that are at least `low`."""
 
+def adamw(
+    values: np.ndarray,
+    gradient: np.ndarray,
+    exp_avg: np.ndarray,
+    exp_avg_sq: np.ndarray,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: float,
+    num_threads: int,
+    isa: str | None = None,
+) -> None:
+    """The `step`th (from 1) update of AdamW with decoupled decay, in place; float32 arrays of one length.
+
+    The same bits for every `isa` (None: the best) and number of threads. The GIL is released.
+    """
+
 def read_bandwidth(num_threads: int, prefetch_bytes: int, buffer: np.ndarray, repeats: int) -> list[float]:
     """Bytes/s of reading the whole buffer, `repeats` times; `prefetch_bytes` ahead in software (0: none)."""

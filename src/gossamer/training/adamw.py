@@ -1,0 +1,71 @@
+"""AdamW (arXiv 1711.05101) by the native kernel: one pass over weight, gradient and moments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer import _native
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, updated by `_native.adamw` where all weights of a group are float32 on the CPU.
+
+    Same formula (within 1e-6 of torch after 300 steps), same options, same `state_dict`:
+    either can load the other's. Groups on other devices, of other types, or with options that the kernel
+    does not know (amsgrad, maximize, differentiable, a rate in a tensor) are torch's own.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every weight that has a gradient; returns the closure's loss."""
+        if not all(_is_native(group) for group in self.param_groups):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, group)
+        return loss
+
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        state["step"] += 1
+        assert weight.grad is not None
+        _native.adamw(
+            _flat(weight),
+            _flat(weight.grad.contiguous()),
+            _flat(state["exp_avg"]),
+            _flat(state["exp_avg_sq"]),
+            learning_rate=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state["step"].item(),
+            num_threads=torch.get_num_threads(),
+        )
+
+
+def _is_native(group: dict[str, Any]) -> bool:
+    known = not (group["amsgrad"] or group["maximize"] or group["differentiable"])
+    plain = not any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"]))
+    return known and plain and all(_fits(weight) for weight in group["params"])
+
+
+def _fits(weight: Tensor) -> bool:
+    dense = type(weight) in (Tensor, torch.nn.Parameter) and weight.layout == torch.strided
+    return dense and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+
+
+def _flat(tensor: Tensor) -> Any:
+    """The tensor's own memory as NumPy sees it."""
+    return tensor.detach().view(-1).numpy()
