@@ -67,6 +67,9 @@ nb::list kernels() {
     for (const SamplingRow& row : sampling_table()) {
         for (const char* family : {"highest", "mass", "keep"}) add(family, "f32", "dense", row.isa);
     }
+    for (const TrainingRow& row : training_table()) {
+        for (const char* family : {"multiply", "project"}) add(family, "f32", "sparse", row.isa);
+    }
     for (const AdamwRow& row : adamw_table()) add("adamw", "f32", "dense", row.isa);
     for (const ProbeRow& row : probe_table()) {
         add("read", "i8", "dense", row.isa);

@@ -37,6 +37,12 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     void adamw(const AdamwStep&, const float*, std::size_t, float*, float*, float*); \
     }
 
+#define GOSSAMER_TRAINING(level)                                    \
+    namespace level {                                               \
+    void multiply(const Strip&, const float*, float*);              \
+    void project(const Strip&, const float*, const float*, float*); \
+    }
+
 #define GOSSAMER_READ(level)                                           \
     namespace level {                                                  \
     std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t); \
@@ -63,5 +69,8 @@ GOSSAMER_SAMPLING(avx512)
 GOSSAMER_ADAMW(scalar)
 GOSSAMER_ADAMW(avx2)
 GOSSAMER_ADAMW(avx512)
+GOSSAMER_TRAINING(scalar)
+GOSSAMER_TRAINING(avx2)
+GOSSAMER_TRAINING(avx512)
 
 }  // namespace gossamer

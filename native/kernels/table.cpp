@@ -32,6 +32,12 @@ constexpr AdamwRow kAdamw[] = {
     {Isa::avx512, avx512::adamw},
 };
 
+constexpr TrainingRow kTraining[] = {
+    {Isa::scalar, scalar::multiply, scalar::project},
+    {Isa::avx2, avx2::multiply, avx2::project},
+    {Isa::avx512, avx512::multiply, avx512::project},
+};
+
 constexpr ProbeRow kProbe[] = {
     {Isa::scalar, scalar::read, scalar::multiply_int8},
     {Isa::avx2, scalar::read, avx2::multiply_int8},
@@ -64,6 +70,7 @@ std::vector<AttentionRow> attention_table() {
 }
 std::span<const SamplingRow> sampling_table() { return kSampling; }
 std::span<const AdamwRow> adamw_table() { return kAdamw; }
+std::span<const TrainingRow> training_table() { return kTraining; }
 std::span<const ProbeRow> probe_table() { return kProbe; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated) {
@@ -88,6 +95,7 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emula
 const VectorRow& find_vector(Isa isa) { return best(vector_table(), isa); }
 const SamplingRow& find_sampling(Isa isa) { return best(sampling_table(), isa); }
 const AdamwRow& find_adamw(Isa isa) { return best(adamw_table(), isa); }
+const TrainingRow& find_training(Isa isa) { return best(training_table(), isa); }
 const ProbeRow& find_probe(Isa isa) { return best(probe_table(), isa); }
 
 const AttentionRow& find_attention(Values values, Isa isa, bool emulated) {

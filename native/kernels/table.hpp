@@ -108,6 +108,26 @@ struct AdamwRow {
                   float* exp_avg_sq, float* weight);
 };
 
+// Rows of a strip of a masked matrix: `counts` values each, `index` their inputs within the strip. Four
+// bytes of `index` behind the last one can be read.
+struct Strip {
+    const float* values;
+    const std::uint8_t* index;
+    const std::uint8_t* counts;
+    int rows;
+};
+
+constexpr int kTileTokens = 64, kStripInputs = 96;
+
+// Products of training, over tiles in which tokens are contiguous (training.cpp): in is [96][64], out and
+// delta are [rows][64], gradient has one number a value; all begin at multiples of 64 bytes but the
+// gradient.
+struct TrainingRow {
+    Isa isa;
+    void (*multiply)(const Strip& strip, const float* in, float* out);
+    void (*project)(const Strip& strip, const float* in, const float* delta, float* gradient);
+};
+
 // What the machine can do at best (probes.cpp).
 struct ProbeRow {
     Isa isa;
@@ -122,14 +142,17 @@ std::span<const VectorRow> vector_table();
 std::vector<AttentionRow> attention_table();
 std::span<const SamplingRow> sampling_table();
 std::span<const AdamwRow> adamw_table();
+std::span<const TrainingRow> training_table();
 std::span<const ProbeRow> probe_table();
 
-// The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are emulated.
+// The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are
+// emulated.
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
 const VectorRow& find_vector(Isa isa);
 const AttentionRow& find_attention(Values values, Isa isa, bool emulated = false);
 const SamplingRow& find_sampling(Isa isa);
 const AdamwRow& find_adamw(Isa isa);
+const TrainingRow& find_training(Isa isa);
 const ProbeRow& find_probe(Isa isa);
 
 }  // namespace gossamer
