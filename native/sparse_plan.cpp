@@ -11,22 +11,30 @@ constexpr int kRowTilesAtOnce = 16;  // sums of 1536 rows x 64 tokens (384 KB) s
 
 std::size_t tile_floats(int count) { return std::size_t(count) * kStripInputs * kTileTokens; }
 
-// to[c * to_stride + r] = from[r * from_stride + c].
+// to[c * to_stride + r] = from[r * from_stride + c] for 4 x 4 numbers.
+inline void transpose4(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
+    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
+    __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(to, a);
+    _mm_storeu_ps(to + to_stride, b);
+    _mm_storeu_ps(to + 2 * to_stride, c);
+    _mm_storeu_ps(to + 3 * to_stride, d);
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c]. The 64 x 64 numbers of a tile's side (16 KB) stay in L1;
+// the other side's lines lie far apart, often in one set of the cache, so four at a time are used up.
+template <bool kFromTile>
 void transpose(const float* from, std::size_t from_stride, int rows, int columns, float* to,
                std::size_t to_stride) {
     const int whole_rows = rows & ~3, whole_columns = columns & ~3;
-    for (int r = 0; r < whole_rows; r += 4) {
-        const float* source = from + r * from_stride;
-        float* target = to + r;
-        for (int c = 0; c < whole_columns; c += 4) {
-            __m128 a = _mm_loadu_ps(source + c), b = _mm_loadu_ps(source + from_stride + c);
-            __m128 d = _mm_loadu_ps(source + 2 * from_stride + c);
-            __m128 e = _mm_loadu_ps(source + 3 * from_stride + c);
-            _MM_TRANSPOSE4_PS(a, b, d, e);
-            _mm_storeu_ps(target + c * to_stride, a);
-            _mm_storeu_ps(target + (c + 1) * to_stride, b);
-            _mm_storeu_ps(target + (c + 2) * to_stride, d);
-            _mm_storeu_ps(target + (c + 3) * to_stride, e);
+    const int outer = kFromTile ? whole_columns : whole_rows, inner = kFromTile ? whole_rows : whole_columns;
+    for (int block = 0; block < inner; block += 64) {
+        for (int i = 0; i < outer; i += 4) {
+            for (int j = block; j < std::min(block + 64, inner); j += 4) {
+                const int r = kFromTile ? j : i, c = kFromTile ? i : j;
+                transpose4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+            }
         }
     }
     for (int r = 0; r < rows; ++r) {
@@ -46,20 +54,21 @@ struct Tokens {
     void pack(int tile, int begin, int end, float* to) const {
         const int first = tile * kTileTokens, count = std::min(kTileTokens, num_tokens - first);
         if (count < kTileTokens) std::fill_n(to, std::size_t(end - begin) * kTileTokens, 0.0f);
-        transpose(data + std::size_t(first) * width + begin, width, count, end - begin, to, kTileTokens);
+        transpose<false>(data + std::size_t(first) * width + begin, width, count, end - begin, to,
+                         kTileTokens);
     }
 };
 
 // out_TO = in_TI M^T for the masked matrix M [O, I] that `order` describes.
 void multiply(Workspace& work, const TrainingRow& kernels, const StripOrder& order, const float* values,
               const Tokens& in, float* out_TO) {
-    const int num_threads = work.pool.size(), row_tiles = order.num_row_tiles();
+    const int num_threads = work.team.size(), row_tiles = order.num_row_tiles();
     // Rows are split as far as it takes to give every thread a few pieces.
     const int wanted = (4 * num_threads + in.num_tiles() - 1) / in.num_tiles();
     const int tiles_at_once = std::clamp(row_tiles / wanted, 1, kRowTilesAtOnce);
     const int chunks = (row_tiles + tiles_at_once - 1) / tiles_at_once;
     work.reserve(tile_floats(order.num_strips() + tiles_at_once));
-    work.pool.run([&](int thread) {
+    work.team.run([&](int thread) {
         float* packed = work.owned(thread);
         float* sums = packed + tile_floats(order.num_strips());
         const Part pieces(in.num_tiles() * chunks, thread, num_threads);
@@ -73,8 +82,8 @@ void multiply(Workspace& work, const TrainingRow& kernels, const StripOrder& ord
             for (int s = 0; s < order.num_strips(); ++s)
                 kernels.multiply(order.strip(values, s, row_tile, rows), packed + tile_floats(s), sums);
             const int first = tile * kTileTokens, count = std::min(kTileTokens, in.num_tokens - first);
-            transpose(sums, kTileTokens, rows, count, out_TO + std::size_t(first) * order.rows + row,
-                      order.rows);
+            transpose<true>(sums, kTileTokens, rows, count, out_TO + std::size_t(first) * order.rows + row,
+                            order.rows);
         }
     });
 }
@@ -173,8 +182,8 @@ void SparsePlan::backward_input(Workspace& work, const TrainingRow& kernels, con
                                 const float* dy_TN, int T, float* dx_TK) const {
     work.reserve(0, num_values());
     float* reordered = work.shared();
-    work.pool.run([&](int thread) {
-        const Part strips(backward_.num_strips(), thread, work.pool.size());
+    work.team.run([&](int thread) {
+        const Part strips(backward_.num_strips(), thread, work.team.size());
         for (int s = strips.begin; s < strips.end; ++s) {
             for (int tile = 0; tile < backward_.num_row_tiles(); ++tile) {
                 const float* from = values + forward_.begin(tile, s);
@@ -191,10 +200,10 @@ void SparsePlan::backward_input(Workspace& work, const TrainingRow& kernels, con
 void SparsePlan::backward_values(Workspace& work, const TrainingRow& kernels, const float* x_TK,
                                  const float* dy_TN, int T, float* dvalues) const {
     const Tokens x{x_TK, T, columns()}, dy{dy_TN, T, rows()};
-    const int row_parts = std::min(work.pool.size(), forward_.num_row_tiles());
-    const int strip_parts = work.pool.size() / row_parts;
+    const int row_parts = std::min(work.team.size(), forward_.num_row_tiles());
+    const int strip_parts = work.team.size() / row_parts;
     work.reserve(tile_floats(2 + forward_.num_row_tiles() / row_parts));
-    work.pool.run([&](int thread) {
+    work.team.run([&](int thread) {
         if (thread >= row_parts * strip_parts) return;
         const Part tiles(forward_.num_row_tiles(), thread % row_parts, row_parts);
         const Part strips(forward_.num_strips(), thread / row_parts, strip_parts);

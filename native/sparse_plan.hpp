@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "kernels/table.hpp"
-#include "threads.hpp"
+#include "team.hpp"
 
 namespace gossamer {
 
@@ -34,9 +34,9 @@ struct StripOrder {
 // Threads, and the memory that products use while they run; it stays for the next one.
 class Workspace {
   public:
-    explicit Workspace(int num_threads) : pool(num_threads), owned_(std::size_t(pool.size())) {}
+    explicit Workspace(int num_threads) : team(num_threads), owned_(std::size_t(num_threads)) {}
 
-    ThreadPool pool;
+    Team team;
     // Makes room for as many floats; what was there is lost. Not inside a task.
     void reserve(std::size_t floats_a_thread, std::size_t shared_floats = 0);
     // At multiples of 64 bytes.

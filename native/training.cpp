@@ -41,7 +41,7 @@ void run_shared(int num_threads, Work&& work) {
         owner = getpid();
     }
     num_threads = std::clamp(num_threads, 1, 1024);
-    if (workspace == nullptr || workspace->pool.size() != num_threads)
+    if (workspace == nullptr || workspace->team.size() != num_threads)
         workspace = std::make_unique<Workspace>(num_threads);
     work(*workspace);
 }
@@ -123,8 +123,8 @@ void adamw(FloatsOut values, Floats gradient, FloatsOut exp_avg, FloatsOut exp_a
     const AdamwRow& row = find_adamw(level ? runnable(*level) : isa());
     const int pieces = int((count + kPiece - 1) / kPiece);
     run_shared(num_threads, [&](Workspace& work) {
-        work.pool.run([&](int thread) {
-            const Part part(pieces, thread, work.pool.size());
+        work.team.run([&](int thread) {
+            const Part part(pieces, thread, work.team.size());
             const std::size_t begin = std::size_t(part.begin) * kPiece;
             const std::size_t end = std::min(count, std::size_t(part.end) * kPiece);
             row.adamw(factors, gradient.data() + begin, end - begin, exp_avg.data() + begin,

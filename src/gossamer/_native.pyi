@@ -162,6 +162,55 @@ def log_probability(isa: str, logits_V: np.ndarray, index: int) -> float:
 def mass(isa: str, x: np.ndarray, highest: float, inverse_temperature: float, low: float) -> int:
     """The sum of round(2^40 exp((x - highest) * inverse_temperature)) over the x that are at least `low`."""
 
+class SparsePlan:
+    """A fixed mask of a weight [N, K], and the products of training with its values alone.
+
+    All arrays are float32 and row-major; `values` are in the plan's order. Outputs are written whole. The
+    number of threads changes no bit; `isa` None is the best. The GIL is released. EngineError when shapes do
+    not fit.
+    """
+
+    def __init__(self, mask_NK: np.ndarray) -> None:
+        """`mask_NK`: bool, True where a weight lives."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def num_values(self) -> int: ...
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the indices."""
+
+    def positions(self) -> np.ndarray:
+        """int64: n * K + k of each value, in the plan's order."""
+
+    def forward(
+        self, values: np.ndarray, x_TK: np.ndarray, y_TN: np.ndarray, num_threads: int, isa: str | None = None
+    ) -> None:
+        """y = x W^T."""
+
+    def backward_input(
+        self,
+        values: np.ndarray,
+        dy_TN: np.ndarray,
+        dx_TK: np.ndarray,
+        num_threads: int,
+        isa: str | None = None,
+    ) -> None:
+        """dx = dy W."""
+
+    def backward_values(
+        self,
+        x_TK: np.ndarray,
+        dy_TN: np.ndarray,
+        dvalues: np.ndarray,
+        num_threads: int,
+        isa: str | None = None,
+    ) -> None:
+        """The mask's positions of dW = dy^T x."""
+
 def adamw(
     values: np.ndarray,
     gradient: np.ndarray,
