@@ -74,6 +74,7 @@ nb::list kernels() {
     for (const ProbeRow& row : probe_table()) {
         add("read", "i8", "dense", row.isa);
         add("multiply_int8", "i8", "dense", row.isa);
+        add("multiply_f32", "f32", "dense", row.isa);
     }
     for (const AttentionRow& row : attention_table()) add("attention", name(row.values), "dense", row.isa);
     return rows;
@@ -283,9 +284,8 @@ std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, 
     return rates;
 }
 
-// Multiply-adds of int8 a second on all threads, best of `repeats`.
-double int8_peak(const std::string& level, int num_threads, int repeats) {
-    const auto multiply = find_probe(runnable(level)).multiply_int8;
+// Multiply-adds a second on all threads, best of `repeats`.
+double peak(std::uint64_t (*multiply)(std::uint64_t), int num_threads, int repeats) {
     constexpr std::uint64_t kRounds = 1 << 18;
     nb::gil_scoped_release unlocked;
     ThreadPool pool(std::clamp(num_threads, 1, 1024));
@@ -297,6 +297,14 @@ double int8_peak(const std::string& level, int num_threads, int repeats) {
         best = std::max(best, double(std::accumulate(products.begin(), products.end(), 0.0)) / seconds);
     }
     return best;
+}
+
+double int8_peak(const std::string& level, int num_threads, int repeats) {
+    return peak(find_probe(runnable(level)).multiply_int8, num_threads, repeats);
+}
+
+double f32_peak(const std::string& level, int num_threads, int repeats) {
+    return peak(find_probe(runnable(level)).multiply_f32, num_threads, repeats);
 }
 
 // Seconds of a product with random inputs on one thread, `repeats` times.
@@ -334,6 +342,7 @@ void bind_kernels(nb::module_& m) {
     m.def("time_matmul", &time_matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a,
           "repeats"_a);
     m.def("int8_peak", &int8_peak, "isa"_a, "num_threads"_a, "repeats"_a);
+    m.def("f32_peak", &f32_peak, "isa"_a, "num_threads"_a, "repeats"_a);
     m.def("read_bandwidth", &read_bandwidth, "num_threads"_a, "prefetch_bytes"_a, "buffer"_a, "repeats"_a);
 }
 

@@ -51,6 +51,10 @@ extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
     namespace level {                           \
     std::uint64_t multiply_int8(std::uint64_t); \
     }
+#define GOSSAMER_MULTIPLY_F32(level)           \
+    namespace level {                          \
+    std::uint64_t multiply_f32(std::uint64_t); \
+    }
 
 GOSSAMER_READ(scalar)
 GOSSAMER_READ(avx512)
@@ -58,6 +62,9 @@ GOSSAMER_MULTIPLY(scalar)
 GOSSAMER_MULTIPLY(avx2)
 GOSSAMER_MULTIPLY(avx512)
 GOSSAMER_MULTIPLY(amx)
+GOSSAMER_MULTIPLY_F32(scalar)
+GOSSAMER_MULTIPLY_F32(avx2)
+GOSSAMER_MULTIPLY_F32(avx512)
 GOSSAMER_VECTOR(scalar)
 GOSSAMER_VECTOR(avx512)
 GOSSAMER_ATTENTION(scalar)

@@ -1,8 +1,8 @@
-// What this machine can do at best: reading memory, and multiplying int8 in registers.
+// What this machine can do at best: reading memory, and multiplying in registers.
 //
 // Every speed claim stands beside one of these, measured in the same run. The products are those of the
-// level: `vpmaddwd` on 16-bit words (avx2), `vpdpbusd` (avx512), `tdpbusd` (amx), in as many independent
-// chains as hide the latency.
+// level, in as many independent chains as hide the latency: `vpmaddwd` on 16-bit words (avx2), `vpdpbusd`
+// (avx512), `tdpbusd` (amx) for int8; fused multiply-adds, on scalar two instructions, for float32.
 
 #include <cstring>
 
@@ -38,6 +38,19 @@ std::uint64_t multiply_int8(std::uint64_t rounds) {
     return rounds * 16;
 }
 
+std::uint64_t multiply_f32(std::uint64_t rounds) {
+    __m128 chains[8] = {};
+    __m128 weights = _mm_set1_ps(0.5f), inputs = _mm_set1_ps(0.25f);
+    for (std::uint64_t i = 0; i < rounds; ++i) {
+        for (__m128& chain : chains) {
+            __asm__ volatile("" : "+x"(weights), "+x"(inputs));
+            chain = _mm_add_ps(chain, _mm_mul_ps(weights, inputs));
+        }
+    }
+    for (__m128& chain : chains) __asm__ volatile("" : : "x"(chain));
+    return rounds * 8 * 4;
+}
+
 }  // namespace scalar
 
 GOSSAMER_BEGIN_AVX2
@@ -53,6 +66,18 @@ std::uint64_t multiply_int8(std::uint64_t rounds) {
     }
     for (__m256i& chain : chains) __asm__ volatile("" : : "x"(chain));
     return rounds * 8 * 16;
+}
+
+std::uint64_t multiply_f32(std::uint64_t rounds) {
+    __m256 chains[12] = {};
+    const __m256 weights = _mm256_set1_ps(0.5f), inputs = _mm256_set1_ps(0.25f);
+    for (std::uint64_t i = 0; i < rounds; ++i) {
+        for (__m256& chain : chains) {
+            chain = _mm256_fmadd_ps(inputs, weights, chain);
+            __asm__ volatile("" : "+x"(chain));
+        }
+    }
+    return rounds * 12 * 8;
 }
 
 }  // namespace avx2
@@ -85,6 +110,18 @@ std::uint64_t multiply_int8(std::uint64_t rounds) {
         }
     }
     return rounds * 16 * 64;
+}
+
+std::uint64_t multiply_f32(std::uint64_t rounds) {
+    __m512 chains[16] = {};
+    const __m512 weights = _mm512_set1_ps(0.5f), inputs = _mm512_set1_ps(0.25f);
+    for (std::uint64_t i = 0; i < rounds; ++i) {
+        for (__m512& chain : chains) {
+            chain = _mm512_fmadd_ps(inputs, weights, chain);
+            __asm__ volatile("" : "+v"(chain));
+        }
+    }
+    return rounds * 16 * 16;
 }
 
 }  // namespace avx512

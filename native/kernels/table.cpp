@@ -39,10 +39,10 @@ constexpr TrainingRow kTraining[] = {
 };
 
 constexpr ProbeRow kProbe[] = {
-    {Isa::scalar, scalar::read, scalar::multiply_int8},
-    {Isa::avx2, scalar::read, avx2::multiply_int8},
-    {Isa::avx512, avx512::read, avx512::multiply_int8},
-    {Isa::amx, avx512::read, amx::multiply_int8},
+    {Isa::scalar, scalar::read, scalar::multiply_int8, scalar::multiply_f32},
+    {Isa::avx2, scalar::read, avx2::multiply_int8, avx2::multiply_f32},
+    {Isa::avx512, avx512::read, avx512::multiply_int8, avx512::multiply_f32},
+    {Isa::amx, avx512::read, amx::multiply_int8, avx512::multiply_f32},
 };
 
 // The last row, in a table that goes up, that `isa` can run.

@@ -133,8 +133,9 @@ struct ProbeRow {
     Isa isa;
     // Sums `count` bytes (a multiple of 256), touching each cache line once.
     std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
-    // Multiplies int8 in registers; returns how many multiply-adds that were.
+    // Multiply in registers; return how many multiply-adds that were.
     std::uint64_t (*multiply_int8)(std::uint64_t rounds);
+    std::uint64_t (*multiply_f32)(std::uint64_t rounds);
 };
 
 std::vector<MatmulRow> matmul_table();
