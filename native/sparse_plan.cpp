@@ -62,6 +62,7 @@ struct Tokens {
 // out_TO = in_TI M^T for the masked matrix M [O, I] that `order` describes.
 void multiply(Workspace& work, const TrainingRow& kernels, const StripOrder& order, const float* values,
               const Tokens& in, float* out_TO) {
+    if (in.num_tokens == 0) return;
     const int num_threads = work.team.size(), row_tiles = order.num_row_tiles();
     // Rows are split as far as it takes to give every thread a few pieces.
     const int wanted = (4 * num_threads + in.num_tiles() - 1) / in.num_tiles();

@@ -52,9 +52,10 @@ def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> LlamaF
 
 
 def write_model(model: LlamaForCausalLM, target: Derived) -> None:
-    """Store every parameter under its Hugging Face name, in the parent's dtypes."""
-    for name, parameter in model.named_parameters():
-        write_tensor(target, name, parameter)
+    """Store every weight under its Hugging Face name, in the parent's dtypes."""
+    weights = model.state_dict()
+    for name in target.parent.names:
+        write_tensor(target, name, weights[name])
 
 
 def refuse_quantized(source: Checkpoint) -> None:

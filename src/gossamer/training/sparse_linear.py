@@ -1,0 +1,173 @@
+"""Linear layers that keep, train and multiply nothing but their nonzero weights.
+
+    y = x W^T,   dx = dy W,   dW = dy^T x where W lives;   W [N, K], x [T, K], y [T, N]
+
+`values` holds the weights that live, in the order of the native plan; gradients and moments are as short.
+On the CPU in float32 the products are native (`_native.SparsePlan`). Elsewhere, and in other types, torch
+multiplies W written out dense, and gathers its gradient. To everything that saves or loads, a layer has the
+`weight` [N, K] that an `nn.Linear` has.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from gossamer import _native
+from gossamer.errors import CheckpointError
+
+
+class Pattern:
+    """Where the weights of a matrix [N, K] live. Immutable: copies of a layer share it."""
+
+    def __init__(self, mask_NK: Tensor) -> None:
+        self.shape = (mask_NK.shape[0], mask_NK.shape[1])
+        self.plan = _native.SparsePlan(mask_NK.cpu().contiguous().numpy())
+        self._positions: dict[torch.device, Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Pattern":
+        return self
+
+    def positions(self) -> Tensor:
+        """int64 [num_values] on the CPU: n * K + k of each value."""
+        return torch.from_numpy(self.plan.positions())
+
+    def positions_on(self, device: torch.device) -> Tensor:
+        """The same where torch's products need them, kept."""
+        if device not in self._positions:
+            self._positions[device] = self.positions().to(device)
+        return self._positions[device]
+
+    def mask_NK(self) -> Tensor:
+        """bool [N, K] on the CPU, true where a weight lives."""
+        mask = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool)
+        return mask.index_fill_(0, self.positions(), True).view(self.shape)
+
+
+class SparseLinear(nn.Module):
+    """Takes the place of an `nn.Linear` without bias; its zeros are the mask, for good."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        assert dense.bias is None, "the decoder's linears have no bias"
+        self.out_features, self.in_features = dense.out_features, dense.in_features
+        weight_NK = dense.weight.detach()
+        self.pattern = Pattern(weight_NK != 0)
+        values = weight_NK.reshape(-1)[self.pattern.positions().to(weight_NK.device)]
+        self.values = nn.Parameter(values, requires_grad=dense.weight.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K]; under autocast in its type, as `nn.Linear`'s."""
+        device = self.values.device.type
+        autocast = torch.is_autocast_enabled(device)
+        native = device == "cpu" and self.values.dtype == torch.float32
+        if not native or (x.dtype != torch.float32 and not autocast):
+            return linear(x, self._scattered(self.pattern.positions_on(self.values.device)))
+        y: Any = _Product.apply(x, self.values, self.pattern.plan)
+        return y.to(torch.get_autocast_dtype(device)) if autocast else y
+
+    def dense_weight(self) -> Tensor:
+        """The matrix [N, K] with its zeros, without a gradient."""
+        return self._scattered(self.pattern.positions().to(self.values.device)).detach()
+
+    def to_linear(self) -> nn.Linear:
+        """The `nn.Linear` with the same weight."""
+        with torch.device("meta"):
+            dense = nn.Linear(self.in_features, self.out_features, bias=False)
+        dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.values.requires_grad)
+        return dense
+
+    def extra_repr(self) -> str:
+        live = self.values.numel() / (self.out_features * self.in_features)
+        return f"in_features={self.in_features}, out_features={self.out_features}, sparsity={1 - live:.3f}"
+
+    def _scattered(self, positions: Tensor) -> Tensor:
+        N, K = self.pattern.shape
+        return self.values.new_zeros(N * K).index_copy(0, positions, self.values).view(N, K)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.dense_weight()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        if name in state_dict:
+            self._load(name, state_dict[name])
+        elif strict:
+            missing_keys.append(name)
+
+    @torch.no_grad()
+    def _load(self, name: str, weight_NK: Tensor) -> None:
+        """Take the values of a dense weight; raises CheckpointError unless it is zero where the mask is."""
+        if tuple(weight_NK.shape) != self.pattern.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(weight_NK.shape)}; the mask of the model in training has "
+                f"{list(self.pattern.shape)}: give the checkpoint of this model"
+            )
+        values = weight_NK.reshape(-1)[self.pattern.positions().to(weight_NK.device)]
+        stray = int(torch.count_nonzero(weight_NK)) - int(torch.count_nonzero(values))
+        if stray:
+            raise CheckpointError(
+                f"{name} has {stray} nonzero weights where the mask of the model in training has zeros "
+                f"({torch.count_nonzero(weight_NK)} nonzero in all, the mask lets {len(values)} live): give "
+                "the checkpoint of a run from this model"
+            )
+        self.values.copy_(values)
+
+
+class _Product(torch.autograd.Function):
+    """The native products, on rows of tokens; whatever the input's type, they are float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, plan: _native.SparsePlan) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.plan = plan
+        x_TK = _rows(x)
+        y_TN = x_TK.new_empty(len(x_TK), plan.rows)
+        plan.forward(values.detach().numpy(), x_TK.numpy(), y_TN.numpy(), torch.get_num_threads())
+        return y_TN.view(*x.shape[:-1], plan.rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, values = ctx.saved_tensors
+        dy_TN, num_threads = _rows(dy), torch.get_num_threads()
+        dx = dvalues = None
+        if ctx.needs_input_grad[0]:
+            dx_TK = dy_TN.new_empty(len(dy_TN), ctx.plan.columns)
+            ctx.plan.backward_input(values.detach().numpy(), dy_TN.numpy(), dx_TK.numpy(), num_threads)
+            dx = dx_TK.view(x.shape).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dvalues = torch.empty_like(values)
+            ctx.plan.backward_values(_rows(x).numpy(), dy_TN.numpy(), dvalues.numpy(), num_threads)
+        return dx, dvalues, None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """float32 [T, width], row after row."""
+    return tensor.detach().reshape(-1, tensor.shape[-1]).float().contiguous()
+
+
+def sparsify(model: nn.Module, names: Iterable[str]) -> None:
+    """Put a SparseLinear in the place of each named `nn.Linear`, in place; optimizers come after."""
+    for name in list(names):
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear), name
+        model.set_submodule(name, SparseLinear(dense))
+
+
+def densify(model: nn.Module) -> None:
+    """Undo `sparsify`: every SparseLinear becomes an `nn.Linear` of the same weight, zeros exact."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            model.set_submodule(name, module.to_linear())
