@@ -1,6 +1,6 @@
 """The pictures: drawn from a report's figures, one function a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +68,35 @@ def speed_by_sparsity(path: Path, curves: Sequence[Curve], title: str) -> None:
     axes.plot([], [], color=INK, linestyle="--", linewidth=1.2, label="bound: bytes at read bandwidth")
     axes.set_xlabel("zeros in the decoder linears, %", color=INK)
     axes.set_ylabel("decode, tokens/s", color=INK)
+    _open(axes, title)
+    figure.savefig(path, dpi=130)
+
+
+def training_speed(
+    path: Path, sparsities: Sequence[float], speedups: Mapping[str, Sequence[float]], title: str
+) -> None:
+    """A line for each way that sparse training is compared with, over the percentage of zeros; 1 / (1 - s)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    percent = [100 * sparsity for sparsity in sparsities]
+    for (label, speedup), color in zip(speedups.items(), COLORS, strict=False):
+        axes.plot(percent, speedup, color=color, marker="o", label=label)
+    bound = [1 / (1 - sparsity) for sparsity in sparsities]
+    axes.plot(percent, bound, color=INK, linestyle="--", linewidth=1.2, label="1 / (1 - s)")
+    axes.axhline(1, color=PALE, linewidth=1.2)
+    axes.set_xlabel("zeros, %", color=INK)
+    axes.set_ylabel("times as fast", color=INK)
+    _open(axes, title)
+    figure.savefig(path, dpi=130)
+
+
+def _open(axes, title: str) -> None:
+    """A plot of curves from 0 up, without a box around it."""
     axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
     axes.grid(color=PALE, alpha=0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
-    figure.savefig(path, dpi=130)
