@@ -122,7 +122,7 @@ def int8_peak(isa: str, num_threads: int, repeats: int) -> float:
     """Multiply-adds of int8 a second, in registers, by the best instruction of `isa`; best of `repeats`."""
 
 def f32_peak(isa: str, num_threads: int, repeats: int) -> float:
-    """Multiply-adds of float32 a second, in registers, by the best instruction of `isa`; best of `repeats`."""
+    """Multiply-adds of float32 a second, in registers, at the level `isa`; best of `repeats`."""
 
 def rmsnorm(isa: str, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
     """float32 weight * x / sqrt(mean(x^2) + eps)."""

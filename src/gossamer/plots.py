@@ -75,7 +75,7 @@ def speed_by_sparsity(path: Path, curves: Sequence[Curve], title: str) -> None:
 def training_speed(
     path: Path, sparsities: Sequence[float], speedups: Mapping[str, Sequence[float]], title: str
 ) -> None:
-    """A line for each way that sparse training is compared with, over the percentage of zeros; 1 / (1 - s)."""
+    """A line for each way that is compared with, over the percentage of zeros, and 1 / (1 - s)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
