@@ -119,18 +119,28 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def derive(
-        self, output_dir: str | Path, job: object, *, stage: str, overwrite: bool = False
+        self,
+        output_dir: str | Path,
+        job: object,
+        *,
+        stage: str,
+        overwrite: bool = False,
+        writes: bool = True,
     ) -> Iterator["Derived"]:
         """Write a child directory: whole and renamed into place, or not there at all.
 
+        Of several processes one `writes`; the others go through the same motions and touch no file.
         `job` is the stage's dataclass of options. Raises ConfigError if `output_dir` exists
         without `overwrite`, CheckpointError if the child lost one of its parent's zeros or tensors.
         """
         output = Path(output_dir)
+        partial = output.with_name(output.name + ".partial")
+        if not writes:
+            yield Derived(self, output, partial, record(job), stage, writes=False)
+            return
         refuse_existing(output, overwrite)
         if output.exists() and output.resolve() == self.path.resolve():
             raise ConfigError(f"{output} is the input directory; give another --output-dir")
-        partial = output.with_name(output.name + ".partial")
         try:
             target = Derived(self, output, partial, record(job), stage)
             yield target
@@ -140,11 +150,18 @@ class Checkpoint:
 
 
 class Derived:
-    """A child directory in the making, at `path` (`OUT.partial`)."""
+    """A child directory in the making, at `path` (`OUT.partial`), unless another process `writes` it."""
 
     def __init__(
-        self, parent: Checkpoint, output: Path, partial: Path, job: dict[str, Any], stage: str
+        self,
+        parent: Checkpoint,
+        output: Path,
+        partial: Path,
+        job: dict[str, Any],
+        stage: str,
+        writes: bool = True,
     ) -> None:
+        self.writes = writes
         self.parent, self.output, self.path, self.job, self.stage = parent, output, partial, job, stage
         self.config = dict(parent.config)
         self.metrics: dict[str, Any] = {}
@@ -152,6 +169,8 @@ class Derived:
         self.num_threads: int | None = None
         self._dropped: set[str] = set()
         self._shards = _ShardWriter(self.path)
+        if not writes:
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
         for pattern in COMPANIONS:
@@ -160,7 +179,8 @@ class Derived:
 
     def write(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Store one tensor: `array` in storage form (uint16 bit patterns for BF16)."""
-        self._shards.add(name, array, dtype)
+        if self.writes:
+            self._shards.add(name, array, dtype)
 
     def drop(self, name: str) -> None:
         """Say that the parent's tensor `name` has no child."""

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import os
 import sys
 import time
 import typing
@@ -75,7 +76,8 @@ def call(arguments: list[str]) -> int:
             result = function(job, progress)
             if isinstance(result, Iterator):
                 return stream(result, as_json)
-        show_json(result) if as_json else show(result)
+        if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us; one speaks
+            show_json(result) if as_json else show(result)
     except GossamerError as error:
         return fail(str(error), 2)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -52,10 +53,11 @@ def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> LlamaF
 
 
 def write_model(model: LlamaForCausalLM, target: Derived) -> None:
-    """Store every weight under its Hugging Face name, in the parent's dtypes."""
+    """Store every weight under its Hugging Face name, in the parent's dtypes; shards are gathered."""
     weights = model.state_dict()
     for name in target.parent.names:
-        write_tensor(target, name, weights[name])
+        weight = weights[name]
+        write_tensor(target, name, weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
 
 def refuse_quantized(source: Checkpoint) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallba
 from gossamer.checkpoint import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
 from gossamer.training.masks import MaskCallback, decoder_zeros, mask_hash
+from gossamer.training.sparse_linear import sparsify
 
 ACCUMULATION, CLIP = 2, 0.05
 
@@ -350,6 +351,19 @@ def test_a_mask_of_another_shape_is_refused(sparse_model: LlamaForCausalLM, tmp_
         trainer.train()
 
 
+def test_sparse_linears_train_beside_masked_ones(sparse_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """They need no mask; the others keep theirs, and the run's hash is the same."""
+    before, zeros = mask_hash(sparse_model), zeros_of(sparse_model)
+    sparsify(sparse_model, [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")])
+    callback = MaskCallback()
+    trainer = Trainer(sparse_model, arguments(tmp_path), train_dataset=RandomRows(12), callbacks=[callback])
+    trainer.train()
+    weights = sparse_model.state_dict()
+    assert trainer.state.global_step == 3
+    assert callback.mask_hash() == mask_hash(sparse_model) == before
+    assert all(not weights[name][zero].any() for name, zero in zeros.items())
+
+
 def test_deepspeed_is_refused(
     sparse_model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +384,15 @@ def test_mask_hash_is_sha256_over_names_shapes_and_bits(sparse_model: LlamaForCa
         bits += "0" * (-len(bits) % 8)
         digest.update(int(bits, 2).to_bytes(len(bits) // 8, "big"))
     assert mask_hash(sparse_model) == digest.hexdigest()
+
+
+def test_mask_hash_of_sparse_linears_is_that_of_their_pattern(sparse_model: LlamaForCausalLM) -> None:
+    """A value that became exactly 0 in training is still one that lives."""
+    before = mask_hash(sparse_model)
+    sparsify(sparse_model, ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"])
+    with torch.no_grad():
+        sparse_model.get_parameter("model.layers.0.mlp.up_proj.values")[3] = 0.0
+    assert mask_hash(sparse_model) == before
 
 
 def test_mask_hash_of_directory_and_model_agree(sparse_model: LlamaForCausalLM, tmp_path: Path) -> None:

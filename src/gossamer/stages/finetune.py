@@ -12,6 +12,7 @@ from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.options import TrainingOptions, check_options
+from gossamer.training.parallel import from_first, is_first, together
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.trainer import TrainingResult, train
 
@@ -35,13 +36,16 @@ class Finetune(TrainingOptions):
     max_grad_norm: float = inherited(TrainingOptions, "max_grad_norm", 2.0)
 
 
+@together
 def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
     check_options(job)
     _check(job)
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
-    with source.derive(job.output_dir, job, stage="finetune", overwrite=job.overwrite) as target:
+    with source.derive(
+        job.output_dir, job, stage="finetune", overwrite=job.overwrite, writes=is_first()
+    ) as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)
         examples = _examples(job, source, progress)
@@ -50,7 +54,7 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics(), num_examples=len(examples))
-    return history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity())
+    return from_first(lambda: history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity()))
 
 
 def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> list[Example]:

@@ -12,6 +12,7 @@ from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.options import TrainingOptions, check_options
+from gossamer.training.parallel import from_first, is_first, together
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.trainer import TrainingResult, train
 
@@ -25,13 +26,16 @@ class Pretrain(TrainingOptions):
     offline: bool = option(False, help="never touch the network")
 
 
+@together
 def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
     check_options(job)
     _check(job)
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
-    with source.derive(job.output_dir, job, stage="pretrain", overwrite=job.overwrite) as target:
+    with source.derive(
+        job.output_dir, job, stage="pretrain", overwrite=job.overwrite, writes=is_first()
+    ) as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)
         rows = _rows(job, source, progress)
@@ -39,7 +43,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics())
-    return history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity())
+    return from_first(lambda: history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity()))
 
 
 def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:

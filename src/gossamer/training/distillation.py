@@ -52,7 +52,7 @@ class SquareHead:
             with self._watching(decoder):
                 result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if isinstance(result, tuple) else (result, None)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (mask_BT is None or mask_BT.any()):
                 # A loss / num_items_in_batch is already spread over the accumulated batches; ours is a mean.
                 steps = 1 if num_items_in_batch is None else trainer.current_gradient_accumulation_steps
                 loss = loss + self._loss(mask_BT) * (self.weight / steps)

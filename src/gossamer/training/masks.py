@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
+from gossamer.training.sparse_linear import Pattern, SparseLinear
 
 _IN_DECODER_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -72,7 +73,7 @@ class MaskCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._given = None if model is None else decoder_zeros(model)
-        self._zeros: dict[str, Tensor] = {}
+        self._zeros: dict[str, Tensor | Pattern] = {}
         self._masked: list[MaskedWeight] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -145,13 +146,18 @@ class MaskCallback(TrainerCallback):
         self._hooks = []
 
 
-def decoder_zeros(model: nn.Module) -> dict[str, Tensor]:
+def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
     """name -> where the weight is zero (bool [N, K]), for the decoder linears that have zeros.
 
-    Sharded weights give sharded answers, and are all there, since another process may hold their zeros.
+    A SparseLinear gives its pattern. Sharded weights give sharded answers, and are all there, since another
+    process may hold their zeros.
     """
-    zeros = {f"{name}.weight": linear.weight.detach() == 0 for name, linear in _decoder_linears(model)}
-    return {name: found for name, found in zeros.items() if isinstance(found, DTensor) or found.any()}
+    zeros: dict[str, Tensor | Pattern] = {}
+    for name, linear in _decoder_linears(model):
+        found = linear.pattern if isinstance(linear, SparseLinear) else linear.weight.detach() == 0
+        if not isinstance(found, Tensor) or isinstance(found, DTensor) or found.any():
+            zeros[f"{name}.weight"] = found
+    return zeros
 
 
 def mask_hash(source: nn.Module | Checkpoint) -> str:
@@ -171,11 +177,12 @@ def local(tensor: Tensor) -> Tensor:
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
-def _hash(zeros: Mapping[str, Tensor]) -> str:
+def _hash(zeros: Mapping[str, Tensor | Pattern]) -> str:
     """sha256 over name, shape and packed bits of every mask that is not empty, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(zeros):
-        mask = zeros[name]
+        found = zeros[name]
+        mask = ~found.mask_NK() if isinstance(found, Pattern) else found
         whole_NK = mask.full_tensor() if isinstance(mask, DTensor) else mask
         if whole_NK.any():
             digest.update(f"{name} {list(whole_NK.shape)}\n".encode())
@@ -183,10 +190,18 @@ def _hash(zeros: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _masked_weights(model: nn.Module, zeros: Mapping[str, Tensor]) -> Iterator[MaskedWeight]:
-    """The model's weights beside their zeros; raises GossamerError where the two do not fit."""
-    weights = {f"{name}.weight": linear.weight for name, linear in _decoder_linears(model)}
+def _masked_weights(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator[MaskedWeight]:
+    """The model's weights beside their zeros; raises GossamerError where the two do not fit.
+
+    A SparseLinear has no weights but those that live: there is nothing to mask.
+    """
+    linears = dict(_decoder_linears(model))
+    weights = {
+        f"{name}.weight": linear.weight for name, linear in linears.items() if isinstance(linear, nn.Linear)
+    }
     for name, mask in zeros.items():
+        if isinstance(mask, Pattern):
+            continue
         if name not in weights or local(weights[name]).shape != local(mask).shape:
             found = list(local(weights[name]).shape) if name in weights else "no such weight"
             raise GossamerError(
@@ -196,9 +211,9 @@ def _masked_weights(model: nn.Module, zeros: Mapping[str, Tensor]) -> Iterator[M
         yield MaskedWeight(name, weights[name], local(mask).to(local(weights[name]).device))
 
 
-def _decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and _IN_DECODER_LAYER.search(name):
+        if isinstance(module, (nn.Linear, SparseLinear)) and _IN_DECODER_LAYER.search(name):
             yield name, module
 
 

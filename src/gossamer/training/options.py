@@ -28,6 +28,9 @@ class TrainingOptions:
     precision: Literal["auto", "f32", "bf16"] = option(
         "auto", help="of matrix products; weights are always trained in float32"
     )
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", help="under torchrun: each process holds the whole model (ddp) or its share of it (fsdp)"
+    )
     seed: int = option(0, help="order of the data")
     overwrite: bool = option(False, help="replace the output directory")
 

@@ -33,6 +33,19 @@ class Rows(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         return index
 
+    def padded(self, multiple: int) -> "Rows":
+        """With rows of padding at the end, without loss, so that their number is a multiple of `multiple`."""
+        count, row_length = self.input_ids_ST.shape
+        if not (missing := -count % multiple):
+            return self
+        positions_ST = (
+            np.tile(np.arange(row_length), (count, 1)) if self.positions_ST is None else self.positions_ST
+        )
+        lengths_S = np.full(count, row_length) if self.lengths_S is None else self.lengths_S
+        ids, positions = (np.pad(a, ((0, missing), (0, 0))) for a in (self.input_ids_ST, positions_ST))
+        labels = np.pad(self.labels_ST, ((0, missing), (0, 0)), constant_values=IGNORED)
+        return Rows(ids, labels, positions, np.pad(lengths_S, (0, missing)))
+
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
         """The rows of one micro-batch, cut to the longest of them."""
         if self.positions_ST is None or self.lengths_S is None:
@@ -41,7 +54,7 @@ class Rows(Dataset[int]):
                 "labels": _tensor(self.labels_ST[indices]),
             }
         lengths = self.lengths_S[indices]
-        width = int(lengths.max())
+        width = max(1, int(lengths.max()))
         return {
             "input_ids": _tensor(self.input_ids_ST[indices, :width]),
             "labels": _tensor(self.labels_ST[indices, :width]),

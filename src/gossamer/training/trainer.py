@@ -1,7 +1,6 @@
 """The Hugging Face Trainer, fed with rows of tokens, under fixed masks and beside a teacher."""
 
 import math
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.errors import ConfigError
 from gossamer.report import Event, Progress
 from gossamer.training.distillation import SquareHead
 from gossamer.training.masks import MaskCallback
 from gossamer.training.options import TrainingOptions
+from gossamer.training.parallel import distribute, num_processes, share_of_rows
 from gossamer.training.rows import IGNORED, Rows
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -78,10 +78,9 @@ def train(
 ) -> History:
     """Train `model` in place, on the GPU if there is one; its zeros stay zeros.
 
-    Raises ConfigError when the loss is not finite, UnsupportedError on several GPUs or processes.
+    Raises ConfigError when the loss is not finite, UnsupportedError on several GPUs in one process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
-        raise UnsupportedError("found several processes or GPUs; use one (CUDA_VISIBLE_DEVICES, no torchrun)")
+    distribute(model, job.parallel)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(job.precision, device)
     for llama in (model, teacher):
@@ -91,7 +90,8 @@ def train(
     monitor = _Monitor(stage, progress)
     with tempfile.TemporaryDirectory(prefix="gossamer-") as scratch:
         arguments = _arguments(rows, job, device, precision, scratch)
-        trainer = _RowTrainer(model, arguments, rows, callbacks=[MaskCallback(), monitor])
+        shared = rows.padded(num_processes() * arguments.per_device_train_batch_size)
+        trainer = _RowTrainer(model, arguments, shared, callbacks=[MaskCallback(model), monitor])
         trainer.remove_callback(PrinterCallback)
         if teacher is not None:
             nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -99,7 +99,9 @@ def train(
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    nn.Module.to(model, "cpu").eval()
+    if job.parallel == "ddp":
+        nn.Module.to(model, "cpu")
+    model.eval()
     num_tokens = rows.input_ids_ST.size if rows.lengths_S is None else int(rows.lengths_S.sum())
     return History(tuple(monitor.losses), num_tokens, seconds, precision, torch.get_num_threads())
 
@@ -116,13 +118,14 @@ def _arguments(
     rows: Rows, job: TrainingOptions, device: str, precision: str, scratch: str
 ) -> TrainingArguments:
     batch_rows = max(1, job.batch_tokens // rows.input_ids_ST.shape[1])
-    micro_rows = _micro_rows(batch_rows, rows.input_ids_ST.shape[1], MICRO_BATCH_TOKENS[device])
+    own_rows = share_of_rows(batch_rows, rows.input_ids_ST.shape[1])
+    micro_rows = _micro_rows(own_rows, rows.input_ids_ST.shape[1], MICRO_BATCH_TOKENS[device])
     num_steps = math.ceil(len(rows) / batch_rows)
     return TrainingArguments(
         output_dir=scratch,
         num_train_epochs=1,
         per_device_train_batch_size=micro_rows,
-        gradient_accumulation_steps=batch_rows // micro_rows,
+        gradient_accumulation_steps=own_rows // micro_rows,
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.lr_schedule,
         warmup_steps=round(job.warmup_ratio * num_steps),
@@ -142,6 +145,7 @@ def _arguments(
         label_names=["labels"],
         train_sampling_strategy="sequential",
         dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,
     )
 
 
@@ -169,7 +173,10 @@ class _RowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Summed cross-entropy of the labelled tokens / their number in the accumulated batch."""
+        """Summed cross-entropy of the labelled tokens / their number in the accumulated batch.
+
+        That batch is the one of all processes, whose gradients are then averaged: hence times their number.
+        """
         ids_BT, labels_BT = inputs["input_ids"], inputs["labels"]
         outputs = model(
             input_ids=ids_BT,
@@ -184,7 +191,10 @@ class _RowTrainer(Trainer):
         with self.accelerator.autocast():
             logits = self.llama.lm_head(hidden)
         loss = cross_entropy(logits.float(), targets_BT[kept_BT], reduction="sum")
-        loss = loss / (kept_BT.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss / kept_BT.sum()
+        else:
+            loss = loss * (num_processes() / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
