@@ -84,7 +84,7 @@ class MaskCallback(TrainerCallback):
         _refuse_unsupported(args, model)
         self._remove_hooks()
         self._zeros = decoder_zeros(model) if self._given is None else self._given
-        self._masked = [masked for masked in _masked_weights(model, self._zeros) if masked.zeros.any()]
+        self._masked = list(_paired(model, self._zeros))
         self._check(state.global_step, "weights", {m.name: m.count(local(m.weight)) for m in self._masked})
         for masked in self._masked:
             if masked.weight.requires_grad:
@@ -160,6 +160,11 @@ def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
     return zeros
 
 
+def masked_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (weight, its zeros as bool), for the decoder's nn.Linears that have zeros in this process."""
+    return {m.name: (m.weight, m.zeros) for m in _paired(model, decoder_zeros(model))}
+
+
 def mask_hash(source: nn.Module | Checkpoint) -> str:
     """sha256 of the zeros of all sparse decoder linears: the same for a directory, a model and its shards.
 
@@ -190,7 +195,7 @@ def _hash(zeros: Mapping[str, Tensor | Pattern]) -> str:
     return digest.hexdigest()
 
 
-def _masked_weights(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator[MaskedWeight]:
+def _paired(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator[MaskedWeight]:
     """The model's weights beside their zeros; raises GossamerError where the two do not fit.
 
     A SparseLinear has no weights but those that live: there is nothing to mask.
@@ -208,7 +213,8 @@ def _masked_weights(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> 
                 f"the mask of {name} has shape {list(local(mask).shape)}, the model in training has {found}; "
                 "expected the same: make MaskCallback(model) of the model that is trained, once sharded"
             )
-        yield MaskedWeight(name, weights[name], local(mask).to(local(weights[name]).device))
+        if local(mask).any():
+            yield MaskedWeight(name, weights[name], local(mask).to(local(weights[name]).device))
 
 
 def _decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
