@@ -1,0 +1,133 @@
+"""Which products a run takes: dense ones of masked weights, or those of the nonzero weights alone."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.training.masks import masked_weights
+from gossamer.training.sparse_linear import SparseLinear, sparsify
+
+Kernel = Literal["dense", "sparse"]
+SECONDS_A_SIDE = 0.15
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel of a run and why. `ratio`: seconds of dense over those of sparse, None if not measured."""
+
+    kernel: Kernel
+    reason: str
+    ratio: float | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        """For `gossamer.json`."""
+        return {"kernel": self.kernel, "kernel_ratio": None if self.ratio is None else round(self.ratio, 3)}
+
+
+def choose_kernel(
+    wanted: Literal["auto", "dense", "sparse"],
+    model: nn.Module,
+    device: str,
+    precision: Literal["f32", "bf16"],
+    num_tokens: int,
+    *,
+    sharded: bool = False,
+) -> KernelChoice:
+    """`auto` takes what is faster for micro-batches of `num_tokens`; measured on a block of the model itself.
+
+    Raises ConfigError for `sparse` without zeros, UnsupportedError for `sparse` where FSDP shards weights.
+    """
+    if wanted == "dense":
+        return KernelChoice("dense", "asked for")
+    linears = masked_linears(model)
+    if wanted == "sparse":
+        if sharded:
+            raise UnsupportedError(
+                "--kernel sparse: found weights sharded by FSDP; expected one process or --parallel ddp: "
+                "give one of these, or --kernel dense"
+            )
+        if not linears:
+            raise ConfigError(
+                "--kernel sparse: found no zeros in the decoder's linears; expected a pruned model: run "
+                "`gossamer prune` first, or train with --kernel dense"
+            )
+        return KernelChoice("sparse", "asked for")
+    if sharded or not linears or device != "cpu":
+        found = "no zeros" if not linears else "weights sharded by FSDP" if sharded else f"device {device}"
+        return KernelChoice("dense", f"sparse products do not gain with {found}")
+    return _measured(linears, precision, num_tokens)
+
+
+def apply_kernel(model: nn.Module, kernel: Kernel) -> None:
+    """Prepare the model, in place, for the products of a run; `sparse_linear.densify` undoes it."""
+    if kernel == "sparse":
+        sparsify(model, masked_linears(model))
+
+
+def masked_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """name -> decoder linear that has zeros, in the model's order."""
+    names = [name.removesuffix(".weight") for name in masked_weights(model)]
+    modules = {name: model.get_submodule(name) for name in names}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+
+
+def _measured(linears: dict[str, nn.Linear], precision: str, num_tokens: int) -> KernelChoice:
+    """Compare both on the distinct shapes of the first block that has zeros."""
+    block = _first_block(linears)
+    by_shape = sorted(block, key=lambda dense: tuple(dense.weight.shape))
+    dense_s = sparse_s = 0.0
+    for _, same in groupby(by_shape, key=lambda dense: tuple(dense.weight.shape)):
+        layers = list(same)
+        times = _seconds(layers[0], precision, num_tokens)
+        dense_s, sparse_s = dense_s + len(layers) * times[0], sparse_s + len(layers) * times[1]
+    ratio = dense_s / sparse_s
+    zeros = sum(int((dense.weight == 0).sum()) for dense in block) / sum(d.weight.numel() for d in block)
+    on = f"on one block at {zeros:.0%} sparsity, {num_tokens:,} tokens, forward and backward"
+    if ratio > 1:
+        return KernelChoice("sparse", f"{ratio:.2f} times as fast as dense {precision} {on}", ratio)
+    return KernelChoice("dense", f"{precision} is {1 / ratio:.2f} times as fast as sparse {on}", ratio)
+
+
+def _first_block(linears: dict[str, nn.Linear]) -> list[nn.Linear]:
+    prefixes = [re.sub(r"(layers\.\d+\.).*", r"\1", name) for name in linears]
+    return [dense for name, dense in linears.items() if name.startswith(prefixes[0])]
+
+
+def _seconds(dense: nn.Linear, precision: str, num_tokens: int) -> tuple[float, float]:
+    """Of a forward and backward pass over random tokens: dense, sparse."""
+    weight, sparse = dense.weight.detach().requires_grad_(), SparseLinear(dense)
+    generator = torch.Generator().manual_seed(0)
+    x_TK = torch.randn(num_tokens, dense.in_features, generator=generator).requires_grad_()
+    dy_TN = torch.randn(num_tokens, dense.out_features, generator=generator)
+
+    def run(product: Callable[[Tensor], Tensor], parameter: Tensor) -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            y_TN = product(x_TK)
+        torch.autograd.grad(y_TN, (x_TK, parameter), dy_TN.to(y_TN.dtype))
+        return time.perf_counter() - start
+
+    def dense_s() -> float:
+        return run(lambda x: linear(x, weight), weight)
+
+    def sparse_s() -> float:
+        return run(sparse, sparse.values)
+
+    return _best(dense_s), _best(sparse_s)
+
+
+def _best(measure: Callable[[], float]) -> float:
+    """The least of at least two measurements, after one to warm up."""
+    measure()
+    found = [measure(), measure()]
+    while sum(found) < SECONDS_A_SIDE:
+        found.append(measure())
+    return min(found)

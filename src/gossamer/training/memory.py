@@ -1,0 +1,190 @@
+"""What training will need of memory, beside what there is, before the first step.
+
+A run holds, beyond weights: a gradient and two moments of each weight that is trained (12 bytes), and what
+the backward pass of a micro-batch needs. The latter, in bytes a token (hidden width D, FFN width F, key and
+value width S, heads A, row length T; counted in transformers' own Llama, a test counts again):
+
+    f32    layer  40 D + 8 S + 16 F    + 4 A T where attention is eager
+    bf16   layer  40 D + 4 S +  8 F    + 6 A T ; and 2 bytes for each weight of a dense product
+    head   12 V                        a teacher: 8 D a layer
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from gossamer.errors import ConfigError
+
+CGROUPS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a run will take of the memory that is still free."""
+
+    weights: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+    teacher: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def micro_batch(self) -> int:
+        """The part that falls with the tokens of a micro-batch."""
+        return self.activations + self.logits + self.teacher
+
+
+def estimate_memory(
+    model: LlamaForCausalLM,
+    num_rows: int,
+    row_length: int,
+    precision: str,
+    *,
+    device: str = "cpu",
+    teacher: nn.Module | None = None,
+) -> MemoryEstimate:
+    """For micro-batches of `num_rows` rows; weights count where they are still to be moved to the device."""
+    config: LlamaConfig = model.config
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    moved = [model] if teacher is None else [model, teacher]
+    num_tokens, num_layers = num_rows * row_length, config.num_hidden_layers
+    casts = _dense_bytes(model) // 2 if precision == "bf16" else 0
+    return MemoryEstimate(
+        weights=0 if device == "cpu" else sum(map(_bytes, moved)),
+        gradients=4 * trained,
+        moments=8 * trained,
+        activations=num_tokens * num_layers * _layer_bytes(config, row_length, precision) + casts,
+        logits=12 * num_tokens * config.vocab_size,
+        teacher=0 if teacher is None else 8 * num_tokens * num_layers * config.hidden_size,
+    )
+
+
+def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, could_be_sparse: bool) -> None:
+    """Raise ConfigError, with the numbers and what to lower, if the estimate is above what is there.
+
+    num_tokens: of a micro-batch; could_be_sparse: whether dense products run of weights that have zeros.
+    """
+    if estimate.total <= available:
+        return
+    parts = ", ".join(
+        f"{field.name.replace('_', ' ')} {_gb(getattr(estimate, field.name))}"
+        for field in fields(estimate)
+        if getattr(estimate, field.name)
+    )
+    fitting = (available - estimate.total + estimate.micro_batch) * num_tokens // max(1, estimate.micro_batch)
+    advice = (
+        f"lower --max-length and --batch-tokens to {fitting // 16 * 16} or less (a micro-batch has "
+        f"{num_tokens} tokens now)"
+        if fitting >= 16
+        else "free memory, or train a smaller model"
+    )
+    if could_be_sparse:
+        advice += "; --kernel sparse needs no gradients and moments of zeros"
+    raise ConfigError(
+        f"training needs about {_gb(estimate.total)} of memory ({parts}); found {_gb(available)} available: "
+        f"{advice}"
+    )
+
+
+def available_bytes(device: str, root: Path = Path("/")) -> int | None:
+    """Memory that can still be taken: of the GPU, else of the machine and of the control groups around us.
+
+    None where the system does not say.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    left = [found for found in (_meminfo(root), *_cgroups(root)) if found is not None]
+    return min(left, default=None)
+
+
+def optimizer_gradient_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the gradients and optimizer states that are there now, scalars aside."""
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    held = [*gradients, *(value for value in states if isinstance(value, Tensor) and value.ndim)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+class HeldBytes(TrainerCallback):
+    """Notes `optimizer_gradient_bytes` at the first step: `num_bytes`."""
+
+    num_bytes = 0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.num_bytes:
+            self.num_bytes = optimizer_gradient_bytes(kwargs["model"], kwargs["optimizer"])
+
+
+def _layer_bytes(config: LlamaConfig, row_length: int, precision: str) -> int:
+    heads = config.num_attention_heads
+    head_dim: Any = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_value = config.num_key_value_heads * head_dim
+    wide = precision == "f32"
+    products = (8 if wide else 4) * key_value + (16 if wide else 8) * config.intermediate_size
+    eager = config._attn_implementation == "eager"
+    return 40 * config.hidden_size + products + eager * (4 if wide else 6) * heads * row_length
+
+
+def _dense_bytes(model: nn.Module) -> int:
+    return sum(_bytes(module) for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def _bytes(module: nn.Module) -> int:
+    values = [weight.numel() * weight.element_size() for weight in module.parameters()]
+    return sum(values)
+
+
+def _meminfo(root: Path) -> int | None:
+    for line in _text(root / "proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return 1024 * int(rest.split()[0])
+    return None
+
+
+def _cgroups(root: Path) -> list[int]:
+    """What is left of each limit on the way from our control group to the root; caches count as free."""
+    left = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents):
+            left += _left(directory)
+            if directory == top:
+                break
+    return left
+
+
+def _left(directory: Path) -> list[int]:
+    """The limit of one control group, less its use that is not cache; none if it has no limit."""
+    found = []
+    for limit_name, use_name in CGROUPS:
+        limit, use = _text(directory / limit_name).strip(), _text(directory / use_name).strip()
+        if limit.isdecimal() and use.isdecimal():
+            statistics = dict(line.split() for line in _text(directory / "memory.stat").splitlines())
+            cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            found.append(int(limit) - int(use) + cache)
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,0 +1,174 @@
+"""What training needs of memory: the estimate against what autograd keeps, and what the machine says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gossamer.errors import ConfigError
+from gossamer.training.adamw import AdamW
+from gossamer.training.kernel import apply_kernel
+from gossamer.training.memory import (
+    MemoryEstimate,
+    available_bytes,
+    check_memory,
+    estimate_memory,
+    optimizer_gradient_bytes,
+)
+
+GB = 10**9
+
+
+def llama(kernel: Any = "dense", attention: str = "sdpa", **shape: int) -> LlamaForCausalLM:
+    """12 layers x 768, FFN 2048, vocabulary 8192, pruned to 70%, all an eighth as large."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 1024,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **shape}))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight[torch.rand(weight.shape) < 0.7] = 0
+    apply_kernel(model, kernel)
+    model.set_attn_implementation(attention)
+    return model.train()
+
+
+def kept_bytes(model: LlamaForCausalLM, num_rows: int, row_length: int, precision: str) -> int:
+    """Memory that autograd keeps of one forward pass through the decoder, weights aside."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids_BT = torch.randint(0, 1024, (num_rows, row_length))
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        hidden = model(ids_BT, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+    assert hidden is not None
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+@pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 3}, {"intermediate_size": 768}], ids=str)
+def test_activations_are_what_autograd_keeps(
+    precision: str, attention: str, kernel: str, shape: dict[str, int]
+) -> None:
+    """Within a fifth, for both kernels, precisions and attentions."""
+    model = llama(kernel, attention, **{"num_hidden_layers": 2, "hidden_size": 192, **shape})
+    estimate = estimate_memory(model, 4, 128, precision)
+    assert estimate.activations == pytest.approx(kept_bytes(model, 4, 128, precision), rel=0.2)
+
+
+def step(model: LlamaForCausalLM) -> int:
+    """One step of training; bytes of gradients and moments after it."""
+    optimizer = AdamW(model.parameters())
+    ids_BT = torch.randint(0, 1024, (2, 16))
+    model(ids_BT, labels=ids_BT).loss.backward()
+    optimizer.step()
+    return optimizer_gradient_bytes(model, optimizer)
+
+
+def test_gradients_and_moments_at_70_percent() -> None:
+    """At most 0.45 of the dense ones, embeddings and head included; both as estimated."""
+    found = {}
+    for kernel in ("dense", "sparse"):
+        model = llama(kernel)
+        estimate = estimate_memory(model, 1, 16, "f32")
+        found[kernel] = step(model)
+        assert found[kernel] == estimate.gradients + estimate.moments
+    assert found["sparse"] <= 0.45 * found["dense"]
+
+
+def test_frozen_weights_need_neither() -> None:
+    model = llama()
+    before = estimate_memory(model, 1, 16, "f32")
+    model.model.embed_tokens.requires_grad_(False)
+    after = estimate_memory(model, 1, 16, "f32")
+    assert before.gradients + before.moments - after.gradients - after.moments == 12 * 1024 * 96
+
+
+def test_a_gpu_must_hold_weights_and_teacher_too() -> None:
+    model, teacher = llama(), llama()
+    nn.Module.to(teacher, torch.bfloat16)
+    weights = sum(weight.numel() for weight in model.parameters())
+    here = estimate_memory(model, 1, 16, "bf16", teacher=teacher)
+    there = estimate_memory(model, 1, 16, "bf16", device="cuda", teacher=teacher)
+    assert there.total - here.total == there.weights == 6 * weights
+    assert here.teacher == 8 * 16 * 12 * 96
+
+
+ESTIMATE = MemoryEstimate(weights=0, gradients=GB, moments=2 * GB, activations=3 * GB, logits=GB, teacher=0)
+
+
+def test_too_little_memory_is_an_error_with_numbers_and_advice() -> None:
+    check_memory(ESTIMATE, 7 * GB, 2048, could_be_sparse=False)
+    with pytest.raises(ConfigError) as raised:
+        check_memory(ESTIMATE, 5 * GB, 2048, could_be_sparse=True)
+    for part in (
+        "about 7.0 GB",
+        "(gradients 1.0 GB, moments 2.0 GB, activations 3.0 GB, logits 1.0 GB)",
+        "found 5.0 GB",
+        "lower --max-length and --batch-tokens to 1024 or less (a micro-batch has 2048 tokens now)",
+        "--kernel sparse",
+    ):
+        assert part in str(raised.value)
+    with pytest.raises(ConfigError, match=r"free memory, or train a smaller model$"):
+        check_memory(ESTIMATE, 3 * GB, 2048, could_be_sparse=False)
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    for name, content in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   8000000 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+V2 = {
+    "proc/self/cgroup": "0::/a/b\n",
+    "sys/fs/cgroup/a/b/memory.max": "max\n",
+    "sys/fs/cgroup/a/b/memory.current": "1000\n",
+    "sys/fs/cgroup/a/memory.max": "4000000\n",
+    "sys/fs/cgroup/a/memory.current": "3000000\n",
+    "sys/fs/cgroup/a/memory.stat": "anon 7\ninactive_file 500000\n",
+}
+V1 = {
+    "proc/self/cgroup": "4:memory:/outside\n3:cpuset:/\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "6000000\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000000\n",
+    "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 2\n",
+}
+UNLIMITED = {**V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [({}, 8_192_000_000), (V2, 1_500_000), (V1, 5_000_002), (UNLIMITED, 8_192_000_000)],
+    ids=["machine", "cgroup-2", "cgroup-1", "unlimited"],
+)
+def test_available_is_the_least_of_machine_and_control_groups(
+    files: dict[str, str], expected: int, tmp_path: Path
+) -> None:
+    assert available_bytes("cpu", machine(tmp_path, files)) == expected
+
+
+def test_this_machine_says_something_or_nothing(tmp_path: Path) -> None:
+    assert available_bytes("cpu", tmp_path) is None
+    found = available_bytes("cpu")
+    assert found is None or found > 10**6
