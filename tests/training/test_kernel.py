@@ -42,7 +42,7 @@ def test_what_was_asked_for_is_taken() -> None:
 def test_auto_is_dense_where_sparse_cannot_gain() -> None:
     for model, device, sharded, reason in [
         (llama(0.0), "cpu", False, "no zeros"),
-        (llama(0.5), "cuda", False, "device cuda"),
+        (llama(0.5), "cuda", False, "GPU"),
         (llama(0.5), "cpu", True, "FSDP"),
     ]:
         choice = choose_kernel("auto", model, device, "f32", 16, sharded=sharded)

@@ -119,7 +119,7 @@ def test_training_is_deterministic_and_learns(model: LlamaForCausalLM) -> None:
     assert first.losses == second.losses
     assert len(first.losses) == 16 and first.losses[-1] < 0.7 * first.losses[0]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    assert [event.done for event in events] == list(range(1, 17))
+    assert [event.done for event in events if event.total] == list(range(1, 17))
     assert events[-1].metrics["learning_rate"] == pytest.approx(0.0, abs=1e-4)
 
 

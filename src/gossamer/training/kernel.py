@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from gossamer.errors import ConfigError, UnsupportedError
-from gossamer.training.masks import masked_weights
+from gossamer.training.masks import decoder_zeros
 from gossamer.training.sparse_linear import SparseLinear, sparsify
 
 Kernel = Literal["dense", "sparse"]
@@ -47,22 +47,25 @@ def choose_kernel(
     """
     if wanted == "dense":
         return KernelChoice("dense", "asked for")
-    linears = masked_linears(model)
-    if wanted == "sparse":
-        if sharded:
+    if sharded:
+        if wanted == "sparse":
             raise UnsupportedError(
                 "--kernel sparse: found weights sharded by FSDP; expected one process or --parallel ddp: "
                 "give one of these, or --kernel dense"
             )
+        return KernelChoice("dense", "FSDP shards the weights")
+    linears = masked_linears(model)
+    if wanted == "sparse":
         if not linears:
             raise ConfigError(
                 "--kernel sparse: found no zeros in the decoder's linears; expected a pruned model: run "
                 "`gossamer prune` first, or train with --kernel dense"
             )
         return KernelChoice("sparse", "asked for")
-    if sharded or not linears or device != "cpu":
-        found = "no zeros" if not linears else "weights sharded by FSDP" if sharded else f"device {device}"
-        return KernelChoice("dense", f"sparse products do not gain with {found}")
+    if not linears:
+        return KernelChoice("dense", "the model has no zeros")
+    if device != "cpu":
+        return KernelChoice("dense", "a GPU multiplies dense matrices either way")
     return _measured(linears, precision, num_tokens)
 
 
@@ -74,7 +77,7 @@ def apply_kernel(model: nn.Module, kernel: Kernel) -> None:
 
 def masked_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """name -> decoder linear that has zeros, in the model's order."""
-    names = [name.removesuffix(".weight") for name in masked_weights(model)]
+    names = [name.removesuffix(".weight") for name in decoder_zeros(model)]
     modules = {name: model.get_submodule(name) for name in names}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 

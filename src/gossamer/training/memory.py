@@ -9,6 +9,7 @@ value width S, heads A, row length T; counted in transformers' own Llama, a test
     head   12 V                        a teacher: 8 D a layer
 """
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from gossamer.errors import ConfigError
+from gossamer.training.masks import local
 
 CGROUPS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
@@ -54,7 +56,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """For micro-batches of `num_rows` rows; weights count where they are still to be moved to the device."""
     config: LlamaConfig = model.config
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
     moved = [model] if teacher is None else [model, teacher]
     num_tokens, num_layers = num_rows * row_length, config.num_hidden_layers
     casts = _dense_bytes(model) // 2 if precision == "bf16" else 0
@@ -96,22 +98,22 @@ def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, c
 
 
 def available_bytes(device: str, root: Path = Path("/")) -> int | None:
-    """Memory that can still be taken: of the GPU, else of the machine and of the control groups around us.
+    """Memory that a process can still take: of its GPU, else of the machine and its control groups.
 
-    None where the system does not say.
+    Processes of one torchrun share a machine alike. None where the system does not say.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     left = [found for found in (_meminfo(root), *_cgroups(root)) if found is not None]
-    return min(left, default=None)
+    return min(left) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if left else None
 
 
 def optimizer_gradient_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the gradients and optimizer states that are there now, scalars aside."""
+    """Bytes of the gradients and optimizer states in this process now, scalars aside."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = [*gradients, *(value for value in states if isinstance(value, Tensor) and value.ndim)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    return sum(local(tensor).nbytes for tensor in held)
 
 
 class HeldBytes(TrainerCallback):
@@ -139,8 +141,7 @@ def _dense_bytes(model: nn.Module) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    values = [weight.numel() * weight.element_size() for weight in module.parameters()]
-    return sum(values)
+    return sum(local(weight).nbytes for weight in module.parameters())
 
 
 def _meminfo(root: Path) -> int | None:

@@ -31,6 +31,10 @@ class TrainingOptions:
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", help="under torchrun: each process holds the whole model (ddp) or its share of it (fsdp)"
     )
+    kernel: Literal["auto", "dense", "sparse"] = option(
+        "auto",
+        help="products of all weights or of the nonzero ones; auto: measures both and takes the faster",
+    )
     seed: int = option(0, help="order of the data")
     overwrite: bool = option(False, help="replace the output directory")
 

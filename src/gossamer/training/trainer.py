@@ -4,7 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -14,11 +14,16 @@ from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCall
 
 from gossamer.errors import ConfigError
 from gossamer.report import Event, Progress
+from gossamer.training.adamw import AdamW
 from gossamer.training.distillation import SquareHead
+from gossamer.training.kernel import KernelChoice
 from gossamer.training.masks import MaskCallback
+from gossamer.training.memory import HeldBytes
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import distribute, num_processes, share_of_rows
+from gossamer.training.preparation import prepare
 from gossamer.training.rows import IGNORED, Rows
+from gossamer.training.sparse_linear import densify
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 EAGER_ROW_LENGTH = 512
@@ -48,6 +53,8 @@ class History:
     seconds: float
     precision: str
     num_threads: int
+    kernel: KernelChoice
+    optimizer_gradient_bytes: int
 
     def metrics(self) -> dict[str, Any]:
         """For `gossamer.json`: first and last loss are means over a twentieth of the steps (at least one)."""
@@ -60,11 +67,14 @@ class History:
             "loss_first": round(sum(self.losses[:count]) / count, 4),
             "loss_last": round(sum(self.losses[-count:]) / count, 4),
             "precision": self.precision,
+            **self.kernel.metrics(),
+            "optimizer_gradient_bytes": self.optimizer_gradient_bytes,
         }
 
     def result(self, output_dir: str, sparsity: float) -> TrainingResult:
         """The stage's result, for its caller."""
-        figures = {name: value for name, value in self.metrics().items() if name != "precision"}
+        names = {field.name for field in fields(TrainingResult)}
+        figures = {name: value for name, value in self.metrics().items() if name in names}
         return TrainingResult(output_dir, sparsity, losses=self.losses, **figures)
 
 
@@ -87,11 +97,13 @@ def train(
         if llama is not None:
             eager = device == "cpu" and precision == "bf16" and rows.input_ids_ST.shape[1] <= EAGER_ROW_LENGTH
             llama.set_attn_implementation("eager" if eager else "sdpa")
-    monitor = _Monitor(stage, progress)
+    monitor, held = _Monitor(stage, progress), HeldBytes()
     with tempfile.TemporaryDirectory(prefix="gossamer-") as scratch:
         arguments = _arguments(rows, job, device, precision, scratch)
+        micro_batch = arguments.per_device_train_batch_size, rows.input_ids_ST.shape[1]
+        choice = prepare(stage, job, model, teacher, micro_batch, device, precision, progress)
         shared = rows.padded(num_processes() * arguments.per_device_train_batch_size)
-        trainer = _RowTrainer(model, arguments, shared, callbacks=[MaskCallback(model), monitor])
+        trainer = _RowTrainer(model, arguments, shared, callbacks=[MaskCallback(model), monitor, held])
         trainer.remove_callback(PrinterCallback)
         if teacher is not None:
             nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -101,9 +113,11 @@ def train(
         seconds = time.perf_counter() - start
     if job.parallel == "ddp":
         nn.Module.to(model, "cpu")
-    model.eval()
+    densify(model.eval())
     num_tokens = rows.input_ids_ST.size if rows.lengths_S is None else int(rows.lengths_S.sum())
-    return History(tuple(monitor.losses), num_tokens, seconds, precision, torch.get_num_threads())
+    return History(
+        tuple(monitor.losses), num_tokens, seconds, precision, torch.get_num_threads(), choice, held.num_bytes
+    )
 
 
 def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Literal["f32", "bf16"]:
@@ -165,6 +179,11 @@ class _RowTrainer(Trainer):
             model=model, args=args, train_dataset=rows, data_collator=rows.collate, callbacks=callbacks
         )
         self.llama = model
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """torch's options, for our AdamW."""
+        return AdamW, Trainer.get_optimizer_cls_and_kwargs(args, model)[1]
 
     def compute_loss(
         self,
