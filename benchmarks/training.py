@@ -8,24 +8,37 @@ and in bfloat16 (on the matrix unit where there is one); both and the sparse pro
 """
 
 import dataclasses
+import json
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from results import RESULTS, write_row
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer import _native, plots
+from gossamer.checkpoint import companions
+from gossamer.recovery import SHIPPED
+from gossamer.report import Event
+from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.tools.bench_report import GIGA, Spread
 from gossamer.tools.readers import impossible
+from gossamer.training.kernel import Kernel
 from gossamer.training.sparse_linear import SparseLinear
 
 WIDTH, FFN, TOKENS = 2048, 5632, 2048
 SHAPES = [(WIDTH, WIDTH)] * 4 + [(FFN, WIDTH)] * 2 + [(WIDTH, FFN)]  # q k v o, gate up, down
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 REPEATS = 7
+STEP_SPARSITY, ROW_LENGTH = 0.7, 512
+STEPS, ROUNDS = 4, 2
 
 
 def masked_linear(rows: int, columns: int, sparsity: float) -> nn.Linear:
@@ -103,7 +116,85 @@ def linears() -> None:
     )
 
 
-JOBS = {"linears": linears}
+def sparse_model(folder: Path) -> Path:
+    """Random weights, 12 layers x 768, vocabulary 8192, 70% zeros; the shipped model's tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        vocab_size=8192,
+        max_position_embeddings=ROW_LENGTH,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and ".layers." in name:
+                module.weight.mul_(torch.rand_like(module.weight) >= STEP_SPARSITY)
+    model.save_pretrained(folder / "model")
+    for file in companions(SHIPPED):
+        shutil.copyfile(file, folder / "model" / file.name)
+    return folder / "model"
+
+
+def run_steps(model: Path, output: Path, kernel: Kernel, precision: Literal["f32", "bf16"]) -> dict[str, Any]:
+    """Seconds of each step but the first, and the bytes of gradients and moments, of a run of `pretrain`."""
+    ends: list[float] = []
+
+    def watch(event: Event) -> None:
+        if event.message == "training":
+            ends.append(time.perf_counter())
+
+    job = Pretrain(
+        model=str(model),
+        output_dir=str(output),
+        dataset=("python:stdlib",),
+        num_tokens=STEPS * TOKENS,
+        batch_tokens=TOKENS,
+        max_length=ROW_LENGTH,
+        kernel=kernel,
+        precision=precision,
+        overwrite=True,
+    )
+    pretrain(job, watch)
+    metrics = json.loads((output / "gossamer.json").read_text())["metrics"]
+    seconds = [end - begin for begin, end in pairwise(ends)]
+    return {"seconds": seconds, "bytes": metrics["optimizer_gradient_bytes"]}
+
+
+def steps() -> None:
+    """Whole steps of 2048 tokens in rows of 512; the runs take turns."""
+    kernels: tuple[Kernel, ...] = ("dense", "sparse")
+    precisions: tuple[Literal["f32", "bf16"], ...] = ("f32", "bf16")
+    with tempfile.TemporaryDirectory() as folder:
+        model = sparse_model(Path(folder))
+        seconds: dict[str, list[float]] = {}
+        held: dict[str, int] = {}
+        for _ in range(ROUNDS):
+            for kernel, precision in product(kernels, precisions):
+                found = run_steps(model, Path(folder) / "trained", kernel, precision)
+                seconds.setdefault(f"{kernel}_{precision}", []).extend(found["seconds"])
+                held[kernel] = found["bytes"]
+    spreads = {name: Spread.of(found) for name, found in seconds.items()}
+    row = {
+        "job": "step",
+        "sparsity": STEP_SPARSITY,
+        "layers": 12,
+        "width": 768,
+        "tokens": TOKENS,
+        "num_threads": torch.get_num_threads(),
+        "seconds": {name: dataclasses.asdict(spread) for name, spread in spreads.items()},
+        "against_dense_f32": spreads["dense_f32"].median / spreads["sparse_f32"].median,
+        "against_dense_bf16": spreads["dense_bf16"].median / spreads["sparse_bf16"].median,
+        "optimizer_gradient_bytes": held,
+        "optimizer_gradient_share": held["sparse"] / held["dense"],
+        "impossible": [],
+    }
+    write_row("training", row)
+
+
+JOBS = {"linears": linears, "step": steps}
 
 
 def main() -> None:
