@@ -32,6 +32,7 @@ def job(folder: Path, name: str, **changes: Any) -> Pretrain:
         "learning_rate": 3e-3,
         "max_grad_norm": 0.5,
         "precision": "f32",
+        "kernel": "dense",
     }
     return Pretrain(model=str(folder / "sparse"), output_dir=str(folder / name), **(options | changes))
 
@@ -155,6 +156,7 @@ def everything(folder: Path) -> None:
             "ddp": {},
             "fsdp": {"parallel": "fsdp"},
             "bf16": {"parallel": "fsdp", "precision": "bf16"},
+            "values": {"kernel": "sparse"},
         }.items()
     }
     found |= {

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallba
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
+from gossamer.training import masks
 from gossamer.training.masks import MaskCallback, decoder_zeros, mask_hash
 from gossamer.training.sparse_linear import sparsify
 
@@ -374,6 +375,17 @@ def test_deepspeed_is_refused(
     monkeypatch.setattr(trainer.args, "deepspeed_plugin", object())
     with pytest.raises(UnsupportedError, match="found DeepSpeed; masks hold under DDP and FSDP2"):
         trainer.train()
+
+
+def test_the_first_fsdp_is_refused(sparse_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes no FSDP1 module without an accelerator: another wrapper stands in for it."""
+
+    class Wrapper(nn.Sequential):
+        pass
+
+    monkeypatch.setattr(masks, "FullyShardedDataParallel", Wrapper)
+    with pytest.raises(UnsupportedError, match="found FSDP1; masks hold under FSDP2"):
+        MaskCallback().on_train_begin(None, None, None, model=Wrapper(sparse_model))
 
 
 def test_mask_hash_is_sha256_over_names_shapes_and_bits(sparse_model: LlamaForCausalLM) -> None:

@@ -61,7 +61,7 @@ def folder(tiny_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> Iterator[dict[str, Any]]:
     """What two processes report, and by the same names prefixed with `one-` what one process does."""
     ran = torchrun("everything", folder)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.returncode == 0, ran.stderr[-12000:]
     reports = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
     alone = {
         "one-f32": watched(job(folder, "one-f32")),
@@ -72,7 +72,12 @@ def found(folder: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("two", "one", "tolerance"),
-    [("ddp", "one-f32", 1e-5), ("fsdp", "one-f32", 1e-5), ("bf16", "one-bf16", 3e-3)],
+    [
+        ("ddp", "one-f32", 1e-5),
+        ("fsdp", "one-f32", 1e-5),
+        ("values", "one-f32", 1e-5),
+        ("bf16", "one-bf16", 3e-3),
+    ],
 )
 def test_two_processes_match_one(
     found: dict[str, Any], folder: Path, two: str, one: str, tolerance: float
@@ -104,7 +109,8 @@ def test_fsdp_shards_every_parameter_and_ddp_none(found: dict[str, Any]) -> None
 def test_mask_hash_is_the_same_sharded_or_whole(found: dict[str, Any], folder: Path) -> None:
     expected = mask_hash(Checkpoint.open(folder / "sparse"))
     runs = [found[name] for name in ("one-f32", "ddp", "fsdp")] + [found["second"]["fsdp"]]
-    assert [run["mask_hashes"] for run in runs] == [[expected, expected]] * 4
+    runs.append(found["values"])
+    assert [run["mask_hashes"] for run in runs] == [[expected, expected]] * 5
 
 
 def test_the_first_process_alone_reports(found: dict[str, Any]) -> None:
