@@ -96,6 +96,13 @@ def test_gradients_and_moments_at_70_percent() -> None:
     assert found["sparse"] <= 0.45 * found["dense"]
 
 
+def test_where_products_are_not_native_sparse_weights_are_written_out() -> None:
+    model = llama("sparse")
+    here = estimate_memory(model, 1, 16, "bf16")
+    there = estimate_memory(model, 1, 16, "bf16", device="cuda")
+    assert there.activations - here.activations == 2 * 12 * (4 * 96 * 96 + 3 * 96 * 256)
+
+
 def test_frozen_weights_need_neither() -> None:
     model = llama()
     before = estimate_memory(model, 1, 16, "f32")

@@ -16,6 +16,7 @@ from gossamer.checkpoint import Checkpoint
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import CheckpointError
 from gossamer.stages.pretrain import Pretrain
+from gossamer.training import sparse_linear
 from gossamer.training.adamw import AdamW
 from gossamer.training.masks import MaskCallback, masked_weights
 from gossamer.training.rows import Rows, next_token_rows
@@ -273,6 +274,32 @@ def test_training_is_that_of_masked_dense_layers(
     for name, (weight, zeros_NK) in start.items():
         assert not weights[name][zeros_NK].any() and weights[name][~zeros_NK].all()
         torch.testing.assert_close(weights[name], weight.detach(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+def test_torchs_products_and_optimizer_train_alike(
+    model: LlamaForCausalLM, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs, on the CPU: weights written out dense, AdamW of torch on the values."""
+    monkeypatch.setattr(sparse_linear, "_is_native", lambda values: False)
+    nn.Module.to(model, dtype)
+    models = sparse_copy(model), model
+    masks = {name: ~zeros_NK for name, (_, zeros_NK) in masked_weights(model).items()}
+    losses: tuple[list[float], list[float]] = [], []
+    for trained, found in zip(models, losses, strict=True):
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.1)
+        for step in range(5):
+            ids_BT = torch.arange(2, 66).view(2, 32) + step
+            loss = trained(ids_BT, labels=ids_BT).loss
+            optimizer.zero_grad()
+            loss.backward()
+            for name, weight in trained.named_parameters():
+                if name in masks and weight.grad is not None:
+                    weight.grad *= masks[name]
+            optimizer.step()
+            found.append(loss.item())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0, atol=tolerance)
+    assert losses[0][-1] < losses[0][0] - 0.1
 
 
 def test_values_decay_and_norms_do_not(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ the backward pass of a micro-batch needs. The latter, in bytes a token (hidden w
 value width S, heads A, row length T; counted in transformers' own Llama, a test counts again):
 
     f32    layer  40 D + 8 S + 16 F    + 4 A T where attention is eager
-    bf16   layer  40 D + 4 S +  8 F    + 6 A T ; and 2 bytes for each weight of a dense product
+    bf16   layer  40 D + 4 S +  8 F    + 6 A T ; and a copy of each weight of a dense product
     head   12 V                        a teacher: 8 D a layer
 """
 
@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from gossamer.errors import ConfigError
 from gossamer.training.masks import local
+from gossamer.training.sparse_linear import SparseLinear
 
 CGROUPS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
@@ -59,12 +60,12 @@ def estimate_memory(
     trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
     moved = [model] if teacher is None else [model, teacher]
     num_tokens, num_layers = num_rows * row_length, config.num_hidden_layers
-    casts = _dense_bytes(model) // 2 if precision == "bf16" else 0
     return MemoryEstimate(
         weights=0 if device == "cpu" else sum(map(_bytes, moved)),
         gradients=4 * trained,
         moments=8 * trained,
-        activations=num_tokens * num_layers * _layer_bytes(config, row_length, precision) + casts,
+        activations=num_tokens * num_layers * _layer_bytes(config, row_length, precision)
+        + _copied_weights(model, precision, device),
         logits=12 * num_tokens * config.vocab_size,
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * config.hidden_size,
     )
@@ -136,8 +137,15 @@ def _layer_bytes(config: LlamaConfig, row_length: int, precision: str) -> int:
     return 40 * config.hidden_size + products + eager * (4 if wide else 6) * heads * row_length
 
 
-def _dense_bytes(model: nn.Module) -> int:
-    return sum(_bytes(module) for module in model.modules() if isinstance(module, nn.Linear))
+def _copied_weights(model: nn.Module, precision: str, device: str) -> int:
+    """bfloat16 copies of weights, and sparse ones written out dense where products are not native."""
+    size, copied = (2 if precision == "bf16" else 4), 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and precision == "bf16":
+            copied += size * local(module.weight).numel()
+        elif isinstance(module, SparseLinear) and device != "cpu":
+            copied += size * module.out_features * module.in_features
+    return copied
 
 
 def _bytes(module: nn.Module) -> int:

@@ -62,8 +62,7 @@ class SparseLinear(nn.Module):
         """y [..., N] of x [..., K]; under autocast in its type, as `nn.Linear`'s."""
         device = self.values.device.type
         autocast = torch.is_autocast_enabled(device)
-        native = device == "cpu" and self.values.dtype == torch.float32
-        if not native or (x.dtype != torch.float32 and not autocast):
+        if not _is_native(self.values) or (x.dtype != torch.float32 and not autocast):
             return linear(x, self._scattered(self.pattern.positions_on(self.values.device)))
         y: Any = _Product.apply(x, self.values, self.pattern.plan)
         return y.to(torch.get_autocast_dtype(device)) if autocast else y
@@ -151,6 +150,10 @@ class _Product(torch.autograd.Function):
             dvalues = torch.empty_like(values)
             ctx.plan.backward_values(_rows(x).numpy(), dy_TN.numpy(), dvalues.numpy(), num_threads)
         return dx, dvalues, None
+
+
+def _is_native(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32
 
 
 def _rows(tensor: Tensor) -> Tensor:
