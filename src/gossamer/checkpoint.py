@@ -36,6 +36,7 @@ COMPANIONS = (
     "NOTICE*",
 )
 MANIFEST = "gossamer.json"
+CHECKPOINTS = "checkpoints"
 SHARD_BYTES = 2 << 30
 
 
@@ -125,10 +126,12 @@ class Checkpoint:
         *,
         stage: str,
         overwrite: bool = False,
+        resume: bool = False,
         writes: bool = True,
     ) -> Iterator["Derived"]:
         """Write a child directory: whole and renamed into place, or not there at all.
 
+        Only a run that left checkpoints stays in `OUT.partial/` when it fails, for `resume` to go on with.
         Of several processes one `writes`; the others go through the same motions and touch no file.
         `job` is the stage's dataclass of options. Raises ConfigError if `output_dir` exists
         without `overwrite`, CheckpointError if the child lost one of its parent's zeros or tensors.
@@ -141,12 +144,15 @@ class Checkpoint:
         refuse_existing(output, overwrite)
         if output.exists() and output.resolve() == self.path.resolve():
             raise ConfigError(f"{output} is the input directory; give another --output-dir")
+        _check_interrupted(partial, overwrite, resume)
         try:
             target = Derived(self, output, partial, record(job), stage)
+            target._begin(resume)
             yield target
             target._finish()
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            if not holds_checkpoint(partial):
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 class Derived:
@@ -169,13 +175,16 @@ class Derived:
         self.num_threads: int | None = None
         self._dropped: set[str] = set()
         self._shards = _ShardWriter(self.path)
-        if not writes:
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
-        for pattern in COMPANIONS:
-            for file in parent.path.glob(pattern):
-                shutil.copyfile(file, self.path / file.name)
+
+    def _begin(self, resume: bool) -> None:
+        """Make the directory, or take what an interrupted run left in it."""
+        if not resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.path.glob("model*"):
+            unfinished.unlink()
+        for file in companions(self.parent.path):
+            shutil.copyfile(file, self.path / file.name)
 
     def write(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Store one tensor: `array` in storage form (uint16 bit patterns for BF16)."""
@@ -205,6 +214,7 @@ class Derived:
         child = Checkpoint.open(self.path)
         tensors = _check_zeros(self.parent, child)
         _write_json(self.path / MANIFEST, self._record(tensors))
+        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         publish(self.path, self.output)
 
     def _record(self, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -265,10 +275,31 @@ class _ShardWriter:
         _write_json(self.directory / "model.safetensors.index.json", index)
 
 
+def companions(directory: Path) -> list[Path]:
+    """The files that go with a model's weights from stage to stage."""
+    return [file for pattern in COMPANIONS for file in directory.glob(pattern)]
+
+
 def refuse_existing(output: Path, overwrite: bool) -> None:
     """Raise ConfigError if `output` exists and may not be replaced."""
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists; give another path, or --overwrite to replace it")
+
+
+def holds_checkpoint(partial: Path) -> bool:
+    """Whether an interrupted run left something to resume from."""
+    return any((partial / CHECKPOINTS).glob("checkpoint-*"))
+
+
+def _check_interrupted(partial: Path, overwrite: bool, resume: bool) -> None:
+    """Raise ConfigError unless what stands in `partial` and what is asked go together."""
+    interrupted = holds_checkpoint(partial)
+    if resume and not interrupted:
+        raise ConfigError(f"--resume: found no interrupted run in {partial}; leave --resume out to start one")
+    if interrupted and not (resume or overwrite):
+        raise ConfigError(
+            f"{partial} holds an interrupted run; --resume goes on with it, --overwrite starts anew"
+        )
 
 
 def publish(partial: Path, output: Path) -> None:

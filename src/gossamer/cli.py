@@ -4,10 +4,12 @@ Exit codes: 0 done, 2 bad usage or bad input, 130 Ctrl-C, 1 the environment (dis
 """
 
 import dataclasses
+import datetime
 import difflib
 import importlib
 import json
 import os
+import shlex
 import sys
 import time
 import typing
@@ -22,9 +24,10 @@ from rich.progress import Progress as Bars
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gossamer.errors import ConfigError, GossamerError
+from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.report import Event, Progress, Table
 
+LOGGED = ("learning_rate", "grad_norm")  # in the log files; a bar has no room for them
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -80,6 +83,8 @@ def call(arguments: list[str]) -> int:
             show_json(result) if as_json else show(result)
     except GossamerError as error:
         return fail(str(error), 2)
+    except Interrupted as error:
+        return fail(f"{error}; to go on: {resuming(arguments)}", 130)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except (OSError, MemoryError) as error:
@@ -87,6 +92,14 @@ def call(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         return fail(f"`{name}` needs {error.name}: pip install 'gossamer[compress]'", 1)
     return 0
+
+
+def resuming(arguments: list[str]) -> str:
+    """The command line that goes on with the interrupted one."""
+    flags = [] if "--resume" in arguments else ["--resume"]
+    count = os.environ.get("WORLD_SIZE", "1")
+    program = ["gossamer"] if count == "1" else ["torchrun", "--nproc-per-node", count, "-m", "gossamer"]
+    return shlex.join([*program, *arguments, *flags])
 
 
 def usage() -> int:
@@ -199,7 +212,12 @@ class ProgressBars:
             self.bars.stop()
 
     def event(self, event: Event) -> None:
-        figures = "  ".join(f"{name} {number(value)}" for name, value in event.metrics.items())
+        if event.lasting:
+            err.print(f"{event.stage}: {event.message}", soft_wrap=True, markup=False)
+            return
+        figures = "  ".join(
+            figure(name, value) for name, value in event.metrics.items() if name not in LOGGED
+        )
         if not err.is_terminal:
             if event.total and event.done >= event.total:
                 err.print(f"{event.stage}: {event.message}  {figures}".rstrip(), soft_wrap=True, markup=False)
@@ -229,7 +247,7 @@ class ProgressToJson:
         pass
 
     def event(self, event: Event) -> None:
-        if event.done >= event.total or time.monotonic() - self.last > 0.1:
+        if event.lasting or event.done >= event.total or time.monotonic() - self.last > 0.1:
             self.last = time.monotonic()
             print_json({"event": dataclasses.asdict(event)})
 
@@ -285,6 +303,19 @@ def drawn(table: Table) -> RichTable:
     for row in table.rows:
         drawing.add_row(*(Text(cell) for cell in row))
     return drawing
+
+
+def figure(name: str, value: Any) -> str:
+    """A metric as a bar shows it; its name says the unit."""
+    if name == "sparsity":
+        return f"{value:.0%} zeros"
+    if name == "eta_s":
+        return f"ETA {datetime.timedelta(seconds=round(value))}"
+    if name == "tokens_per_s":
+        return f"{number(value)} tokens/s"
+    if name.endswith("_gb"):
+        return f"{name.removesuffix('_gb')} {value:.1f} GB"
+    return f"{name} {number(value)}"
 
 
 def number(value: Any) -> str:

@@ -8,6 +8,8 @@ GossamerError
 ├── UnsupportedError   understood, but not something this version can do
 └── EngineError        a request the engine cannot serve
 
+Interrupted            Ctrl-C during work that can be resumed (a KeyboardInterrupt, exit code 130)
+
 Every message says what was found, what was expected and what to do. All of them are the user's to mend
 (exit code 2); the environment's failures stay Python's own `OSError` (exit code 1).
 """
@@ -39,3 +41,7 @@ class UnsupportedError(GossamerError):
 
 class EngineError(GossamerError):
     """A request the engine cannot serve."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during work that was saved first; the message says where."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 INK, ACCENT, PALE = "#22313f", "#1f7a8c", "#b8c4cc"
 COLORS = (ACCENT, "#c8553d", "#6a4c93", "#8a9a5b")
 
@@ -41,6 +43,32 @@ def _finish(axes, labels: Sequence[str], title: str, limit: float) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, limit)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+
+
+def loss_curve(path: Path, losses: Sequence[float], title: str) -> None:
+    """The loss of every step, pale, and its running mean over a twentieth of the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    steps, width = np.arange(1, len(losses) + 1), max(1, len(losses) // 20)
+    sums = np.cumsum(losses)
+    means = (sums - np.concatenate([np.zeros(width), sums[:-width]])) / np.minimum(steps, width)
+    if width > 1:
+        axes.plot(steps, losses, color=PALE, linewidth=1, label="each step")
+    axes.plot(steps, means, color=ACCENT, label=f"mean of {width} steps" if width > 1 else "each step")
+    axes.set_xlabel("optimizer step", color=INK)
+    axes.set_ylabel("loss", color=INK)
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.legend(frameon=False, labelcolor=INK)
+    _bare(axes)
+    figure.savefig(path, dpi=130)
+
+
+def _bare(axes) -> None:
+    axes.grid(color=PALE, alpha=0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
 
@@ -97,6 +125,4 @@ def _open(axes, title: str) -> None:
     axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
-    axes.grid(color=PALE, alpha=0.4)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
+    _bare(axes)

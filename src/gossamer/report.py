@@ -8,13 +8,17 @@ Value = float | int | str | bool | None
 
 @dataclass(frozen=True)
 class Event:
-    """One step of progress: `done` of `total` in `stage` (total 0: unknown), with figures worth showing."""
+    """One step of progress: `done` of `total` in `stage` (total 0: unknown), with figures worth showing.
+
+    `lasting`: `message` is a sentence that the user must be able to read afterwards.
+    """
 
     stage: str
     message: str = ""
     done: float = 0
     total: float = 0
     metrics: Mapping[str, Value] = field(default_factory=dict)
+    lasting: bool = False
 
 
 Progress = Callable[[Event], None]

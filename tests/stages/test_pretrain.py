@@ -1,10 +1,7 @@
 """`pretrain`: directory to directory, zeros kept; nothing is left behind when it fails."""
 
 import json
-import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,21 +95,6 @@ def test_teacher_adds_its_loss(tiny_llama: Llamas, tmp_path: Path, text: str) ->
         job(parent, tmp_path / "taught", text, num_tokens=256, teacher=str(tiny_llama("llama3")))
     )
     assert taught.losses[0] > alone.losses[0] + 0.01
-
-
-@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.1])
-def test_interrupt_leaves_nothing(tiny_llama: Llamas, tmp_path: Path, text: str, delay_s: float) -> None:
-    """Ctrl-C, wherever in a step it lands, goes through the Trainer and takes the partial output with it."""
-
-    def press_control_c(event: Event) -> None:
-        if event.done == 2:
-            threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-    (tmp_path / "work").mkdir()
-    endless = job(tiny_llama("llama2"), tmp_path / "work" / "out", text, num_tokens=300_000)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(endless, press_control_c)
-    assert not list((tmp_path / "work").iterdir())
 
 
 def test_a_loss_that_is_not_finite_leaves_nothing(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:

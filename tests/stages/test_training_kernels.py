@@ -17,7 +17,7 @@ from gossamer.report import Event, quiet
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import kernel, preparation
-from gossamer.training.trainer import TrainingResult
+from gossamer.training.history import TrainingResult
 
 Llamas = Callable[[str], Path]
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
+from gossamer.checkpoint import Checkpoint, Derived
 from gossamer.errors import ConfigError
+from gossamer.job import record
 from gossamer.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training.rows import Example, next_token_rows, packed_rows
@@ -34,6 +36,14 @@ JOB = Pretrain(
 @pytest.fixture
 def model(tiny_llama: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(tiny_llama("llama3"))
+
+
+@pytest.fixture
+def target(tiny_llama: Any, tmp_path: Path) -> Derived:
+    """A place for runs; each begins anew."""
+    return Derived(
+        Checkpoint.open(tiny_llama("llama3")), tmp_path / "out", tmp_path, record(JOB), "test", False
+    )
 
 
 def examples(count: int) -> list[Example]:
@@ -72,7 +82,7 @@ def test_packing_keeps_every_example_whole(lengths: list[int], num_epochs: int, 
 
 
 @torch.no_grad()
-def test_packed_loss_equals_example_by_example(model: LlamaForCausalLM) -> None:
+def test_packed_loss_equals_example_by_example(model: LlamaForCausalLM, target: Derived) -> None:
     """Packed examples neither see nor predict one another: the mean loss is that of separate runs."""
     made = examples(12)
     summed, count = 0.0, 0
@@ -82,13 +92,15 @@ def test_packed_loss_equals_example_by_example(model: LlamaForCausalLM) -> None:
         count += sum(label != -100 for label in labels[1:])
     with torch.enable_grad():
         job = replace(JOB, batch_tokens=12 * 32)
-        history = train("test", job, copy.deepcopy(model), packed_rows(made, 32, 1, seed=0), quiet)
+        history = train(job, copy.deepcopy(model), packed_rows(made, 32, 1, seed=0), target, quiet)
     assert len(history.losses) == 1
     assert history.losses[0] == pytest.approx(summed / count, rel=1e-5)
     assert history.num_tokens == sum(len(ids) for ids, _ in made)
 
 
-def test_packed_teacher_sees_the_same_and_padding_does_not_count(model: LlamaForCausalLM) -> None:
+def test_packed_teacher_sees_the_same_and_padding_does_not_count(
+    model: LlamaForCausalLM, target: Derived
+) -> None:
     """Logged loss - cross-entropy = SquareHead over the examples' tokens, each run alone."""
     made, teacher = examples(6), copy.deepcopy(model)
     with torch.no_grad():
@@ -105,17 +117,17 @@ def test_packed_teacher_sees_the_same_and_padding_does_not_count(model: LlamaFor
             errors += [float((s - t).square().sum()) for s, t in zip(ours, theirs, strict=True)]
             squares += [float(t.square().sum()) for t in theirs]
     job = replace(JOB, batch_tokens=6 * 24)
-    alone = train("test", job, copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), quiet)
-    taught = train("test", job, model, packed_rows(made, 24, 1, seed=0), quiet, teacher)
+    alone = train(job, copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), target, quiet)
+    taught = train(job, model, packed_rows(made, 24, 1, seed=0), target, quiet, teacher)
     assert taught.losses[0] - alone.losses[0] == pytest.approx((errors / squares).sum(), rel=1e-4)
 
 
-def test_training_is_deterministic_and_learns(model: LlamaForCausalLM) -> None:
+def test_training_is_deterministic_and_learns(model: LlamaForCausalLM, target: Derived) -> None:
     rows = next_token_rows(iter(np.tile(np.arange(2, 34), (64, 1))), 64)
     twin = copy.deepcopy(model)
     events: list[Event] = []
-    first = train("test", JOB, model, rows, events.append)
-    second = train("test", JOB, twin, rows, quiet)
+    first = train(JOB, model, rows, target, events.append)
+    second = train(JOB, twin, rows, target, quiet)
     assert first.losses == second.losses
     assert len(first.losses) == 16 and first.losses[-1] < 0.7 * first.losses[0]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
@@ -123,27 +135,18 @@ def test_training_is_deterministic_and_learns(model: LlamaForCausalLM) -> None:
     assert events[-1].metrics["learning_rate"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_bf16_is_near_float32(model: LlamaForCausalLM) -> None:
+def test_bf16_is_near_float32(model: LlamaForCausalLM, target: Derived) -> None:
     rows = next_token_rows(iter(np.tile(np.arange(2, 34), (16, 1))), 16)
-    exact = train("test", JOB, copy.deepcopy(model), rows, quiet)
-    rounded = train("test", replace(JOB, precision="bf16"), model, rows, quiet)
+    exact = train(JOB, copy.deepcopy(model), rows, target, quiet)
+    rounded = train(replace(JOB, precision="bf16"), model, rows, target, quiet)
     assert rounded.losses == pytest.approx(exact.losses, rel=0.03)
     assert rounded.losses != exact.losses
     assert model.lm_head.weight.dtype == torch.float32
 
 
-def test_a_loss_that_is_not_finite_stops(model: LlamaForCausalLM) -> None:
+def test_a_loss_that_is_not_finite_stops(model: LlamaForCausalLM, target: Derived) -> None:
     rows = next_token_rows(iter(np.tile(np.arange(2, 34), (64, 1))), 64)
     with pytest.raises(
         ConfigError, match=r"step \d+: the loss is (nan|inf).*--learning-rate \(it is 1e\+18\)"
     ):
-        train("test", replace(JOB, learning_rate=1e18), model, rows, quiet)
-
-
-def test_nothing_is_left_in_the_temporary_folder(
-    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (4, 1))), 4)
-    train("test", JOB, model, rows, quiet)
-    assert not list(tmp_path.iterdir())
+        train(replace(JOB, learning_rate=1e18), model, rows, target, quiet)

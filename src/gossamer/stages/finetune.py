@@ -11,10 +11,11 @@ from gossamer.job import inherited, option
 from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
+from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, is_first, together
 from gossamer.training.rows import Example, Rows, packed_rows
-from gossamer.training.trainer import TrainingResult, train
+from gossamer.training.trainer import train
 
 ROW_LENGTH = 128
 
@@ -44,13 +45,13 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
     with source.derive(
-        job.output_dir, job, stage="finetune", overwrite=job.overwrite, writes=is_first()
+        job.output_dir, job, stage="finetune", overwrite=job.overwrite, resume=job.resume, writes=is_first()
     ) as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)
         examples = _examples(job, source, progress)
         rows = _rows(job, examples)
-        history = train("finetune", job, model, rows, progress, teacher)
+        history = train(job, model, rows, target, progress, teacher)
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics(), num_examples=len(examples))

@@ -11,10 +11,11 @@ from gossamer.job import option
 from gossamer.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
+from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, is_first, together
 from gossamer.training.rows import Rows, next_token_rows
-from gossamer.training.trainer import TrainingResult, train
+from gossamer.training.trainer import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,12 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
     with source.derive(
-        job.output_dir, job, stage="pretrain", overwrite=job.overwrite, writes=is_first()
+        job.output_dir, job, stage="pretrain", overwrite=job.overwrite, resume=job.resume, writes=is_first()
     ) as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)
         rows = _rows(job, source, progress)
-        history = train("pretrain", job, model, rows, progress, teacher)
+        history = train(job, model, rows, target, progress, teacher)
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics())

@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gossamer.errors import ConfigError
-from gossamer.job import option
+from gossamer.job import option, record
+from gossamer.training.monitor import check_reporter
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,16 @@ class TrainingOptions:
         help="products of all weights or of the nonzero ones; auto: measures both and takes the faster",
     )
     seed: int = option(0, help="order of the data")
+    save_steps: int = option(100, help="optimizer steps between two checkpoints; 0: save only on Ctrl-C")
+    resume: bool = option(False, help="go on with the interrupted run in OUTPUT_DIR.partial")
+    report_to: str = option(
+        "tensorboard", help="none, tensorboard (in the output directory), wandb or another of transformers'"
+    )
     overwrite: bool = option(False, help="replace the output directory")
+
+
+WITHOUT_EFFECT = {"output_dir", "overwrite", "resume", "save_steps", "report_to", "offline", "parallel"}
+PATHS = {"model", "dataset", "teacher"}
 
 
 def check_options(job: TrainingOptions) -> None:
@@ -50,3 +60,11 @@ def check_options(job: TrainingOptions) -> None:
             f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
             "expected a rate above 0 and a ratio in [0, 1)"
         )
+    if job.save_steps < 0:
+        raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")
+    check_reporter(job.report_to)
+
+
+def deciding_options(job: TrainingOptions) -> dict[str, Any]:
+    """The options that change what is learned, but for paths: what lies there decides, not where."""
+    return {name: value for name, value in record(job).items() if name not in WITHOUT_EFFECT | PATHS}

@@ -18,13 +18,14 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import LlamaForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -84,6 +85,33 @@ def from_first(result: Callable[[], Result]) -> Result:
     found = [result() if is_first() else None]
     dist.broadcast_object_list(found, src=0)
     return cast(Result, found[0])
+
+
+def any_process(wish: bool) -> bool:
+    """Whether any process has the wish; all of them have to ask at the same time."""
+    if num_processes() == 1:
+        return wish
+    wishes = torch.tensor([wish], dtype=torch.int, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    return bool(wishes.item())
+
+
+def wait_for_all() -> None:
+    """Return when every process is here."""
+    if num_processes() > 1:
+        dist.barrier()
+
+
+def whole(tensor: Any) -> Any:
+    """Of a tensor whose shards lie in several processes all of it, on the CPU; of anything else itself."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: Any, like: Tensor) -> Any:
+    """The inverse of `whole`: a tensor of the shape of `like`, sharded as that is; anything else itself."""
+    if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def share_of_rows(batch_rows: int, row_length: int) -> int:

@@ -1,5 +1,6 @@
 """Token rows as arrays, ready for a trainer: nothing is tokenized or packed while it trains."""
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,21 @@ class Rows(Dataset[int]):
         ids, positions = (np.pad(a, ((0, missing), (0, 0))) for a in (self.input_ids_ST, positions_ST))
         labels = np.pad(self.labels_ST, ((0, missing), (0, 0)), constant_values=IGNORED)
         return Rows(ids, labels, positions, np.pad(lengths_S, (0, missing)))
+
+    def num_tokens(self, num_rows: int) -> int:
+        """Tokens in the first `num_rows` rows, padding left out."""
+        if self.lengths_S is None:
+            return min(num_rows, len(self)) * self.input_ids_ST.shape[1]
+        return int(self.lengths_S[:num_rows].sum())
+
+    def hash(self) -> str:
+        """sha256 of every token and label in their order."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids_ST, self.labels_ST, self.positions_ST):
+            if array is not None:
+                digest.update(f"{array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
         """The rows of one micro-batch, cut to the longest of them."""

@@ -1,0 +1,61 @@
+"""What a training run did, for its caller and for `gossamer.json`."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from gossamer.training.kernel import KernelChoice
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training stage returns. `losses`: one per optimizer step, the teacher's part included."""
+
+    output_dir: str
+    sparsity: float
+    num_tokens: int
+    num_steps: int
+    loss_first: float
+    loss_last: float
+    tokens_per_s: float
+    seconds: float
+    losses: tuple[float, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class History:
+    """The loss of every optimizer step, and how fast it went, over all the runs that it took.
+
+    `notes`: what happened on the way that the user should know.
+    """
+
+    losses: tuple[float, ...]
+    num_tokens: int
+    seconds: float
+    precision: str
+    num_threads: int
+    notes: tuple[str, ...]
+    kernel: KernelChoice
+    optimizer_gradient_bytes: int
+
+    def metrics(self) -> dict[str, Any]:
+        """For `gossamer.json`: first and last loss are means over a twentieth of the steps (at least one)."""
+        count = max(1, len(self.losses) // 20)
+        return {
+            "num_steps": len(self.losses),
+            "num_tokens": self.num_tokens,
+            "tokens_per_s": round(self.num_tokens / self.seconds, 1),
+            "seconds": round(self.seconds, 1),
+            "loss_first": round(sum(self.losses[:count]) / count, 4),
+            "loss_last": round(sum(self.losses[-count:]) / count, 4),
+            "precision": self.precision,
+            "notes": self.notes,
+            **self.kernel.metrics(),
+            "optimizer_gradient_bytes": self.optimizer_gradient_bytes,
+        }
+
+    def result(self, output_dir: str, sparsity: float) -> TrainingResult:
+        """The stage's result, for its caller."""
+        names = {field.name for field in fields(TrainingResult)}
+        figures = {name: value for name, value in self.metrics().items() if name in names}
+        return TrainingResult(output_dir, sparsity, losses=self.losses, **figures)

@@ -1,0 +1,404 @@
+"""Interrupted runs go on as if nothing had happened: bit for bit, from the newest sound checkpoint."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gossamer.errors import CheckpointError, ConfigError, Interrupted
+from gossamer.report import Event
+from gossamer.stages.pretrain import Pretrain, pretrain
+from gossamer.training import interruption, trainer
+from gossamer.training.checkpoints import _sha256, _write_record, damage
+from gossamer.training.row_trainer import RowTrainer
+
+Llamas = Callable[[str], Path]
+NUM_STEPS = 12
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama: Llamas, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A half sparse model and a text."""
+    place = tmp_path_factory.mktemp("resume")
+    shutil.copytree(tiny_llama("llama3"), place / "model")
+    tensors = load_file(place / "model" / "model.safetensors")
+    torch.manual_seed(0)
+    tensors = {n: w * (torch.rand_like(w) < 0.5) if "_proj" in n else w for n, w in tensors.items()}
+    save_file(tensors, place / "model" / "model.safetensors", {"format": "pt"})
+    (place / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    return place
+
+
+def twelve_steps(place: Path, output: Path, **changes: object) -> Pretrain:
+    """A job with a checkpoint after every second step."""
+    settings: dict[str, object] = {
+        "dataset": (str(place / "text.txt"),),
+        "num_tokens": NUM_STEPS * 256,
+        "max_length": 32,
+        "batch_tokens": 256,
+        "learning_rate": 3e-3,
+        "precision": "f32",
+        "kernel": "dense",
+        "save_steps": 2,
+    }
+    return Pretrain(str(place / "model"), str(output), **(settings | changes))  # pyright: ignore
+
+
+@pytest.fixture
+def job(place: Path, tmp_path: Path) -> Pretrain:
+    return twelve_steps(place, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place: Path) -> Callable[..., str]:
+    """The weights' hash of a run that nothing disturbs, for the micro-batches in force."""
+
+    @cache
+    def run(micro_tokens: int, kernel: str) -> str:
+        whole = twelve_steps(place, place / f"whole-{micro_tokens}-{kernel}", kernel=kernel)
+        pretrain(whole)
+        return weights(whole)
+
+    return lambda kernel="dense": run(trainer.MICRO_BATCH_TOKENS["cpu"], kernel)
+
+
+class Stop(Exception):
+    """Ends a run from outside, as if the machine had failed."""
+
+
+def stop_at(step: int) -> Callable[[Event], None]:
+    def progress(event: Event) -> None:
+        if event.done == step:
+            raise Stop
+
+    return progress
+
+
+def interrupt(job: Pretrain, step: int = 7) -> Path:
+    """Leave an interrupted run behind; returns the folder of its checkpoints."""
+    with pytest.raises(Stop):
+        pretrain(job, stop_at(step))
+    return Path(job.output_dir + ".partial") / "checkpoints"
+
+
+def weights(job: Pretrain) -> str:
+    return hashlib.sha256((Path(job.output_dir) / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("micro_tokens", [2048, 64])
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.02])
+def test_ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits(
+    job: Pretrain,
+    uninterrupted: Callable[..., str],
+    delay_s: float,
+    micro_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever in a step it lands, between two micro-batches too; logs have every step once."""
+    monkeypatch.setitem(trainer.MICRO_BATCH_TOKENS, "cpu", micro_tokens)
+
+    def press_control_c(event: Event) -> None:
+        if event.done == 3:
+            threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(Interrupted, match=rf"interrupted after step \d+ of {NUM_STEPS}, saved in .*partial"):
+        pretrain(job, press_control_c)
+    assert not Path(job.output_dir).exists()
+    events: list[Event] = []
+    result = pretrain(replace(job, resume=True), events.append)
+    assert weights(job) == uninterrupted()
+    assert not [event for event in events if event.lasting]
+
+    output = Path(job.output_dir)
+    logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged] == list(range(1, NUM_STEPS + 1))
+    assert tuple(entry["loss"] for entry in logged) == result.losses
+    seconds = [entry["seconds"] for entry in logged]
+    assert seconds == sorted(seconds) and result.seconds == pytest.approx(seconds[-1], abs=0.06)
+    shown = EventAccumulator(str(output / "runs"))
+    shown.Reload()
+    assert [scalar.step for scalar in shown.Scalars("train/loss")] == list(range(1, NUM_STEPS + 1))
+    assert (output / "loss.png").stat().st_size > 5000
+    assert not (output / "checkpoints").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "SAME_PRESS_S", -1.0)
+
+    def press_twice(event: Event) -> None:
+        if event.done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        pretrain(job, press_twice)
+    assert not isinstance(raised.value, Interrupted)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert sorted(path.name for path in Path(job.output_dir + ".partial/checkpoints").iterdir()) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+
+
+def test_the_sparse_kernel_resumes_to_the_same_bits(job: Pretrain, uninterrupted: Callable[..., str]) -> None:
+    """Its packed moments too; what the run took at its start counts, not what would be measured now."""
+    job = replace(job, kernel="sparse")
+    interrupt(job)
+    pretrain(replace(job, resume=True))
+    assert weights(job) == uninterrupted(kernel="sparse")
+
+
+def test_ctrl_c_before_the_first_step_is_done_leaves_nothing(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trainer.MICRO_BATCH_TOKENS, "cpu", 64)
+    compute_loss = RowTrainer.compute_loss
+
+    def press_control_c(*arguments: object, **keywords: object) -> object:
+        if not pressed:
+            pressed.append(os.kill(os.getpid(), signal.SIGINT))
+        return compute_loss(*arguments, **keywords)  # pyright: ignore
+
+    pressed: list[None] = []
+    monkeypatch.setattr(RowTrainer, "compute_loss", press_control_c)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        pretrain(job)
+    assert not isinstance(raised.value, Interrupted)
+    assert not Path(job.output_dir + ".partial").exists()
+
+
+def flip(folder: Path, name: str = "optimizer.pt") -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1000)
+
+
+def forge(folder: Path) -> None:
+    """A record whose text was changed, though it is still JSON."""
+    text = (folder / "checkpoint.json").read_text()
+    (folder / "checkpoint.json").write_text(text.replace('"step": 6', '"step": 8'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (flip, "optimizer.pt: found sha256 .*, expected"),
+        (lambda folder: flip(folder, "trainer_state.json"), "trainer_state.json: found"),
+        (truncate, "model.safetensors: found"),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth: No such file"),
+        (lambda folder: (folder / "checkpoint.json").write_text("{"), "checkpoint.json is not readable"),
+        (forge, "checkpoint.json was changed"),
+    ],
+    ids=["flip", "flip-state", "truncate", "delete", "unreadable", "forge"],
+)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    job: Pretrain, uninterrupted: Callable[..., str], spoil: Callable[[Path], None], reason: str
+) -> None:
+    """And that is said: as an event, in the result and in the manifest."""
+    folder = interrupt(job)
+    spoil(folder / "checkpoint-6")
+    events: list[Event] = []
+    result = pretrain(replace(job, resume=True), events.append)
+    [said] = [event.message for event in events if event.lasting]
+    assert re.search(reason, said) and result.notes == (said,)
+    assert "checkpoint-6 is damaged" in said and "going on from checkpoint-4" in said
+    assert next(event.done for event in events if event.message == "training") == 5
+    manifest = json.loads((Path(job.output_dir) / "gossamer.json").read_text())
+    assert manifest["metrics"]["notes"] == [said]
+    assert weights(job) == uninterrupted()
+
+
+def test_no_sound_checkpoint_is_an_error(job: Pretrain) -> None:
+    folder = interrupt(job)
+    flip(folder / "checkpoint-6")
+    flip(folder / "checkpoint-4", "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"checkpoint-6 is damaged.*checkpoint-4 is.*--overwrite"):
+        pretrain(replace(job, resume=True))
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+
+
+def test_a_mask_that_moved_is_an_error(job: Pretrain) -> None:
+    """Even in a checkpoint whose every hash is right."""
+    newest = interrupt(job) / "checkpoint-6"
+    tensors = load_file(newest / "model.safetensors")
+    row = tensors[Q_PROJ][0].clone()
+    tensors[Q_PROJ][0] = row.roll(1)
+    save_file(tensors, newest / "model.safetensors", {"format": "pt"})
+    record = json.loads((newest / "checkpoint.json").read_text())
+    record.pop("digest")
+    record["files"]["model.safetensors"] = _sha256(newest / "model.safetensors")
+    _write_record(newest, record)
+    assert damage(newest) is None
+    with pytest.raises(CheckpointError, match=r"checkpoint-6: the mask has sha256 \w+, expected \w+"):
+        pretrain(replace(job, resume=True))
+
+
+@pytest.fixture
+def small_files() -> Iterator[Callable[[int], None]]:
+    """bytes -> from now on this process can write no larger file, as on a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("limit", [100_000, 400_000])
+def test_a_full_disk_keeps_the_checkpoints_before(
+    job: Pretrain, uninterrupted: Callable[..., str], small_files: Callable[[int], None], limit: int
+) -> None:
+    """The model does not fit (100 kB), or the optimizer's state behind it does not (400 kB)."""
+
+    def fill_disk(event: Event) -> None:
+        if event.done == 5:
+            small_files(limit)
+
+    with pytest.raises(OSError, match="checkpoint-6"):
+        pretrain(job, fill_disk)
+    small_files(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    folder = Path(job.output_dir + ".partial/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    pretrain(replace(job, resume=True))
+    assert weights(job) == uninterrupted()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_model(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names a checkpoint, and that is a model directory to begin from."""
+    compute_loss = RowTrainer.compute_loss
+
+    def poisoned(trainer: RowTrainer, *arguments: object, **keywords: object) -> object:
+        loss = compute_loss(trainer, *arguments, **keywords)  # pyright: ignore
+        return loss * float("nan") if trainer.state.global_step == 6 else loss
+
+    monkeypatch.setattr(RowTrainer, "compute_loss", poisoned)
+    with pytest.raises(ConfigError, match=r"step 7: the loss is nan.*checkpoint-6 is the last good model"):
+        pretrain(job)
+    monkeypatch.undo()
+    good = Path(job.output_dir + ".partial/checkpoints/checkpoint-6")
+    result = pretrain(replace(job, model=str(good), output_dir=job.output_dir + "-2", learning_rate=1e-4))
+    assert result.sparsity == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training_step = RowTrainer.training_step
+
+    def poisoned(trainer: RowTrainer, *arguments: object, **keywords: object) -> object:
+        loss = training_step(trainer, *arguments, **keywords)  # pyright: ignore
+        if trainer.state.global_step == 5:
+            trainer.llama.model.norm.weight.grad.fill_(float("nan"))  # pyright: ignore
+        return loss
+
+    monkeypatch.setattr(RowTrainer, "training_step", poisoned)
+    with pytest.raises(ConfigError, match=r"step 6: the gradient's norm is nan.*checkpoint-4 is the last"):
+        pretrain(job)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0.002}, r"learning_rate: found 0\.002, expected 0\.003"),
+        ({"num_tokens": 4000}, "num_tokens: found 4000, expected 3072"),
+        ({"seed": 5}, "seed: found 5, expected 0"),
+        ({"precision": "bf16"}, "precision: found bf16, expected f32"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration(
+    job: Pretrain, change: dict[str, object], message: str
+) -> None:
+    folder = interrupt(job)
+    with pytest.raises(ConfigError, match=f"checkpoint-6 belongs to .*{message}.*--overwrite"):
+        pretrain(replace(job, resume=True, **change))  # pyright: ignore
+    assert (folder / "checkpoint-6").exists()
+
+
+def test_a_checkpoint_of_another_model_or_text(job: Pretrain, tiny_llama: Llamas, tmp_path: Path) -> None:
+    interrupt(job)
+    with pytest.raises(ConfigError, match=r"model: found \w+, expected \w+; mask: found"):
+        pretrain(replace(job, resume=True, model=str(tiny_llama("llama3"))))
+    text = tmp_path / "other.txt"
+    text.write_text(Path(job.dataset[0]).read_text().replace("e", "a"))
+    with pytest.raises(ConfigError, match=r"data: found \w+, expected \w+"):
+        pretrain(replace(job, resume=True, dataset=(str(text),)))
+
+
+def test_other_threads_are_allowed_and_said(job: Pretrain) -> None:
+    interrupt(job)
+    torch.set_num_threads(2)
+    try:
+        result = pretrain(replace(job, resume=True, save_steps=5, report_to="none"))
+    finally:
+        torch.set_num_threads(1)
+    [said] = result.notes
+    assert "num_threads: found 2, expected 1" in said and "not bit-identical" in said
+
+
+def test_an_interrupted_run_is_not_touched_unasked(job: Pretrain) -> None:
+    interrupt(job)
+    with pytest.raises(ConfigError, match="--resume goes on with it, --overwrite starts anew"):
+        pretrain(job)
+    events: list[Event] = []
+    pretrain(replace(job, overwrite=True), events.append)
+    assert next(event.done for event in events if event.message == "training") == 1
+    with pytest.raises(ConfigError, match="out exists"):
+        pretrain(replace(job, resume=True))
+    with pytest.raises(ConfigError, match=r"--resume: found no interrupted run in .*out\.partial"):
+        pretrain(replace(job, resume=True, overwrite=True))
+
+
+def test_ctrl_c_exits_130_and_the_command_it_names_goes_on(job: Pretrain) -> None:
+    """In a process of its own, with SIGTERM for the second interruption."""
+    flags = {name: str(getattr(job, name)) for name in ("max_length", "batch_tokens", "learning_rate")}
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += [
+        "--num-tokens",
+        "400000",
+        "--precision",
+        "f32",
+        "--kernel",
+        "dense",
+        "--dataset",
+        job.dataset[0],
+    ]
+    command = [sys.executable, "-m", "gossamer", "pretrain", job.model, "-o", job.output_dir, *words]
+    log = Path(job.output_dir + ".partial/metrics.jsonl")
+    num_lines = 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and len(log.read_text().splitlines()) > num_lines + 3:
+                break
+            time.sleep(0.02)
+        process.send_signal(number)
+        message = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and "Traceback" not in message, message
+        num_lines = len(log.read_text().splitlines())
+        assert f"interrupted after step {num_lines} of" in message.replace("\n", " ")
+        resuming = message[message.index("to go on: gossamer ") :].removeprefix("to go on: gossamer ")
+        command = [sys.executable, "-m", "gossamer", *shlex.split(resuming)]
+        assert command.count("--resume") == 1
