@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -15,8 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +34,7 @@ from gossamer.training.row_trainer import RowTrainer
 
 Llamas = Callable[[str], Path]
 NUM_STEPS = 12
+TORTURE = bool(os.environ.get("GOSSAMER_TORTURE"))
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -402,3 +406,41 @@ def test_ctrl_c_exits_130_and_the_command_it_names_goes_on(job: Pretrain) -> Non
         resuming = message[message.index("to go on: gossamer ") :].removeprefix("to go on: gossamer ")
         command = [sys.executable, "-m", "gossamer", *shlex.split(resuming)]
         assert command.count("--resume") == 1
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[ForkServerContext]:
+    """Forks processes that have everything imported, with one thread as here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gossamer.stages.pretrain"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context.Process(target=abs, args=(1,)).start()
+        yield context
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(10 if TORTURE else 1))
+def test_killed_at_any_moment_it_ends_in_the_same_bits(
+    job: Pretrain, uninterrupted: Callable[..., str], nursery: ForkServerContext, seed: int
+) -> None:
+    """SIGKILL again and again, at moments of no one's choosing: while it loads, trains, saves or writes."""
+    generator = np.random.default_rng(seed)
+    partial, num_kills = Path(job.output_dir + ".partial"), 5 if TORTURE else 3
+    expected = uninterrupted()
+    while num_kills:
+        resumable = any((partial / "checkpoints").glob("checkpoint-*"))
+        run = nursery.Process(target=pretrain, args=(replace(job, resume=resumable, overwrite=True),))
+        run.start()
+        run.join(generator.uniform(0.1, 2.5))
+        if run.exitcode is None:
+            run.kill()
+            num_kills -= 1
+            run.join()
+        else:
+            assert run.exitcode == 0 and weights(job) == expected
+    resumable = any((partial / "checkpoints").glob("checkpoint-*"))
+    pretrain(replace(job, resume=resumable, overwrite=True))
+    assert weights(job) == expected
+    logged = (Path(job.output_dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == list(range(1, NUM_STEPS + 1))

@@ -190,3 +190,18 @@ class RowTrainer(Trainer):
             f"{found}; expected a finite number: lower --learning-rate (it is {self.args.learning_rate:g}) "
             f"or look at the model's weights{last_good}"
         )
+
+
+class SaveEvery(TrainerCallback):
+    """Asks for a checkpoint every `num_steps` and after the last one (0: never).
+
+    The Trainer's own `save_steps` refuses models that are sharded already.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        if self.num_steps and (step % self.num_steps == 0 or step == state.max_steps):
+            control.should_save = True

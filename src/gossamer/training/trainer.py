@@ -20,7 +20,7 @@ from gossamer.training.monitor import Monitor, reporters, training_log
 from gossamer.training.options import TrainingOptions, deciding_options
 from gossamer.training.parallel import distribute, from_first, num_processes, share_of_rows
 from gossamer.training.preparation import prepare
-from gossamer.training.row_trainer import RowTrainer
+from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
 
@@ -57,7 +57,7 @@ def train(
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     held, interruption = HeldBytes(), Interruption()
     callbacks = [*reporters(job.report_to, target.path, step + 1), MaskCallback(model), monitor, held]
-    callbacks.append(interruption)
+    callbacks += [SaveEvery(job.save_steps), interruption]
     shared = rows.padded(num_processes() * arguments.per_device_train_batch_size)
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, callbacks, choice.kernel)
     if teacher is not None:
@@ -158,8 +158,7 @@ def _arguments(
         seed=job.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if job.save_steps else "no",
-        save_steps=max(1, job.save_steps),
+        save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
