@@ -198,6 +198,27 @@ TABLE: list[Case] = [
         [*FINETUNE, "--distill", "none"],
         ["rows.jsonl:2", "completion"],
     ),
+    (
+        "unknown reporter",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--report-to", "paper"],
+        ["--report-to paper", "tensorboard", "wandb"],
+    ),
+    (
+        "reporter without its package",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--report-to", "wandb"],
+        ["--report-to wandb", "--report-to none"],
+    ),
+    (
+        "nothing to resume",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--resume"],
+        ["--resume", "out.partial", "leave --resume out"],
+    ),
     (".goss truncated", "llama2", packed(truncate), ["run", "{goss}", "hi"], ["model.goss"]),
     (
         ".goss header flipped",

@@ -10,6 +10,7 @@ import pytest
 from gossamer import cli
 from gossamer.engine import LLM, SamplingParams
 from gossamer.recovery import SHIPPED
+from gossamer.report import Event
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune
 
@@ -57,6 +58,33 @@ def test_json_prints_objects_only(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[-1]["result"]["num_bytes"] == (tmp_path / "m.goss").stat().st_size
     assert all(set(line) <= {"event", "result"} for line in lines)
+
+
+def test_figures_carry_their_units() -> None:
+    metrics = {"loss": 2.34567, "sparsity": 0.7, "tokens_per_s": 12345.6, "eta_s": 4000.2, "memory_gb": 1.26}
+    shown = [cli.figure(name, value) for name, value in metrics.items()]
+    assert shown == ["loss 2.346", "70% zeros", "12,346 tokens/s", "ETA 1:06:40", "memory 1.3 GB"]
+
+
+def test_a_sentence_that_must_last_is_said_on_any_output(capsys: pytest.CaptureFixture[str]) -> None:
+    said = Event("pretrain", "checkpoint-6 is damaged", lasting=True)
+    for face in (cli.ProgressBars(), cli.ProgressToJson()):
+        with face as progress:
+            progress(said)
+            progress(said)
+    captured = capsys.readouterr()
+    assert captured.err.count("pretrain: checkpoint-6 is damaged") == 2
+    assert captured.out.count("checkpoint-6 is damaged") == 2
+
+
+def test_an_interrupted_verb_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Pretrain("model", "my out", dataset=("a",))
+    words = ["pretrain", "model", "-o", "my out", "--dataset", "a"]
+    assert cli.resuming(words, job) == "gossamer pretrain model -o 'my out' --dataset a --resume"
+    assert cli.resuming([*words, "--resume"], job).count("--resume") == 1
+    assert "--resume" not in cli.resuming(["compress"], Prune("model", "out", dataset=("a",)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.resuming(words, job).startswith("torchrun --nproc-per-node 2 -m gossamer pretrain")
 
 
 def test_run_completes_and_chats(

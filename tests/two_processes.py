@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,13 @@ def watched(run: Pretrain) -> dict[str, Any]:
     with patch.dict(training.MICRO_BATCH_TOKENS, cpu=64), patch.object(training, "MaskCallback", Watch):
         result = pretrain(run, events.append)
     return dataclasses.asdict(result) | Watch.seen | {"num_events": len(events)}
+
+
+def one_of_two(rank: int, port: int, run: Pretrain) -> None:
+    """What torchrun would make of this process; only one thread."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pretrain(run)
 
 
 class RandomRows(Dataset[dict[str, Tensor]]):

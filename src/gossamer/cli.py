@@ -84,7 +84,7 @@ def call(arguments: list[str]) -> int:
     except GossamerError as error:
         return fail(str(error), 2)
     except Interrupted as error:
-        return fail(f"{error}; to go on: {resuming(arguments)}", 130)
+        return fail(f"{error}; to go on: {resuming(arguments, job)}", 130)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except (OSError, MemoryError) as error:
@@ -94,9 +94,9 @@ def call(arguments: list[str]) -> int:
     return 0
 
 
-def resuming(arguments: list[str]) -> str:
-    """The command line that goes on with the interrupted one."""
-    flags = [] if "--resume" in arguments else ["--resume"]
+def resuming(arguments: list[str], job: Any) -> str:
+    """The command line that goes on with the interrupted one (`compress` by itself knows what stands)."""
+    flags = ["--resume"] if hasattr(job, "resume") and "--resume" not in arguments else []
     count = os.environ.get("WORLD_SIZE", "1")
     program = ["gossamer"] if count == "1" else ["torchrun", "--nproc-per-node", count, "-m", "gossamer"]
     return shlex.join([*program, *arguments, *flags])

@@ -9,6 +9,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import interruption, trainer
 from gossamer.training.checkpoints import _sha256, _write_record, damage
 from gossamer.training.row_trainer import RowTrainer
+from two_processes import one_of_two
 
 Llamas = Callable[[str], Path]
 NUM_STEPS = 12
@@ -444,3 +446,54 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(
     assert weights(job) == expected
     logged = (Path(job.output_dir) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in logged] == list(range(1, NUM_STEPS + 1))
+
+
+def start_two(nursery: ForkServerContext, job: Pretrain) -> list[ForkServerProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = [nursery.Process(target=one_of_two, args=(rank, port, job)) for rank in range(2)]
+    for process in pair:
+        process.start()
+    return pair
+
+
+def finish(pair: list[ForkServerProcess], job: Pretrain) -> str:
+    for process in pair:
+        process.join(120)
+        assert process.exitcode == 0
+    return weights(job)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_resume_after_ctrl_c_and_kills(
+    job: Pretrain, nursery: ForkServerContext, parallel: str, tmp_path: Path
+) -> None:
+    """Ctrl-C that one of them hears stops both after the same step; SIGKILL strikes both at any moment."""
+    job = replace(job, parallel=parallel)  # pyright: ignore
+    whole = replace(job, output_dir=str(tmp_path / "whole"))
+    expected = finish(start_two(nursery, whole), whole)
+    partial, log = Path(job.output_dir + ".partial"), Path(job.output_dir + ".partial/metrics.jsonl")
+    pair = start_two(nursery, job)
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3) and pair[0].exitcode is None:
+        time.sleep(0.005)
+    os.kill(pair[1].pid or 0, signal.SIGINT)
+    for process in pair:
+        process.join(60)
+        assert process.exitcode == 1
+    assert list((partial / "checkpoints").glob("checkpoint-*"))
+    generator, num_kills = np.random.default_rng(0), 5 if TORTURE else 1
+    while num_kills:
+        resumable = any((partial / "checkpoints").glob("checkpoint-*"))
+        pair = start_two(nursery, replace(job, resume=resumable, overwrite=True))
+        pair[0].join(generator.uniform(0.5, 4))
+        if pair[0].exitcode is None:
+            for process in pair:
+                process.kill()
+                process.join()
+            num_kills -= 1
+        else:
+            assert finish(pair, job) == expected
+    resumable = any((partial / "checkpoints").glob("checkpoint-*"))
+    assert finish(start_two(nursery, replace(job, resume=resumable, overwrite=True)), job) == expected
