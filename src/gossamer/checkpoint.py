@@ -214,8 +214,8 @@ class Derived:
         child = Checkpoint.open(self.path)
         tensors = _check_zeros(self.parent, child)
         _write_json(self.path / MANIFEST, self._record(tensors))
-        shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         publish(self.path, self.output)
+        shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)  # only now: a kill may come in between
 
     def _record(self, tensors: dict[str, Any]) -> dict[str, Any]:
         parent_manifest = self.parent.manifest or {}
