@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.engine import LLM, SamplingParams
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, Interrupted
 from gossamer.pipeline import Compress, compress
+from gossamer.report import Event
 
 STAGES = ["prune", "pretrain", "prune", "pretrain", "finetune", "quantize", "pack"]
 
@@ -85,3 +87,44 @@ def test_what_stands_is_skipped_and_what_changed_runs_again(job: Compress) -> No
     assert [how for _, _, how in compress(sparser).stages] == ["stood"] * 2 + ["ran"] * 5
     shutil.rmtree(Path(job.output_dir) / "1-prune")
     assert compress(sparser).stages[0][2] == "ran"
+
+
+def test_an_interrupted_training_goes_on(job: Compress, tmp_path: Path) -> None:
+    """Ctrl-C in the fifth step; the same command ends in the bits of a run that nobody interrupted."""
+    whole = dataclasses.replace(
+        job, output_dir=str(tmp_path / "whole"), sparsity=0.5, num_tokens=6 * 16_384, finetune_dataset=()
+    )
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    steps: list[float] = []
+
+    def watch(event: Event) -> None:
+        if event.message == "training":
+            steps.append(event.done)
+            if event.done == 4 and len(steps) == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    compress(whole)
+    with pytest.raises(Interrupted, match="after step 4 of 6"):
+        compress(broken, watch)
+    assert (tmp_path / "broken" / "2-pretrain.partial").is_dir()
+    result = compress(broken, watch)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [how for _, _, how in result.stages] == ["stood", "went on", "ran", "ran"]
+    weights = [tmp_path / name / "2-pretrain" / "model.safetensors" for name in ("whole", "broken")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert [how for _, _, how in compress(broken).stages] == ["stood"] * 4
+
+
+def test_another_job_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Path) -> None:
+    made = dataclasses.replace(
+        job, output_dir=str(tmp_path / "out"), sparsity=0.5, num_tokens=3 * 16_384, finetune_dataset=()
+    )
+
+    def interrupt(event: Event) -> None:
+        if event.message == "training" and event.done == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        compress(made, interrupt)
+    result = compress(dataclasses.replace(made, num_tokens=16_384))
+    assert [how for _, _, how in result.stages] == ["stood", "ran", "ran", "ran"]

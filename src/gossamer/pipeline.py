@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint import Checkpoint, holds_checkpoint
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job import option, record
 from gossamer.packed import Packed
@@ -17,6 +17,8 @@ from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
+
+HOW = {"overwrite": True, "resume": True}  # options that say nothing of what comes out
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Compress:
 
 @dataclass(frozen=True)
 class CompressResult:
-    """`stages`: (name, output, "ran" or "stood") in order; `packed`: the .goss file."""
+    """`stages`: (name, output, "ran", "went on" or "stood") in order; `packed`: the .goss file."""
 
     packed: str
     sparsity: float
@@ -61,11 +63,12 @@ class CompressResult:
 def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     """Run every step whose output does not stand already; raises what the stages raise.
 
-    Only a directory that an earlier `compress` made is written into.
+    Training that the same command was interrupted in goes on from its last checkpoint. Only a directory that
+    an earlier `compress` made is written into.
     """
     steps = plan(job)
-    claim(Path(job.output_dir), job)
-    ran = [(step.stage, str(step.output), "ran" if run(step, progress) else "stood") for step in steps]
+    again = claim(Path(job.output_dir), job)
+    ran = [(step.stage, str(step.output), run(step, again, progress)) for step in steps]
     packed = steps[-1].output
     return CompressResult(
         packed=str(packed),
@@ -76,13 +79,19 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     )
 
 
-def claim(output: Path, job: Compress) -> None:
-    """Mark the directory as ours; raises ConfigError for one that holds anything else's files."""
+def claim(output: Path, job: Compress) -> bool:
+    """Mark the directory as ours, and say whether the same job, from the same model, was here last.
+
+    Raises ConfigError for a directory that holds anything else's files.
+    """
     mark = output / "compress.json"
     if output.exists() and not mark.exists() and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
+    before = mark.read_text(encoding="utf-8") if mark.exists() else ""
+    now = json.dumps({**record(job), "model_hash": Checkpoint.open(job.model).hash()}, indent=2) + "\n"
     output.mkdir(parents=True, exist_ok=True)
-    mark.write_text(json.dumps(record(job), indent=2) + "\n", encoding="utf-8")
+    mark.write_text(now, encoding="utf-8")
+    return before == now
 
 
 @dataclass(frozen=True)
@@ -127,13 +136,17 @@ def plan(job: Compress) -> list[Step]:
     return steps
 
 
-def run(step: Step, progress: Progress) -> bool:
-    """Run the stage and say True, or leave its output where it stands and say False."""
+def run(step: Step, again: bool, progress: Progress) -> str:
+    """Run the stage unless its output stands; `again`: go on with what the same job left unfinished."""
     if stands(step):
         progress(Event(step.stage, "stands", 1, 1))
-        return False
+        return "stood"
+    unfinished = step.output.with_name(step.output.name + ".partial")
+    if again and holds_checkpoint(unfinished):
+        step.function(dataclasses.replace(step.job, overwrite=True, resume=True), progress)
+        return "went on"
     step.function(dataclasses.replace(step.job, overwrite=True), progress)
-    return True
+    return "ran"
 
 
 def stands(step: Step) -> bool:
@@ -147,5 +160,5 @@ def stands(step: Step) -> bool:
         manifest = Checkpoint.open(step.output).manifest or {}
     except (CheckpointError, FormatError):
         return False
-    same_job = manifest.get("job", {}) | {"overwrite": True} == record(step.job) | {"overwrite": True}
+    same_job = manifest.get("job", {}) | HOW == record(step.job) | HOW
     return manifest.get("stage") == step.stage and same_job and manifest["parent"]["hash"] == parent
