@@ -93,6 +93,43 @@ def prefill(folder: Path) -> str:
     return headed(what, rows, Table("", ("weights", "TOPS", "of the INT8 peak", "against dense"), lines))
 
 
+def training(folder: Path) -> str:
+    """Training on the values alone: the linears by sparsity, then whole steps."""
+    rows = newest(all_rows("training", folder), ("job", "sparsity"))
+    linears = [row for row in rows if row["job"] == "linears"]
+    if not linears:
+        return ""
+    lines = [
+        (
+            f"{row['sparsity']:.0%}",
+            f"{row['against_dense_f32']:.2f}x",
+            f"{row['bound']:.2f}x",
+            f"{row['against_dense_bf16']:.2f}x",
+            f"{row['peak_share']['sparse_f32']:.0%} / {row['peak_share']['dense_f32']:.0%}",
+        )
+        for row in linears
+    ]
+    columns = ("zeros", "against dense float32", "1 / (1 - s)", "against dense bfloat16")
+    columns += ("of the float32 peak, sparse / dense",)
+    first = linears[0]
+    what = f"Training: forward and backward of a block's linears (width {first['width']}, FFN {first['ffn']}, "
+    what += f"{first['tokens']} tokens), float32 on the values alone; {first['num_threads']} threads"
+    steps = "".join(f"\n{step_line(row)}\n" for row in rows if row["job"] == "step")
+    return headed(what, linears, Table("", columns, lines)) + steps
+
+
+def step_line(row: Row) -> str:
+    seconds = {name: spread["median"] for name, spread in row["seconds"].items()}
+    return (
+        f"Whole steps of the Trainer ({row['layers']} layers x {row['width']}, {row['tokens']} tokens, "
+        f"{row['sparsity']:.0%} zeros): {row['against_dense_f32']:.2f}x of dense float32 "
+        f"({seconds['sparse_f32']:.1f} against {seconds['dense_f32']:.1f} s), "
+        f"{row['against_dense_bf16']:.2f}x of dense with bfloat16 products "
+        f"({seconds['sparse_bf16']:.1f} against {seconds['dense_bf16']:.1f} s); gradients and moments take "
+        f"{row['optimizer_gradient_share']:.2f} of the memory."
+    )
+
+
 def kernels(folder: Path) -> str:
     """Every kernel on one thread at 1 and 256 tokens."""
     rows = newest(all_rows("kernels", folder), ("values", "storage", "kernel_isa", "tokens"))
@@ -140,8 +177,8 @@ def peers(folder: Path) -> str:
     return f"*All engines in that run.*\n\n{speed_table(rows)}\n" if rows else ""
 
 
-BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, prefill, whole_models)
-COMPLETE: tuple[Callable[[Path], str], ...] = (decode, prefill, kernels, against_peers, peers)
+BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, whole_models, training)
+COMPLETE: tuple[Callable[[Path], str], ...] = (decode, prefill, training, kernels, against_peers, peers)
 
 
 def render(sections: Iterable[Callable[[Path], str]], folder: Path = RESULTS) -> str:

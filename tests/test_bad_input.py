@@ -219,6 +219,20 @@ TABLE: list[Case] = [
         [*FINETUNE, "--distill", "none", "--resume"],
         ["--resume", "out.partial", "leave --resume out"],
     ),
+    (
+        "sparse kernel for a dense model",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--kernel", "sparse"],
+        ["--kernel sparse", "found no zeros", "gossamer prune", "--kernel dense"],
+    ),
+    (
+        "fsdp with one process",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--parallel", "fsdp"],
+        ["--parallel fsdp", "one process", "torchrun"],
+    ),
     (".goss truncated", "llama2", packed(truncate), ["run", "{goss}", "hi"], ["model.goss"]),
     (
         ".goss header flipped",
