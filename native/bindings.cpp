@@ -186,6 +186,8 @@ void translate(const std::exception_ptr& error, void*) {
 
 NB_MODULE(_native, m) {
     nb::register_exception_translator(translate);
+    // What a run still holds when the interpreter ends (an interrupted one: a whole graph) is no leak.
+    nb::set_leak_warnings(false);
     nb::class_<Sequence>(m, "Sequence")
         .def_prop_ro("length", &Sequence::length)
         .def_prop_ro("capacity", &Sequence::capacity)

@@ -35,7 +35,7 @@ def prepare(
         )
     else:
         choice = KernelChoice(decided, "as the run began")
-    progress(Event(stage, f"kernel {choice.kernel}: {choice.reason}"))
+    progress(Event(stage, f"kernel {choice.kernel}: {choice.reason}", lasting=True))
     could_be_sparse = choice.kernel == "dense" and not sharded and bool(masked_linears(model))
     apply_kernel(model, choice.kernel)
     estimate = estimate_memory(model, num_rows, row_length, precision, device=device, teacher=teacher)
