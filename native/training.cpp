@@ -28,14 +28,12 @@ using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>
 using FloatMatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Level = std::optional<std::string>;
 
-// Calls work(workspace) with threads and scratch that outlive the call; one call at a time, without the GIL.
-template <class Work>
-void run_shared(int num_threads, Work&& work) {
-    static std::mutex mutex;
+std::mutex turn;  // one call at a time has the workspace
+
+// Threads and scratch that outlive the call.
+Workspace& shared_workspace(int num_threads) {
     static std::unique_ptr<Workspace> workspace;
     static pid_t owner = 0;
-    const nb::gil_scoped_release unlocked;
-    const std::lock_guard<std::mutex> lock(mutex);
     if (owner != getpid()) {
         [[maybe_unused]] const Workspace* parents = workspace.release();  // a fork has it without its threads
         owner = getpid();
@@ -43,7 +41,15 @@ void run_shared(int num_threads, Work&& work) {
     num_threads = std::clamp(num_threads, 1, 1024);
     if (workspace == nullptr || workspace->team.size() != num_threads)
         workspace = std::make_unique<Workspace>(num_threads);
-    work(*workspace);
+    return *workspace;
+}
+
+// Calls work(workspace) without the GIL.
+template <class Work>
+void run_shared(int num_threads, Work&& work) {
+    const nb::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> lock(turn);
+    work(shared_workspace(num_threads));
 }
 
 const TrainingRow& kernels(const Level& level) { return find_training(level ? runnable(*level) : isa()); }

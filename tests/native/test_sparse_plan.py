@@ -141,3 +141,18 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         _native.SparsePlan(np.empty((0, 4), bool))
     with pytest.raises(TypeError):
         p.plan.forward(p.values, p.x_TK, y_TN.astype(np.float64), 1)
+
+
+def test_all_calls_share_their_threads() -> None:
+    """Each kind of call would otherwise keep a pool and scratch of its own."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path\n"
+        "from native.test_sparse_plan import problem, products\n"
+        "def threads(): return len(list(Path('/proc/self/task').iterdir()))\n"
+        "p = problem((300, 200), 130, 0.3)\n"
+        "before = threads()\n"
+        "products(p, 6)\n"
+        "assert threads() - before == 5, (before, threads())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=120)
