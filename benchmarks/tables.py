@@ -112,7 +112,9 @@ def training(folder: Path) -> str:
     columns = ("zeros", "against dense float32", "1 / (1 - s)", "against dense bfloat16")
     columns += ("of the float32 peak, sparse / dense",)
     first = linears[0]
-    what = f"Training: forward and backward of a block's linears (width {first['width']}, FFN {first['ffn']}, "
+    what = (
+        f"Training: forward and backward of a block's linears (width {first['width']}, FFN {first['ffn']}, "
+    )
     what += f"{first['tokens']} tokens), float32 on the values alone; {first['num_threads']} threads"
     steps = "".join(f"\n{step_line(row)}\n" for row in rows if row["job"] == "step")
     return headed(what, linears, Table("", columns, lines)) + steps

@@ -115,9 +115,17 @@ def test_an_interrupted_training_goes_on(job: Compress, tmp_path: Path) -> None:
     assert [how for _, _, how in compress(broken).stages] == ["stood"] * 4
 
 
-def test_another_job_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Path) -> None:
+def test_other_data_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Path) -> None:
+    """The text has changed under its name: its training starts anew."""
+    text = tmp_path / "text.txt"
+    shutil.copyfile(job.pretrain_dataset[0], text)
     made = dataclasses.replace(
-        job, output_dir=str(tmp_path / "out"), sparsity=0.5, num_tokens=3 * 16_384, finetune_dataset=()
+        job,
+        output_dir=str(tmp_path / "out"),
+        sparsity=0.5,
+        pretrain_dataset=(str(text),),
+        num_tokens=3 * 16_384,
+        finetune_dataset=(),
     )
 
     def interrupt(event: Event) -> None:
@@ -126,5 +134,5 @@ def test_another_job_does_not_go_on_with_what_is_left(job: Compress, tmp_path: P
 
     with pytest.raises(Interrupted):
         compress(made, interrupt)
-    result = compress(dataclasses.replace(made, num_tokens=16_384))
-    assert [how for _, _, how in result.stages] == ["stood", "ran", "ran", "ran"]
+    text.write_text(text.read_text(encoding="utf-8") + "\nmore\n", encoding="utf-8")
+    assert [how for _, _, how in compress(made).stages] == ["stood", "ran", "ran", "ran"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gossamer.checkpoint import Checkpoint, holds_checkpoint
+from gossamer.data import manifest
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job import option, record
 from gossamer.packed import Packed
@@ -80,7 +81,7 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
 
 
 def claim(output: Path, job: Compress) -> bool:
-    """Mark the directory as ours, and say whether the same job, from the same model, was here last.
+    """Mark the directory as ours, and say whether the same job, on the same model and data, was here last.
 
     Raises ConfigError for a directory that holds anything else's files.
     """
@@ -88,7 +89,9 @@ def claim(output: Path, job: Compress) -> bool:
     if output.exists() and not mark.exists() and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
-    now = json.dumps({**record(job), "model_hash": Checkpoint.open(job.model).hash()}, indent=2) + "\n"
+    data = [manifest(name) for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)]
+    inputs = {"model_hash": Checkpoint.open(job.model).hash(), "data": data}
+    now = json.dumps({**record(job), **inputs}, indent=2) + "\n"
     output.mkdir(parents=True, exist_ok=True)
     mark.write_text(now, encoding="utf-8")
     return before == now
