@@ -43,6 +43,7 @@ def job(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
         finetune_dataset=(str(directory / "rows.jsonl"),),
         format="prompt-completion",
         num_train_epochs=1,
+        kernel="dense",
     )
     result = compress(made)
     assert [(stage, how) for stage, _, how in result.stages] == [(stage, "ran") for stage in STAGES]
@@ -84,7 +85,12 @@ def test_the_packed_file_is_safetensors_and_runs(job: Compress) -> None:
 def test_what_stands_is_skipped_and_what_changed_runs_again(job: Compress) -> None:
     assert {how for _, _, how in compress(job).stages} == {"stood"}
     sparser = dataclasses.replace(job, sparsity=0.75)
-    assert [how for _, _, how in compress(sparser).stages] == ["stood"] * 2 + ["ran"] * 5
+    with pytest.raises(
+        ConfigError, match=r"4-pretrain was trained with other options.*--overwrite replaces it"
+    ):
+        compress(sparser)
+    sparser = dataclasses.replace(sparser, overwrite=True)
+    assert [how for _, _, how in compress(sparser).stages] == ["stood"] * 3 + ["ran"] * 4
     shutil.rmtree(Path(job.output_dir) / "1-prune")
     assert compress(sparser).stages[0][2] == "ran"
 

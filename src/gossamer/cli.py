@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -28,6 +29,7 @@ from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.report import Event, Progress, Table
 
 LOGGED = ("learning_rate", "grad_norm")  # in the log files; a bar has no room for them
+LINE_S = 30.0
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -197,12 +199,24 @@ def fail(message: str, code: int) -> int:
 
 
 class ProgressBars:
-    """Draws one bar per stage on stderr, or one line where that is no terminal; used as a context manager."""
+    """Draws one bar per stage on stderr; a line every half minute and at its end where that is no terminal.
+
+    Used as a context manager. In a narrow terminal the last figures give way.
+    """
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bars = Bars(*columns, TextColumn("{task.fields[figures]}"), console=err, transient=False)
+        whole, rest = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        self.bars = Bars(
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=whole),
+            TimeElapsedColumn(table_column=whole),
+            TextColumn("{task.fields[figures]}", table_column=rest),
+            console=err,
+            expand=True,
+        )
         self.tasks: dict[str, TaskID] = {}
+        self.last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self.event
@@ -219,8 +233,12 @@ class ProgressBars:
             figure(name, value) for name, value in event.metrics.items() if name not in LOGGED
         )
         if not err.is_terminal:
-            if event.total and event.done >= event.total:
-                err.print(f"{event.stage}: {event.message}  {figures}".rstrip(), soft_wrap=True, markup=False)
+            ended = event.total and event.done >= event.total
+            if ended or time.monotonic() - self.last_line > LINE_S:
+                self.last_line = time.monotonic()
+                count = "" if ended or not event.total else f" {event.done:,.0f} of {event.total:,.0f}"
+                line = f"{event.stage}: {event.message}{count}  {figures}"
+                err.print(line.rstrip(), soft_wrap=True, markup=False)
             return
         if not self.tasks:
             self.bars.start()

@@ -40,7 +40,11 @@ class Compress:
     )
     format: Literal["chat", "instruct", "prompt-completion"] = option("chat", help="what the examples are")
     num_train_epochs: int = option(2, help="passes over the examples")
+    kernel: Literal["auto", "dense", "sparse"] = option(
+        "auto", help="of training: all weights or the nonzero ones; auto: the faster, which can change bits"
+    )
     seed: int = option(0, help="order of the training data")
+    overwrite: bool = option(False, help="replace the outputs of steps that other options made")
     offline: bool = option(False, help="never touch the network")
 
 
@@ -65,11 +69,11 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     """Run every step whose output does not stand already; raises what the stages raise.
 
     Training that the same command was interrupted in goes on from its last checkpoint. Only a directory that
-    an earlier `compress` made is written into.
+    an earlier `compress` made is written into, and finished training is replaced with `overwrite` alone.
     """
     steps = plan(job)
     again = claim(Path(job.output_dir), job)
-    ran = [(step.stage, str(step.output), run(step, again, progress)) for step in steps]
+    ran = [(step.stage, str(step.output), run(step, again, job.overwrite, progress)) for step in steps]
     packed = steps[-1].output
     return CompressResult(
         packed=str(packed),
@@ -91,7 +95,7 @@ def claim(output: Path, job: Compress) -> bool:
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
     data = [manifest(name) for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)]
     inputs = {"model_hash": Checkpoint.open(job.model).hash(), "data": data}
-    now = json.dumps({**record(job), **inputs}, indent=2) + "\n"
+    now = json.dumps({**record(job), **inputs, "overwrite": None}, indent=2) + "\n"
     output.mkdir(parents=True, exist_ok=True)
     mark.write_text(now, encoding="utf-8")
     return before == now
@@ -129,21 +133,26 @@ def plan(job: Compress) -> list[Step]:
         add(prune, Prune, sparsity=sparsity, **calibration)
         if job.pretrain_dataset:
             text = {"dataset": job.pretrain_dataset, "num_tokens": job.num_tokens}
-            add(pretrain, Pretrain, seed=job.seed, offline=job.offline, **text)
+            add(pretrain, Pretrain, kernel=job.kernel, seed=job.seed, offline=job.offline, **text)
     if job.finetune_dataset:
         examples: dict[str, Any] = {"dataset": job.finetune_dataset, "format": job.format}
         examples["num_train_epochs"] = job.num_train_epochs
-        add(finetune, Finetune, teacher=job.model, seed=job.seed, **examples)
+        add(finetune, Finetune, teacher=job.model, kernel=job.kernel, seed=job.seed, **examples)
     add(quantize, Quantize, scheme=job.scheme, **calibration)
     add(pack, Pack)
     return steps
 
 
-def run(step: Step, again: bool, progress: Progress) -> str:
+def run(step: Step, again: bool, overwrite: bool, progress: Progress) -> str:
     """Run the stage unless its output stands; `again`: go on with what the same job left unfinished."""
     if stands(step):
         progress(Event(step.stage, "stands", 1, 1))
         return "stood"
+    if step.output.exists() and step.stage in ("pretrain", "finetune") and not overwrite:
+        raise ConfigError(
+            f"{step.output} was trained with other options, or from another model, than it would be now; "
+            "--overwrite replaces it and what follows; or give another --output-dir"
+        )
     unfinished = step.output.with_name(step.output.name + ".partial")
     if again and holds_checkpoint(unfinished):
         step.function(dataclasses.replace(step.job, overwrite=True, resume=True), progress)

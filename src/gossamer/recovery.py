@@ -30,6 +30,7 @@ TEXT = ("python:doctests@3", "python:stdlib@1")
 REPLAY_CHARACTERS = 300
 ROW_TOKENS = 128
 BATCH_TOKENS = 2048
+KERNEL = "dense"  # "auto" chooses by speed, and so now this arithmetic, now that
 PRETRAIN_RATE, FINETUNE_RATE = 5e-4, 5e-4
 
 
@@ -108,6 +109,7 @@ def _pretrain(model: Path, output: Path, seed: int, size: Size, progress: Progre
             max_length=ROW_TOKENS,
             batch_tokens=BATCH_TOKENS,
             learning_rate=PRETRAIN_RATE,
+            kernel=KERNEL,
             seed=seed,
             overwrite=True,
         ),
@@ -132,6 +134,7 @@ def _finetune(
             max_length=ROW_TOKENS,
             batch_tokens=BATCH_TOKENS,
             learning_rate=FINETUNE_RATE,
+            kernel=KERNEL,
             seed=seed,
             overwrite=True,
         ),
