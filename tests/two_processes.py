@@ -188,6 +188,7 @@ def everything(folder: Path) -> None:
             "fsdp": {"parallel": "fsdp"},
             "bf16": {"parallel": "fsdp", "precision": "bf16"},
             "values": {"kernel": "sparse"},
+            "idle": {"num_tokens": (2 * 8 + 1) * 32},
         }.items()
     }
     found |= {
