@@ -1,8 +1,10 @@
 """What each process does that `test_parallel.py` starts: `torchrun two_processes.py WHAT FOLDER`."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, Interrupted
+from gossamer.report import Event
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import trainer as training
 from gossamer.training.masks import MaskCallback, mask_hash
@@ -62,11 +65,31 @@ def watched(run: Pretrain) -> dict[str, Any]:
     return dataclasses.asdict(result) | Watch.seen | {"num_events": len(events)}
 
 
-def one_of_two(rank: int, port: int, run: Pretrain) -> None:
-    """What torchrun would make of this process; only one thread."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def as_torchrun(rank: int, port: int, count: int) -> None:
+    """Make of this process what torchrun would."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def one_of_two(rank: int, port: int, run: Pretrain) -> None:
+    as_torchrun(rank, port, 2)
     pretrain(run)
+
+
+def one_of_three(rank: int, port: int, whole: Pretrain, stopped: Pretrain) -> None:
+    """One run undisturbed, another stopped by Ctrl-C in its fifth step and gone on with."""
+
+    def press_control_c(event: Event) -> None:
+        if event.done == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    as_torchrun(rank, port, 3)
+    dist.init_process_group("gloo")
+    pretrain(whole)
+    with contextlib.suppress(Interrupted):
+        pretrain(stopped, press_control_c)
+    pretrain(dataclasses.replace(stopped, resume=True))
+    dist.destroy_process_group()
 
 
 class RandomRows(Dataset[dict[str, Tensor]]):
@@ -165,6 +188,7 @@ def everything(folder: Path) -> None:
             "fsdp": {"parallel": "fsdp"},
             "bf16": {"parallel": "fsdp", "precision": "bf16"},
             "values": {"kernel": "sparse"},
+            "idle": {"num_tokens": (2 * 8 + 1) * 32},
         }.items()
     }
     found |= {

@@ -32,7 +32,7 @@ from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import interruption, trainer
 from gossamer.training.checkpoints import _sha256, _write_record, damage
 from gossamer.training.row_trainer import RowTrainer
-from two_processes import one_of_two
+from two_processes import one_of_three, one_of_two
 
 Llamas = Callable[[str], Path]
 NUM_STEPS = 12
@@ -448,10 +448,14 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(
     assert [json.loads(line)["step"] for line in logged] == list(range(1, NUM_STEPS + 1))
 
 
-def start_two(nursery: ForkServerContext, job: Pretrain) -> list[ForkServerProcess]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_two(nursery: ForkServerContext, job: Pretrain) -> list[ForkServerProcess]:
+    port = free_port()
     pair = [nursery.Process(target=one_of_two, args=(rank, port, job)) for rank in range(2)]
     for process in pair:
         process.start()
@@ -497,3 +501,17 @@ def test_two_processes_resume_after_ctrl_c_and_kills(
             assert finish(pair, job) == expected
     resumable = any((partial / "checkpoints").glob("checkpoint-*"))
     assert finish(start_two(nursery, replace(job, resume=resumable, overwrite=True)), job) == expected
+
+
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_three_processes_resume_to_the_same_bits(
+    job: Pretrain, nursery: ForkServerContext, kernel: str, tmp_path: Path
+) -> None:
+    """Three, as two sum their gradients alike in any order."""
+    stopped = replace(job, batch_tokens=9 * 32, num_tokens=NUM_STEPS * 9 * 32, kernel=kernel)  # pyright: ignore
+    whole, port = replace(stopped, output_dir=str(tmp_path / "whole")), free_port()
+    group = [nursery.Process(target=one_of_three, args=(rank, port, whole, stopped)) for rank in range(3)]
+    for process in group:
+        process.start()
+    finish(group, whole)
+    assert weights(stopped) == weights(whole)

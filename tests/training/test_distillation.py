@@ -74,7 +74,7 @@ def test_adds_the_loss_inside_sft_trainer(
     tmp_path: Path,
     accumulation: int,
 ) -> None:
-    """First logged loss = cross-entropy + SquareHead, averaged over accumulated batches, without padding."""
+    """First logged loss = cross-entropy + SquareHead, averaged over accumulated tokens, without padding."""
     texts = ["def f(x):", "import os\nimport sys, json\n", "x = 1", "class A:\n    pass\n"][
         : 2 * accumulation
     ]
@@ -94,7 +94,9 @@ def test_adds_the_loss_inside_sft_trainer(
         losses.append(trainer.state.log_history[0]["loss"])
     assert any((batch["attention_mask"] == 0).any() for batch in batches)
     expected = [squarehead_written_out(*pair, b["input_ids"], b["attention_mask"]) for b in batches]
-    assert losses[1] - losses[0] == pytest.approx(0.5 * sum(expected) / accumulation, rel=1e-4)
+    num_tokens = [int(b["attention_mask"].sum()) for b in batches]
+    mean = sum(loss * count for loss, count in zip(expected, num_tokens, strict=True)) / sum(num_tokens)
+    assert losses[1] - losses[0] == pytest.approx(0.5 * mean, rel=1e-4)
 
 
 def test_a_student_that_is_its_teacher_loses_nothing(

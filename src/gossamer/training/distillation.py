@@ -24,8 +24,8 @@ class SquareHead:
         trainer.train()
 
     The teacher sees the very inputs that the student's decoder saw, in its own dtype. Tokens count where the
-    batch's `token_mask` or 2-d `attention_mask` is nonzero, all of them where there is neither.
-    `last` is the latest value.
+    batch's `token_mask` or 2-d `attention_mask` is nonzero, all of them where there is neither. A micro-batch
+    counts by its share of the tokens that all processes accumulate for a step. `last` is the latest value.
     """
 
     def __init__(self, teacher: PreTrainedModel, weight: float = 1.0) -> None:
@@ -33,6 +33,7 @@ class SquareHead:
         self.weight = weight
         self.last = float("nan")
         self._seen: dict[str, Any] = {}
+        self._step_tokens = 0
 
     def attach(self, trainer: Trainer) -> None:
         """Wrap `trainer.compute_loss`; the trainer's model must pair up with the teacher's layers."""
@@ -40,6 +41,7 @@ class SquareHead:
         assert isinstance(model, PreTrainedModel)
         nn.Module.to(self.teacher, trainer.args.device)
         decoder: nn.Module = model.base_model
+        self._count_tokens(trainer)
         compute_loss = trainer.compute_loss
 
         def with_squarehead(
@@ -48,18 +50,33 @@ class SquareHead:
             return_outputs: bool = False,
             num_items_in_batch: Tensor | int | None = None,
         ) -> Any:
-            mask_BT = _token_mask(inputs)
+            mask_BT, num_tokens = _token_mask(inputs), _num_tokens(inputs)
             with self._watching(decoder):
                 result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if isinstance(result, tuple) else (result, None)
-            if torch.is_grad_enabled() and (mask_BT is None or mask_BT.any()):
-                # A loss / num_items_in_batch is already spread over the accumulated batches; ours is a mean.
-                steps = 1 if num_items_in_batch is None else trainer.current_gradient_accumulation_steps
-                loss = loss + self._loss(mask_BT) * (self.weight / steps)
+            if torch.is_grad_enabled() and num_tokens:
+                # Gradients are averaged over processes and, without num_items_in_batch, over micro-batches.
+                steps = trainer.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+                share = num_tokens * steps * trainer.args.world_size / self._step_tokens
+                loss = loss + self._loss(mask_BT) * (self.weight * share)
             self._seen = {}
             return (loss, outputs) if return_outputs else loss
 
         trainer.compute_loss = with_squarehead
+
+    def _count_tokens(self, trainer: Trainer) -> None:
+        """Wrap `trainer.get_batch_samples`, to know the tokens of a step before its first micro-batch."""
+        get_batch_samples = trainer.get_batch_samples
+
+        def with_token_count(epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+            batches, num_items_in_batch = get_batch_samples(epoch_iterator, num_batches, device)
+            own = torch.tensor(sum(map(_num_tokens, batches)), device=device)
+            gathered = trainer.accelerator.gather(own)
+            assert isinstance(gathered, Tensor)
+            self._step_tokens = int(gathered.sum())
+            return batches, num_items_in_batch
+
+        trainer.get_batch_samples = with_token_count
 
     @contextmanager
     def _watching(self, decoder: nn.Module) -> Iterator[None]:
@@ -118,3 +135,9 @@ def _tokenizer_digest(path: Path) -> str:
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     mask = inputs.get("token_mask", inputs.get("attention_mask"))
     return mask if mask is not None and mask.ndim == 2 else None
+
+
+def _num_tokens(inputs: Mapping[str, Any]) -> int:
+    """Tokens that are not padding."""
+    mask_BT = _token_mask(inputs)
+    return inputs["input_ids"].numel() if mask_BT is None else int(mask_BT.count_nonzero())

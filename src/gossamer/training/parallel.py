@@ -10,6 +10,10 @@ the way transformers marks models that it sharded itself: the Trainer then leave
 the model. Embedding, last norm and head stay in the root's group, gathered until the backward pass is over:
 the loss uses the head after the model's own forward, and tied weights have to be in one group.
 
+DDP lays out its buckets anew after the first step of every process, and where a gradient lies in its bucket
+decides in which order three or more processes add it: a resumed run would round otherwise. It keeps them when
+it looks for unused parameters, so it is told to, though all are used (and warns once that it found none).
+
 A process that fails ends all: it leaves without waiting, and torchrun stops the others.
 """
 

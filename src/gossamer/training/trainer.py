@@ -165,7 +165,7 @@ def _arguments(
         label_names=["labels"],
         train_sampling_strategy="sequential",
         dataloader_pin_memory=device == "cuda",
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=True,  # see parallel.py: for buckets that stay as they are
     )
 
 
