@@ -236,6 +236,24 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     assert weights(job) == uninterrupted()
 
 
+def test_copies_of_checkpoints_are_the_users(job: Pretrain, uninterrupted: Callable[..., str]) -> None:
+    """They are neither resumed from nor counted nor removed."""
+    folder = interrupt(job)
+    for name in ("checkpoint-4-mine", "checkpoint-best", "checkpoint-04"):
+        shutil.copytree(folder / "checkpoint-4", folder / name)
+    with pytest.raises(Stop):
+        pretrain(replace(job, resume=True), stop_at(11))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-04",
+        "checkpoint-10",
+        "checkpoint-4-mine",
+        "checkpoint-8",
+        "checkpoint-best",
+    ]
+    pretrain(replace(job, resume=True))
+    assert weights(job) == uninterrupted()
+
+
 def test_no_sound_checkpoint_is_an_error(job: Pretrain) -> None:
     folder = interrupt(job)
     flip(folder / "checkpoint-6")
