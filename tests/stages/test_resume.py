@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gossamer import _native
 from gossamer.errors import CheckpointError, ConfigError, Interrupted
 from gossamer.report import Event
 from gossamer.stages.pretrain import Pretrain, pretrain
@@ -379,6 +381,19 @@ def test_other_threads_are_allowed_and_said(job: Pretrain) -> None:
         torch.set_num_threads(1)
     [said] = result.notes
     assert "num_threads: found 2, expected 1" in said and "not bit-identical" in said
+
+
+def test_other_native_kernels_and_versions_are_said(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(job)
+    found = _native.isa()
+    monkeypatch.setattr(_native, "isa", lambda: "other")
+    monkeypatch.setattr(transformers, "__version__", "5.99")
+    result = pretrain(replace(job, resume=True))
+    assert [note.split("(")[1].split(",")[0] for note in result.notes] == [
+        "native_instructions: found other",
+        "transformers: found 5.99",
+    ]
+    assert f"expected {found})" in result.notes[0]
 
 
 def test_an_interrupted_run_is_not_touched_unasked(job: Pretrain) -> None:

@@ -4,9 +4,11 @@ import math
 from typing import Literal
 
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaForCausalLM, TrainingArguments
 
+from gossamer import _native
 from gossamer.checkpoint import Checkpoint, Derived
 from gossamer.errors import Interrupted
 from gossamer.report import Event, Progress
@@ -99,10 +101,12 @@ def identify(
     rounds = {
         "device": device,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "native_instructions": _native.isa(),
         "num_threads": torch.get_num_threads(),
         "num_processes": num_processes(),
         "parallel": job.parallel,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     return RunIdentity(decides, rounds)
 
