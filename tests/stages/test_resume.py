@@ -148,6 +148,17 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits(
     assert not (output / "checkpoints").exists()
 
 
+def test_ctrl_c_after_the_last_step_is_too_late(job: Pretrain, uninterrupted: Callable[..., str]) -> None:
+    """Where nothing is saved on the way, the whole run would be lost."""
+
+    def press_control_c(event: Event) -> None:
+        if event.done == NUM_STEPS:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = pretrain(replace(job, save_steps=0), press_control_c)
+    assert result.num_steps == NUM_STEPS and weights(job) == uninterrupted()
+
+
 def test_a_second_ctrl_c_does_not_wait(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "SAME_PRESS_S", -1.0)
 

@@ -67,7 +67,7 @@ def train(
         SquareHead(teacher).attach(trainer)
     with interruption.listening():
         trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
-    if interruption.asked:
+    if trainer.state.global_step < trainer.state.max_steps:
         raise _interrupted(trainer)
     if job.parallel == "ddp":
         nn.Module.to(model, "cpu")
@@ -111,10 +111,10 @@ def identify(
     return RunIdentity(decides, rounds)
 
 
-def _interrupted(trainer: "RowTrainer") -> KeyboardInterrupt:
-    """Says where the run was saved; one that had not finished its first step has nothing to save."""
+def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
+    """Says where the run was saved, if it was: before the first step there is nothing to save."""
     state = trainer.state
-    if state.global_step == 0:
+    if state.global_step not in trainer.checkpoints.steps():
         return KeyboardInterrupt()
     folder = trainer.checkpoints.folder
     return Interrupted(f"interrupted after step {state.global_step} of {state.max_steps}, saved in {folder}")
