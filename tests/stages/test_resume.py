@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gossamer import _native
 from gossamer.errors import CheckpointError, ConfigError, Interrupted
 from gossamer.report import Event
+from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import interruption, trainer
 from gossamer.training.checkpoints import _sha256, _write_record, damage
@@ -157,6 +159,28 @@ def test_ctrl_c_after_the_last_step_is_too_late(job: Pretrain, uninterrupted: Ca
 
     result = pretrain(replace(job, save_steps=0), press_control_c)
     assert result.num_steps == NUM_STEPS and weights(job) == uninterrupted()
+
+
+def test_a_run_without_steps_left_measures_nothing(
+    job: Pretrain, uninterrupted: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted while the result was written; a resumed run that has steps left measures at its first."""
+    job = replace(job, report_to="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "write_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(job)
+    pretrain(replace(job, resume=True))
+    assert weights(job) == uninterrupted()
+    assert "optimizer_gradient_bytes" not in metrics(job)
+    job = replace(job, overwrite=True)
+    interrupt(job, step=11)
+    pretrain(replace(job, resume=True))
+    assert metrics(job)["optimizer_gradient_bytes"] > 0
+
+
+def metrics(job: Pretrain) -> dict[str, Any]:
+    return json.loads((Path(job.output_dir) / "gossamer.json").read_text())["metrics"]
 
 
 def test_a_second_ctrl_c_does_not_wait(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
