@@ -33,7 +33,7 @@ from gossamer.errors import CheckpointError, ConfigError, Interrupted
 from gossamer.report import Event
 from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training import interruption, trainer
+from gossamer.training import interruption, row_trainer, trainer
 from gossamer.training.checkpoints import _sha256, _write_record, damage
 from gossamer.training.row_trainer import RowTrainer
 from two_processes import one_of_two
@@ -342,6 +342,17 @@ def test_a_full_disk_keeps_the_checkpoints_before(
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     pretrain(replace(job, resume=True))
     assert weights(job) == uninterrupted()
+
+
+def test_what_fails_beside_the_disk_is_not_laid_to_it(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is gone, or memory that is, while a checkpoint is gathered."""
+
+    def whole(tensor: object) -> object:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(row_trainer, "whole", whole)
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        pretrain(job)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_model(

@@ -1,6 +1,8 @@
 """transformers' Trainer over rows of tokens: its loss, its log and its checkpoints."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +122,6 @@ class RowTrainer(Trainer):
             wait_for_all()
             if is_first():
                 self.checkpoints.publish(step, mask, self.kernel)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
-            raise OSError(f"checkpoint-{step} could not be saved ({error})") from error
         finally:
             if is_first():
                 self.checkpoints.discard_staged()
@@ -135,7 +135,8 @@ class RowTrainer(Trainer):
             del state["lm_head.weight"]
         if is_first():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(state, Path(output_dir) / WEIGHTS, {"format": "pt"})
+            with _writing(output_dir):
+                save_file(state, Path(output_dir) / WEIGHTS, {"format": "pt"})
             self.llama.config.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -147,8 +148,13 @@ class RowTrainer(Trainer):
             for index, moments in state["state"].items()
         }
         if is_first():
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULE)
+            with _writing(output_dir):
+                torch.save(state, Path(output_dir) / OPTIMIZER)
+                torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULE)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with _writing(output_dir):
+            super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Raises CheckpointError unless the zeros are those that were saved."""
@@ -190,6 +196,15 @@ class RowTrainer(Trainer):
             f"{found}; expected a finite number: lower --learning-rate (it is {self.args.learning_rate:g}) "
             f"or look at the model's weights{last_good}"
         )
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Only around writes, whose failures (a full disk) are RuntimeErrors in torch: raises OSError instead."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{Path(folder).name} could not be saved ({error})") from error
 
 
 class SaveEvery(TrainerCallback):
