@@ -29,13 +29,13 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gossamer import _native
-from gossamer.errors import CheckpointError, ConfigError, Interrupted
+from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted
 from gossamer.report import Event
 from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import interruption, row_trainer, trainer
 from gossamer.training.checkpoints import _sha256, _write_record, damage
-from gossamer.training.row_trainer import RowTrainer
+from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from two_processes import one_of_two
 
 Llamas = Callable[[str], Path]
@@ -300,20 +300,62 @@ def test_no_sound_checkpoint_is_an_error(job: Pretrain) -> None:
     assert len(list(folder.glob("checkpoint-*"))) == 2
 
 
-def test_a_mask_that_moved_is_an_error(job: Pretrain) -> None:
-    """Even in a checkpoint whose every hash is right."""
+def forge_weights(folder: Path, change: Callable[[torch.Tensor], None]) -> None:
+    """Change a matrix in a checkpoint whose every hash is right all the same."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors[Q_PROJ])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    record = json.loads((folder / "checkpoint.json").read_text())
+    record.pop("digest")
+    record["files"]["model.safetensors"] = _sha256(folder / "model.safetensors")
+    _write_record(folder, record)
+    assert damage(folder) is None
+
+
+def test_a_pruned_weight_that_came_to_life_in_a_checkpoint_is_an_error(job: Pretrain) -> None:
     newest = interrupt(job) / "checkpoint-6"
-    tensors = load_file(newest / "model.safetensors")
-    row = tensors[Q_PROJ][0].clone()
-    tensors[Q_PROJ][0] = row.roll(1)
-    save_file(tensors, newest / "model.safetensors", {"format": "pt"})
+    forge_weights(newest, lambda weight: weight[0].copy_(weight[0].clone().roll(1)))
+    with pytest.raises(CheckpointError, match=rf"checkpoint-6: \d+ pruned weights of {Q_PROJ} are not zero"):
+        pretrain(replace(job, resume=True))
+
+
+def test_a_mask_that_is_not_the_runs_is_an_error(job: Pretrain) -> None:
+    newest = interrupt(job) / "checkpoint-6"
     record = json.loads((newest / "checkpoint.json").read_text())
     record.pop("digest")
-    record["files"]["model.safetensors"] = _sha256(newest / "model.safetensors")
-    _write_record(newest, record)
-    assert damage(newest) is None
-    with pytest.raises(CheckpointError, match=r"checkpoint-6: the mask has sha256 \w+, expected \w+"):
+    _write_record(newest, record | {"mask": "0" * 64})
+    with pytest.raises(CheckpointError, match=r"checkpoint-6: its mask has sha256 0{12}, the run's has \w+"):
         pretrain(replace(job, resume=True))
+
+
+def test_a_kept_weight_may_become_zero(job: Pretrain) -> None:
+    """It is free again after a resume: the hash that is saved is that of the mask in force."""
+    folder = interrupt(job)
+    records = [json.loads((folder / f"checkpoint-{step}/checkpoint.json").read_text()) for step in (4, 6)]
+    forge_weights(folder / "checkpoint-6", lambda weight: weight[:2].zero_())
+    assert records[0]["mask"] == records[1]["mask"] == records[0]["decides"]["mask"]
+    pretrain(replace(job, resume=True))
+    before, after = (
+        load_file(Path(path) / "model.safetensors")[Q_PROJ] for path in (job.model, job.output_dir)
+    )
+    assert torch.equal(before == 0, after == 0)
+
+
+def test_a_pruned_weight_that_comes_to_life_after_the_step_is_not_saved(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_step_end = SaveEvery.on_step_end
+
+    def spoil(callback: SaveEvery, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(callback, args, state, control)
+        if state.global_step == 6:
+            kwargs["model"].get_parameter(Q_PROJ).data.add_(1.0)
+
+    monkeypatch.setattr(SaveEvery, "on_step_end", spoil)
+    with pytest.raises(GossamerError, match=rf"checkpoint-6 was not written: \d+ pruned weights of {Q_PROJ}"):
+        pretrain(job)
+    folder = Path(job.output_dir + ".partial/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ class Checkpoints:
         )
 
     def mask_hash(self, step: int) -> str:
-        """The hash of the mask that the checkpoint was saved with."""
+        """The hash of the mask that was in force; more weights than it prunes may be zero."""
         return _read_record(self.path(step))["mask"]
 
     def kernel(self, step: int) -> Kernel:

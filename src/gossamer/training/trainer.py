@@ -58,10 +58,12 @@ def train(
     choice = prepare(target.stage, job, model, teacher, micro_batch, device, precision, progress, decided)
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     held, interruption = HeldBytes(), Interruption()
-    callbacks = [*reporters(job.report_to, target.path, step + 1), MaskCallback(model), monitor, held]
+    callbacks = [*reporters(job.report_to, target.path, step + 1), monitor, held]
     callbacks += [SaveEvery(job.save_steps), interruption]
     shared = rows.padded(num_processes() * arguments.per_device_train_batch_size)
-    trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, callbacks, choice.kernel)
+    trainer = RowTrainer(
+        model, arguments, shared, checkpoints, monitor, MaskCallback(model), callbacks, choice.kernel
+    )
     if teacher is not None:
         nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
         SquareHead(teacher).attach(trainer)
