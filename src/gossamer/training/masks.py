@@ -167,11 +167,6 @@ def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
     return zeros
 
 
-def masked_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (weight, its zeros as bool), for the decoder's nn.Linears that have zeros in this process."""
-    return {m.name: (m.weight, m.zeros) for m in _paired(model, decoder_zeros(model))}
-
-
 def mask_hash(source: nn.Module | Checkpoint) -> str:
     """sha256 of the zeros of all sparse decoder linears: the same for a directory, a model and its shards.
 
@@ -190,7 +185,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _hash(zeros: Mapping[str, Tensor | Pattern]) -> str:
-    """sha256 over name, shape and packed bits of every mask that is not empty, in the order of the names."""
+    """sha256 over name, shape and packed bits of every mask that is not empty, in the order of the names.
+
+    One for a whole run; `checkpoint.hash_mask`, which `gossamer.json` keeps, is of one matrix's bits alone.
+    """
     digest = hashlib.sha256()
     for name in sorted(zeros):
         found = zeros[name]
