@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -38,6 +39,7 @@ COMPANIONS = (
 MANIFEST = "gossamer.json"
 CHECKPOINTS = "checkpoints"
 SHARD_BYTES = 2 << 30
+_CHECKPOINT_NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
 
 
 class Checkpoint:
@@ -288,7 +290,13 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
 
 def holds_checkpoint(partial: Path) -> bool:
     """Whether an interrupted run left something to resume from."""
-    return any((partial / CHECKPOINTS).glob("checkpoint-*"))
+    return bool(checkpoint_steps(partial))
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """The steps that a run left checkpoints of, oldest first; copies that users make do not count."""
+    found = [_CHECKPOINT_NAME.fullmatch(path.name) for path in (run_dir / CHECKPOINTS).glob("checkpoint-*")]
+    return sorted(int(match[1]) for match in found if match)
 
 
 def _check_interrupted(partial: Path, overwrite: bool, resume: bool) -> None:
@@ -399,7 +407,7 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
 
 
 def hash_mask(zeros_NK: np.ndarray) -> str:
-    """sha256 of a matrix's zeros, as `gossamer.json` records it."""
+    """sha256 of one matrix's zeros, as `gossamer.json` records it; `masks.mask_hash` is of a model."""
     return hashlib.sha256(np.packbits(zeros_NK).tobytes()).hexdigest()
 
 

@@ -19,19 +19,23 @@ from dataclasses import replace
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gossamer.errors import CheckpointError, ConfigError, Interrupted
+from gossamer import _native
+from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted
 from gossamer.report import Event
+from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training import interruption, trainer
+from gossamer.training import interruption, row_trainer, trainer
 from gossamer.training.checkpoints import _sha256, _write_record, damage
-from gossamer.training.row_trainer import RowTrainer
+from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from two_processes import one_of_three, one_of_two
 
 Llamas = Callable[[str], Path]
@@ -131,7 +135,7 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits(
     events: list[Event] = []
     result = pretrain(replace(job, resume=True), events.append)
     assert weights(job) == uninterrupted()
-    assert not [event for event in events if event.lasting]
+    assert [event.message for event in events if event.lasting] == ["kernel dense: as the run began"]
 
     output = Path(job.output_dir)
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -144,6 +148,39 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits(
     assert [scalar.step for scalar in shown.Scalars("train/loss")] == list(range(1, NUM_STEPS + 1))
     assert (output / "loss.png").stat().st_size > 5000
     assert not (output / "checkpoints").exists()
+
+
+def test_ctrl_c_after_the_last_step_is_too_late(job: Pretrain, uninterrupted: Callable[..., str]) -> None:
+    """Where nothing is saved on the way, the whole run would be lost."""
+
+    def press_control_c(event: Event) -> None:
+        if event.done == NUM_STEPS:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = pretrain(replace(job, save_steps=0), press_control_c)
+    assert result.num_steps == NUM_STEPS and weights(job) == uninterrupted()
+
+
+def test_a_run_without_steps_left_measures_nothing(
+    job: Pretrain, uninterrupted: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted while the result was written; a resumed run that has steps left measures at its first."""
+    job = replace(job, report_to="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "write_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(job)
+    pretrain(replace(job, resume=True))
+    assert weights(job) == uninterrupted()
+    assert "optimizer_gradient_bytes" not in metrics(job)
+    job = replace(job, overwrite=True)
+    interrupt(job, step=11)
+    pretrain(replace(job, resume=True))
+    assert metrics(job)["optimizer_gradient_bytes"] > 0
+
+
+def metrics(job: Pretrain) -> dict[str, Any]:
+    return json.loads((Path(job.output_dir) / "gossamer.json").read_text())["metrics"]
 
 
 def test_a_second_ctrl_c_does_not_wait(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,12 +264,30 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     spoil(folder / "checkpoint-6")
     events: list[Event] = []
     result = pretrain(replace(job, resume=True), events.append)
-    [said] = [event.message for event in events if event.lasting]
+    said, _ = [event.message for event in events if event.lasting]
     assert re.search(reason, said) and result.notes == (said,)
     assert "checkpoint-6 is damaged" in said and "going on from checkpoint-4" in said
     assert next(event.done for event in events if event.message == "training") == 5
     manifest = json.loads((Path(job.output_dir) / "gossamer.json").read_text())
     assert manifest["metrics"]["notes"] == [said]
+    assert weights(job) == uninterrupted()
+
+
+def test_copies_of_checkpoints_are_the_users(job: Pretrain, uninterrupted: Callable[..., str]) -> None:
+    """They are neither resumed from nor counted nor removed."""
+    folder = interrupt(job)
+    for name in ("checkpoint-4-mine", "checkpoint-best", "checkpoint-04"):
+        shutil.copytree(folder / "checkpoint-4", folder / name)
+    with pytest.raises(Stop):
+        pretrain(replace(job, resume=True), stop_at(11))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint-04",
+        "checkpoint-10",
+        "checkpoint-4-mine",
+        "checkpoint-8",
+        "checkpoint-best",
+    ]
+    pretrain(replace(job, resume=True))
     assert weights(job) == uninterrupted()
 
 
@@ -245,20 +300,62 @@ def test_no_sound_checkpoint_is_an_error(job: Pretrain) -> None:
     assert len(list(folder.glob("checkpoint-*"))) == 2
 
 
-def test_a_mask_that_moved_is_an_error(job: Pretrain) -> None:
-    """Even in a checkpoint whose every hash is right."""
+def forge_weights(folder: Path, change: Callable[[torch.Tensor], None]) -> None:
+    """Change a matrix in a checkpoint whose every hash is right all the same."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors[Q_PROJ])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    record = json.loads((folder / "checkpoint.json").read_text())
+    record.pop("digest")
+    record["files"]["model.safetensors"] = _sha256(folder / "model.safetensors")
+    _write_record(folder, record)
+    assert damage(folder) is None
+
+
+def test_a_pruned_weight_that_came_to_life_in_a_checkpoint_is_an_error(job: Pretrain) -> None:
     newest = interrupt(job) / "checkpoint-6"
-    tensors = load_file(newest / "model.safetensors")
-    row = tensors[Q_PROJ][0].clone()
-    tensors[Q_PROJ][0] = row.roll(1)
-    save_file(tensors, newest / "model.safetensors", {"format": "pt"})
+    forge_weights(newest, lambda weight: weight[0].copy_(weight[0].clone().roll(1)))
+    with pytest.raises(CheckpointError, match=rf"checkpoint-6: \d+ pruned weights of {Q_PROJ} are not zero"):
+        pretrain(replace(job, resume=True))
+
+
+def test_a_mask_that_is_not_the_runs_is_an_error(job: Pretrain) -> None:
+    newest = interrupt(job) / "checkpoint-6"
     record = json.loads((newest / "checkpoint.json").read_text())
     record.pop("digest")
-    record["files"]["model.safetensors"] = _sha256(newest / "model.safetensors")
-    _write_record(newest, record)
-    assert damage(newest) is None
-    with pytest.raises(CheckpointError, match=r"checkpoint-6: the mask has sha256 \w+, expected \w+"):
+    _write_record(newest, record | {"mask": "0" * 64})
+    with pytest.raises(CheckpointError, match=r"checkpoint-6: its mask has sha256 0{12}, the run's has \w+"):
         pretrain(replace(job, resume=True))
+
+
+def test_a_kept_weight_may_become_zero(job: Pretrain) -> None:
+    """It is free again after a resume: the hash that is saved is that of the mask in force."""
+    folder = interrupt(job)
+    records = [json.loads((folder / f"checkpoint-{step}/checkpoint.json").read_text()) for step in (4, 6)]
+    forge_weights(folder / "checkpoint-6", lambda weight: weight[:2].zero_())
+    assert records[0]["mask"] == records[1]["mask"] == records[0]["decides"]["mask"]
+    pretrain(replace(job, resume=True))
+    before, after = (
+        load_file(Path(path) / "model.safetensors")[Q_PROJ] for path in (job.model, job.output_dir)
+    )
+    assert torch.equal(before == 0, after == 0)
+
+
+def test_a_pruned_weight_that_comes_to_life_after_the_step_is_not_saved(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_step_end = SaveEvery.on_step_end
+
+    def spoil(callback: SaveEvery, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_step_end(callback, args, state, control)
+        if state.global_step == 6:
+            kwargs["model"].get_parameter(Q_PROJ).data.add_(1.0)
+
+    monkeypatch.setattr(SaveEvery, "on_step_end", spoil)
+    with pytest.raises(GossamerError, match=rf"checkpoint-6 was not written: \d+ pruned weights of {Q_PROJ}"):
+        pretrain(job)
+    folder = Path(job.output_dir + ".partial/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.fixture
@@ -287,6 +384,17 @@ def test_a_full_disk_keeps_the_checkpoints_before(
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     pretrain(replace(job, resume=True))
     assert weights(job) == uninterrupted()
+
+
+def test_what_fails_beside_the_disk_is_not_laid_to_it(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is gone, or memory that is, while a checkpoint is gathered."""
+
+    def whole(tensor: object) -> object:
+        raise RuntimeError("connection closed by peer")
+
+    monkeypatch.setattr(row_trainer, "whole", whole)
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        pretrain(job)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_model(
@@ -361,6 +469,19 @@ def test_other_threads_are_allowed_and_said(job: Pretrain) -> None:
         torch.set_num_threads(1)
     [said] = result.notes
     assert "num_threads: found 2, expected 1" in said and "not bit-identical" in said
+
+
+def test_other_native_kernels_and_versions_are_said(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(job)
+    found = _native.isa()
+    monkeypatch.setattr(_native, "isa", lambda: "other")
+    monkeypatch.setattr(transformers, "__version__", "5.99")
+    result = pretrain(replace(job, resume=True))
+    assert [note.split("(")[1].split(",")[0] for note in result.notes] == [
+        "native_instructions: found other",
+        "transformers: found 5.99",
+    ]
+    assert f"expected {found})" in result.notes[0]
 
 
 def test_an_interrupted_run_is_not_touched_unasked(job: Pretrain) -> None:

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.training import kernel
-from gossamer.training.kernel import apply_kernel, choose_kernel
-from gossamer.training.sparse_linear import SparseLinear, densify
+from gossamer.training.kernel import choose_kernel, masked_linears
+from gossamer.training.sparse_linear import SparseLinear, densify, sparsify
 
 
 def llama(sparsity: float, width: int = 32) -> LlamaForCausalLM:
@@ -90,9 +90,7 @@ def test_measuring_finds_the_gain_and_leaves_the_model_alone(precision: Any) -> 
 def test_applied_to_the_decoders_linears_and_undone() -> None:
     model = llama(0.5)
     random = torch.get_rng_state()
-    apply_kernel(model, "dense")
-    assert not any(isinstance(module, SparseLinear) for module in model.modules())
-    apply_kernel(model, "sparse")
+    sparsify(model, masked_linears(model))
     sparse = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
     assert len(sparse) == 14 and all("_proj" in name for name in sparse)
     densify(model)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import ConfigError
 from gossamer.training.adamw import AdamW
-from gossamer.training.kernel import apply_kernel
+from gossamer.training.kernel import masked_linears
 from gossamer.training.memory import (
     MemoryEstimate,
     available_bytes,
@@ -18,6 +18,7 @@ from gossamer.training.memory import (
     estimate_memory,
     optimizer_gradient_bytes,
 )
+from gossamer.training.sparse_linear import sparsify
 
 GB = 10**9
 
@@ -38,7 +39,8 @@ def llama(kernel: Any = "dense", attention: str = "sdpa", **shape: int) -> Llama
         for name, weight in model.named_parameters():
             if "_proj" in name:
                 weight[torch.rand(weight.shape) < 0.7] = 0
-    apply_kernel(model, kernel)
+    if kernel == "sparse":
+        sparsify(model, masked_linears(model))
     model.set_attn_implementation(attention)
     return model.train()
 

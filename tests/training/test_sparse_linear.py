@@ -18,7 +18,8 @@ from gossamer.errors import CheckpointError
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training import sparse_linear
 from gossamer.training.adamw import AdamW
-from gossamer.training.masks import MaskCallback, masked_weights
+from gossamer.training.kernel import masked_linears
+from gossamer.training.masks import MaskCallback, decoder_zeros
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.sparse_linear import SparseLinear, densify, sparsify
 
@@ -127,8 +128,14 @@ def sparse_llama(path: Path, sparsity: float = 0.7) -> LlamaForCausalLM:
 
 def sparse_copy(model: LlamaForCausalLM) -> LlamaForCausalLM:
     copied = copy.deepcopy(model)
-    sparsify(copied, [name.removesuffix(".weight") for name in masked_weights(copied)])
+    sparsify(copied, masked_linears(copied))
     return copied
+
+
+def zeros_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
+    """`decoder_zeros` of a model without SparseLinears."""
+    found = decoder_zeros(model)
+    return {name: zeros for name, zeros in found.items() if isinstance(zeros, Tensor)}
 
 
 def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
@@ -143,7 +150,7 @@ def test_there_and_back_is_exact(model: LlamaForCausalLM) -> None:
     layers = [module for module in sparse.modules() if isinstance(module, SparseLinear)]
     assert len(layers) == 13
     assert sum(layer.values.numel() for layer in layers) == sum(
-        int(torch.count_nonzero(weight)) for weight, _ in masked_weights(model).values()
+        int(torch.count_nonzero(dense.weight)) for dense in masked_linears(model).values()
     )
     assert_same_weights(sparse, model)
     assert torch.equal(layers[0].pattern.mask_NK(), model.model.layers[0].self_attn.q_proj.weight != 0)
@@ -262,7 +269,7 @@ def test_training_is_that_of_masked_dense_layers(
 ) -> None:
     """Losses within 1e-4, clipped norms within 1e-3 of themselves: float32 sums in another order."""
     sparse = sparse_copy(model)
-    start = masked_weights(model)
+    zeros = zeros_of(model)
     expected = train(model, tmp_path / "dense", **options)
     found = train(sparse, tmp_path / "sparse", **options)
     assert sparse.is_gradient_checkpointing == bool(options)
@@ -271,9 +278,9 @@ def test_training_is_that_of_masked_dense_layers(
     np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-3)
     assert min(found.norms) > 0.5
     weights = sparse.state_dict()
-    for name, (weight, zeros_NK) in start.items():
+    for name, zeros_NK in zeros.items():
         assert not weights[name][zeros_NK].any() and weights[name][~zeros_NK].all()
-        torch.testing.assert_close(weights[name], weight.detach(), rtol=0, atol=2e-3)
+        torch.testing.assert_close(weights[name], model.state_dict()[name], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
@@ -284,7 +291,7 @@ def test_torchs_products_and_optimizer_train_alike(
     monkeypatch.setattr(sparse_linear, "_is_native", lambda values: False)
     nn.Module.to(model, dtype)
     models = sparse_copy(model), model
-    masks = {name: ~zeros_NK for name, (_, zeros_NK) in masked_weights(model).items()}
+    masks = {name: ~zeros_NK for name, zeros_NK in zeros_of(model).items()}
     losses: tuple[list[float], list[float]] = [], []
     for trained, found in zip(models, losses, strict=True):
         optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3, weight_decay=0.1)
@@ -325,8 +332,9 @@ def test_trainer_checkpoints_resume_to_the_bit(model: LlamaForCausalLM, tmp_path
     whole, half = sparse_copy(model), sparse_copy(model)
     train(whole, tmp_path / "run", save_strategy="steps", save_steps=10)
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "run/checkpoint-10")
-    assert {name: int(zeros.sum()) for name, (_, zeros) in masked_weights(saved).items()} == {
-        name: int(zeros.sum()) for name, (_, zeros) in masked_weights(model).items()
+    found, expected = zeros_of(saved), zeros_of(model)
+    assert {name: int(zeros.sum()) for name, zeros in found.items()} == {
+        name: int(zeros.sum()) for name, zeros in expected.items()
     }
     (tmp_path / "run/checkpoint-20").rename(tmp_path / "done")
     train(half, tmp_path / "run", resume=True, save_strategy="steps", save_steps=10)

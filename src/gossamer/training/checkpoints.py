@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.checkpoint import CHECKPOINTS, companions
+from gossamer.checkpoint import CHECKPOINTS, checkpoint_steps, companions
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.training.kernel import Kernel
 
@@ -57,7 +57,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
-        return sorted(int(path.name.split("-")[1]) for path in self.folder.glob("checkpoint-*"))
+        return checkpoint_steps(self.run_dir)
 
     def publish(self, step: int, mask_hash: str, kernel: Kernel) -> None:
         """Hash, sync and rename what lies in `staging`; forget all but the newest two."""
@@ -100,7 +100,7 @@ class Checkpoints:
         )
 
     def mask_hash(self, step: int) -> str:
-        """The hash of the mask that the checkpoint was saved with."""
+        """The hash of the mask that was in force; more weights than it prunes may be zero."""
         return _read_record(self.path(step))["mask"]
 
     def kernel(self, step: int) -> Kernel:

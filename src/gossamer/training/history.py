@@ -26,7 +26,8 @@ class TrainingResult:
 class History:
     """The loss of every optimizer step, and how fast it went, over all the runs that it took.
 
-    `notes`: what happened on the way that the user should know.
+    `notes`: what happened on the way that the user should know; `optimizer_gradient_bytes`: None if no step
+    was left to measure at.
     """
 
     losses: tuple[float, ...]
@@ -36,11 +37,12 @@ class History:
     num_threads: int
     notes: tuple[str, ...]
     kernel: KernelChoice
-    optimizer_gradient_bytes: int
+    optimizer_gradient_bytes: int | None
 
     def metrics(self) -> dict[str, Any]:
         """For `gossamer.json`: first and last loss are means over a twentieth of the steps (at least one)."""
         count = max(1, len(self.losses) // 20)
+        held = self.optimizer_gradient_bytes
         return {
             "num_steps": len(self.losses),
             "num_tokens": self.num_tokens,
@@ -51,7 +53,7 @@ class History:
             "precision": self.precision,
             "notes": self.notes,
             **self.kernel.metrics(),
-            "optimizer_gradient_bytes": self.optimizer_gradient_bytes,
+            **({} if held is None else {"optimizer_gradient_bytes": held}),
         }
 
     def result(self, output_dir: str, sparsity: float) -> TrainingResult:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.training.masks import decoder_zeros
-from gossamer.training.sparse_linear import SparseLinear, sparsify
+from gossamer.training.sparse_linear import SparseLinear
 
 Kernel = Literal["dense", "sparse"]
 SECONDS_A_SIDE = 0.15
@@ -67,12 +67,6 @@ def choose_kernel(
     if device != "cpu":
         return KernelChoice("dense", "a GPU multiplies dense matrices either way")
     return _measured(linears, precision, num_tokens)
-
-
-def apply_kernel(model: nn.Module, kernel: Kernel) -> None:
-    """Prepare the model, in place, for the products of a run; `sparse_linear.densify` undoes it."""
-    if kernel == "sparse":
-        sparsify(model, masked_linears(model))
 
 
 def masked_linears(model: nn.Module) -> dict[str, nn.Linear]:

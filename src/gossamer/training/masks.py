@@ -72,8 +72,8 @@ class MaskCallback(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        self._given = None if model is None else decoder_zeros(model)
-        self._zeros: dict[str, Tensor | Pattern] = {}
+        self._is_given = model is not None
+        self._zeros = {} if model is None else decoder_zeros(model)
         self._masked: list[MaskedWeight] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -83,7 +83,8 @@ class MaskCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         _refuse_unsupported(args, model)
         self._remove_hooks()
-        self._zeros = decoder_zeros(model) if self._given is None else self._given
+        if not self._is_given:
+            self._zeros = decoder_zeros(model)
         self._masked = list(_paired(model, self._zeros))
         self._check(state.global_step, "weights", {m.name: m.count(local(m.weight)) for m in self._masked})
         for masked in self._masked:
@@ -110,6 +111,12 @@ class MaskCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove_hooks()
+
+    @torch.no_grad()
+    def broken(self, model: nn.Module) -> dict[str, int]:
+        """name -> how many of its weights are not zero though the mask in force prunes them, if any."""
+        counts = {m.name: int(m.count(local(m.weight))) for m in _paired(model, self._zeros)}
+        return {name: count for name, count in counts.items() if count}
 
     def mask_hash(self) -> str:
         """`mask_hash` of the masks in force: unlike that of the model, the same from first to last step."""
@@ -160,11 +167,6 @@ def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
     return zeros
 
 
-def masked_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (weight, its zeros as bool), for the decoder's nn.Linears that have zeros in this process."""
-    return {m.name: (m.weight, m.zeros) for m in _paired(model, decoder_zeros(model))}
-
-
 def mask_hash(source: nn.Module | Checkpoint) -> str:
     """sha256 of the zeros of all sparse decoder linears: the same for a directory, a model and its shards.
 
@@ -183,7 +185,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _hash(zeros: Mapping[str, Tensor | Pattern]) -> str:
-    """sha256 over name, shape and packed bits of every mask that is not empty, in the order of the names."""
+    """sha256 over name, shape and packed bits of every mask that is not empty, in the order of the names.
+
+    One for a whole run; `checkpoint.hash_mask`, which `gossamer.json` keeps, is of one matrix's bits alone.
+    """
     digest = hashlib.sha256()
     for name in sorted(zeros):
         found = zeros[name]

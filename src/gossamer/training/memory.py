@@ -118,12 +118,12 @@ def optimizer_gradient_bytes(model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 class HeldBytes(TrainerCallback):
-    """Notes `optimizer_gradient_bytes` at the first step: `num_bytes`."""
+    """Notes `optimizer_gradient_bytes` at the first step: `num_bytes`, None before."""
 
-    num_bytes = 0
+    num_bytes: int | None = None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.num_bytes:
+        if self.num_bytes is None:
             self.num_bytes = optimizer_gradient_bytes(kwargs["model"], kwargs["optimizer"])
 
 

@@ -5,10 +5,11 @@ from typing import Literal
 from transformers import LlamaForCausalLM
 
 from gossamer.report import Event, Progress
-from gossamer.training.kernel import Kernel, KernelChoice, apply_kernel, choose_kernel, masked_linears
+from gossamer.training.kernel import Kernel, KernelChoice, choose_kernel, masked_linears
 from gossamer.training.memory import available_bytes, check_memory, estimate_memory
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import from_first
+from gossamer.training.sparse_linear import sparsify
 
 
 def prepare(
@@ -37,7 +38,8 @@ def prepare(
         choice = KernelChoice(decided, "as the run began")
     progress(Event(stage, f"kernel {choice.kernel}: {choice.reason}", lasting=True))
     could_be_sparse = choice.kernel == "dense" and not sharded and bool(masked_linears(model))
-    apply_kernel(model, choice.kernel)
+    if choice.kernel == "sparse":
+        sparsify(model, masked_linears(model))
     estimate = estimate_memory(model, num_rows, row_length, precision, device=device, teacher=teacher)
     if (available := available_bytes(device)) is not None:
         check_memory(estimate, available, num_tokens, could_be_sparse=could_be_sparse)

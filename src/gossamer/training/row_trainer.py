@@ -1,6 +1,8 @@
 """transformers' Trainer over rows of tokens: its loss, its log and its checkpoints."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.training.adamw import AdamW
 from gossamer.training.checkpoints import Checkpoints
 from gossamer.training.kernel import Kernel
-from gossamer.training.masks import mask_hash
+from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
 from gossamer.training.parallel import is_first, num_processes, share, wait_for_all, whole
 from gossamer.training.rows import IGNORED, Rows
@@ -35,15 +37,20 @@ class RowTrainer(Trainer):
         rows: Rows,
         checkpoints: Checkpoints,
         monitor: Monitor,
+        masks: MaskCallback,
         callbacks: list[TrainerCallback],
         kernel: Kernel,
     ) -> None:
         super().__init__(
-            model=model, args=args, train_dataset=rows, data_collator=rows.collate, callbacks=callbacks
+            model=model,
+            args=args,
+            train_dataset=rows,
+            data_collator=rows.collate,
+            callbacks=[masks, *callbacks],
         )
         self.remove_callback(PrinterCallback)
         self.llama, self.rows, self.checkpoints, self.monitor = model, rows, checkpoints, monitor
-        self.kernel: Kernel = kernel
+        self.masks, self.kernel = masks, kernel
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -108,10 +115,20 @@ class RowTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Once a step, by all processes together; raises OSError when the disk does not take it."""
-        step, mask = self.state.global_step, mask_hash(self.llama)
+        """Once a step, by all processes together.
+
+        Raises OSError when the disk does not take it, GossamerError unless all that the mask in
+        force prunes is zero.
+        """
+        step = self.state.global_step
         if step in self.checkpoints.steps():
             return
+        for name, count in self.masks.broken(self.llama).items():
+            raise GossamerError(
+                f"checkpoint-{step} was not written: {count} pruned weights of {name} are not zero; expected "
+                "0: another callback writes to them; leave it out"
+            )
+        mask = self.masks.mask_hash()
         try:
             if is_first():
                 self.checkpoints.discard_staged()
@@ -120,8 +137,6 @@ class RowTrainer(Trainer):
             wait_for_all()
             if is_first():
                 self.checkpoints.publish(step, mask, self.kernel)
-        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
-            raise OSError(f"checkpoint-{step} could not be saved ({error})") from error
         finally:
             if is_first():
                 self.checkpoints.discard_staged()
@@ -135,7 +150,8 @@ class RowTrainer(Trainer):
             del state["lm_head.weight"]
         if is_first():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(state, Path(output_dir) / WEIGHTS, {"format": "pt"})
+            with _writing(output_dir):
+                save_file(state, Path(output_dir) / WEIGHTS, {"format": "pt"})
             self.llama.config.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -147,22 +163,32 @@ class RowTrainer(Trainer):
             for index, moments in state["state"].items()
         }
         if is_first():
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULE)
+            with _writing(output_dir):
+                torch.save(state, Path(output_dir) / OPTIMIZER)
+                torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULE)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with _writing(output_dir):
+            super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Raises CheckpointError unless the zeros are those that were saved."""
+        """Raises CheckpointError unless the mask is that of the run and all that it prunes is zero."""
         folder = Path(resume_from_checkpoint)
         state = load_file(folder / WEIGHTS)
         if self.llama.config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         shards = self.llama.state_dict()
         self.llama.load_state_dict({name: share(tensor, shards[name]) for name, tensor in state.items()})
-        found, expected = mask_hash(self.llama), self.checkpoints.mask_hash(int(folder.name.split("-")[1]))
+        found, expected = self.masks.mask_hash(), self.checkpoints.mask_hash(int(folder.name.split("-")[1]))
         if found != expected:
             raise CheckpointError(
-                f"{folder}: the mask has sha256 {found[:12]}, expected {expected[:12]}: weights came back to "
-                "life or became zero; --overwrite starts anew"
+                f"{folder}: its mask has sha256 {expected[:12]}, the run's has {found[:12]}; expected the "
+                "same: --overwrite starts anew"
+            )
+        for name, count in self.masks.broken(self.llama).items():
+            raise CheckpointError(
+                f"{folder}: {count} pruned weights of {name} are not zero; expected 0: the file was changed; "
+                "--overwrite starts anew"
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -190,6 +216,15 @@ class RowTrainer(Trainer):
             f"{found}; expected a finite number: lower --learning-rate (it is {self.args.learning_rate:g}) "
             f"or look at the model's weights{last_good}"
         )
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Only around writes, whose failures (a full disk) are RuntimeErrors in torch: raises OSError instead."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{Path(folder).name} could not be saved ({error})") from error
 
 
 class SaveEvery(TrainerCallback):

@@ -4,9 +4,11 @@ import math
 from typing import Literal
 
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaForCausalLM, TrainingArguments
 
+from gossamer import _native
 from gossamer.checkpoint import Checkpoint, Derived
 from gossamer.errors import Interrupted
 from gossamer.report import Event, Progress
@@ -56,16 +58,18 @@ def train(
     choice = prepare(target.stage, job, model, teacher, micro_batch, device, precision, progress, decided)
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     held, interruption = HeldBytes(), Interruption()
-    callbacks = [*reporters(job.report_to, target.path, step + 1), MaskCallback(model), monitor, held]
+    callbacks = [*reporters(job.report_to, target.path, step + 1), monitor, held]
     callbacks += [SaveEvery(job.save_steps), interruption]
     shared = rows.padded(num_processes() * arguments.per_device_train_batch_size)
-    trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, callbacks, choice.kernel)
+    trainer = RowTrainer(
+        model, arguments, shared, checkpoints, monitor, MaskCallback(model), callbacks, choice.kernel
+    )
     if teacher is not None:
         nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
         SquareHead(teacher).attach(trainer)
     with interruption.listening():
         trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
-    if interruption.asked:
+    if trainer.state.global_step < trainer.state.max_steps:
         raise _interrupted(trainer)
     if job.parallel == "ddp":
         nn.Module.to(model, "cpu")
@@ -99,18 +103,20 @@ def identify(
     rounds = {
         "device": device,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "native_instructions": _native.isa(),
         "num_threads": torch.get_num_threads(),
         "num_processes": num_processes(),
         "parallel": job.parallel,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     return RunIdentity(decides, rounds)
 
 
-def _interrupted(trainer: "RowTrainer") -> KeyboardInterrupt:
-    """Says where the run was saved; one that had not finished its first step has nothing to save."""
+def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
+    """Says where the run was saved, if it was: before the first step there is nothing to save."""
     state = trainer.state
-    if state.global_step == 0:
+    if state.global_step not in trainer.checkpoints.steps():
         return KeyboardInterrupt()
     folder = trainer.checkpoints.folder
     return Interrupted(f"interrupted after step {state.global_step} of {state.max_steps}, saved in {folder}")
