@@ -143,6 +143,20 @@ def test_a_failing_copy_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_two_runs_do_not_write_the_same_directory(tiny_llama: Tiny, tmp_path: Path) -> None:
+    source = Checkpoint.open(tiny_llama("llama2"))
+    with source.derive(tmp_path / "out", Copy(), stage="copy") as target:
+        with (
+            pytest.raises(ConfigError, match=r"out\.partial is being written by another run"),
+            source.derive(tmp_path / "out", Copy(), stage="copy"),
+        ):
+            pass
+        target.copy_rest()
+    assert Checkpoint.open(tmp_path / "out").hash() == source.hash()
+    with source.derive(tmp_path / "out", Copy(), stage="copy", overwrite=True) as target:
+        target.copy_rest()
+
+
 def test_a_forgotten_tensor_is_refused(tiny_llama: Tiny, tmp_path: Path) -> None:
     source = Checkpoint.open(tiny_llama("llama2"))
     with (

@@ -5,9 +5,11 @@ shape, in files that are whole. Writing goes to `OUT.partial/` and is renamed on
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -147,14 +149,15 @@ class Checkpoint:
         if output.exists() and output.resolve() == self.path.resolve():
             raise ConfigError(f"{output} is the input directory; give another --output-dir")
         _check_interrupted(partial, overwrite, resume)
-        try:
-            target = Derived(self, output, partial, record(job), stage)
-            target._begin(resume)
-            yield target
-            target._finish()
-        finally:
-            if not holds_checkpoint(partial):
-                shutil.rmtree(partial, ignore_errors=True)
+        with _locked(partial):
+            try:
+                target = Derived(self, output, partial, record(job), stage)
+                target._begin(resume)
+                yield target
+                target._finish()
+            finally:
+                if not holds_checkpoint(partial):
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 class Derived:
@@ -179,12 +182,9 @@ class Derived:
         self._shards = _ShardWriter(self.path)
 
     def _begin(self, resume: bool) -> None:
-        """Make the directory, or take what an interrupted run left in it."""
-        if not resume:
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.path.glob("model*"):
-            unfinished.unlink()
+        """Clear the directory of what an earlier run left in it, but for what can be resumed."""
+        for left in self.path.glob("model*" if resume else "*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         for file in companions(self.parent.path):
             shutil.copyfile(file, self.path / file.name)
 
@@ -308,6 +308,23 @@ def _check_interrupted(partial: Path, overwrite: bool, resume: bool) -> None:
         raise ConfigError(
             f"{partial} holds an interrupted run; --resume goes on with it, --overwrite starts anew"
         )
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Make `partial`, and keep other runs out of it; raises ConfigError where one is at work."""
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{partial} is being written by another run; wait for its end, or give another --output-dir"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def publish(partial: Path, output: Path) -> None:
