@@ -55,6 +55,31 @@ def test_layer_by_layer_equals_transformers(tiny_llama: Tiny, tmp_path: Path, va
     AutoModelForCausalLM.from_pretrained(child.path)
 
 
+def test_one_of_several_processes_writes_a_shared_child_and_none_another(
+    tiny_llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in the partial directory stays as it is."""
+    source = Checkpoint.open(tiny_llama("llama2"))
+    child, partial = tmp_path / "child", tmp_path / "child.partial"
+    partial.mkdir()
+    (partial / "theirs").touch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with (
+            pytest.raises(UnsupportedError, match="found 2 processes; `copy` runs in one"),
+            source.derive(child, Copy(), stage="copy"),
+        ):
+            pass
+    with source.derive(child, Copy(), stage="copy", shared=True) as target:
+        target.copy_rest()
+    assert [path.name for path in tmp_path.iterdir()] == ["child.partial"] and (partial / "theirs").exists()
+    monkeypatch.setenv("RANK", "0")
+    with source.derive(child, Copy(), stage="copy", shared=True) as target:
+        target.copy_rest()
+    assert [path.name for path in tmp_path.iterdir()] == ["child"]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rope_frequencies_equal_transformers(tiny_llama: Tiny, variant: str) -> None:
     source = Checkpoint.open(tiny_llama(variant))

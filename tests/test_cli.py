@@ -9,8 +9,10 @@ import pytest
 
 from gossamer import cli
 from gossamer.engine import LLM, SamplingParams
+from gossamer.errors import UnsupportedError
 from gossamer.recovery import SHIPPED
 from gossamer.report import Event
+from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune
 
@@ -85,6 +87,37 @@ def test_an_interrupted_verb_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) 
     assert "--resume" not in cli.resuming(["compress"], Prune("model", "out", dataset=("a",)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.resuming(words, job).startswith("torchrun --nproc-per-node 2 -m gossamer pretrain")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("name", sorted(cli.VERBS.keys() - {"pretrain", "finetune"}))
+def test_verbs_that_share_no_work_refuse_torchrun(
+    name: str,
+    rank: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+
+    def parsed(name: str, arguments: list[str]) -> tuple[None, Callable[..., None]]:
+        return None, lambda job, progress: (tmp_path / "written").touch()
+
+    monkeypatch.setattr(cli, "parse", parsed)
+    assert cli.call([name]) == 2
+    assert f"found 2 processes; `{name}` runs in one: leave torchrun out" in capsys.readouterr().err
+    assert not (tmp_path / "written").exists()
+    assert cli.call(["pretrain"]) == 0
+
+
+def test_pack_from_python_refuses_torchrun(
+    tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedError, match="found 2 processes; `pack` runs in one"):
+        pack(Pack(str(tiny_llama("llama2")), str(tmp_path / "m.goss")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_completes_and_chats(

@@ -18,11 +18,12 @@ from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.errors import GossamerError, Interrupted
+from gossamer.processes import is_first
 from gossamer.report import Event
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import trainer as training
 from gossamer.training.masks import MaskCallback, mask_hash
-from gossamer.training.parallel import distribute, is_first
+from gossamer.training.parallel import distribute
 
 
 def job(folder: Path, name: str, **changes: Any) -> Pretrain:

@@ -23,6 +23,7 @@ import numpy as np
 from gossamer.architecture import Llama
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.job import record
+from gossamer.processes import is_first, refuse_several
 from gossamer.weights import STORAGE, Entry, is_finite, read_header, to_float32, write_safetensors
 
 COMPANIONS = (
@@ -131,18 +132,22 @@ class Checkpoint:
         stage: str,
         overwrite: bool = False,
         resume: bool = False,
-        writes: bool = True,
+        shared: bool = False,
     ) -> Iterator["Derived"]:
         """Write a child directory: whole and renamed into place, or not there at all.
 
         Only a run that left checkpoints stays in `OUT.partial/` when it fails, for `resume` to go on with.
-        Of several processes one `writes`; the others go through the same motions and touch no file.
-        `job` is the stage's dataclass of options. Raises ConfigError if `output_dir` exists
-        without `overwrite`, CheckpointError if the child lost one of its parent's zeros or tensors.
+        Where all processes of torchrun have a `shared` child, the first one writes it; the others go through
+        the same motions and touch no file.
+        `job` is the stage's dataclass of options. Raises ConfigError if `output_dir` exists without
+        `overwrite`, UnsupportedError if there are several processes and the child is not `shared`,
+        CheckpointError if it lost one of its parent's zeros or tensors.
         """
         output = Path(output_dir)
         partial = output.with_name(output.name + ".partial")
-        if not writes:
+        if not shared:
+            refuse_several(stage)
+        if not is_first():
             yield Derived(self, output, partial, record(job), stage, writes=False)
             return
         refuse_existing(output, overwrite)

@@ -8,7 +8,6 @@ import datetime
 import difflib
 import importlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -26,6 +25,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gossamer.errors import ConfigError, GossamerError, Interrupted
+from gossamer.processes import is_first, num_processes, refuse_several
 from gossamer.report import Event, Progress, Table
 
 LOGGED = ("learning_rate", "grad_norm")  # in the log files; a bar has no room for them
@@ -40,6 +40,7 @@ class Verb:
     module: str
     job: str
     summary: str
+    in_several: bool = False  # processes of torchrun
 
     def load(self, name: str) -> tuple[type, Callable[..., Any]]:
         module = importlib.import_module(self.module)
@@ -50,8 +51,10 @@ VERBS = {
     "demo": Verb("gossamer.demo", "Demo", "the tour: this CPU, then a small model made sparse and won back"),
     "compress": Verb("gossamer.pipeline", "Compress", "prune, train, quantize and pack in one go"),
     "prune": Verb("gossamer.stages.prune", "Prune", "set weights to zero with SparseGPT"),
-    "pretrain": Verb("gossamer.stages.pretrain", "Pretrain", "train on text, zeros fixed"),
-    "finetune": Verb("gossamer.stages.finetune", "Finetune", "train on examples, zeros fixed, distilling"),
+    "pretrain": Verb("gossamer.stages.pretrain", "Pretrain", "train on text, zeros fixed", in_several=True),
+    "finetune": Verb(
+        "gossamer.stages.finetune", "Finetune", "train on examples, zeros fixed, distilling", in_several=True
+    ),
     "quantize": Verb("gossamer.stages.quantize", "Quantize", "round to INT8 with every zero kept"),
     "evaluate": Verb("gossamer.stages.evaluate", "Evaluate", "perplexity and exact-match tasks"),
     "pack": Verb("gossamer.stages.pack", "Pack", "write the .goss file that the engine runs"),
@@ -77,11 +80,13 @@ def call(arguments: list[str]) -> int:
     name, *rest = arguments
     try:
         job, function = parse(name, rest)
+        if not VERBS[name].in_several:
+            refuse_several(name)
         with ProgressToJson() if as_json else ProgressBars() as progress:
             result = function(job, progress)
             if isinstance(result, Iterator):
                 return stream(result, as_json)
-        if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us; one speaks
+        if is_first():
             show_json(result) if as_json else show(result)
     except GossamerError as error:
         return fail(str(error), 2)
@@ -99,9 +104,8 @@ def call(arguments: list[str]) -> int:
 def resuming(arguments: list[str], job: Any) -> str:
     """The command line that goes on with the interrupted one (`compress` by itself knows what stands)."""
     flags = ["--resume"] if hasattr(job, "resume") and "--resume" not in arguments else []
-    count = os.environ.get("WORLD_SIZE", "1")
-    program = ["gossamer"] if count == "1" else ["torchrun", "--nproc-per-node", count, "-m", "gossamer"]
-    return shlex.join([*program, *arguments, *flags])
+    torchrun = ["torchrun", "--nproc-per-node", str(num_processes()), "-m"] if num_processes() > 1 else []
+    return shlex.join([*torchrun, "gossamer", *arguments, *flags])
 
 
 def usage() -> int:

@@ -10,6 +10,7 @@ from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.packed import EMBEDDING, Packed
 from gossamer.packing import pack_checkpoint
+from gossamer.processes import refuse_several
 from gossamer.report import Progress, Table, quiet
 
 
@@ -87,7 +88,8 @@ class PackResult:
 
 
 def pack(job: Pack, progress: Progress = quiet) -> PackResult:
-    """Pack a directory; raises ConfigError if the output exists."""
+    """Pack a directory; raises ConfigError if the output exists, UnsupportedError under torchrun."""
+    refuse_several("pack")
     start, output = time.monotonic(), Path(job.output_file)
     refuse_existing(output, job.overwrite)
     if output.is_dir():

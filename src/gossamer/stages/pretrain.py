@@ -13,7 +13,7 @@ from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
-from gossamer.training.parallel import from_first, is_first, together
+from gossamer.training.parallel import from_first, together
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.trainer import train
 
@@ -35,7 +35,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
     with source.derive(
-        job.output_dir, job, stage="pretrain", overwrite=job.overwrite, resume=job.resume, writes=is_first()
+        job.output_dir, job, stage="pretrain", overwrite=job.overwrite, resume=job.resume, shared=True
     ) as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)

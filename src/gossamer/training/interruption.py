@@ -22,6 +22,9 @@ class Interruption(TrainerCallback):
     Later, because torchrun hands its processes the very Ctrl-C that they had from the terminal. All of them
     stop after the same step. One under way is given up between two of its micro-batches: until the optimizer
     runs, nothing of it has touched weights or moments.
+
+    torchrun kills its processes 30 s after it passed the signal on: where a micro-batch and a save take more,
+    `torchrun --shutdown-timeout SECONDS` (torch 2.13 has it) saves what was done since the last checkpoint.
     """
 
     def __init__(self) -> None:

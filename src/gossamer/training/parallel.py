@@ -34,6 +34,7 @@ from transformers import LlamaForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.processes import is_first, num_processes
 from gossamer.report import Progress, quiet
 
 Parallel = Literal["ddp", "fsdp"]
@@ -45,16 +46,6 @@ class Stage(Protocol[Job, Result]):
     """A verb's function."""
 
     def __call__(self, job: Job, progress: Progress = quiet) -> Result: ...
-
-
-def num_processes() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes and reports."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def together(stage: Stage[Job, Result]) -> Stage[Job, Result]:

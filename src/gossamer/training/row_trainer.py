@@ -16,12 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
+from gossamer.processes import is_first, num_processes
 from gossamer.training.adamw import AdamW
 from gossamer.training.checkpoints import Checkpoints
 from gossamer.training.kernel import Kernel
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
-from gossamer.training.parallel import is_first, num_processes, share, wait_for_all, whole
+from gossamer.training.parallel import share, wait_for_all, whole
 from gossamer.training.rows import IGNORED, Rows
 
 WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"

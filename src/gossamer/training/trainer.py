@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 from gossamer import _native
 from gossamer.checkpoint import Checkpoint, Derived
 from gossamer.errors import Interrupted
+from gossamer.processes import num_processes
 from gossamer.report import Event, Progress
 from gossamer.training.checkpoints import Checkpoints, RunIdentity
 from gossamer.training.distillation import SquareHead
@@ -20,7 +21,7 @@ from gossamer.training.masks import MaskCallback, mask_hash
 from gossamer.training.memory import HeldBytes
 from gossamer.training.monitor import Monitor, reporters, training_log
 from gossamer.training.options import TrainingOptions, deciding_options
-from gossamer.training.parallel import distribute, from_first, num_processes, share_of_rows
+from gossamer.training.parallel import distribute, from_first, share_of_rows
 from gossamer.training.preparation import prepare
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
