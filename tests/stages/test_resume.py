@@ -29,11 +29,11 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gossamer import _native
-from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted
+from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted, UnsupportedError
 from gossamer.report import Event
 from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training import interruption, row_trainer, trainer
+from gossamer.training import interruption, kernel, row_trainer, trainer
 from gossamer.training.checkpoints import _sha256, _write_record, damage
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from two_processes import one_of_two
@@ -207,6 +207,17 @@ def test_the_sparse_kernel_resumes_to_the_same_bits(job: Pretrain, uninterrupted
     interrupt(job)
     pretrain(replace(job, resume=True))
     assert weights(job) == uninterrupted(kernel="sparse")
+
+
+def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with what it began with; that is said before anything is sharded."""
+    monkeypatch.setattr(kernel, "_seconds", lambda *_: (0.3, 0.1))
+    job = replace(job, kernel="auto")
+    interrupt(job)
+    with pytest.raises(UnsupportedError, match="kernel sparse: found weights sharded by FSDP"):
+        pretrain(replace(job, resume=True, parallel="fsdp"))
 
 
 def test_ctrl_c_before_the_first_step_is_done_leaves_nothing(

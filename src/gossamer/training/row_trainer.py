@@ -50,7 +50,8 @@ class RowTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.llama, self.rows, self.checkpoints, self.monitor = model, rows, checkpoints, monitor
-        self.masks, self.kernel = masks, kernel
+        self.masks = masks
+        self.kernel: Kernel = kernel
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
