@@ -1,5 +1,6 @@
 """The Hugging Face Trainer, fed with rows of tokens, under fixed masks and beside a teacher."""
 
+import gc
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -65,8 +66,10 @@ def train(
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
     _attach(teacher, trainer, precision)
     _run(trainer, start.step, job.save_steps)
+    state = trainer.state
+    del trainer
     _take_back(model, job.parallel)
-    return _history(rows, trainer.state, precision, choice, start.notes, held.num_bytes)
+    return _history(rows, state, precision, choice, start.notes, held.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
 
 
 def _take_back(model: LlamaForCausalLM, parallel: Parallel) -> None:
-    """The model as it was given, but trained."""
+    """The model as it was given, but trained. The Trainer, a cycle with moments and values, goes first."""
+    model.zero_grad()
+    gc.collect()
     if parallel == "ddp":
         nn.Module.to(model, "cpu")
     densify(model.eval())
