@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -29,13 +30,15 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gossamer import _native
-from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted
+from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted, UnsupportedError
 from gossamer.report import Event
 from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training import interruption, row_trainer, trainer
+from gossamer.training import interruption, kernel, parallel, trainer
+from gossamer.training.adamw import AdamW
 from gossamer.training.checkpoints import _sha256, _write_record, damage
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
+from gossamer.training.sparse_linear import SparseLinear
 from two_processes import one_of_three, one_of_two
 
 Llamas = Callable[[str], Path]
@@ -207,6 +210,40 @@ def test_the_sparse_kernel_resumes_to_the_same_bits(job: Pretrain, uninterrupted
     interrupt(job)
     pretrain(replace(job, resume=True))
     assert weights(job) == uninterrupted(kernel="sparse")
+
+
+def test_moments_and_values_are_gone_when_dense_weights_come_back(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer by layer: of all others' values none is left twice."""
+    watched: dict[str, list[Any]] = {"moments": [], "values": []}
+    adam, to_linear = AdamW._update, SparseLinear.to_linear
+    num_alive = []
+
+    def update(optimizer: AdamW, weight: torch.Tensor, group: dict[str, Any]) -> None:
+        adam(optimizer, weight, group)
+        watched["moments"].append(weakref.ref(optimizer.state[weight]["exp_avg"]))
+
+    def counted(layer: SparseLinear) -> torch.nn.Linear:
+        num_alive.append([sum(ref() is not None for ref in refs) for refs in watched.values()])
+        watched["values"].append(weakref.ref(layer.values))
+        return to_linear(layer)
+
+    monkeypatch.setattr(AdamW, "_update", update)
+    monkeypatch.setattr(SparseLinear, "to_linear", counted)
+    pretrain(replace(job, kernel="sparse"))
+    assert num_alive == [[0, 0]] * 14
+
+
+def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
+    job: Pretrain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with what it began with; that is said before anything is sharded."""
+    monkeypatch.setattr(kernel, "_seconds", lambda *_: (0.3, 0.1))
+    job = replace(job, kernel="auto")
+    interrupt(job)
+    with pytest.raises(UnsupportedError, match="kernel sparse: found weights sharded by FSDP"):
+        pretrain(replace(job, resume=True, parallel="fsdp"))
 
 
 def test_ctrl_c_before_the_first_step_is_done_leaves_nothing(
@@ -392,7 +429,7 @@ def test_what_fails_beside_the_disk_is_not_laid_to_it(job: Pretrain, monkeypatch
     def whole(tensor: object) -> object:
         raise RuntimeError("connection closed by peer")
 
-    monkeypatch.setattr(row_trainer, "whole", whole)
+    monkeypatch.setattr(parallel, "whole", whole)
     with pytest.raises(RuntimeError, match="connection closed by peer"):
         pretrain(job)
 

@@ -105,6 +105,17 @@ def test_where_products_are_not_native_sparse_weights_are_written_out() -> None:
     assert there.activations - here.activations == 2 * 12 * (4 * 96 * 96 + 3 * 96 * 256)
 
 
+def test_a_save_that_takes_more_than_a_step_counts() -> None:
+    """The dense weights of sparse layers, where they exceed a step's gradients and activations."""
+    model = llama("sparse", num_key_value_heads=3)
+    model.requires_grad_(False)
+    small, large = (estimate_memory(model, 1, length, "f32") for length in (1, 512))
+    dense = 12 * 4 * (2 * 96 * 96 + 2 * 96 * 24 + 3 * 96 * 256)
+    assert small.saving == dense - small.micro_batch > 0
+    assert large.saving == 0 and large.micro_batch > dense
+    assert estimate_memory(llama(), 1, 1, "f32").saving == 0
+
+
 def test_frozen_weights_need_neither() -> None:
     model = llama()
     before = estimate_memory(model, 1, 16, "f32")

@@ -18,7 +18,7 @@ from gossamer.checkpoint import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.stages.pretrain import pretrain
 from gossamer.training.masks import mask_hash
-from gossamer.training.parallel import share_of_rows
+from gossamer.training.parallel import gathered, share_of_rows
 from gossamer.training.rows import next_token_rows
 from two_processes import job, watched
 
@@ -144,6 +144,13 @@ def test_one_process_that_fails_ends_all(folder: Path) -> None:
     assert "the second process gave up" in ran.stderr
     assert time.monotonic() - start < 60
     assert not (folder / "failed").exists()
+
+
+def test_what_is_gathered_stays_with_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {"a": torch.ones(2), "b": 3}
+    assert gathered(named) == named
+    monkeypatch.setenv("RANK", "1")
+    assert gathered(named) == {}
 
 
 def test_rows_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

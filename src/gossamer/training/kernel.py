@@ -48,11 +48,7 @@ def choose_kernel(
     if wanted == "dense":
         return KernelChoice("dense", "asked for")
     if sharded:
-        if wanted == "sparse":
-            raise UnsupportedError(
-                "--kernel sparse: found weights sharded by FSDP; expected one process or --parallel ddp: "
-                "give one of these, or --kernel dense"
-            )
+        refuse_sharded(wanted)
         return KernelChoice("dense", "FSDP shards the weights")
     linears = masked_linears(model)
     if wanted == "sparse":
@@ -67,6 +63,15 @@ def choose_kernel(
     if device != "cpu":
         return KernelChoice("dense", "a GPU multiplies dense matrices either way")
     return _measured(linears, precision, num_tokens)
+
+
+def refuse_sharded(kernel: str) -> None:
+    """Raise UnsupportedError for a kernel that cannot work on shards."""
+    if kernel == "sparse":
+        raise UnsupportedError(
+            "kernel sparse: found weights sharded by FSDP; expected one process or --parallel ddp: give one "
+            "of these, or begin anew with --kernel dense"
+        )
 
 
 def masked_linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -7,19 +7,24 @@ value width S, heads A, row length T; counted in transformers' own Llama, a test
     f32    layer  40 D + 8 S + 16 F    + 4 A T where attention is eager
     bf16   layer  40 D + 4 S +  8 F    + 6 A T ; and a copy of each weight of a dense product
     head   12 V                        a teacher: 8 D a layer
+
+A checkpoint is written when gradients and activations are gone: its first process writes out the sparse
+layers' weights dense, or holds all moments of a model that FSDP shards. What is more than they were counts.
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from gossamer.errors import ConfigError
 from gossamer.training.masks import local
+from gossamer.training.parallel import is_first
 from gossamer.training.sparse_linear import SparseLinear
 
 CGROUPS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
@@ -35,6 +40,7 @@ class MemoryEstimate:
     activations: int
     logits: int
     teacher: int
+    saving: int = 0
 
     @property
     def total(self) -> int:
@@ -60,7 +66,7 @@ def estimate_memory(
     trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
     moved = [model] if teacher is None else [model, teacher]
     num_tokens, num_layers = num_rows * row_length, config.num_hidden_layers
-    return MemoryEstimate(
+    step = MemoryEstimate(
         weights=0 if device == "cpu" else sum(map(_bytes, moved)),
         gradients=4 * trained,
         moments=8 * trained,
@@ -69,6 +75,8 @@ def estimate_memory(
         logits=12 * num_tokens * config.vocab_size,
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * config.hidden_size,
     )
+    freed = step.gradients + step.micro_batch
+    return replace(step, saving=max(0, _saved_bytes(model, device) - freed))
 
 
 def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, could_be_sparse: bool) -> None:
@@ -148,8 +156,21 @@ def _copied_weights(model: nn.Module, precision: str, device: str) -> int:
     return copied
 
 
+def _saved_bytes(model: nn.Module, device: str) -> int:
+    """Dense copies of sparse weights, where they are; and on the CPU, whole moments of sharded ones."""
+    if not is_first():
+        return 0
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    sharded = [weight for weight in model.parameters() if isinstance(weight, DTensor)]
+    copies = sum(4 * module.out_features * module.in_features for module in sparse)
+    return copies + (sum(8 * weight.numel() for weight in sharded) if device == "cpu" else 0)
+
+
 def _bytes(module: nn.Module) -> int:
-    return sum(local(weight).nbytes for weight in module.parameters())
+    """Of the weights; and of the places of a sparse layer's values, which torch's products use."""
+    sparse = [module for module in module.modules() if isinstance(module, SparseLinear)]
+    places = sum(8 * module.values.numel() for module in sparse)
+    return places + sum(local(weight).nbytes for weight in module.parameters())
 
 
 def _meminfo(root: Path) -> int | None:

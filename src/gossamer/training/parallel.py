@@ -21,7 +21,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -100,6 +100,16 @@ def wait_for_all() -> None:
 def whole(tensor: Any) -> Any:
     """Of a tensor whose shards lie in several processes all of it, on the CPU; of anything else itself."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(named: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`whole` of each, one at a time, in which all processes take part; kept by the first alone."""
+    kept = {}
+    for name, value in named.items():
+        found = whole(value)
+        if is_first():
+            kept[name] = found
+    return kept
 
 
 def share(tensor: Any, like: Tensor) -> Any:

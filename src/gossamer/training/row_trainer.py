@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,7 +23,7 @@ from gossamer.training.checkpoints import Checkpoints
 from gossamer.training.kernel import Kernel
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
-from gossamer.training.parallel import share, wait_for_all, whole
+from gossamer.training.parallel import gathered, share, wait_for_all
 from gossamer.training.rows import IGNORED, Rows
 
 WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
@@ -51,7 +52,8 @@ class RowTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.llama, self.rows, self.checkpoints, self.monitor = model, rows, checkpoints, monitor
-        self.masks, self.kernel = masks, kernel
+        self.masks = masks
+        self.kernel: Kernel = kernel
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -146,10 +148,11 @@ class RowTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Weights and configuration, as a model directory has them: a tied head is not stored."""
         assert output_dir is not None
-        state = {name: whole(tensor).contiguous() for name, tensor in self.llama.state_dict().items()}
-        if self.llama.config.tie_word_embeddings:
-            del state["lm_head.weight"]
+        sharded = any(isinstance(weight, DTensor) for weight in self.llama.parameters())
+        state = gathered(self.llama.state_dict() if sharded or is_first() else {})
         if is_first():
+            if self.llama.config.tie_word_embeddings:
+                del state["lm_head.weight"]
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             with _writing(output_dir):
                 save_file(state, Path(output_dir) / WEIGHTS, {"format": "pt"})
@@ -159,10 +162,7 @@ class RowTrainer(Trainer):
         """Whole moments, whoever holds their shards: any number of processes can resume."""
         optimizer, schedule = self._optimizer_and_schedule()
         state = optimizer.state_dict()
-        state["state"] = {
-            index: {name: whole(value) for name, value in moments.items()}
-            for index, moments in state["state"].items()
-        }
+        state["state"] = {index: gathered(moments) for index, moments in state["state"].items()}
         if is_first():
             with _writing(output_dir):
                 torch.save(state, Path(output_dir) / OPTIMIZER)

@@ -31,6 +31,10 @@ class Rows(Dataset[int]):
     def __len__(self) -> int:
         return len(self.input_ids_ST)
 
+    @property
+    def row_length(self) -> int:
+        return self.input_ids_ST.shape[1]
+
     def __getitem__(self, index: int) -> int:
         return index
 
@@ -50,7 +54,7 @@ class Rows(Dataset[int]):
     def num_tokens(self, num_rows: int) -> int:
         """Tokens in the first `num_rows` rows, padding left out."""
         if self.lengths_S is None:
-            return min(num_rows, len(self)) * self.input_ids_ST.shape[1]
+            return min(num_rows, len(self)) * self.row_length
         return int(self.lengths_S[:num_rows].sum())
 
     def hash(self) -> str:

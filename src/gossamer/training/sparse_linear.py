@@ -170,7 +170,11 @@ def sparsify(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def densify(model: nn.Module) -> None:
-    """Undo `sparsify`: every SparseLinear becomes an `nn.Linear` of the same weight, zeros exact."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
-            model.set_submodule(name, module.to_linear())
+    """Undo `sparsify`: every SparseLinear becomes an `nn.Linear` of the same weight, zeros exact.
+
+    One after the other, and none is held here once it is replaced.
+    """
+    for name in [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]:
+        sparse: Any = model.get_submodule(name)
+        model.set_submodule(name, sparse.to_linear())
+        del sparse

@@ -1,12 +1,14 @@
 """The Hugging Face Trainer, fed with rows of tokens, under fixed masks and beside a teacher."""
 
+import gc
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM, TrainerState, TrainingArguments
 
 from gossamer import _native
 from gossamer.checkpoint import Checkpoint, Derived
@@ -17,12 +19,13 @@ from gossamer.training.checkpoints import Checkpoints, RunIdentity
 from gossamer.training.distillation import SquareHead
 from gossamer.training.history import History
 from gossamer.training.interruption import Interruption
+from gossamer.training.kernel import Kernel, KernelChoice, refuse_sharded
 from gossamer.training.masks import MaskCallback, mask_hash
 from gossamer.training.memory import HeldBytes
 from gossamer.training.monitor import Monitor, reporters, training_log
 from gossamer.training.options import TrainingOptions, deciding_options
-from gossamer.training.parallel import distribute, from_first, share_of_rows
-from gossamer.training.preparation import prepare
+from gossamer.training.parallel import Parallel, distribute, from_first, share_of_rows
+from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
@@ -42,49 +45,103 @@ def train(
     """Train `model` in place, on the GPU if there is one; its zeros stay zeros.
 
     Checkpoints and logs go to `target.path`. Raises ConfigError when the loss is not finite, UnsupportedError
-    on several GPUs in one process, CheckpointError when there is no sound checkpoint to resume from, and
-    Interrupted after Ctrl-C, once the run is saved.
+    on several GPUs in one process and for the sparse kernel under FSDP, CheckpointError when there is no
+    sound checkpoint to resume from, and Interrupted after Ctrl-C, once the run is saved.
     """
-    distribute(model, job.parallel)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(job.precision, device)
-    _choose_attention(rows, device, precision, model, teacher)
     checkpoints = Checkpoints(target.path, identify(job, model, rows, target, device, precision))
-    step, notes = from_first(checkpoints.newest_sound) if job.resume else (0, [])
-    for note in notes:
-        progress(Event(target.stage, note, lasting=True))
+    start = _find_start(job, checkpoints)
+    _say(progress, target.stage, *start.notes)
+    distribute(model, job.parallel)
+    _choose_attention(rows, device, precision, model, teacher)
     arguments = _arguments(job, rows, device, precision, checkpoints)
-    micro_batch = arguments.per_device_train_batch_size, rows.input_ids_ST.shape[1]
-    decided = checkpoints.kernel(step) if step else None
-    choice = prepare(target.stage, job, model, teacher, micro_batch, device, precision, progress, decided)
+    batch = MicroBatch(arguments.per_device_train_batch_size, rows.row_length, device, precision)
+    choice = decide_kernel(job, model, batch, start.kernel)
+    _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}")
+    prepare(job, model, teacher, batch, choice.kernel)
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
-    held, interruption = HeldBytes(), Interruption()
-    callbacks = [*reporters(job.report_to, target.path, step + 1), monitor, held]
-    callbacks += [SaveEvery(job.save_steps), interruption]
-    shared = rows.padded(num_processes() * arguments.per_device_train_batch_size)
-    trainer = RowTrainer(
-        model, arguments, shared, checkpoints, monitor, MaskCallback(model), callbacks, choice.kernel
-    )
+    callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
+    shared = rows.padded(num_processes() * batch.num_rows)
+    masks, kernel = MaskCallback(model), choice.kernel
+    trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
+    _attach(teacher, trainer, precision)
+    _run(trainer, start.step, job.save_steps)
+    state = trainer.state
+    del trainer
+    _take_back(model, job.parallel)
+    return _history(rows, state, precision, choice, start.notes, held.num_bytes)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a run begins: after `step` steps, with the kernel that it took (None: still to be chosen)."""
+
+    step: int = 0
+    kernel: Kernel | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _find_start(job: TrainingOptions, checkpoints: Checkpoints) -> _Start:
+    """Refuses a kernel that cannot run, before anything is sharded for it."""
+    start = _Start()
+    if job.resume:
+        step, notes = from_first(checkpoints.newest_sound)
+        start = _Start(step, checkpoints.kernel(step), tuple(notes))
+    if job.parallel == "fsdp":
+        refuse_sharded(start.kernel or job.kernel)
+    return start
+
+
+def _say(progress: Progress, stage: str, *lines: str) -> None:
+    for line in lines:
+        progress(Event(stage, line, lasting=True))
+
+
+def _attach(teacher: LlamaForCausalLM | None, trainer: RowTrainer, precision: str) -> None:
     if teacher is not None:
         nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
         SquareHead(teacher).attach(trainer)
+
+
+def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
+    """All steps that are left; Ctrl-C before the last one ends in Interrupted."""
+    interruption = Interruption()
+    for callback in (SaveEvery(save_steps), interruption):
+        trainer.add_callback(callback)
     with interruption.listening():
-        trainer.train(resume_from_checkpoint=str(checkpoints.path(step)) if step else None)
+        trainer.train(resume_from_checkpoint=str(trainer.checkpoints.path(step)) if step else None)
     if trainer.state.global_step < trainer.state.max_steps:
         raise _interrupted(trainer)
-    if job.parallel == "ddp":
+
+
+def _take_back(model: LlamaForCausalLM, parallel: Parallel) -> None:
+    """The model as it was given, but trained. The Trainer, a cycle with moments and values, goes first."""
+    model.zero_grad()
+    gc.collect()
+    if parallel == "ddp":
         nn.Module.to(model, "cpu")
     densify(model.eval())
-    log = training_log(trainer.state)
+
+
+def _history(
+    rows: Rows,
+    state: TrainerState,
+    precision: str,
+    choice: KernelChoice,
+    notes: tuple[str, ...],
+    held_bytes: int | None,
+) -> History:
+    log = training_log(state)
     return History(
         losses=tuple(entry["loss"] for entry in log),
         num_tokens=rows.num_tokens(len(rows)),
         seconds=log[-1]["seconds"],
         precision=precision,
         num_threads=torch.get_num_threads(),
-        notes=tuple(notes),
+        notes=notes,
         kernel=choice,
-        optimizer_gradient_bytes=held.num_bytes,
+        optimizer_gradient_bytes=held_bytes,
     )
 
 
@@ -125,7 +182,7 @@ def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
 
 def _choose_attention(rows: Rows, device: str, precision: str, *models: LlamaForCausalLM | None) -> None:
     """The faster of torch's two ways."""
-    short = rows.input_ids_ST.shape[1] <= EAGER_ROW_LENGTH
+    short = rows.row_length <= EAGER_ROW_LENGTH
     for model in models:
         if model is not None:
             model.set_attn_implementation(
@@ -144,9 +201,9 @@ def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Lit
 def _arguments(
     job: TrainingOptions, rows: Rows, device: str, precision: str, checkpoints: Checkpoints
 ) -> TrainingArguments:
-    batch_rows = max(1, job.batch_tokens // rows.input_ids_ST.shape[1])
-    own_rows = share_of_rows(batch_rows, rows.input_ids_ST.shape[1])
-    micro_rows = _micro_rows(own_rows, rows.input_ids_ST.shape[1], MICRO_BATCH_TOKENS[device])
+    batch_rows = max(1, job.batch_tokens // rows.row_length)
+    own_rows = share_of_rows(batch_rows, rows.row_length)
+    micro_rows = _micro_rows(own_rows, rows.row_length, MICRO_BATCH_TOKENS[device])
     num_steps = math.ceil(len(rows) / batch_rows)
     return TrainingArguments(
         output_dir=str(checkpoints.staging),
