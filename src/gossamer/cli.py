@@ -91,7 +91,7 @@ def call(arguments: list[str]) -> int:
     except GossamerError as error:
         return fail(str(error), 2)
     except Interrupted as error:
-        return fail(f"{error}; to go on: {resuming(arguments, job)}", 130)
+        return fail(f"{error}; to go on: {resuming(arguments, job)}", 130) if is_first() else 130
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except (OSError, MemoryError) as error:

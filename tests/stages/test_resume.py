@@ -445,7 +445,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_model(
         return loss * float("nan") if trainer.state.global_step == 6 else loss
 
     monkeypatch.setattr(RowTrainer, "compute_loss", poisoned)
-    with pytest.raises(ConfigError, match=r"step 7: the loss is nan.*checkpoint-6 is the last good model"):
+    with pytest.raises(ConfigError, match=r"step 7: the loss is nan.*checkpoint-6 is the last checkpoint"):
         pretrain(job)
     monkeypatch.undo()
     good = Path(job.output_dir + ".partial/checkpoints/checkpoint-6")
@@ -673,3 +673,15 @@ def test_three_processes_resume_to_the_same_bits(
         process.start()
     finish(group, whole)
     assert weights(stopped) == weights(whole)
+
+
+def test_no_memory_is_the_environments_failure(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says it in a RuntimeError."""
+
+    def step(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16777216 bytes")
+
+    monkeypatch.setattr(RowTrainer, "training_step", step)
+    with pytest.raises(MemoryError, match=r"16777216 bytes.*lower --max-length and --batch-tokens"):
+        pretrain(job)
+    assert not Path(f"{job.output_dir}.partial").exists()

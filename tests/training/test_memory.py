@@ -1,5 +1,6 @@
 """What training needs of memory: the estimate against what autograd keeps, and what the machine says."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import ConfigError
+from gossamer.training import memory
 from gossamer.training.adamw import AdamW
 from gossamer.training.kernel import masked_linears
 from gossamer.training.memory import (
@@ -192,3 +194,13 @@ def test_this_machine_says_something_or_nothing(tmp_path: Path) -> None:
     assert available_bytes("cpu", tmp_path) is None
     found = available_bytes("cpu")
     assert found is None or found > 10**6
+
+
+def test_the_limit_of_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ulimit -v`: what the process has mapped already is not available."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + 50_000_000
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (limit, limit))
+    found = available_bytes("cpu")
+    assert found is not None
+    assert 0 < found <= 60_000_000

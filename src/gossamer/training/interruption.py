@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -27,7 +27,8 @@ class Interruption(TrainerCallback):
     `torchrun --shutdown-timeout SECONDS` (torch 2.13 has it) saves what was done since the last checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
         self.asked = False
         self._asked_at = 0.0
 
@@ -54,9 +55,10 @@ class Interruption(TrainerCallback):
 
     def _stop(self, state: Any, control: Any) -> None:
         self.asked = any_process(self.asked)
-        if self.asked:
+        if self.asked and not control.should_training_stop:
             control.should_training_stop = True
             control.should_save = state.global_step > 0
+            self.say(f"stopping after step {state.global_step}, saving it")
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -13,6 +13,7 @@ layers' weights dense, or holds all moments of a model that FSDP shards. What is
 """
 
 import os
+import resource
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,13 @@ def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, c
 
 
 def available_bytes(device: str, root: Path = Path("/")) -> int | None:
-    """Memory that a process can still take: of its GPU, else of the machine and its control groups.
+    """Memory that a process can still take: of its GPU, else of the machine, its control groups, `ulimit -v`.
 
     Processes of one torchrun share a machine alike. None where the system does not say.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    left = [found for found in (_meminfo(root), *_cgroups(root)) if found is not None]
+    left = [found for found in (_meminfo(root), _address_space(), *_cgroups(root)) if found is not None]
     return min(left) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if left else None
 
 
@@ -179,6 +180,15 @@ def _meminfo(root: Path) -> int | None:
         if name == "MemAvailable":
             return 1024 * int(rest.split()[0])
     return None
+
+
+def _address_space() -> int | None:
+    """What `ulimit -v` leaves this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _text(Path("/proc/self/statm")).split()
+    if limit == resource.RLIM_INFINITY or not pages:
+        return None
+    return limit - int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cgroups(root: Path) -> list[int]:

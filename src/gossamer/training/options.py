@@ -4,7 +4,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.errors import ConfigError
 from gossamer.job import option, record
 from gossamer.training.monitor import check_reporter
 
@@ -59,11 +59,6 @@ def check_options(job: TrainingOptions) -> None:
         raise ConfigError(
             f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
             "expected a rate above 0 and a ratio in [0, 1)"
-        )
-    if job.kernel == "sparse" and job.parallel == "fsdp":
-        raise UnsupportedError(
-            "--kernel sparse with --parallel fsdp: found weights that FSDP shards, expected whole ones: give "
-            "--parallel ddp, or --kernel dense"
         )
     if job.save_steps < 0:
         raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")

@@ -211,7 +211,10 @@ class RowTrainer(Trainer):
     def _diverged(self, found: str) -> GossamerError:
         steps = self.checkpoints.steps()
         last_good = (
-            f"; {self.checkpoints.path(steps[-1])} is the last good model to begin from" if steps else ""
+            f"; {self.checkpoints.path(steps[-1])} is the last checkpoint before that, a model that another "
+            "run can begin from; --overwrite replaces this run"
+            if steps
+            else ""
         )
         return ConfigError(
             f"{found}; expected a finite number: lower --learning-rate (it is {self.args.learning_rate:g}) "
@@ -225,7 +228,9 @@ def _writing(folder: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"{Path(folder).name} could not be saved ({error})") from error
+        raise OSError(
+            f"{Path(folder).name} could not be saved ({error}); mend that, then --resume"
+        ) from error
 
 
 class SaveEvery(TrainerCallback):

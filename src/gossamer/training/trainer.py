@@ -105,12 +105,18 @@ def _attach(teacher: LlamaForCausalLM | None, trainer: RowTrainer, precision: st
 
 
 def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
-    """All steps that are left; Ctrl-C before the last one ends in Interrupted."""
-    interruption = Interruption()
+    """All steps that are left; Ctrl-C before the last one ends in Interrupted, no memory in MemoryError."""
+    monitor = trainer.monitor
+    interruption = Interruption(lambda line: _say(monitor.progress, monitor.stage, line))
     for callback in (SaveEvery(save_steps), interruption):
         trainer.add_callback(callback)
-    with interruption.listening():
-        trainer.train(resume_from_checkpoint=str(trainer.checkpoints.path(step)) if step else None)
+    try:
+        with interruption.listening():
+            trainer.train(resume_from_checkpoint=str(trainer.checkpoints.path(step)) if step else None)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise MemoryError(f"out of memory ({error}); lower --max-length and --batch-tokens") from error
+        raise
     if trainer.state.global_step < trainer.state.max_steps:
         raise _interrupted(trainer)
 
