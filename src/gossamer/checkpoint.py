@@ -5,12 +5,9 @@ shape, in files that are whole. Writing goes to `OUT.partial/` and is renamed on
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
-import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -23,6 +20,14 @@ import numpy as np
 from gossamer.architecture import Llama
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.job import record
+from gossamer.partial import (
+    CHECKPOINTS,
+    check_interrupted,
+    holds_checkpoint,
+    locked,
+    publish,
+    refuse_existing,
+)
 from gossamer.processes import is_first, refuse_several
 from gossamer.weights import STORAGE, Entry, is_finite, read_header, to_float32, write_safetensors
 
@@ -40,9 +45,7 @@ COMPANIONS = (
     "NOTICE*",
 )
 MANIFEST = "gossamer.json"
-CHECKPOINTS = "checkpoints"
 SHARD_BYTES = 2 << 30
-_CHECKPOINT_NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
 
 
 class Checkpoint:
@@ -153,8 +156,8 @@ class Checkpoint:
         refuse_existing(output, overwrite)
         if output.exists() and output.resolve() == self.path.resolve():
             raise ConfigError(f"{output} is the input directory; give another --output-dir")
-        _check_interrupted(partial, overwrite, resume)
-        with _locked(partial):
+        check_interrupted(partial, overwrite, resume)
+        with locked(partial):
             try:
                 target = Derived(self, output, partial, record(job), stage)
                 target._begin(resume)
@@ -285,63 +288,6 @@ class _ShardWriter:
 def companions(directory: Path) -> list[Path]:
     """The files that go with a model's weights from stage to stage."""
     return [file for pattern in COMPANIONS for file in directory.glob(pattern)]
-
-
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Raise ConfigError if `output` exists and may not be replaced."""
-    if output.exists() and not overwrite:
-        raise ConfigError(f"{output} exists; give another path, or --overwrite to replace it")
-
-
-def holds_checkpoint(partial: Path) -> bool:
-    """Whether an interrupted run left something to resume from."""
-    return bool(checkpoint_steps(partial))
-
-
-def checkpoint_steps(run_dir: Path) -> list[int]:
-    """The steps that a run left checkpoints of, oldest first; copies that users make do not count."""
-    found = [_CHECKPOINT_NAME.fullmatch(path.name) for path in (run_dir / CHECKPOINTS).glob("checkpoint-*")]
-    return sorted(int(match[1]) for match in found if match)
-
-
-def _check_interrupted(partial: Path, overwrite: bool, resume: bool) -> None:
-    """Raise ConfigError unless what stands in `partial` and what is asked go together."""
-    interrupted = holds_checkpoint(partial)
-    if resume and not interrupted:
-        raise ConfigError(f"--resume: found no interrupted run in {partial}; leave --resume out to start one")
-    if interrupted and not (resume or overwrite):
-        raise ConfigError(
-            f"{partial} holds an interrupted run; --resume goes on with it, --overwrite starts anew"
-        )
-
-
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Make `partial`, and keep other runs out of it; raises ConfigError where one is at work."""
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{partial} is being written by another run; wait for its end, or give another --output-dir"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def publish(partial: Path, output: Path) -> None:
-    """Rename a finished directory into place, replacing what stood there."""
-    if output.exists():
-        previous = output.with_name(output.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        output.rename(previous)
-        partial.rename(output)
-        shutil.rmtree(previous) if previous.is_dir() else previous.unlink()
-    else:
-        partial.rename(output)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gossamer.checkpoint import Checkpoint, holds_checkpoint
+from gossamer.checkpoint import Checkpoint
 from gossamer.data import manifest
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job import option, record
 from gossamer.packed import Packed
+from gossamer.partial import holds_checkpoint
 from gossamer.report import Event, Progress, Table, quiet
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gossamer.checkpoint import Checkpoint, refuse_existing
+from gossamer.checkpoint import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.job import option
 from gossamer.packed import EMBEDDING, Packed
 from gossamer.packing import pack_checkpoint
+from gossamer.partial import refuse_existing
 from gossamer.processes import refuse_several
 from gossamer.report import Progress, Table, quiet
 

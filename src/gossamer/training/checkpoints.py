@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.checkpoint import CHECKPOINTS, checkpoint_steps, companions
+from gossamer.checkpoint import companions
 from gossamer.errors import CheckpointError, ConfigError
+from gossamer.partial import CHECKPOINTS, checkpoint_steps
 from gossamer.training.kernel import Kernel
 
 RECORD = "checkpoint.json"
