@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.errors import ConfigError, GossamerError
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.tokens import Tokenizer
+from pruned import copy_with_zeros
 
 Llamas = Callable[[str], Path]
 PAIRS = {f"{a} + {b} = ": f"{a + b}" for a in range(4) for b in range(4)}
@@ -30,15 +30,7 @@ def pairs(tmp_path: Path) -> str:
 @pytest.fixture
 def sparse(tiny_llama: Llamas, tmp_path: Path) -> Path:
     """The tiny Llama with 60% of its decoder's weights zero."""
-    output = tmp_path / "sparse"
-    shutil.copytree(tiny_llama("llama3"), output)
-    tensors = load_file(output / "model.safetensors")
-    torch.manual_seed(0)
-    for name, weight in tensors.items():
-        if "_proj" in name:
-            tensors[name] = weight * (torch.rand_like(weight) < 0.4)
-    save_file(tensors, output / "model.safetensors", {"format": "pt"})
-    return output
+    return copy_with_zeros(tiny_llama("llama3"), tmp_path / "sparse", 0.4)
 
 
 def test_learns_answers_and_keeps_zeros(tiny_llama: Llamas, sparse: Path, tmp_path: Path, pairs: str) -> None:

@@ -39,6 +39,7 @@ from gossamer.training.adamw import AdamW
 from gossamer.training.checkpoints import _sha256, _write_record, damage
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.sparse_linear import SparseLinear
+from pruned import copy_with_zeros
 from two_processes import one_of_three, one_of_two
 
 Llamas = Callable[[str], Path]
@@ -51,11 +52,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 def place(tiny_llama: Llamas, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A half sparse model and a text."""
     place = tmp_path_factory.mktemp("resume")
-    shutil.copytree(tiny_llama("llama3"), place / "model")
-    tensors = load_file(place / "model" / "model.safetensors")
-    torch.manual_seed(0)
-    tensors = {n: w * (torch.rand_like(w) < 0.5) if "_proj" in n else w for n, w in tensors.items()}
-    save_file(tensors, place / "model" / "model.safetensors", {"format": "pt"})
+    copy_with_zeros(tiny_llama("llama3"), place / "model", 0.5)
     (place / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     return place
 

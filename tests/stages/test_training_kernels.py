@@ -1,15 +1,12 @@
 """The verbs that train, with either kernel: same losses, same zeros, and a record of what ran."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from gossamer.checkpoint import Checkpoint
 from gossamer.errors import ConfigError
@@ -18,6 +15,7 @@ from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import kernel, preparation
 from gossamer.training.history import TrainingResult
+from pruned import copy_with_zeros
 
 Llamas = Callable[[str], Path]
 
@@ -25,15 +23,7 @@ Llamas = Callable[[str], Path]
 @pytest.fixture
 def sparse(tiny_llama: Llamas, tmp_path: Path) -> Path:
     """The tiny Llama with 70% of its decoder's weights zero."""
-    output = tmp_path / "sparse"
-    shutil.copytree(tiny_llama("llama3"), output)
-    tensors = load_file(output / "model.safetensors")
-    torch.manual_seed(0)
-    for name, weight in tensors.items():
-        if "_proj" in name:
-            tensors[name] = weight * (torch.rand_like(weight) < 0.3)
-    save_file(tensors, output / "model.safetensors", {"format": "pt"})
-    return output
+    return copy_with_zeros(tiny_llama("llama3"), tmp_path / "sparse", 0.3)
 
 
 @pytest.fixture
