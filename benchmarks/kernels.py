@@ -18,10 +18,10 @@ import numpy as np
 from results import write_row
 
 from gossamer import _native
-from gossamer.panels import Values
-from gossamer.tools.bench_report import GIGA, Spread
-from gossamer.tools.readers import Readers, impossible
-from gossamer.tools.synthetic import BLOCK_ROWS, Image, Recipe, synthetic_image
+from gossamer.measure.readers import Readers, impossible
+from gossamer.measure.report import GIGA, Spread
+from gossamer.measure.synthetic import BLOCK_ROWS, Image, Recipe, synthetic_image
+from gossamer.packed.panels import Values
 
 LEVELS = ("scalar", "avx2", "avx512", "amx")
 TOKENS = (1, 4, 16, 256)

@@ -5,11 +5,11 @@ import dataclasses
 from results import write_row
 
 from gossamer import _native
-from gossamer.engine.machine import default_threads
-from gossamer.tools.bench_report import Spread
-from gossamer.tools.readers import Reader, Readers
-from gossamer.tools.synthetic import Recipe, synthetic_image
-from gossamer.tools.tour import cpu_tour
+from gossamer.machine import default_threads
+from gossamer.measure.readers import Reader, Readers
+from gossamer.measure.report import Spread
+from gossamer.measure.synthetic import Recipe, synthetic_image
+from gossamer.measure.tour import cpu_tour
 
 REPEATS = 20
 

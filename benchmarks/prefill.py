@@ -9,10 +9,10 @@ from results import write_row
 from wide import num_weights, stack
 
 from gossamer import _native
-from gossamer.engine.machine import default_threads
-from gossamer.panels import Values
-from gossamer.tools.bench_report import TERA, Spread
-from gossamer.tools.readers import impossible
+from gossamer.machine import default_threads
+from gossamer.measure.readers import impossible
+from gossamer.measure.report import TERA, Spread
+from gossamer.packed.panels import Values
 
 TOKENS, PASS_TOKENS, REPEATS = 512, 256, 7
 VALUES: tuple[Values, ...] = ("i8", "i4")

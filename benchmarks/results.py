@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer import _native
-from gossamer.engine.machine import cpu_model
+from gossamer.machine import cpu_model
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 

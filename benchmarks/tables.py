@@ -13,7 +13,7 @@ from typing import Any
 from compare.report import ratio_table, speed_table
 from results import RESULTS
 
-from gossamer.report import Table
+from gossamer.job.report import Table
 
 README, ALL = RESULTS.parents[1] / "README.md", RESULTS / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

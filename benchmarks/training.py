@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer import _native, plots
-from gossamer.checkpoint import companions
-from gossamer.recovery import SHIPPED
-from gossamer.report import Event
+from gossamer.checkpoint.directory import companions
+from gossamer.job.report import Event
+from gossamer.measure.readers import impossible
+from gossamer.measure.report import GIGA, Spread
+from gossamer.runs.recovery import SHIPPED
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.tools.bench_report import GIGA, Spread
-from gossamer.tools.readers import impossible
 from gossamer.training.kernel import Kernel
 from gossamer.training.sparse_linear import SparseLinear
 

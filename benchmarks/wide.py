@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gossamer.panels import Values
-from gossamer.tools.synthetic import Image, Recipe, synthetic_image
+from gossamer.measure.synthetic import Image, Recipe, synthetic_image
+from gossamer.packed.panels import Values
 
 LAYERS = {  # values, sparse: more than 300 MB of 139 M weights each
     ("f32", False): 1,

@@ -2,9 +2,9 @@
 
     tokenizer -> DIR/start (random) -> pretrain -> DIR/pretrained -> finetune twice -> DIR/tuned-twice
 
-Everything it learns from is on any machine: this interpreter's standard library (without the held-out files)
-and doctests made by `gossamer.doctests`. Fixed seeds; about half an hour on two idle cores. What ships is
-DIR/tuned-twice.
+Everything it learns from is on any machine: this interpreter's standard library (without the held-out
+files) and doctests made by `gossamer.data.doctests`. Fixed seeds; about half an hour on two idle
+cores. What ships is DIR/tuned-twice.
 """
 
 import argparse
@@ -16,8 +16,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gossamer import data
-from gossamer.report import Event
+from gossamer.data.sources import documents
+from gossamer.data.supervised import write_completions
+from gossamer.job.report import Event
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pretrain import Pretrain, pretrain
 
@@ -62,7 +63,7 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [*data.documents("python:stdlib"), *data.documents(f"python:doctests:{TOKENIZER_DOCTESTS}")]
+    texts = [*documents("python:stdlib"), *documents(f"python:doctests:{TOKENIZER_DOCTESTS}")]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
@@ -127,7 +128,7 @@ def learn_python(start: Path, output: Path) -> None:
 def learn_doctests(start: Path, output: Path, seed: int) -> None:
     """Training on the answers of doctests, with a fifth of the tokens from the library."""
     replay = output.with_suffix(".jsonl")
-    data.write_completions(replay, "python:stdlib", NUM_REPLAY_PIECES, seed)
+    write_completions(replay, "python:stdlib", NUM_REPLAY_PIECES, seed)
     job = Finetune(
         str(start),
         str(output),

@@ -1,14 +1,15 @@
 """What comes back of the small Python Llama after pruning: `python recipes/recover_python_llama.py -o DIR`.
 
-Runs the demo's path (`gossamer.recovery`: prune 50%, pretrain, prune 70%, fine-tune with SquareHead, INT8,
-pack) once a seed, and prints held-out perplexity and accuracy on unseen doctests beside the dense model's.
+Runs the demo's path (`gossamer.runs.recovery`: prune 50%, pretrain, prune 70%, fine-tune with SquareHead,
+INT8, pack) once a seed, and prints held-out perplexity and accuracy on unseen doctests beside the dense
+model's.
 """
 
 import argparse
 import time
 from pathlib import Path
 
-from gossamer.recovery import SHIPPED, recover
+from gossamer.runs.recovery import SHIPPED, recover
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 NUM_DOCTESTS = 1000

@@ -10,8 +10,8 @@ import pytest
 from gossamer import cli
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import UnsupportedError
-from gossamer.recovery import SHIPPED
-from gossamer.report import Event
+from gossamer.job.report import Event
+from gossamer.runs.recovery import SHIPPED
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune

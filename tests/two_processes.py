@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.errors import GossamerError, Interrupted
-from gossamer.processes import is_first
-from gossamer.report import Event
+from gossamer.job.processes import is_first
+from gossamer.job.report import Event
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import trainer as training
 from gossamer.training.masks import MaskCallback, mask_hash

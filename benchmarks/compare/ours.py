@@ -11,8 +11,8 @@ from typing import get_args
 from stack import NAME, Row, options, print_rows
 
 from gossamer import _native
+from gossamer.measure.synthetic import CONFIGS, Shape, Values
 from gossamer.tools.bench import Bench, bench
-from gossamer.tools.synthetic import CONFIGS, Shape, Values
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.wide import num_weights, stack

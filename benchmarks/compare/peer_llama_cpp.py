@@ -12,7 +12,7 @@ from statistics import median, pstdev
 from install import ROOT, llama_bench, python
 from stack import Row, options, print_rows
 
-from gossamer.tools.synthetic import CONFIGS, Shape
+from gossamer.measure.synthetic import CONFIGS, Shape
 
 TYPES = ("Q8_0", "Q4_0")
 

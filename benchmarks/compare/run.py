@@ -19,8 +19,8 @@ import numpy as np
 from install import PACKAGES, ROOT, how_to_install, install, installed, python
 from report import tables
 
-from gossamer.engine.machine import default_threads
-from gossamer.tools.readers import MAX_BYTES, Readers
+from gossamer.machine import default_threads
+from gossamer.measure.readers import MAX_BYTES, Readers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.results import write_row

@@ -17,8 +17,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/view.hpp"
 #include "kernels/target.hpp"
-#include "view.hpp"
 
 namespace gossamer {
 

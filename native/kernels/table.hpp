@@ -6,9 +6,9 @@
 #include <span>
 #include <vector>
 
-#include "isa.hpp"
-#include "kv_layout.hpp"
-#include "view.hpp"
+#include "base/isa.hpp"
+#include "base/view.hpp"
+#include "kernels/kv_layout.hpp"
 
 namespace gossamer {
 
@@ -119,7 +119,7 @@ struct Strip {
 
 constexpr int kTileTokens = 64, kStripInputs = 96;
 
-// Products of training, over tiles in which tokens are contiguous (training.cpp): in is [96][64], out and
+// Products of training, over tiles in which tokens are contiguous (strips.cpp): in is [96][64], out and
 // delta are [rows][64], gradient has one number a value; all begin at multiples of 64 bytes but the
 // gradient.
 struct TrainingRow {

@@ -11,8 +11,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "base/view.hpp"
 #include "kernels/target.hpp"
-#include "view.hpp"
 
 namespace gossamer::amx {
 

@@ -4,18 +4,18 @@
     [answer] = LLM("model.goss").generate("Once upon a time", SamplingParams(max_tokens=40))
 
 Every verb of the command line is a function of the same name in `gossamer.stages`, `gossamer.tools` or
-`gossamer.pipeline`, with a dataclass of its options. Names here are imported when they are first used, so
-that the engine needs neither torch nor transformers.
+`gossamer.runs`, with a dataclass of its options. Names here are imported when they are first used, so that
+the engine needs neither torch nor transformers.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer.checkpoint import Checkpoint
+    from gossamer.checkpoint.directory import Checkpoint
     from gossamer.engine import LLM, Generation, SamplingParams
     from gossamer.errors import GossamerError
-    from gossamer.packed import Packed
+    from gossamer.packed.reader import Packed
     from gossamer.training.distillation import SquareHead
     from gossamer.training.masks import MaskCallback
 
@@ -32,11 +32,11 @@ __all__ = [
 
 _HOMES = {
     "LLM": "gossamer.engine",
-    "Checkpoint": "gossamer.checkpoint",
+    "Checkpoint": "gossamer.checkpoint.directory",
     "Generation": "gossamer.engine",
     "GossamerError": "gossamer.errors",
     "MaskCallback": "gossamer.training.masks",
-    "Packed": "gossamer.packed",
+    "Packed": "gossamer.packed.reader",
     "SamplingParams": "gossamer.engine",
     "SquareHead": "gossamer.training.distillation",
 }

@@ -25,8 +25,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gossamer.errors import ConfigError, GossamerError, Interrupted
-from gossamer.processes import is_first, num_processes, refuse_several
-from gossamer.report import Event, Progress, Table
+from gossamer.job.processes import is_first, num_processes, refuse_several
+from gossamer.job.report import Event, Progress, Table
 
 LOGGED = ("learning_rate", "grad_norm")  # in the log files; a bar has no room for them
 LINE_S = 30.0
@@ -48,8 +48,10 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("gossamer.demo", "Demo", "the tour: this CPU, then a small model made sparse and won back"),
-    "compress": Verb("gossamer.pipeline", "Compress", "prune, train, quantize and pack in one go"),
+    "demo": Verb(
+        "gossamer.runs.demo", "Demo", "the tour: this CPU, and a small model made sparse and won back"
+    ),
+    "compress": Verb("gossamer.runs.compress", "Compress", "prune, train, quantize and pack in one go"),
     "prune": Verb("gossamer.stages.prune", "Prune", "set weights to zero with SparseGPT"),
     "pretrain": Verb("gossamer.stages.pretrain", "Pretrain", "train on text, zeros fixed", in_several=True),
     "finetune": Verb(

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from gossamer.architecture import GROUPS
-from gossamer.checkpoint import Checkpoint, Derived
+from gossamer.architecture.llama import GROUPS
+from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.errors import UnsupportedError
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}

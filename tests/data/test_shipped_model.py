@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gossamer
-from gossamer import doctests
-from gossamer.checkpoint import Checkpoint
-from gossamer.data import documents
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data import doctests
+from gossamer.data.sources import documents
 from gossamer.tokens import Tokenizer
 
 SHIPPED = Path(gossamer.__file__).parent / "models" / "python-llama"

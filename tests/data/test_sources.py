@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from gossamer.data import documents, manifest, mixture, parse_weight
+from gossamer.data.sources import documents, manifest, mixture, parse_weight
 from gossamer.errors import ConfigError
 
 TEXTS = ["first\ntext", "second: naïve café", "third"]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import ConfigError
-from gossamer.packed import PackedWriter
-from gossamer.packing import pack_checkpoint, round_rows
+from gossamer.packed.from_checkpoint import pack_checkpoint, round_rows
+from gossamer.packed.writer import PackedWriter
 
 VARIANTS = ["llama2", "llama3", "linear", "sharded", "bf16", "fp16"]
 PROMPTS = ["Once upon a time", "def f(x):\n    return", "a", "The little dog was", "x = [1, 2", "Lily"]

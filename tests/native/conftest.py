@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer import panels, streams
-from gossamer.architecture import Llama
-from gossamer.packed import Packed, PackedWriter
-from gossamer.packing import round_rows
+from gossamer.architecture.llama import Llama
+from gossamer.packed import panels, streams
+from gossamer.packed.from_checkpoint import round_rows
+from gossamer.packed.reader import Packed
+from gossamer.packed.writer import PackedWriter
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8", "i4": "U8"}
 

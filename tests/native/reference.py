@@ -7,7 +7,8 @@ order that the kernels' headers state: rounding to int8 turns a sum's last bit i
 
 import numpy as np
 
-from gossamer.packed import EMBEDDING, Packed
+from gossamer.packed.header import EMBEDDING
+from gossamer.packed.reader import Packed
 
 
 class Reference:

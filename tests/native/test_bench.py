@@ -11,10 +11,11 @@ import pytest
 from gossamer import _native, cli
 from gossamer.engine import KvCacheDtype, cached_type, native_model
 from gossamer.errors import ConfigError
-from gossamer.packed import Packed
-from gossamer.tools.bench import Bench, BenchResult, BenchRow, bench
-from gossamer.tools.bench_rounds import kv_bytes
-from gossamer.tools.synthetic import CONFIGS, Recipe, synthetic_file, synthetic_image
+from gossamer.measure.report import BenchResult, BenchRow
+from gossamer.measure.rounds import kv_bytes
+from gossamer.measure.synthetic import CONFIGS, Recipe, synthetic_file, synthetic_image
+from gossamer.packed.reader import Packed
+from gossamer.tools.bench import Bench, bench
 
 QUICK = Bench(prompt=(9,), new=8, threads=2, repeats=2)
 
@@ -87,7 +88,7 @@ def test_spreads_count_every_sample(row: BenchRow) -> None:
 
 def test_a_share_above_all_is_said(monkeypatch: pytest.MonkeyPatch, int8_model: Packed) -> None:
     """Readers that claim a thousandth of the truth: the run must not look sound."""
-    monkeypatch.setattr("gossamer.tools.readers.Readers.best", lambda self, repeats=1: 1e5)
+    monkeypatch.setattr("gossamer.measure.readers.Readers.best", lambda self, repeats=1: 1e5)
     result = bench(dataclasses.replace(QUICK, model=str(int8_model.path)))
     assert result.row.bandwidth_share > 1
     assert any(text.startswith("WRONG: read while decoding") for text in result.closing)

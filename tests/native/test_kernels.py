@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gossamer import _native
+from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import ConfigError, UnsupportedError
-from gossamer.weights import to_float32
 from native.conftest import Matrix, make_matrix
 
 LEVELS = ("scalar", "avx2", "avx512", "amx")

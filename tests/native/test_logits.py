@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from gossamer import _native
-from gossamer.checkpoint import Checkpoint
-from gossamer.packed import Packed
-from gossamer.packing import pack_checkpoint
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.packed.from_checkpoint import pack_checkpoint
+from gossamer.packed.reader import Packed
 
 VARIANTS = ("llama2", "llama3", "linear", "sharded", "bf16", "fp16")
 SHARED = ("stories260k", "stories3m")

@@ -10,7 +10,7 @@ import pytest
 
 from gossamer import _native
 from gossamer.errors import EngineError, FormatError
-from gossamer.packed import Packed
+from gossamer.packed.reader import Packed
 from native.reference import Reference
 
 KVS = ("f32", "bf16", "i8")
@@ -19,7 +19,7 @@ GREEDY = """
 import sys
 import numpy as np
 from gossamer import _native
-from gossamer.packed import Packed
+from gossamer.packed.reader import Packed
 
 packed = Packed.open(sys.argv[1])
 model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 2, sys.argv[5])

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer.architecture import Llama
-from gossamer.packed import Layer, PackedWriter, Storage
+from gossamer.architecture.llama import Llama
+from gossamer.packed.header import Layer
+from gossamer.packed.writer import PackedWriter, Storage
 from packed.matrices import random_matrix, random_multipliers
 
 CONFIG = {

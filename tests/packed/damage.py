@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gossamer.packed import Packed
+from gossamer.packed.reader import Packed
 
 Header = dict[str, Any]
 Q = "model.layers.1.mlp.up_proj"  # sparse int8

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gossamer.errors import FormatError
-from gossamer.packed import Packed
+from gossamer.packed.reader import Packed
 from packed.damage import I4, Header, Q, join, set_layer, split
 
 

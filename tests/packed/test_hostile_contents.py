@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer import streams
 from gossamer.errors import FormatError
-from gossamer.packed import Packed
+from gossamer.packed import streams
+from gossamer.packed.reader import Packed
 from packed.damage import I4, Q, join, set_layer, split, with_bytes
 
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, ConfigError, FormatError, UnsupportedError
-from gossamer.packed import EMBEDDING, Packed
-from gossamer.packing import cached_pack
-from gossamer.report import Event
+from gossamer.job.report import Event
+from gossamer.packed.cache import cached_pack
+from gossamer.packed.header import EMBEDDING
+from gossamer.packed.reader import Packed
 from gossamer.stages.pack import Pack, pack
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}

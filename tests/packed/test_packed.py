@@ -18,9 +18,11 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import gossamer
-from gossamer import panels, streams
-from gossamer.architecture import Llama
-from gossamer.packed import EMBEDDING, Packed, PackedWriter, smaller_storage
+from gossamer.architecture.llama import Llama
+from gossamer.packed import panels, streams
+from gossamer.packed.header import EMBEDDING
+from gossamer.packed.reader import Packed
+from gossamer.packed.writer import PackedWriter, smaller_storage
 from packed.matrices import VALUES, random_matrix
 
 
@@ -280,7 +282,7 @@ def test_a_killed_writer_leaves_no_file_by_that_name(synthetic: Any, tmp_path: P
     config = json.dumps(Packed.open(synthetic.path).metadata["config"])
     program = f"""
 import sys, time, numpy
-from gossamer.packed import PackedWriter
+from gossamer.packed.writer import PackedWriter
 with PackedWriter({str(tmp_path / "model.goss")!r}, config={config}) as writer:
     writer.norm("model.norm.weight", numpy.ones(36, numpy.float32))
     print("writing", flush=True)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from gossamer import panels, streams
 from gossamer.errors import FormatError
+from gossamer.packed import panels, streams
 from packed.matrices import DTYPES, VALUES, random_matrix, random_multipliers, read_dense, read_stream
 
 TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, EngineError, FormatError
-from gossamer.packed import Packed
+from gossamer.packed.reader import Packed
 from gossamer.stages.pack import Pack, pack
 from gossamer.tools.inspect import Inspect, inspect
 from gossamer.tools.verify import Verify, verify

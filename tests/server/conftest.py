@@ -11,8 +11,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from gossamer.checkpoint import Checkpoint
-from gossamer.packing import pack_checkpoint
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.packed.from_checkpoint import pack_checkpoint
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

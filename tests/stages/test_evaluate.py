@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gossamer import doctests
+from gossamer.data import doctests
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
-from gossamer.stages.evaluate import Evaluate, TorchBackend, evaluate
+from gossamer.evaluation.backends import TorchBackend
+from gossamer.stages.evaluate import Evaluate, evaluate
 
 TinyLlama = Callable[[str], Path]
 Backend = Literal["torch", "engine"]

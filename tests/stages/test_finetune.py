@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError, GossamerError
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.tokens import Tokenizer

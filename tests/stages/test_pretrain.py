@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
-from gossamer.report import Event, quiet
+from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain, pretrain
 
 Llamas = Callable[[str], Path]

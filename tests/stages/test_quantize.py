@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.int8 import fake_quantize_tokens
 from gossamer.decoder import blocks, embed, load_model
 from gossamer.errors import CalibrationError, ConfigError, UnsupportedError

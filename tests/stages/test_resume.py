@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gossamer import _native
 from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted, UnsupportedError
-from gossamer.report import Event
+from gossamer.job.report import Event
 from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import interruption, kernel, parallel, trainer

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
-from gossamer.report import Event, quiet
+from gossamer.job.report import Event, quiet
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import kernel, preparation

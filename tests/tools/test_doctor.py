@@ -8,8 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from gossamer import _native
-from gossamer.engine import machine
+from gossamer import _native, machine
 from gossamer.errors import ConfigError
 from gossamer.tools.doctor import Doctor, doctor
 

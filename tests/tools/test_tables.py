@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from gossamer.recovery import SHIPPED
+from gossamer.runs.recovery import SHIPPED
 from gossamer.tools.bench import Bench, bench
 
 ROOT = Path(__file__).resolve().parents[2]

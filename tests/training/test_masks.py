@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
 from gossamer.training import masks
 from gossamer.training.masks import MaskCallback, decoder_zeros, mask_hash

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.stages.pretrain import pretrain
 from gossamer.training.masks import mask_hash

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import CheckpointError
 from gossamer.stages.pretrain import Pretrain

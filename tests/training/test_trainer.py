@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from gossamer.checkpoint import Checkpoint, Derived
+from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.errors import ConfigError
-from gossamer.job import record
-from gossamer.report import Event, quiet
+from gossamer.job.options import record
+from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training.rows import Example, next_token_rows, packed_rows
 from gossamer.training.trainer import train

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer import _native
-from gossamer.architecture import Llama
-from gossamer.engine.machine import default_threads
+from gossamer.architecture.llama import Llama
 from gossamer.engine.request import Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.errors import CheckpointError, ConfigError, FormatError
-from gossamer.packed import Packed
-from gossamer.packing import cached_pack
-from gossamer.report import Progress, quiet
+from gossamer.job.report import Progress, quiet
+from gossamer.machine import default_threads
+from gossamer.packed.cache import cached_pack
+from gossamer.packed.reader import Packed
 from gossamer.tokens import Tokenizer
 
 LOGITS_CHUNK = 256  # tokens whose logits are computed in one call

@@ -10,7 +10,7 @@ from gossamer.engine.engine import Engine, KvCacheDtype, Prompt
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
-from gossamer.report import Progress, quiet
+from gossamer.job.report import Progress, quiet
 from gossamer.tokens import Message, Tokenizer
 
 GREEDY = SamplingParams()

@@ -1,8 +1,8 @@
 """From logits to the next token, as transformers' logits processors do it.
 
 The order is transformers': repetition penalty, temperature, top-k, top-p, min-p, then one draw; from
-temperature on, native/sampling.cpp does it. Each request owns its random generator and draws once a token, so
-a seed gives the same text alone or in a batch.
+temperature on, native/engine/sampling.cpp does it. Each request owns its random generator and draws once a
+token, so a seed gives the same text alone or in a batch.
 """
 
 from collections.abc import Sequence

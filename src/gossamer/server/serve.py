@@ -9,8 +9,8 @@ import uvicorn
 
 from gossamer.engine import Engine, Scheduler
 from gossamer.errors import ConfigError
-from gossamer.job import option
-from gossamer.report import Event, Progress, quiet
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, quiet
 from gossamer.server.app import Api
 from gossamer.server.worker import Worker
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from gossamer.checkpoint import Checkpoint
-from gossamer.data import manifest, supervised_examples
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.sources import manifest
+from gossamer.data.supervised import supervised_examples
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import ConfigError
-from gossamer.job import inherited, option
-from gossamer.report import Event, Progress, quiet
+from gossamer.job.options import inherited, option
+from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.partial import refuse_existing
 from gossamer.errors import ConfigError
-from gossamer.job import option
-from gossamer.packed import EMBEDDING, Packed
-from gossamer.packing import pack_checkpoint
-from gossamer.partial import refuse_existing
-from gossamer.processes import refuse_several
-from gossamer.report import Progress, Table, quiet
+from gossamer.job.options import option
+from gossamer.job.processes import refuse_several
+from gossamer.job.report import Progress, Table, quiet
+from gossamer.packed.from_checkpoint import pack_checkpoint
+from gossamer.packed.header import EMBEDDING
+from gossamer.packed.reader import Packed
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass
 
-from gossamer.checkpoint import Checkpoint
-from gossamer.data import manifest, mixture, token_rows
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.rows import token_rows
+from gossamer.data.sources import manifest, mixture
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import ConfigError
-from gossamer.job import option
-from gossamer.report import Event, Progress, quiet
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult

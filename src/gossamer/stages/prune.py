@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.hessian import hessians, inverse_factor, towards
 from gossamer.compress.magnitude import magnitude
 from gossamer.compress.sparsegpt import sparsegpt
-from gossamer.data import manifest
+from gossamer.data.calibration import calibration_ids, check_options
+from gossamer.data.sources import manifest
 from gossamer.decoder import blocks, embed, refuse_quantized, write_block
 from gossamer.errors import ConfigError
-from gossamer.job import option
-from gossamer.report import Event, Progress, Table, quiet
-from gossamer.stages.calibration import calibration_ids, check_options
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, Table, quiet
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gossamer.checkpoint import Checkpoint, Derived
+from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.compress.gptq import gptq
 from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
 from gossamer.compress.int8 import fake_quantize_tokens, row_scales
 from gossamer.compress.smooth import divide_norm, share_over_query_heads, smoothing_scales, value_rows
-from gossamer.data import manifest
+from gossamer.data.calibration import calibration_ids, check_options
+from gossamer.data.sources import manifest
 from gossamer.decoder import TORCH_DTYPE, Block, blocks, embed, refuse_quantized, write_tensor
 from gossamer.errors import ConfigError
-from gossamer.job import option
-from gossamer.report import Event, Progress, Table, quiet
-from gossamer.stages.calibration import calibration_ids, check_options
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, Table, quiet
 
 
 @dataclass(frozen=True)

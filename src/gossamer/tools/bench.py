@@ -9,19 +9,16 @@ from typing import Literal
 
 from gossamer import plots
 from gossamer.engine import KvCacheDtype, cached_type, native_model
-from gossamer.engine.machine import default_threads, memory_bytes
 from gossamer.errors import ConfigError
-from gossamer.job import option
-from gossamer.packed import Packed
-from gossamer.packing import cache_directory, cached_pack
-from gossamer.report import Progress, quiet
-from gossamer.tools.bench_report import BenchResult, BenchRow
-from gossamer.tools.bench_rounds import Baseline, Setting, Subject, measure
-from gossamer.tools.readers import Readers
-from gossamer.tools.synthetic import CONFIGS, Recipe, Shape, synthetic_file
-from gossamer.tools.tour import CpuTour, LayerSpeed, cpu_tour
-
-__all__ = ["Bench", "BenchResult", "BenchRow", "CpuTour", "LayerSpeed", "bench", "cpu_tour"]
+from gossamer.job.options import option
+from gossamer.job.report import Progress, quiet
+from gossamer.machine import default_threads, memory_bytes
+from gossamer.measure.readers import Readers
+from gossamer.measure.report import BenchResult, BenchRow
+from gossamer.measure.rounds import Baseline, Setting, Subject, measure
+from gossamer.measure.synthetic import CONFIGS, Recipe, Shape, synthetic_file
+from gossamer.packed.cache import cache_directory, cached_pack
+from gossamer.packed.reader import Packed
 
 BASELINE_BYTES = 600e6  # dense float32 layers measured beside: enough to defeat every cache
 PLOT_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -6,14 +6,13 @@ from importlib import metadata
 
 import numpy as np
 
-from gossamer import _native
-from gossamer.engine import machine
+from gossamer import _native, machine
 from gossamer.errors import ConfigError, UnsupportedError
-from gossamer.job import option
-from gossamer.report import Event, Progress, Table, quiet
-from gossamer.tools.readers import Readers
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.measure.readers import Readers
 
-# What native/isa.cpp asks CPUID for on each level, beside the levels below, under Linux's names.
+# What native/base/isa.cpp asks CPUID for on each level, beside the levels below, under Linux's names.
 LEVEL_FLAGS = {
     "avx2": ("fma", "popcnt", "avx", "bmi1", "avx2", "bmi2"),
     "avx512": (

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gossamer.architecture import Llama
-from gossamer.checkpoint import Checkpoint
-from gossamer.job import option
-from gossamer.packed import EMBEDDING, HEAD, Packed
-from gossamer.packing import matrix_names
-from gossamer.report import Event, Progress, Table, quiet
+from gossamer.architecture.llama import Llama
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.packed.from_checkpoint import matrix_names
+from gossamer.packed.header import EMBEDDING, HEAD
+from gossamer.packed.reader import Packed
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gossamer.engine import LLM, Piece, SamplingParams
-from gossamer.job import option
-from gossamer.report import Progress, quiet
+from gossamer.job.options import option
+from gossamer.job.report import Progress, quiet
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gossamer.checkpoint import Checkpoint, hash_mask
+from gossamer.checkpoint.directory import Checkpoint, hash_mask
 from gossamer.engine import LLM
 from gossamer.errors import CheckpointError, EngineError, FormatError
-from gossamer.job import option
-from gossamer.packed import EMBEDDING, HEAD, Packed
-from gossamer.packing import cached_pack, check_quantization, round_rows, stored_scales
-from gossamer.report import Event, Progress, Table, quiet
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.packed.cache import cached_pack
+from gossamer.packed.from_checkpoint import check_quantization, round_rows, stored_scales
+from gossamer.packed.header import EMBEDDING, HEAD
+from gossamer.packed.reader import Packed
 
 # |engine - torch| / |torch| of all logits. The last bit of a float can send an INT8 activation to the other
 # side of a half; everything after it differs by a rounding step: 1e-7 up to there, 1e-2 from there.

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.checkpoint import companions
+from gossamer.checkpoint.directory import companions
+from gossamer.checkpoint.partial import CHECKPOINTS, checkpoint_steps
 from gossamer.errors import CheckpointError, ConfigError
-from gossamer.partial import CHECKPOINTS, checkpoint_steps
 from gossamer.training.kernel import Kernel
 
 RECORD = "checkpoint.json"

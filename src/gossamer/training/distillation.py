@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.squarehead import squarehead_loss
 from gossamer.decoder import load_model
 from gossamer.errors import ConfigError

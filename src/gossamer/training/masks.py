@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from gossamer.checkpoint import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
 from gossamer.training.sparse_linear import Pattern, SparseLinear
 

@@ -17,8 +17,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from gossamer import plots
 from gossamer.errors import ConfigError
-from gossamer.processes import is_first
-from gossamer.report import Event, Progress
+from gossamer.job.processes import is_first
+from gossamer.job.report import Event, Progress
 
 METRICS, LOSS_CURVE, TENSORBOARD = "metrics.jsonl", "loss.png", "runs"
 WINDOW_STEPS = 20

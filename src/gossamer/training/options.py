@@ -5,7 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from gossamer.errors import ConfigError
-from gossamer.job import option, record
+from gossamer.job.options import option, record
 from gossamer.training.monitor import check_reporter
 
 

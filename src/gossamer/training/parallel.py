@@ -34,8 +34,8 @@ from transformers import LlamaForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from gossamer.errors import ConfigError, UnsupportedError
-from gossamer.processes import is_first, num_processes
-from gossamer.report import Progress, quiet
+from gossamer.job.processes import is_first, num_processes
+from gossamer.job.report import Progress, quiet
 
 Parallel = Literal["ddp", "fsdp"]
 Job = TypeVar("Job", contravariant=True)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
-from gossamer.processes import is_first, num_processes
+from gossamer.job.processes import is_first, num_processes
 from gossamer.training.adamw import AdamW
 from gossamer.training.checkpoints import Checkpoints
 from gossamer.training.kernel import Kernel

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import LlamaForCausalLM, TrainerState, TrainingArguments
 
 from gossamer import _native
-from gossamer.checkpoint import Checkpoint, Derived
+from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.errors import Interrupted
-from gossamer.processes import num_processes
-from gossamer.report import Event, Progress
+from gossamer.job.processes import num_processes
+from gossamer.job.report import Event, Progress
 from gossamer.training.checkpoints import Checkpoints, RunIdentity
 from gossamer.training.distillation import SquareHead
 from gossamer.training.history import History

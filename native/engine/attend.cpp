@@ -1,0 +1,209 @@
+// The decoder's attention: how its work is cut and split among the threads, and what surrounds the kernels.
+//
+// An item is a block of rows of one run at one key/value head. A run of one token is cut further, into chunks
+// of positions whose states are merged afterwards, so that one long sequence keeps every thread busy. The
+// cuts depend on positions alone, never on threads or on other sequences.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "engine/llama.hpp"
+
+namespace gossamer {
+namespace {
+
+constexpr int kItemRows =
+    24;  // of one item, at least one token: keys and values are read once for all of them
+
+int num_chunks(int positions) { return (positions + kChunkPositions - 1) / kChunkPositions; }
+
+int item_tokens(int shared_heads) { return std::max(1, kItemRows / shared_heads); }
+
+}  // namespace
+
+KvCache Llama::new_cache(int capacity) const {
+    return KvCache(kv_, config_.num_layers, config_.num_kv_heads, capacity);
+}
+
+std::size_t Llama::position_bytes() const {
+    return kv_.position_bytes() * std::size_t(config_.num_layers) * std::size_t(config_.num_kv_heads);
+}
+
+std::size_t Llama::attention_scratch_floats_of_a_thread() const {
+    const int heads = config_.num_heads / config_.num_kv_heads;
+    return round_up(attention_scratch_floats(heads * item_tokens(heads), config_.head_dim), kPanelRows);
+}
+
+// Cuts a pass into items and splits them among the threads by the products they take.
+void Llama::plan_attention(Pass& pass) {
+    const int heads = config_.num_heads / config_.num_kv_heads, block = item_tokens(heads);
+    const std::size_t state = attention_state_floats(config_.head_dim) * std::size_t(heads);
+    std::size_t states = 0;
+    pass.items.clear();
+    for (int r = 0; r < int(pass.runs.size()); ++r) {
+        const Run& run = pass.runs[r];
+        const int chunks = num_chunks(run.position + run.count);
+        const bool split_chunks = run.count == 1 && chunks > 1;
+        for (int c = 0; split_chunks && c < chunks; ++c) {  // in memory's order
+            for (int head = 0; head < config_.num_kv_heads; ++head, states += state)
+                pass.items.push_back({r, head, 0, 1, c, c + 1, std::ptrdiff_t(states)});
+        }
+        for (int head = 0; !split_chunks && head < config_.num_kv_heads; ++head) {
+            for (int first = 0; first < run.count; first += block) {
+                const int count = std::min(block, run.count - first);
+                const int end = num_chunks(run.position + first + count);
+                pass.items.push_back({r, head, first, count, 0, end, -1});
+            }
+        }
+    }
+    if (attention_states_.size() < states) attention_states_.resize(states);
+    split(pass);
+}
+
+void Llama::split(Pass& pass) const {
+    const auto cost = [&](const AttentionItem& item) {
+        const Run& run = pass.runs[item.run];
+        const int last = std::min(item.end * kChunkPositions, run.position + item.first + item.count);
+        return std::size_t(item.count) * std::size_t(last - item.begin * kChunkPositions);
+    };
+    const std::size_t threads = std::size_t(pool_.size());
+    std::size_t total = 0, before = 0;
+    for (const AttentionItem& item : pass.items) total += cost(item);
+    pass.shares.assign(threads + 1, pass.items.size());
+    pass.shares[0] = 0;
+    for (std::size_t i = 0, thread = 0; i < pass.items.size(); ++i) {
+        const std::size_t mine = cost(pass.items[i]);
+        const std::size_t owner = std::min((before + mine / 2) * threads / total, threads - 1);
+        while (thread < owner) pass.shares[++thread] = i;
+        before += mine;
+    }
+}
+
+// cos and sin of position * frequency (in float32) for the tokens of a thread.
+void Llama::rotary_angles(const Pass& pass, int thread) {
+    const int half = config_.head_dim / 2;
+    const Part part(int(pass.tokens.size()), thread, pool_.size());
+    for (int t = part.begin; t < part.end; ++t) {
+        float* rotary = rotary_.floats() + std::size_t(t) * config_.head_dim;
+        for (int e = 0; e < half; ++e) {
+            const float angle = float(pass.tokens[t].position) * config_.inverse_frequencies[e];
+            rotary[e] = float(std::cos(double(angle)));
+            rotary[half + e] = float(std::sin(double(angle)));
+        }
+    }
+}
+
+void Llama::attend(const Pass& pass, int layer, int thread) {
+    store(pass, layer, thread);
+    pool_.barrier();
+    for (std::size_t i = pass.shares[thread]; i < pass.shares[thread + 1]; ++i)
+        attend_item(pass, pass.items[i], layer, thread);
+    merge_states(pass, thread);
+}
+
+// Rotates the new queries and keys and puts keys and values into the caches.
+void Llama::store(const Pass& pass, int layer, int thread) {
+    const int E = config_.head_dim, G = config_.num_kv_heads, heads = config_.num_heads / G;
+    for (const Run& run : pass.runs) {
+        const Part part(run.count * G, thread, pool_.size());
+        for (int i = part.begin; i < part.end; ++i) {
+            const int head = i / run.count, t = run.first + i % run.count;
+            const float* rotary = rotary_.floats() + std::size_t(t) * E;
+            float* k_E = k_.floats() + t * kv_stride_ + std::size_t(head) * E;
+            kernels_.rope(q_.floats() + t * q_stride_ + std::size_t(head) * heads * E, heads, E, rotary);
+            kernels_.rope(k_E, 1, E, rotary);
+            run.cache->store(layer, head, run.position + t - run.first, k_E,
+                             v_.floats() + t * kv_stride_ + std::size_t(head) * E,
+                             t + 1 == run.first + run.count);
+        }
+    }
+}
+
+void Llama::attend_item(const Pass& pass, const AttentionItem& item, int layer, int thread) {
+    const Run& run = pass.runs[item.run];
+    const int heads = config_.num_heads / config_.num_kv_heads;
+    const std::size_t row = std::size_t(run.first + item.first) * q_stride_ +
+                            std::size_t(item.head) * std::size_t(heads) * std::size_t(config_.head_dim);
+    attention_.attention(
+        {.layout = kv_,
+         .chunks = run.cache->chunks(),
+         .head_begin = run.cache->head_begin(layer, item.head),
+         .begin = item.begin,
+         .end = item.end,
+         .q = q_.floats() + row,
+         .out = attended_.floats() + row,
+         .stride = q_stride_,
+         .num_tokens = item.count,
+         .num_heads = heads,
+         .position = run.position + item.first,
+         .scale = float(1.0 / std::sqrt(double(config_.head_dim))),
+         .state = item.state < 0 ? nullptr : attention_states_.data() + item.state,
+         .scratch = attention_scratch_.floats() + thread * attention_scratch_floats_of_a_thread()});
+}
+
+// Outputs of the rows whose chunks were split. A chunk has the states of all heads.
+void Llama::merge_states(const Pass& pass, int thread) {
+    const int heads = config_.num_heads / config_.num_kv_heads, E = config_.head_dim;
+    const std::size_t row = attention_state_floats(E);
+    const auto is_split = [](const AttentionItem& item) { return item.state >= 0; };
+    if (std::none_of(pass.items.begin(), pass.items.end(), is_split)) return;
+    pool_.barrier();
+    int index = 0;
+    for (const AttentionItem& item : pass.items) {
+        if (!is_split(item) || item.begin != 0 || index++ % pool_.size() != thread) continue;
+        const Run& run = pass.runs[item.run];
+        for (int h = 0; h < heads; ++h) {
+            merge_attention(
+                attention_states_.data() + item.state + h * row, std::size_t(config_.num_heads) * row,
+                num_chunks(run.position + run.count), E,
+                attended_.floats() + run.first * q_stride_ + std::size_t(item.head * heads + h) * E);
+        }
+    }
+}
+
+std::vector<double> Llama::time_attention(int context, int num_sequences, int repeats) {
+    const int E = config_.head_dim, G = config_.num_kv_heads;
+    Pass pass{};
+    std::vector<KvCache> caches;
+    for (int i = 0; i < num_sequences; ++i) {
+        caches.push_back(new_cache(context));
+        caches.back().reserve(context);
+    }
+    for (int i = 0; i < num_sequences; ++i) {
+        pass.runs.push_back({&caches[i], i, 1, context - 1});
+        pass.tokens.push_back({0, context - 1});
+    }
+    plan_attention(pass);
+    const auto fill = [&](int thread) {
+        std::vector<float> x(std::size_t(E) * 8);
+        for (std::size_t e = 0; e < x.size(); ++e) x[e] = std::sin(float(e * e));
+        const Part part(num_sequences * config_.num_layers * G, thread, pool_.size());
+        for (int i = part.begin; i < part.end; ++i) {
+            for (int p = 0; p < context; ++p) {
+                caches[i / G / config_.num_layers].store(i / G % config_.num_layers, i % G, p,
+                                                         x.data() + p * 5 % 7 * E, x.data() + p * 3 % 7 * E,
+                                                         p + 1 == context);
+            }
+        }
+        rotary_angles(pass, thread);
+    };
+    pool_.run(fill);
+    std::fill_n(q_.floats(), num_sequences * q_stride_, 0.5f);
+    std::fill_n(k_.floats(), num_sequences * kv_stride_, 0.5f);
+    std::fill_n(v_.floats(), num_sequences * kv_stride_, 0.5f);
+    std::vector<double> seconds;
+    for (int i = 0; i < repeats; ++i) {
+        const auto begin = std::chrono::steady_clock::now();
+        pool_.run([&](int thread) {
+            for (int layer = 0; layer < config_.num_layers; ++layer) {
+                attend(pass, layer, thread);
+                pool_.barrier();
+            }
+        });
+        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    }
+    return seconds;
+}
+
+}  // namespace gossamer

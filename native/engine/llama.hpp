@@ -1,0 +1,161 @@
+// The whole decoder of a Llama: one call is one step for a batch of sequences with any number of new tokens
+// each.
+//
+// All threads run the step together and meet at five barriers a layer (four more for several tokens);
+// matrices are split among them by bytes. Every output row is computed by one thread in a fixed order, so
+// results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/threads.hpp"
+#include "base/view.hpp"
+#include "engine/kv_cache.hpp"
+#include "engine/packed.hpp"
+#include "kernels/table.hpp"
+
+namespace gossamer {
+
+struct LlamaConfig {
+    int num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
+    float rms_norm_eps;
+    std::vector<float> inverse_frequencies;  // [E / 2]
+};
+
+// 64-byte aligned memory, touched only where it is used.
+class Scratch {
+  public:
+    explicit Scratch(std::size_t num_bytes) : memory_(std::aligned_alloc(64, round_up(num_bytes + 64, 64))) {
+        if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    ~Scratch() { std::free(memory_); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    float* floats() const { return static_cast<float*>(memory_); }
+    std::uint8_t* bytes() const { return static_cast<std::uint8_t*>(memory_); }
+
+  private:
+    void* memory_;
+};
+
+// Panels [begin, end) of one matrix of a group.
+struct Share {
+    int linear, begin, end;
+};
+
+// Matrices with the same input, multiplied in one parallel region.
+struct Group {
+    std::vector<Linear> linears;
+    std::vector<const MatmulRow*> kernels;
+    std::vector<std::vector<Share>> shares;                         // of each thread
+    bool needs_f32 = false, needs_i8 = false, needs_split = false;  // see Activations
+
+    // `paired`: matrix 0 is split and the others follow (gate and up, so that SwiGLU needs no barrier).
+    Group(std::vector<Linear> matrices, bool paired, int num_threads);
+};
+
+struct Layer {
+    const float* input_norm;
+    const float* post_attention_norm;
+    Group qkv, o, gate_up, down;
+};
+
+// New tokens of one sequence: ids at positions cache->length() and up.
+struct NewTokens {
+    KvCache* cache;
+    std::span<const std::int32_t> ids;
+};
+
+class Llama {
+  public:
+    static constexpr int kMaxTokens = 256;  // of one pass; longer prompts take several
+
+    Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& pool);
+
+    KvCache new_cache(int capacity) const;
+
+    // Advances all sequences. Logits [rows, padded_vocab()]: of every new token, or of each sequence's last.
+    // Ids and capacities must have been checked.
+    void forward(std::span<const NewTokens> batch, bool all_logits, float* logits);
+
+    // Seconds that all decoder matrices take for `num_tokens` (at most kMaxTokens) at once.
+    double time_linears(int num_tokens);
+
+    // Seconds that attention takes, `repeats` times, for one new token of `num_sequences` sequences after
+    // `context` positions, in all layers; that many keys and values are made up.
+    std::vector<double> time_attention(int context, int num_sequences, int repeats);
+
+    std::size_t bytes_per_step() const;
+    // Of the cached keys and values of a position, in all layers.
+    std::size_t position_bytes() const;
+    int padded_vocab() const { return head_.linears[0].padded_rows(); }
+    const LlamaConfig& config() const { return config_; }
+
+  private:
+    struct Token {
+        std::int32_t id;
+        int position;
+    };
+    struct Run {  // consecutive tokens of one sequence within a pass
+        KvCache* cache;
+        int first, count, position;
+    };
+    struct AttentionItem {  // tokens of a run at one key/value head, over some chunks of positions
+        int run, head, first, count, begin, end;
+        std::ptrdiff_t state;  // where its rows' states go, or -1: it has all chunks and writes the output
+    };
+    struct Pass {
+        std::vector<Token> tokens;
+        std::vector<Run> runs;
+        std::vector<AttentionItem> items;
+        std::vector<std::size_t> shares;  // items of thread i: shares[i] .. shares[i + 1]
+        std::vector<int> outputs;         // tokens whose logits are wanted
+        float* logits;
+    };
+
+    Layer read_layer(const Packed& packed, int index, std::vector<std::pair<std::string, Linear>>& all) const;
+    void run(Pass& pass);
+    void plan_attention(Pass& pass);
+    void split(Pass& pass) const;
+    std::size_t attention_scratch_floats_of_a_thread() const;
+    void rotary_angles(const Pass& pass, int thread);
+    void embed(const Pass& pass, int thread);
+    void decoder_layer(const Pass& pass, int layer, int thread);
+    void attend(const Pass& pass, int layer, int thread);
+    void store(const Pass& pass, int layer, int thread);
+    void attend_item(const Pass& pass, const AttentionItem& item, int layer, int thread);
+    void merge_states(const Pass& pass, int thread);
+    void head(const Pass& pass, int thread);
+    void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
+    void prepare(const Group& group, const float* row, int columns, float largest, int token, int num_tokens,
+                 int thread);
+    Activations inputs(int num_tokens, int thread) const;
+    template <class Work>
+    void for_tokens(int num_tokens, int thread, Work work);
+    void activate(const Group& gate_up, int num_tokens, int thread);
+    void multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread);
+    void add_to_hidden(const Group& group, int num_tokens, int thread);
+
+    LlamaConfig config_;
+    ThreadPool& pool_;
+    const VectorRow& kernels_;
+    const AttentionRow& attention_;
+    const KvLayout kv_;
+    Linear embedding_;
+    const float* final_norm_;
+    std::vector<Layer> layers_;
+    Group head_;
+    // Strides of the scratch, in floats.
+    std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
+    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_block_, x_high_, x_low_,
+        scales_, largest_, rotary_;
+    Scratch attention_scratch_;            // of each thread
+    std::vector<float> attention_states_;  // of rows whose chunks are split among threads
+};
+
+}  // namespace gossamer

@@ -1,0 +1,349 @@
+// The table of kernels as Python sees it, and entries that run one row of it: for tests and measurements.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <numeric>
+
+#include "base/isa.hpp"
+#include "base/threads.hpp"
+#include "engine/kv_cache.hpp"
+#include "engine/packed.hpp"
+#include "engine/sampling.hpp"
+#include "kernels/table.hpp"
+#include "python/arrays.hpp"
+
+namespace gossamer {
+
+using namespace nb::literals;
+
+namespace {
+
+// The tiles of the amx level, computed instead of issued: for tests on machines without them.
+constexpr const char* kEmulated = "amx-emulated";
+
+}  // namespace
+
+Isa runnable(const std::string& level) {
+    const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
+    if (wanted > isa()) {
+        throw UnsupportedError("asked for " + level + "; this machine, capped by GOSSAMER_ISA, runs up to " +
+                               gossamer::name(isa()));
+    }
+    return wanted;
+}
+
+namespace {
+
+const char* name(Values values) {
+    return values == Values::f32    ? "f32"
+           : values == Values::bf16 ? "bf16"
+           : values == Values::i8   ? "i8"
+                                    : "i4";
+}
+const char* name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
+
+nb::list kernels() {
+    nb::list rows;
+    const auto add = [&](const char* family, const char* values, const char* storage, Isa isa) {
+        nb::dict row;
+        row["family"] = family;
+        row["values"] = values;
+        row["storage"] = storage;
+        row["isa"] = gossamer::name(isa);
+        rows.append(row);
+    };
+    for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
+    for (const VectorRow& row : vector_table()) {
+        for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "rope"})
+            add(family, "f32", "dense", row.isa);
+    }
+    for (const SamplingRow& row : sampling_table()) {
+        for (const char* family : {"highest", "mass", "keep"}) add(family, "f32", "dense", row.isa);
+    }
+    for (const TrainingRow& row : training_table()) {
+        for (const char* family : {"multiply", "project"}) add(family, "f32", "sparse", row.isa);
+    }
+    for (const AdamwRow& row : adamw_table()) add("adamw", "f32", "dense", row.isa);
+    for (const ProbeRow& row : probe_table()) {
+        add("read", "i8", "dense", row.isa);
+        add("multiply_int8", "i8", "dense", row.isa);
+        add("multiply_f32", "f32", "dense", row.isa);
+    }
+    for (const AttentionRow& row : attention_table()) add("attention", name(row.values), "dense", row.isa);
+    return rows;
+}
+
+template <class Work>
+double time_of(Work work) {
+    const auto begin = std::chrono::steady_clock::now();
+    work();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+// One matrix of a packed buffer, checked, for the entries that run a single kernel.
+struct Matrix {
+    Linear w;
+    const MatmulRow* row;
+
+    Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict layers,
+           const std::string& name)
+        : w(read_packed(buffer, tensors, layers).linear(name)),
+          row(&find_matmul(w.storage, w.values, runnable(level), level == kEmulated)) {
+        ThreadPool pool(1);
+        check_contents({{name, w}}, pool);
+    }
+};
+
+// Inputs as kernels want them, rows up to a multiple of 16.
+struct Inputs {
+    std::vector<float> x, scale;
+    std::vector<std::uint8_t> q, q_block;
+    std::vector<std::uint16_t> high, low;
+    Activations activations;
+
+    Inputs(const VectorRow& vectors, const Linear& w, const FloatMatrix& x_TK) {
+        const int T = int(x_TK.shape(0)), K = int(x_TK.shape(1));
+        if (K != w.columns || T < 1) throw EngineError("the inputs do not fit the matrix");
+        const std::size_t stride = Activations::padded(K), size = round_up(std::size_t(T), 16) * stride;
+        x.resize(size);
+        q.resize(size, 128);
+        q_block.resize(size);
+        high.resize(size);
+        low.resize(size);
+        scale.resize(std::size_t(T));
+        activations = {.num_tokens = T,
+                       .stride = stride,
+                       .x = x.data(),
+                       .q = q.data(),
+                       .q_block = q_block.data(),
+                       .scale = scale.data(),
+                       .high = high.data(),
+                       .low = low.data()};
+        for (int t = 0; t < T; ++t) {
+            const float* row = x_TK.data() + std::size_t(t) * K;
+            std::copy(row, row + K, x.data() + t * stride);
+            scale[t] = vectors.quantize(row, K, vectors.largest(row, K), q.data() + t * stride);
+            if (T <= Activations::kBlockTokens)
+                Activations::interleave(q.data() + t * stride, K, t, T, q_block.data());
+            vectors.split(row, K, high.data() + t * stride, low.data() + t * stride);
+        }
+    }
+};
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const std::string& level, Bytes buffer, nb::dict tensors,
+                                                  nb::dict layers, const std::string& name,
+                                                  FloatMatrix x_TK) {
+    const Matrix matrix(level, buffer, tensors, layers, name);
+    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const std::size_t stride = std::size_t(matrix.w.padded_rows());
+    std::unique_ptr<float[]> y(new float[x_TK.shape(0) * stride]);
+    matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.get(), stride);
+    return to_numpy(std::move(y), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
+}
+
+nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>> accumulators(const std::string& level, Bytes buffer,
+                                                               nb::dict tensors, nb::dict layers,
+                                                               const std::string& name, FloatMatrix x_TK) {
+    const Matrix matrix(level, buffer, tensors, layers, name);
+    if (matrix.row->accumulate == nullptr)
+        throw UnsupportedError(name + ": only int8 products have integer sums");
+    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const std::size_t stride = std::size_t(matrix.w.padded_rows());
+    std::unique_ptr<std::int32_t[]> acc(new std::int32_t[x_TK.shape(0) * stride]);
+    matrix.row->accumulate(matrix.w, 0, matrix.w.num_panels(), inputs.activations, acc.get(), stride);
+    return to_numpy(std::move(acc), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> rmsnorm(const std::string& level, FloatMatrix x_TD,
+                                                   Floats weight_D, float eps) {
+    const std::size_t T = x_TD.shape(0), D = x_TD.shape(1);
+    if (weight_D.size() != D) throw EngineError("the weights do not fit the inputs");
+    std::unique_ptr<float[]> y(new float[T * D]);
+    for (std::size_t t = 0; t < T; ++t) {
+        find_vector(runnable(level))
+            .rmsnorm(x_TD.data() + t * D, weight_D.data(), eps, int(D), y.get() + t * D);
+    }
+    return to_numpy(std::move(y), T, D, D);
+}
+
+nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
+    const std::size_t T = x_TK.shape(0), K = x_TK.shape(1);
+    std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * K]);
+    std::unique_ptr<float[]> scale(new float[T]);
+    const VectorRow& row = find_vector(runnable(level));
+    for (std::size_t t = 0; t < T; ++t) {
+        const float* x = x_TK.data() + t * K;
+        scale[t] = row.quantize(x, int(K), row.largest(x, int(K)), q.get() + t * K);
+    }
+    return nb::make_tuple(to_numpy(std::move(q), T, K, K), to_numpy(std::move(scale), T, 1, 1));
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> swiglu(const std::string& level, FloatMatrix gate_TN,
+                                                  FloatMatrix up_TN) {
+    const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
+    if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
+    std::unique_ptr<float[]> y(new float[T * N]);
+    for (std::size_t t = 0; t < T; ++t) {
+        find_vector(runnable(level))
+            .swiglu(gate_TN.data() + t * N, up_TN.data() + t * N, int(N), y.get() + t * N);
+    }
+    return to_numpy(std::move(y), T, N, N);
+}
+
+// Attention of new tokens q_TAE over keys and values of one key/value head, the tokens being the last of the
+// S positions; `split`: chunk by chunk, merged afterwards, as a long decode step does it.
+nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, const std::string& kv,
+                                                     FloatCube q_TAE, FloatMatrix k_SE, FloatMatrix v_SE,
+                                                     bool split) {
+    const int T = int(q_TAE.shape(0)), A = int(q_TAE.shape(1)), E = int(q_TAE.shape(2));
+    const int S = int(k_SE.shape(0)), chunks = (S + kChunkPositions - 1) / kChunkPositions;
+    const bool fits = int(k_SE.shape(1)) == E && int(v_SE.shape(1)) == E && int(v_SE.shape(0)) == S;
+    if (!fits || T < 1 || T > S || (split && T != 1))
+        throw EngineError("queries, keys and values do not fit together");
+    const KvLayout layout{parse_kv(kv), E};
+    KvCache cache(layout, 1, 1, S);
+    cache.reserve(S);
+    for (int s = 0; s < S; ++s)
+        cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E, s + 1 == S);
+    const std::size_t state = attention_state_floats(E) * std::size_t(A);
+    std::vector<float> scratch(attention_scratch_floats(T * A, E)), states(split ? state * chunks : 0);
+    std::unique_ptr<float[]> out(new float[std::size_t(T) * A * E]);
+    AttentionTask task{.layout = layout,
+                       .chunks = cache.chunks(),
+                       .head_begin = 0,
+                       .begin = 0,
+                       .end = chunks,
+                       .q = q_TAE.data(),
+                       .out = out.get(),
+                       .stride = std::size_t(A) * E,
+                       .num_tokens = T,
+                       .num_heads = A,
+                       .position = S - T,
+                       .scale = float(1.0 / std::sqrt(double(E))),
+                       .state = nullptr,
+                       .scratch = scratch.data()};
+    const AttentionRow& row = find_attention(layout.values, runnable(level), level == kEmulated);
+    if (!split) row.attention(task);
+    for (int c = 0; split && c < chunks; ++c) {
+        task.begin = c, task.end = c + 1, task.state = states.data() + state * c;
+        row.attention(task);
+    }
+    for (int a = 0; split && a < A; ++a)
+        merge_attention(states.data() + attention_state_floats(E) * a, state, chunks, E, out.get() + a * E);
+    return to_numpy(std::move(out), std::size_t(T) * A, std::size_t(E), std::size_t(E));
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> rope(const std::string& level, FloatMatrix x_HE, Floats cos_sin) {
+    const std::size_t H = x_HE.shape(0), E = x_HE.shape(1);
+    if (cos_sin.size() != E || E % 2 != 0) throw EngineError("the angles do not fit the heads");
+    std::unique_ptr<float[]> y(new float[H * E]);
+    std::copy_n(x_HE.data(), H * E, y.get());
+    find_vector(runnable(level)).rope(y.get(), int(H), int(E), cos_sin.data());
+    return to_numpy(std::move(y), H, E, E);
+}
+
+std::uint64_t mass(const std::string& level, Floats x, float highest, float inverse_temperature, float low) {
+    return find_sampling(runnable(level)).mass(x.data(), int(x.size()), {highest, inverse_temperature}, low);
+}
+
+int sample_token(const std::string& level, Floats logits_V, double temperature, int top_k, double top_p,
+                 double min_p, double uniform) {
+    return sample(find_sampling(runnable(level)), {logits_V.data(), logits_V.size()},
+                  {temperature, top_k, top_p, min_p}, uniform);
+}
+
+double token_log_probability(const std::string& level, Floats logits_V, int index) {
+    return log_probability(find_sampling(runnable(level)), {logits_V.data(), logits_V.size()}, index);
+}
+
+std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, Bytes buffer, int repeats) {
+    const std::size_t chunk = 256 * 1024, num_chunks = buffer.size() / chunk;
+    if (num_chunks < 1) throw EngineError("the buffer is smaller than 256 KiB; nothing to measure");
+    nb::gil_scoped_release unlocked;
+    ThreadPool pool(std::clamp(num_threads, 1, 1024));
+    const auto read = find_probe(isa()).read;
+    std::vector<std::uint64_t> sums(std::size_t(pool.size()) * 8);
+    std::vector<double> rates;
+    for (int i = 0; i < repeats; ++i) {
+        const double seconds = time_of([&] {
+            pool.run([&](int thread) {
+                const Part part(int(num_chunks), thread, pool.size());
+                sums[std::size_t(thread) * 8] =
+                    read(buffer.data() + part.begin * chunk, (part.end - part.begin) * chunk, prefetch_bytes);
+            });
+        });
+        rates.push_back(double(num_chunks * chunk) / seconds);
+    }
+    return rates;
+}
+
+// Multiply-adds a second on all threads, best of `repeats`.
+double peak(std::uint64_t (*multiply)(std::uint64_t), int num_threads, int repeats) {
+    constexpr std::uint64_t kRounds = 1 << 18;
+    nb::gil_scoped_release unlocked;
+    ThreadPool pool(std::clamp(num_threads, 1, 1024));
+    double best = 0;
+    for (int i = 0; i < repeats; ++i) {
+        std::vector<std::uint64_t> products(std::size_t(pool.size()) * 8);
+        const double seconds = time_of(
+            [&] { pool.run([&](int thread) { products[std::size_t(thread) * 8] = multiply(kRounds); }); });
+        best = std::max(best, double(std::accumulate(products.begin(), products.end(), 0.0)) / seconds);
+    }
+    return best;
+}
+
+double int8_peak(const std::string& level, int num_threads, int repeats) {
+    return peak(find_probe(runnable(level)).multiply_int8, num_threads, repeats);
+}
+
+double f32_peak(const std::string& level, int num_threads, int repeats) {
+    return peak(find_probe(runnable(level)).multiply_f32, num_threads, repeats);
+}
+
+// Seconds of a product with random inputs on one thread, `repeats` times.
+std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict tensors, nb::dict layers,
+                                const std::string& name, FloatMatrix x_TK, int repeats) {
+    const Matrix matrix(level, buffer, tensors, layers, name);
+    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const std::size_t stride = std::size_t(matrix.w.padded_rows());
+    std::vector<float> y(x_TK.shape(0) * stride);
+    std::vector<double> seconds;
+    for (int i = 0; i < repeats; ++i) {
+        seconds.push_back(time_of([&] {
+            matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.data(), stride);
+        }));
+    }
+    return seconds;
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+    m.def("isa", [] { return std::string(gossamer::name(isa())); });
+    m.def("kernels", &kernels);
+    m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
+    m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
+    m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
+    m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
+    m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
+    m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "split"_a = false);
+    m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);
+    m.def("mass", &mass, "isa"_a, "x"_a, "highest"_a, "inverse_temperature"_a, "low"_a);
+    m.def("sample", &sample_token, "isa"_a, "logits_V"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+          "uniform"_a);
+    m.def("log_probability", &token_log_probability, "isa"_a, "logits_V"_a, "index"_a);
+    m.def("time_matmul", &time_matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a,
+          "repeats"_a);
+    m.def("int8_peak", &int8_peak, "isa"_a, "num_threads"_a, "repeats"_a);
+    m.def("f32_peak", &f32_peak, "isa"_a, "num_threads"_a, "repeats"_a);
+    m.def("read_bandwidth", &read_bandwidth, "num_threads"_a, "prefetch_bytes"_a, "buffer"_a, "repeats"_a);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,163 @@
+// What training calls on torch's own memory. Threads and scratch are shared by all calls.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <mutex>
+#include <optional>
+
+#include "base/isa.hpp"
+#include "python/arrays.hpp"
+#include "training/sparse_plan.hpp"
+
+namespace gossamer {
+
+using namespace nb::literals;
+
+namespace {
+
+using Mask = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatMatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Level = std::optional<std::string>;
+
+std::mutex turn;  // one call at a time has the workspace
+
+// Threads and scratch that outlive the call.
+Workspace& shared_workspace(int num_threads) {
+    static std::unique_ptr<Workspace> workspace;
+    static pid_t owner = 0;
+    if (owner != getpid()) {
+        [[maybe_unused]] const Workspace* parents = workspace.release();  // a fork has it without its threads
+        owner = getpid();
+    }
+    num_threads = std::clamp(num_threads, 1, 1024);
+    if (workspace == nullptr || workspace->team.size() != num_threads)
+        workspace = std::make_unique<Workspace>(num_threads);
+    return *workspace;
+}
+
+// Calls work(workspace) without the GIL.
+template <class Work>
+void run_shared(int num_threads, Work&& work) {
+    const nb::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> lock(turn);
+    work(shared_workspace(num_threads));
+}
+
+const TrainingRow& kernels(const Level& level) { return find_training(level ? runnable(*level) : isa()); }
+
+std::unique_ptr<SparsePlan> make_plan(const Mask& mask_NK) {
+    const std::size_t N = mask_NK.shape(0), K = mask_NK.shape(1);
+    if (N < 1 || K < 1 || N > (1u << 30) || K > (1u << 30))
+        throw EngineError("a mask needs from 1 to 2^30 rows and columns");
+    const nb::gil_scoped_release unlocked;
+    return std::make_unique<SparsePlan>(mask_NK.data(), int(N), int(K));
+}
+
+nb::ndarray<nb::numpy, std::int64_t, nb::ndim<1>> positions(const SparsePlan& plan) {
+    std::unique_ptr<std::int64_t[]> data(new std::int64_t[std::max<std::size_t>(1, plan.num_values())]);
+    plan.positions(data.get());
+    std::int64_t* pointer = data.release();
+    nb::capsule owner(pointer, [](void* memory) noexcept { delete[] static_cast<std::int64_t*>(memory); });
+    const std::size_t shape[] = {plan.num_values()};
+    return nb::ndarray<nb::numpy, std::int64_t, nb::ndim<1>>(pointer, 1, shape, owner);
+}
+
+template <class X, class Y>
+int check(const SparsePlan& plan, std::size_t num_values, const X& x_TK, const Y& y_TN) {
+    const bool fits = x_TK.shape(0) == y_TN.shape(0) && int(x_TK.shape(1)) == plan.columns() &&
+                      int(y_TN.shape(1)) == plan.rows() && num_values == plan.num_values();
+    if (!fits || x_TK.shape(0) > (1u << 30)) {
+        throw EngineError(
+            "values [" + std::to_string(num_values) + "], inputs [" + std::to_string(x_TK.shape(0)) + ", " +
+            std::to_string(x_TK.shape(1)) + "] and outputs [" + std::to_string(y_TN.shape(0)) + ", " +
+            std::to_string(y_TN.shape(1)) + "] do not fit a mask [" + std::to_string(plan.rows()) + ", " +
+            std::to_string(plan.columns()) + "] of " + std::to_string(plan.num_values()) + " values");
+    }
+    return int(x_TK.shape(0));
+}
+
+void forward(const SparsePlan& plan, Floats values, FloatMatrix x_TK, FloatMatrixOut y_TN, int num_threads,
+             const Level& level) {
+    const int T = check(plan, values.size(), x_TK, y_TN);
+    const TrainingRow& row = kernels(level);
+    run_shared(num_threads,
+               [&](Workspace& work) { plan.forward(work, row, values.data(), x_TK.data(), T, y_TN.data()); });
+}
+
+void backward_input(const SparsePlan& plan, Floats values, FloatMatrix dy_TN, FloatMatrixOut dx_TK,
+                    int num_threads, const Level& level) {
+    const int T = check(plan, values.size(), dx_TK, dy_TN);
+    const TrainingRow& row = kernels(level);
+    run_shared(num_threads, [&](Workspace& work) {
+        plan.backward_input(work, row, values.data(), dy_TN.data(), T, dx_TK.data());
+    });
+}
+
+void backward_values(const SparsePlan& plan, FloatMatrix x_TK, FloatMatrix dy_TN, FloatsOut dvalues,
+                     int num_threads, const Level& level) {
+    const int T = check(plan, dvalues.size(), x_TK, dy_TN);
+    const TrainingRow& row = kernels(level);
+    run_shared(num_threads, [&](Workspace& work) {
+        plan.backward_values(work, row, x_TK.data(), dy_TN.data(), T, dvalues.data());
+    });
+}
+
+constexpr int kPiece = 16 * 1024;  // elements of an update that are worth a thread
+
+void adamw(FloatsOut values, Floats gradient, FloatsOut exp_avg, FloatsOut exp_avg_sq, double learning_rate,
+           double beta1, double beta2, double eps, double weight_decay, double step, int num_threads,
+           const Level& level) {
+    const std::size_t count = values.size();
+    if (gradient.size() != count || exp_avg.size() != count || exp_avg_sq.size() != count)
+        throw EngineError("gradient and moments must be as long as the values");
+    const AdamwStep factors{.take1 = float(1 - beta1),
+                            .keep2 = float(beta2),
+                            .take2 = float(1 - beta2),
+                            .shrink = float(1 - learning_rate * weight_decay),
+                            .rate = float(learning_rate / (1 - std::pow(beta1, step))),
+                            .correction2 = float(std::sqrt(1 - std::pow(beta2, step))),
+                            .eps = float(eps)};
+    const AdamwRow& row = find_adamw(level ? runnable(*level) : isa());
+    const int pieces = int((count + kPiece - 1) / kPiece);
+    run_shared(num_threads, [&](Workspace& work) {
+        work.team.run([&](int thread) {
+            const Part part(pieces, thread, work.team.size());
+            const std::size_t begin = std::size_t(part.begin) * kPiece;
+            const std::size_t end = std::min(count, std::size_t(part.end) * kPiece);
+            row.adamw(factors, gradient.data() + begin, end - begin, exp_avg.data() + begin,
+                      exp_avg_sq.data() + begin, values.data() + begin);
+        });
+    });
+}
+
+}  // namespace
+
+void bind_training(nb::module_& m) {
+    nb::class_<SparsePlan>(m, "SparsePlan")
+        .def(nb::new_(&make_plan), "mask_NK"_a)
+        .def_prop_ro("rows", &SparsePlan::rows)
+        .def_prop_ro("columns", &SparsePlan::columns)
+        .def_prop_ro("num_values", &SparsePlan::num_values)
+        .def_prop_ro("num_bytes", &SparsePlan::num_bytes)
+        .def("positions", &positions)
+        .def("forward", &forward, "values"_a, "x_TK"_a, "y_TN"_a.noconvert(), "num_threads"_a,
+             "isa"_a = nb::none())
+        .def("backward_input", &backward_input, "values"_a, "dy_TN"_a, "dx_TK"_a.noconvert(), "num_threads"_a,
+             "isa"_a = nb::none())
+        .def("backward_values", &backward_values, "x_TK"_a, "dy_TN"_a, "dvalues"_a.noconvert(),
+             "num_threads"_a, "isa"_a = nb::none());
+    m.def("adamw", &adamw, "values"_a.noconvert(), "gradient"_a.noconvert(), "exp_avg"_a.noconvert(),
+          "exp_avg_sq"_a.noconvert(), nb::kw_only(), "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
+          "weight_decay"_a, "step"_a, "num_threads"_a, "isa"_a = nb::none());
+}
+
+}  // namespace gossamer

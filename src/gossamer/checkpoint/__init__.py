@@ -1,0 +1,1 @@
+"""Hugging Face directories: tensors in, and whole directories out."""

@@ -1,0 +1,403 @@
+"""A Hugging Face model directory as named NumPy tensors, and the atomic way to derive a new one from it.
+
+Reading validates first: what `Checkpoint.open` returns has every tensor of its architecture, in the right
+shape, in files that are whole. Writing goes to `OUT.partial/` and is renamed once its zeros are checked.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gossamer.architecture.llama import Llama
+from gossamer.checkpoint.partial import (
+    CHECKPOINTS,
+    check_interrupted,
+    holds_checkpoint,
+    locked,
+    publish,
+    refuse_existing,
+)
+from gossamer.checkpoint.weights import STORAGE, Entry, is_finite, read_header, to_float32, write_safetensors
+from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
+from gossamer.job.options import record
+from gossamer.job.processes import is_first, refuse_several
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+MANIFEST = "gossamer.json"
+SHARD_BYTES = 2 << 30
+
+
+class Checkpoint:
+    """A validated Llama directory. Tensors are read on demand and never all held at once."""
+
+    def __init__(self, path: Path, config: dict[str, Any], entries: Mapping[str, Entry]) -> None:
+        self.path, self.config, self.entries = path, config, entries
+        self.architecture = Llama.parse(config, str(path / "config.json"))
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Read config and headers; raises CheckpointError or UnsupportedError naming file and tensor."""
+        directory = Path(path)
+        config = _read_config(directory)
+        entries = {
+            name: entry for file in _weight_files(directory) for name, entry in read_header(file).items()
+        }
+        checkpoint = cls(directory, config, entries)
+        checkpoint.entries = _expected_entries(checkpoint)
+        return checkpoint
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.entries)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """The stage's record (`gossamer.json`), None in a directory that Gossamer did not write."""
+        file = self.path / MANIFEST
+        return _read_json(file) if file.exists() else None
+
+    def dtype(self, name: str) -> str:
+        return self.entries[name].dtype
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor as stored (read-only, mapped); raises CheckpointError on NaN or infinite values."""
+        entry = self.entries[name]
+        array = entry.array()
+        if not is_finite(array, entry.dtype):
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} holds NaN or infinite values; the weights are damaged"
+            )
+        return array
+
+    def float32(self, name: str) -> np.ndarray:
+        """The tensor as float32; same errors as `raw`."""
+        return to_float32(self.raw(name), self.dtype(name))
+
+    def zeros(self, name: str) -> np.ndarray:
+        """Boolean array, True where the stored weight is zero (-0.0 counts): the mask's complement."""
+        array = self.raw(name)
+        return (array & 0x7FFF) == 0 if self.dtype(name) == "BF16" else array == 0
+
+    def sparsity(self) -> float:
+        """Fraction of zeros over all decoder linears."""
+        zeros = [
+            (int(np.count_nonzero(self.zeros(f"{n}.weight"))), self.entries[f"{n}.weight"])
+            for n in self.linears
+        ]
+        return sum(count for count, _ in zeros) / sum(math.prod(entry.shape) for _, entry in zeros)
+
+    @property
+    def linears(self) -> list[str]:
+        return self.architecture.linear_names()
+
+    @cached_property
+    def _hash(self) -> str:
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        tokenizer = self.path / "tokenizer.json"
+        digest.update(tokenizer.read_bytes() if tokenizer.exists() else b"")
+        for name in sorted(self.entries):
+            entry = self.entries[name]
+            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+            digest.update(entry.array().data.cast("B"))
+        return digest.hexdigest()
+
+    def hash(self) -> str:
+        """sha256 of configuration, tokenizer and every tensor: the directory's identity as a parent."""
+        return self._hash
+
+    @contextlib.contextmanager
+    def derive(
+        self,
+        output_dir: str | Path,
+        job: object,
+        *,
+        stage: str,
+        overwrite: bool = False,
+        resume: bool = False,
+        shared: bool = False,
+    ) -> Iterator["Derived"]:
+        """Write a child directory: whole and renamed into place, or not there at all.
+
+        Only a run that left checkpoints stays in `OUT.partial/` when it fails, for `resume` to go on with.
+        Where all processes of torchrun have a `shared` child, the first one writes it; the others go through
+        the same motions and touch no file.
+        `job` is the stage's dataclass of options. Raises ConfigError if `output_dir` exists without
+        `overwrite`, UnsupportedError if there are several processes and the child is not `shared`,
+        CheckpointError if it lost one of its parent's zeros or tensors.
+        """
+        output = Path(output_dir)
+        partial = output.with_name(output.name + ".partial")
+        if not shared:
+            refuse_several(stage)
+        if not is_first():
+            yield Derived(self, output, partial, record(job), stage, writes=False)
+            return
+        refuse_existing(output, overwrite)
+        if output.exists() and output.resolve() == self.path.resolve():
+            raise ConfigError(f"{output} is the input directory; give another --output-dir")
+        check_interrupted(partial, overwrite, resume)
+        with locked(partial):
+            try:
+                target = Derived(self, output, partial, record(job), stage)
+                target._begin(resume)
+                yield target
+                target._finish()
+            finally:
+                if not holds_checkpoint(partial):
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
+class Derived:
+    """A child directory in the making, at `path` (`OUT.partial`), unless another process `writes` it."""
+
+    def __init__(
+        self,
+        parent: Checkpoint,
+        output: Path,
+        partial: Path,
+        job: dict[str, Any],
+        stage: str,
+        writes: bool = True,
+    ) -> None:
+        self.writes = writes
+        self.parent, self.output, self.path, self.job, self.stage = parent, output, partial, job, stage
+        self.config = dict(parent.config)
+        self.metrics: dict[str, Any] = {}
+        self.data: list[dict[str, Any]] = []
+        self.num_threads: int | None = None
+        self._dropped: set[str] = set()
+        self._shards = _ShardWriter(self.path)
+
+    def _begin(self, resume: bool) -> None:
+        """Clear the directory of what an earlier run left in it, but for what can be resumed."""
+        for left in self.path.glob("model*" if resume else "*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for file in companions(self.parent.path):
+            shutil.copyfile(file, self.path / file.name)
+
+    def write(self, name: str, array: np.ndarray, dtype: str) -> None:
+        """Store one tensor: `array` in storage form (uint16 bit patterns for BF16)."""
+        if self.writes:
+            self._shards.add(name, array, dtype)
+
+    def drop(self, name: str) -> None:
+        """Say that the parent's tensor `name` has no child."""
+        self._dropped.add(name)
+
+    def replace_config(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+
+    def copy_rest(self) -> None:
+        """Copy every tensor of the parent that was neither written nor dropped."""
+        for name in self.parent.names:
+            if name not in self._shards.written and name not in self._dropped:
+                self.write(name, self.parent.raw(name), self.parent.dtype(name))
+
+    def _finish(self) -> None:
+        if lost := set(self.parent.names) - self._shards.written - self._dropped:
+            raise CheckpointError(
+                f"{self.output}: the stage wrote no {sorted(lost)[0]} ({len(lost)} tensors missing)"
+            )
+        self._shards.close()
+        _write_json(self.path / "config.json", self.config)
+        child = Checkpoint.open(self.path)
+        tensors = _check_zeros(self.parent, child)
+        _write_json(self.path / MANIFEST, self._record(tensors))
+        publish(self.path, self.output)
+        shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)  # only now: a kill may come in between
+
+    def _record(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        parent_manifest = self.parent.manifest or {}
+        lineage = [*parent_manifest.get("lineage", []), {"stage": self.stage, "parent": self.parent.hash()}]
+        return {
+            "stage": self.stage,
+            "job": self.job,
+            "parent": {"path": str(self.parent.path), "hash": self.parent.hash()},
+            "lineage": lineage,
+            "data": self.data,
+            "versions": _library_versions(),
+            "num_threads": self.num_threads,
+            "metrics": self.metrics,
+            "tensors": tensors,
+        }
+
+
+class _ShardWriter:
+    """Collects tensors and writes a shard whenever `SHARD_BYTES` have come together."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.written: set[str] = set()
+        self._pending: dict[str, tuple[np.ndarray, str]] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, array: np.ndarray, dtype: str) -> None:
+        assert name not in self.written, name
+        self._pending[name] = (np.ascontiguousarray(array, STORAGE[dtype]), dtype)
+        self.written.add(name)
+        if sum(tensor.nbytes for tensor, _ in self._pending.values()) >= SHARD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            write_safetensors(self._file(len(self._shards)), self._pending)
+            self._total_bytes += sum(tensor.nbytes for tensor, _ in self._pending.values())
+            self._shards.append(list(self._pending))
+            self._pending = {}
+
+    def _file(self, index: int, count: int | None = None) -> Path:
+        of = "" if count is None else f"-of-{count:05}"
+        return self.directory / f"model-{index + 1:05}{of}.safetensors"
+
+    def close(self) -> None:
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._file(0).rename(self.directory / "model.safetensors")
+            return
+        files = [self._file(index).rename(self._file(index, count)) for index in range(count)]
+        weight_map = {
+            name: file.name for file, names in zip(files, self._shards, strict=True) for name in names
+        }
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        _write_json(self.directory / "model.safetensors.index.json", index)
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files that go with a model's weights from stage to stage."""
+    return [file for pattern in COMPANIONS for file in directory.glob(pattern)]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON ({error}); the file is damaged") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: found a JSON {type(content).__name__}; expected an object")
+    return content
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not (directory / "config.json").is_file():
+        kind = (
+            "a directory without config.json"
+            if directory.is_dir()
+            else "a file"
+            if directory.exists()
+            else "nothing"
+        )
+        raise CheckpointError(
+            f"{directory}: found {kind}; expected a Hugging Face directory (config.json and *.safetensors)"
+        )
+    return _read_json(directory / "config.json")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files: one, or the shards that the index names."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: has no weight_map; the index is damaged")
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+        if any(file.parent.resolve() != directory.resolve() for file in files):
+            raise CheckpointError(f"{index}: names a file outside of its directory")
+        if missing := [file for file in files if not file.is_file()]:
+            raise CheckpointError(f"{missing[0]}: shard missing (of {len(files)} that {index.name} names)")
+        return files
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if pickles := [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]:
+        raise UnsupportedError(
+            f"{pickles[0]}: pickle weights can run code when opened; supported: safetensors "
+            "(convert them with transformers' save_pretrained)"
+        )
+    raise CheckpointError(
+        f"{directory}: no model.safetensors and no model.safetensors.index.json; expected either"
+    )
+
+
+def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
+    """Exactly the architecture's tensors (and their scales), or an error that names the odd one."""
+    found, shapes = checkpoint.entries, checkpoint.architecture.tensor_shapes()
+    for name in checkpoint.linears:
+        if (entry := found.get(f"{name}.weight")) and entry.dtype == "I8":
+            shapes[f"{name}.weight_scale"] = (shapes[f"{name}.weight"][0], 1)
+    for name, shape in shapes.items():
+        if name not in found:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} is missing; expected one of shape {list(shape)}"
+            )
+        if (entry := found[name]).shape != shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name} has shape {list(entry.shape)}; expected {list(shape)}"
+            )
+        if entry.dtype not in STORAGE:
+            raise UnsupportedError(
+                f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORAGE)}"
+            )
+    ignored = {"lm_head.weight"} if checkpoint.architecture.tie_word_embeddings else set()
+    extra = [
+        n for n in found if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
+    ]
+    if extra:
+        raise UnsupportedError(
+            f"{found[extra[0]].file}: tensor {extra[0]} is not part of a Llama; cannot place it"
+        )
+    return {name: found[name] for name in shapes}
+
+
+def hash_mask(zeros_NK: np.ndarray) -> str:
+    """sha256 of one matrix's zeros, as `gossamer.json` records it; `masks.mask_hash` is of a model."""
+    return hashlib.sha256(np.packbits(zeros_NK).tobytes()).hexdigest()
+
+
+def _check_zeros(parent: Checkpoint, child: Checkpoint) -> dict[str, Any]:
+    """Raise unless the parent's zeros are zeros in the child; returns sparsity and mask hash per linear."""
+    tensors = {}
+    for name in (f"{linear}.weight" for linear in child.linears):
+        zeros_NK = child.zeros(name)
+        if lost := int(np.count_nonzero(parent.zeros(name) & ~zeros_NK)):
+            raise CheckpointError(
+                f"{child.path}: {name} lost {lost} of its parent's zeros; nothing was written"
+            )
+        tensors[name] = {
+            "sparsity": round(float(zeros_NK.mean()), 6),
+            "mask_hash": hash_mask(zeros_NK),
+        }
+    return tensors
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for package in ("gossamer", "numpy", "torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

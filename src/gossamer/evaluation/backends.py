@@ -1,0 +1,121 @@
+"""What `evaluate` measures through: transformers, or the engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.engine import LLM, KvCacheDtype, SamplingParams
+from gossamer.errors import UnsupportedError
+from gossamer.tokens import Tokenizer
+
+BATCH_ROWS = 16
+
+
+class Backend(Protocol):
+    """What an evaluation needs of a model."""
+
+    tokenizer: Tokenizer
+
+    def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
+        """Sum over rows of log p(token | those before it in its row), the first token not scored."""
+        ...
+
+    def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
+        """Greedy continuations up to `stop` (not included), the model's end token or `max_tokens`."""
+        ...
+
+
+def open_backend(model: str, backend: str, kv_cache_dtype: KvCacheDtype = "auto") -> Backend:
+    """Open a model for evaluation; UnsupportedError for a packed file on the torch backend."""
+    if backend == "engine":
+        return EngineBackend(model, kv_cache_dtype)
+    if Path(model).is_file():
+        raise UnsupportedError(
+            f"{model} is a file; the torch backend reads directories (try --backend engine)"
+        )
+    return TorchBackend(model)
+
+
+class EngineBackend:
+    """Gossamer's own engine; a directory is packed once into its cache."""
+
+    def __init__(self, model: str, kv_cache_dtype: KvCacheDtype = "auto") -> None:
+        self._llm = LLM(model, max_batch=BATCH_ROWS, kv_cache_dtype=kv_cache_dtype)
+        self.tokenizer = self._llm.tokenizer
+
+    def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
+        total = 0.0
+        for ids_T in ids_BT:
+            logits_TV = self._llm.logits(ids_T[:-1]).astype(np.float64)
+            logits_TV -= logits_TV.max(axis=1, keepdims=True)
+            chosen_T = np.take_along_axis(logits_TV, ids_T[1:, None], axis=1)[:, 0]
+            total += float((chosen_T - np.log(np.exp(logits_TV).sum(axis=1))).sum())
+        return total
+
+    def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
+        params = SamplingParams(max_tokens=max_tokens, stop=[stop] if stop else [])
+        return [generation.text for generation in self._llm.generate(prompts, params)]
+
+
+class TorchBackend:
+    """transformers' model in float32, quantized directories (compressed-tensors) included."""
+
+    def __init__(self, model: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        source = Checkpoint.open(model)  # names what is wrong with a directory better than transformers does
+        self.tokenizer = Tokenizer.open(source.path)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=torch.float32, local_files_only=True
+        )
+
+    def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
+        import torch
+
+        ids = torch.from_numpy(np.ascontiguousarray(ids_BT))
+        with torch.no_grad():
+            logits_NV = self._model(ids[:, :-1]).logits.flatten(0, 1)
+        return -torch.nn.functional.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="sum").item()
+
+    def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
+        """Left-padded batch, greedy; the texts are cut after decoding, so they equal the engine's."""
+        import torch
+
+        rows = [self.tokenizer.encode(prompt) for prompt in prompts]
+        width = max(map(len, rows))
+        ids_BT = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        chosen_BT = self._decode(ids_BT, mask_BT, stop, max_tokens)
+        return [self._text(row, stop) for row in chosen_BT.tolist()]
+
+    def _decode(self, ids_BT: Any, mask_BT: Any, stop: str, max_tokens: int) -> Any:
+        """Ids [B, steps] chosen greedily; ends early once every row holds an end token or `stop`."""
+        import torch
+
+        cache, chosen, fed = None, torch.empty(len(ids_BT), 0, dtype=torch.long), ids_BT
+        with torch.no_grad():
+            for _ in range(max_tokens):
+                positions = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -fed.shape[1] :]
+                output = self._model(
+                    fed, attention_mask=mask_BT, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+                cache, fed = output.past_key_values, output.logits[:, -1:].argmax(-1)
+                chosen = torch.cat([chosen, fed], dim=1)
+                mask_BT = torch.cat([mask_BT, torch.ones_like(fed)], dim=1)
+                if all(self._ended(row, stop) for row in chosen.tolist()):
+                    break
+        return chosen
+
+    def _ended(self, ids: list[int], stop: str) -> bool:
+        ended = not self.tokenizer.eos_ids.isdisjoint(ids)
+        return ended or (bool(stop) and stop in self.tokenizer.decode(ids))
+
+    def _text(self, ids: list[int], stop: str) -> str:
+        end = next((i for i, token in enumerate(ids) if token in self.tokenizer.eos_ids), len(ids))
+        text = self.tokenizer.decode(ids[:end])
+        return text.split(stop)[0] if stop else text

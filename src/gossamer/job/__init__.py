@@ -1,0 +1,1 @@
+"""What a verb is made of: its options, its reports, its processes."""

@@ -1,0 +1,1 @@
+"""The .goss file: `docs/format.md` specifies it, this folder executes the specification."""

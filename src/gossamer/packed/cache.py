@@ -1,0 +1,57 @@
+"""Packed files made on the way to `run`, `serve` and `bench`, kept under the hash of what made them."""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.errors import FormatError
+from gossamer.job.report import Event, Progress, quiet
+from gossamer.packed.from_checkpoint import expands_int8_fast, pack_checkpoint, packed_companions
+from gossamer.packed.reader import Packed
+
+_LAYOUT = 2  # grows when the same directory is stored otherwise than before: files in the cache are made anew
+
+
+def cache_directory() -> Path:
+    """Where packed files are kept: GOSSAMER_CACHE, or ~/.cache/gossamer."""
+    return Path(os.environ.get("GOSSAMER_CACHE") or Path.home() / ".cache" / "gossamer")
+
+
+def cached_pack(directory: str | Path, progress: Progress = quiet) -> Path:
+    """The packed file of a checkpoint directory, made once and kept under the hash of its content.
+
+    Two processes that ask at once make it once. The last event tells its size and what making it took.
+    """
+    source = Checkpoint.open(directory)
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{source.path.resolve().name}-{_content_hash(source)[:32]}.goss"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_sound(path):
+            start = time.monotonic()
+            pack_checkpoint(source, path, progress=progress)
+            cost = {"bytes": path.stat().st_size, "seconds": round(time.monotonic() - start, 2)}
+            progress(Event("cache", f"kept as {path}", 1, 1, cost))
+    return path
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a usable file is in the cache; a damaged one counts as absent and is packed again."""
+    try:
+        Packed.open(path)
+    except FormatError:
+        return False
+    return True
+
+
+def _content_hash(source: Checkpoint) -> str:
+    """Of what decides the packed file: the checkpoint, the small files that are copied, how we store them."""
+    companions = packed_companions(source)
+    decides = [_LAYOUT, expands_int8_fast(), companions["parent"], companions["metadata"]]
+    digest = hashlib.sha256(json.dumps(decides).encode())
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""From a checkpoint directory to one .goss file.
+
+Value types come from the checkpoint: float32 and bfloat16 stay what they are, float16 becomes float32, and
+int8 weights (compressed-tensors' int-quantized W8A8) stay int8. Every matrix but the embedding is sparse if
+that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs torch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gossamer import _native
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.weights import to_float32
+from gossamer.errors import CheckpointError, UnsupportedError
+from gossamer.job.report import Event, Progress, quiet
+from gossamer.packed.header import EMBEDDING, HEAD, Layer
+from gossamer.packed.panels import panel_chunks
+from gossamer.packed.writer import PackedWriter
+
+Head = Literal["auto", "keep", "i8"]
+Storage = Literal["auto", "smallest"]
+
+SCHEME = "compressed-tensors int-quantized W8A8, weights symmetric per channel, inputs dynamic per token"
+_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+_DEFAULTS = {"type": "int", "symmetric": True, "dynamic": False}  # for what a file leaves out
+_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What was written: every matrix, and the relative error of a head that was rounded to int8 here."""
+
+    layers: dict[str, Layer]
+    head_error: float | None
+
+
+def pack_checkpoint(
+    source: Checkpoint,
+    path: Path,
+    head: Head = "auto",
+    progress: Progress = quiet,
+    storage: Storage = "auto",
+) -> Packing:
+    """Write `source` as one .goss file, whole or not at all.
+
+    `head`: "keep" stores the output head as the checkpoint does, "i8" rounds it to int8 with a scale a row,
+    "auto" does so if the decoder is int8. `storage`: "smallest" stores every matrix sparse where that takes
+    fewer bytes; "auto" too, but leaves int8 dense where this machine reads it faster so. Raises
+    UnsupportedError for a quantization that we do not run.
+    """
+    quantized = check_quantization(source)
+    round_head = head == "i8" or (head == "auto" and quantized)
+    names = [*matrix_names(source)]
+    if round_head and HEAD not in names:
+        names.append(HEAD)
+    error = None
+    int8 = "auto" if storage == "smallest" or expands_int8_fast() else "dense"
+    with PackedWriter(path, **packed_companions(source)) as writer:
+        for index, name in enumerate(names, start=1):
+            if name == HEAD and round_head:
+                layer, error = _write_rounded(writer, source, int8)
+            else:
+                layer = _write_matrix(writer, source, name, int8)
+            metrics = {"storage": layer.storage, "values": layer.values, "sparsity": round(layer.sparsity, 4)}
+            progress(Event("pack", name, index, len(names), metrics))
+        for name, shape in source.architecture.tensor_shapes().items():
+            if len(shape) == 1:
+                writer.norm(name, source.float32(name))
+    return Packing(writer.layers, error)
+
+
+def expands_int8_fast() -> bool:
+    """Whether sparse int8 is as fast here as its bytes are few: `vpexpandb` came with AVX-512 VBMI2.
+
+    AVX2 takes 20 cycles for 64 weights at any sparsity, a dense 64 bytes 5 (docs/results/kernels.jsonl).
+    """
+    return _native.isa() in ("avx512", "amx")
+
+
+def check_quantization(source: Checkpoint) -> bool:
+    """True for a W8A8 checkpoint, False for a plain one; UnsupportedError for any other quantization."""
+    found = source.config.get("quantization_config")
+    file = source.path / "config.json"
+    int8 = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
+    if found is None:
+        if int8:
+            raise CheckpointError(
+                f"{file}: {int8[0]} is int8 without a quantization_config; expected {SCHEME}"
+            )
+        return False
+    if problem := _different(found):
+        raise UnsupportedError(f"{file}: quantization_config has {problem}; supported: {SCHEME}")
+    return bool(int8)
+
+
+def _different(config: Any) -> str | None:
+    """The first setting that is not the scheme's, or None."""
+    if not isinstance(config, dict):
+        return repr(config)
+    for key, expected in (("quant_method", "compressed-tensors"), ("format", "int-quantized")):
+        if config.get(key) != expected:
+            return f"{key} = {config.get(key)!r}"
+    for key in ("sparsity_config", "kv_cache_scheme"):
+        if config.get(key):
+            return f"a {key}"
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return f"config_groups = {groups!r}"
+    for group in groups.values():
+        if group.get("output_activations"):
+            return "output_activations"
+        for part, expected in (("weights", _WEIGHTS), ("input_activations", _INPUTS)):
+            settings = _DEFAULTS | (group.get(part) or {})
+            for key, value in expected.items():
+                if settings.get(key) != value:
+                    return f"{part}.{key} = {settings.get(key)!r}"
+    return None
+
+
+def packed_companions(source: Checkpoint) -> dict[str, Any]:
+    """Arguments of PackedWriter that come from the small files."""
+    tokenizer = source.path / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise CheckpointError(
+            f"{source.path}: no tokenizer.json; save the tokenizer there with transformers' AutoTokenizer"
+        )
+    files = {"tokenizer_config": "tokenizer_config.json", "generation_config": "generation_config.json"}
+    metadata = {
+        key: _text(source.path / name) for key, name in files.items() if (source.path / name).is_file()
+    }
+    if (template := source.path / "chat_template.jinja").is_file():
+        metadata["chat_template"] = _text(template)
+    return {
+        "config": _text(source.path / "config.json"),
+        "tokenizer": tokenizer.read_bytes(),
+        "parent": source.hash(),
+        "metadata": metadata,
+    }
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 text ({error}); the file is damaged") from error
+
+
+def _write_matrix(
+    writer: PackedWriter, source: Checkpoint, name: str, int8: Literal["auto", "dense"]
+) -> Layer:
+    dtype = source.dtype(f"{name}.weight")
+    if dtype == "I8":
+        return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name), int8)
+    if dtype in ("F32", "BF16"):
+        return writer.floats(name, source.raw(f"{name}.weight"))
+    return writer.floats(name, source.float32(f"{name}.weight"))
+
+
+def stored_scales(source: Checkpoint, name: str) -> np.ndarray:
+    """float32 [N]: the scales of an int8 linear of a checkpoint."""
+    scale_N = source.float32(f"{name}.weight_scale")[:, 0]
+    if (scale_N < 0).any():
+        raise CheckpointError(f"{source.path}: {name}.weight_scale is negative somewhere; expected none")
+    return scale_N
+
+
+def _write_rounded(
+    writer: PackedWriter, source: Checkpoint, int8: Literal["auto", "dense"]
+) -> tuple[Layer, float]:
+    """Store the head in int8, some rows at a time; returns |w - rounded w| / |w| too."""
+    tensor = f"{EMBEDDING if source.architecture.tie_word_embeddings else HEAD}.weight"
+    raw_NK, dtype = source.raw(tensor), source.dtype(tensor)
+    q_NK, scale_N = np.empty(raw_NK.shape, np.int8), np.empty(len(raw_NK), np.float32)
+    square_error = square = 0.0
+    for begin, end in panel_chunks(*raw_NK.shape):
+        w_NK = to_float32(raw_NK[begin:end], dtype)
+        q_NK[begin:end], scale_N[begin:end] = round_rows(w_NK)
+        back_NK = q_NK[begin:end] * scale_N[begin:end, None]
+        square_error += float(np.square(w_NK - back_NK).sum(dtype=np.float64))
+        square += float(np.square(w_NK).sum(dtype=np.float64))
+    return writer.int8(HEAD, q_NK, scale_N, int8), (square_error / square) ** 0.5 if square else 0.0
+
+
+def round_rows(w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round float32 weights to int8 [N, K], scales [N] = max |row| / 127; a row of zeros has scale 0."""
+    scale_N = np.abs(w_NK).max(axis=1) / np.float32(127)
+    divisor_N1 = np.where(scale_N > 0, scale_N, np.float32(1))[:, None]
+    return np.clip(np.rint(w_NK / divisor_N1), -127, 127).astype(np.int8), scale_N
+
+
+def matrix_names(source: Checkpoint) -> Iterator[str]:
+    """Embedding, decoder linears and the checkpoint's own head, without `.weight`."""
+    yield EMBEDDING
+    yield from source.linears
+    if not source.architecture.tie_word_embeddings:
+        yield HEAD

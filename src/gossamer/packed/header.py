@@ -1,0 +1,324 @@
+"""The header of a .goss file, treated as hostile: every word is checked before a byte of data is believed.
+
+Three questions in order: is this a safetensors file in our stricter layout (`read_header`), is it a packed
+model of a version and an architecture that we know (`read_model`), and does it hold exactly the tensors that
+its layer table calls for (`check_tensors`)? Every no is a FormatError that names the file, what was found and
+what was expected.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from gossamer.architecture.llama import Llama
+from gossamer.errors import FormatError, GossamerError
+from gossamer.packed import panels, streams
+from gossamer.packed.panels import ALIGNMENT, PANEL_ROWS, WEIGHT_DTYPES, Values
+
+VERSION = 1
+TOKENIZER = "tokenizer.json"
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+MAX_NUMBER = 1e30  # of a configuration: in float32's range, its square in float64's
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+DTYPES = {
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "BF16": np.dtype("<u2"),  # bit patterns
+    "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+}
+VALUE_DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8", "i4": "U8"}  # of dense panels
+_REQUIRED = ("config", "layers", "parent")
+_METADATA = {"format", "version", *_REQUIRED, "chat_template", "tokenizer_config", "generation_config"}
+
+
+class Stored(NamedTuple):
+    """Where one tensor lies: `offset` counts from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight matrix [rows, columns]: how it is stored, the type of its values, how many are not zero."""
+
+    storage: Literal["sparse", "dense"]
+    values: Values
+    rows: int
+    columns: int
+    nonzeros: int
+
+    @property
+    def num_weights(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.nonzeros / self.num_weights
+
+    @property
+    def padded_rows(self) -> int:
+        return panels.round_up(self.rows, PANEL_ROWS)
+
+    @property
+    def integer(self) -> bool:
+        """Whether the product is one of int8 numbers, with row scales and rounded activations."""
+        return self.values in ("i8", "i4")
+
+    def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+        """Name -> (dtype, shape) of the tensors that hold the layer.
+
+        An int4 stream has no shape: its length depends on where the nonzero weights lie (`stream_range`).
+        """
+        if self.storage == "sparse":
+            least, most = self.stream_range()
+            found: dict[str, tuple[str, tuple[int, ...] | None]] = {
+                f"{name}.weight.stream": ("U8", (least,) if least == most else None),
+                f"{name}.weight.offsets": ("U64", (streams.num_offsets(self.rows),)),
+            }
+        else:
+            shape = panels.panel_shape(self.values, self.rows, self.columns)
+            found = {f"{name}.weight": (VALUE_DTYPES[self.values], shape)}
+        if self.values == "i4":
+            num_multipliers = panels.num_multipliers(self.rows, self.columns)
+            found[f"{name}.weight_multiplier"] = ("U8", (num_multipliers,))
+        if self.integer:
+            found[f"{name}.weight_scale"] = ("F32", (self.padded_rows,))
+            found[f"{name}.weight_sum"] = ("I32", (self.padded_rows,))
+        return found
+
+    def stream_range(self) -> tuple[int, int]:
+        """Least and most bytes of a stream: of int4, all bytes may hold two weights, or one."""
+        most = self.nonzeros * WEIGHT_DTYPES[self.values].itemsize
+        least = -(-most // 2) if self.values == "i4" else most
+        size = (self.values, self.rows, self.columns)
+        return streams.stream_bytes(*size, least), streams.stream_bytes(*size, most)
+
+
+def norm_tensors(architecture: Llama) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of the RMSNorm weights, padded to 64 bytes."""
+    shape = (panels.round_up(architecture.hidden_size, ALIGNMENT // 4),)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"model.norm.weight": ("F32", shape)}
+    for layer in range(architecture.num_layers):
+        tensors[f"model.layers.{layer}.input_layernorm.weight"] = ("F32", shape)
+        tensors[f"model.layers.{layer}.post_attention_layernorm.weight"] = ("F32", shape)
+    return tensors
+
+
+def matrix_shapes(architecture: Llama) -> dict[str, tuple[int, int]]:
+    """Name -> (rows, columns) of every matrix a file may hold: embedding, decoder linears, head."""
+    vocabulary = (architecture.vocab_size, architecture.hidden_size)
+    shapes = {EMBEDDING: vocabulary}
+    for layer in range(architecture.num_layers):
+        shapes |= architecture.linear_shapes(layer)
+    return shapes | {HEAD: vocabulary}
+
+
+def read_header(data: memoryview, source: str) -> tuple[dict[str, str], dict[str, Stored]]:
+    """Metadata and tensors of a safetensors file whose tensors leave no hole and are all 64-byte aligned."""
+    header_bytes = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or header_bytes > len(data) - 8 or header_bytes > MAX_HEADER_BYTES:
+        raise FormatError(
+            f"{source}: found a file of {len(data)} bytes that announces a header of {header_bytes}; "
+            "this is no packed model, or its end is missing: write it again with `gossamer pack`"
+        )
+    header = _json_object(bytes(data[8 : 8 + header_bytes]), "header", source)
+    metadata = _metadata(header.pop("__metadata__", None), source)
+    begin = 8 + header_bytes
+    if begin % ALIGNMENT:
+        raise FormatError(f"{source}: data begin at byte {begin}; expected a multiple of {ALIGNMENT}")
+    return metadata, _stored(header, begin, len(data), source)
+
+
+def _json_object(text: bytes | str, what: str, source: str) -> dict[str, Any]:
+    """A JSON object without repeated keys."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) != len(pairs):
+            raise ValueError("a key is repeated")
+        return found
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise FormatError(f"{source}: the {what} is not valid JSON ({str(error)!a})") from error
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{source}: the {what} is a JSON {type(parsed).__name__}; expected an object")
+    return parsed
+
+
+def _metadata(found: Any, source: str) -> dict[str, str]:
+    """Names the format, a version that we read, and nothing that we do not know."""
+    if not isinstance(found, dict) or found.get("format") != "gossamer":
+        raise FormatError(
+            f"{source}: a safetensors file, but no packed model; give the directory, or pack it first"
+        )
+    version = found.get("version")
+    if version != str(VERSION):
+        newer = isinstance(version, str) and version[:9].isdecimal() and int(version[:9]) > VERSION
+        advice = "it is newer than this program: update gossamer" if newer else "the file is damaged"
+        raise FormatError(f"{source}: found format version {version!a:.20}; expected {VERSION}; {advice}")
+    if unknown := sorted(found.keys() - _METADATA):
+        raise FormatError(f"{source}: found unknown metadata {', '.join(map(ascii, unknown))}")
+    for key, value in found.items():
+        if not isinstance(value, str) or value.encode(errors="replace").decode() != value:
+            raise FormatError(f"{source}: metadata {key} is not a string of valid Unicode")
+    if missing := [key for key in _REQUIRED if key not in found]:
+        raise FormatError(f"{source}: the metadata lack {', '.join(missing)}")
+    return found
+
+
+def _stored(header: dict[str, Any], begin: int, file_bytes: int, source: str) -> dict[str, Stored]:
+    """Tensors in the order of the header, each where the one before it ends."""
+    tensors, position = {}, begin
+    for name, entry in header.items():
+        dtype, shape, (first, last) = _entry(name, entry, source)
+        num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+        if first != position - begin or last - first != num_bytes or num_bytes % ALIGNMENT:
+            raise FormatError(
+                f"{source}: tensor {name!a}, {dtype} {list(shape)}, is at bytes {first} to {last}; expected "
+                f"{num_bytes} bytes from {position - begin}, with no hole, a multiple of {ALIGNMENT}"
+            )
+        tensors[name] = Stored(dtype, shape, position, num_bytes)
+        position += num_bytes
+    if position != file_bytes:
+        raise FormatError(
+            f"{source}: found {file_bytes} bytes; the tensors end at {position}: the file is damaged"
+        )
+    return tensors
+
+
+def _entry(name: str, entry: Any, source: str) -> tuple[str, tuple[int, ...], list[int]]:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{source}: tensor {name!a} must have exactly dtype, shape and data_offsets")
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError(
+            f"{source}: tensor {name!a} has dtype {dtype!a}; expected one of {', '.join(DTYPES)}"
+        )
+    for numbers, what in ((shape, "shape"), (span, "data_offsets")):
+        if not isinstance(numbers, list) or len(numbers) > 4 or not all(map(_is_size, numbers)):
+            raise FormatError(f"{source}: tensor {name!a} has {what} {numbers!a:.80}; expected up to 4 sizes")
+    if len(span) != 2:
+        raise FormatError(f"{source}: tensor {name!a} has {len(span)} data_offsets; expected 2")
+    return dtype, tuple(shape), span
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 62
+
+
+def read_model(
+    metadata: Mapping[str, str], num_tensors: int, source: str
+) -> tuple[dict[str, Any], Llama, dict[str, Layer]]:
+    """The model's config.json, its architecture, and the table of its matrices."""
+    config = _json_object(metadata["config"], "model config", source)
+    try:
+        architecture = Llama.parse(config, f"{source}, config")
+    except (GossamerError, TypeError, ValueError, ArithmeticError) as error:
+        raise FormatError(f"{source}: the model config will not do: {str(error)!a}") from error
+    _check_architecture(architecture, num_tensors, source)
+    table = _json_object(metadata["layers"], "layer table", source)
+    layers = {name: _layer(name, entry, source) for name, entry in table.items()}
+    shapes = matrix_shapes(architecture)
+    if HEAD not in layers and architecture.tie_word_embeddings:
+        del shapes[HEAD]
+    if different := sorted(shapes.keys() ^ layers.keys()):
+        raise FormatError(f"{source}: the layer table and the config disagree about {different[0]!a}")
+    for name, (rows, columns) in shapes.items():
+        layer = layers[name]
+        if (layer.rows, layer.columns) != (rows, columns):
+            raise FormatError(
+                f"{source}: {name} is {layer.rows} x {layer.columns}; the config says {rows} x {columns}"
+            )
+    return config, architecture, layers
+
+
+def _check_architecture(architecture: Llama, num_tensors: int, source: str) -> None:
+    """Numbers that later code multiplies, divides by or allocates."""
+    for field in fields(architecture):
+        value = getattr(architecture, field.name)
+        if field.type is int and (type(value) is not int or not 0 < value < 1 << 31):
+            raise FormatError(
+                f"{source}: the model config has {field.name} {value!a}; expected a positive size"
+            )
+    rope = architecture.rope
+    stretch = (
+        rope.factor,
+        rope.low_freq_factor,
+        rope.high_freq_factor,
+        rope.original_max_position_embeddings,
+    )
+    for number in (architecture.rms_norm_eps, rope.theta, *stretch):
+        if not isinstance(number, int | float) or not 0 < number < MAX_NUMBER:
+            raise FormatError(
+                f"{source}: the model config has the number {number!a}; expected it from 0 to {MAX_NUMBER:g}"
+            )
+    if rope.kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+        raise FormatError(f"{source}: the model config has equal low_freq_factor and high_freq_factor")
+    for token in (architecture.bos_token_id or 0, *architecture.eos_token_ids):
+        if not _is_size(token):
+            raise FormatError(f"{source}: the model config has the token id {token!a:.80}; expected a number")
+    if architecture.num_layers * 7 > num_tensors:
+        raise FormatError(f"{source}: {num_tensors} tensors cannot hold {architecture.num_layers} layers")
+
+
+def _layer(name: str, entry: Any, source: str) -> Layer:
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Layer)}:
+        raise FormatError(
+            f"{source}: layer {name!a} must have exactly storage, values, rows, columns, nonzeros"
+        )
+    sizes = [entry["rows"], entry["columns"], entry["nonzeros"]]
+    if not all(map(_is_size, sizes)) or not 0 <= sizes[2] <= sizes[0] * sizes[1]:
+        raise FormatError(
+            f"{source}: layer {name!a} has rows, columns, nonzeros {sizes!a:.80}; expected sizes"
+        )
+    storage, values = entry["storage"], entry["values"]
+    storages, types = ("sparse", "dense"), get_args(Values)
+    if name == EMBEDDING:
+        storages, types = ("dense",), ("f32", "bf16")
+    if storage not in storages or values not in types:
+        raise FormatError(
+            f"{source}: layer {name!a} is stored as {storage!a} {values!a}; "
+            f"version 1 knows {' or '.join(storages)} {', '.join(types)} there"
+        )
+    return Layer(**entry)
+
+
+def check_tensors(
+    tensors: Mapping[str, Stored], architecture: Llama, layers: Mapping[str, Layer], source: str
+) -> None:
+    """The file holds what its layers and norms call for, and nothing else (the tokenizer may be absent)."""
+    expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**norm_tensors(architecture)}
+    for name, layer in layers.items():
+        expected |= layer.tensors(name)
+    if TOKENIZER in tensors:
+        expected[TOKENIZER] = ("U8", tensors[TOKENIZER].shape[:1])
+    if different := sorted(expected.keys() ^ tensors.keys()):
+        state = "lacks" if different[0] in expected else "has an unknown"
+        raise FormatError(f"{source}: the file {state} tensor {different[0]!a}")
+    for name, (dtype, shape) in expected.items():
+        found = tensors[name]
+        if found.dtype != dtype or found.shape != (shape or (found.nbytes,)):
+            raise FormatError(
+                f"{source}: tensor {name} is {found.dtype} {list(found.shape)}; "
+                f"expected {dtype} {list(shape) if shape else '[bytes]'}"
+            )
+    for name, layer in layers.items():
+        stream, (least, most) = tensors.get(f"{name}.weight.stream"), layer.stream_range()
+        if stream is not None and not least <= stream.nbytes <= most:
+            raise FormatError(
+                f"{source}: {name} is a stream of {stream.nbytes} bytes; {layer.nonzeros} nonzero weights of "
+                f"{layer.values} take {least} to {most}"
+            )

@@ -1,0 +1,209 @@
+"""The packed model, one .goss file, as its readers see it: mapped, checked, decoded (docs/format.md)."""
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from gossamer.architecture.llama import Llama
+from gossamer.checkpoint.weights import is_finite, to_float32
+from gossamer.errors import FormatError
+from gossamer.packed import panels, streams
+from gossamer.packed.header import (
+    DTYPES,
+    EMBEDDING,
+    HEAD,
+    TOKENIZER,
+    Layer,
+    Stored,
+    check_tensors,
+    norm_tensors,
+    read_header,
+    read_model,
+)
+from gossamer.packed.panels import PANEL_ROWS
+
+_STORED = {np.dtype("<f4"): "F32", np.dtype("<u2"): "BF16", np.dtype("i1"): "I8"}
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An open .goss file, memory-mapped and read-only.
+
+    `config` is the model's config.json, `tensors` says where everything lies (offsets from the beginning of
+    `buffer`, the whole file as uint8), `layers` lists the matrices: the embedding, every decoder linear and,
+    unless the head is the embedding itself, `lm_head`.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    architecture: Llama
+    metadata: dict[str, str]
+    tensors: dict[str, Stored]
+    layers: dict[str, Layer]
+    buffer: np.ndarray
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Map a file and check its header; raises FormatError for anything but a sound packed model."""
+        path = Path(path)
+        if not path.is_file():
+            raise FormatError(f"{path}: no such file; expected a packed model (.goss)")
+        with path.open("rb") as file:
+            if not (num_bytes := os.fstat(file.fileno()).st_size):
+                raise FormatError(f"{path}: the file is empty; expected a packed model (.goss)")
+            mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+        metadata, tensors = read_header(memoryview(mapped), str(path))
+        config, architecture, layers = read_model(metadata, len(tensors), str(path))
+        check_tensors(tensors, architecture, layers, str(path))
+        return cls(path, config, architecture, metadata, tensors, layers, np.frombuffer(mapped, np.uint8))
+
+    @property
+    def file_bytes(self) -> int:
+        return self.buffer.size
+
+    @property
+    def head(self) -> str:
+        """Name of the matrix that makes the logits: `lm_head`, or the embedding where they are tied."""
+        return HEAD if HEAD in self.layers else EMBEDDING
+
+    @property
+    def tokenizer_json(self) -> bytes | None:
+        """The tokenizer.json text, or None in a file without one (a synthetic model)."""
+        return self.array(TOKENIZER).tobytes().rstrip(b"\0") if TOKENIZER in self.tensors else None
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.metadata.get("chat_template")
+
+    @property
+    def tokenizer_config(self) -> dict[str, Any]:
+        return self._json("tokenizer_config")
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._json("generation_config")
+
+    def _json(self, key: str) -> dict[str, Any]:
+        try:
+            parsed = json.loads(self.metadata.get(key, "{}"))
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{self.path}: metadata {key} is not valid JSON ({str(error)!a})") from error
+        if not isinstance(parsed, dict):
+            raise FormatError(f"{self.path}: metadata {key} is no JSON object")
+        return parsed
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, without a copy (bfloat16 as uint16 bit patterns)."""
+        stored = self.tensors[name]
+        piece = self.buffer[stored.offset : stored.offset + stored.nbytes]
+        return piece.view(DTYPES[stored.dtype]).reshape(stored.shape)
+
+    def stored(self, name: str) -> np.ndarray:
+        """Matrix `name` as [rows, columns] of its values: float32, bfloat16 bit patterns (uint16) or int8.
+
+        An int4 matrix comes as the int8 weights that it stands for, multipliers applied. Decodes panels and
+        streams, and raises FormatError where they contradict the header.
+        """
+        w_NK = self._weights(name)
+        if self.layers[name].values == "i4":
+            return panels.multiply_groups(w_NK, self.multiplier(name))
+        return w_NK
+
+    def _weights(self, name: str) -> np.ndarray:
+        """What the panels of `name` hold, [N, K]."""
+        layer, source = self.layers[name], f"{self.path}: {name}"
+        if layer.storage == "sparse":
+            stream, offsets = self.array(f"{name}.weight.stream"), self.array(f"{name}.weight.offsets")
+            w_NK = streams.decode(layer.values, stream, offsets, layer.rows, layer.columns, source)
+        else:
+            w_NK = panels.from_panels(
+                layer.values, self.array(f"{name}.weight"), layer.rows, layer.columns, source
+            )
+        if (nonzeros := panels.count_nonzero(w_NK)) != layer.nonzeros:
+            raise FormatError(
+                f"{source}: found {nonzeros} nonzero weights; the layer table says {layer.nonzeros}"
+            )
+        if not is_finite(w_NK, _STORED[w_NK.dtype]):
+            raise FormatError(f"{source} holds NaN or infinite weights; the file is damaged")
+        return w_NK
+
+    def multiplier(self, name: str) -> np.ndarray:
+        """uint8 [N, G] multipliers of an int4 matrix: groups of 128 inputs; FormatError unless 1..16."""
+        stored, layer = self.array(f"{name}.weight_multiplier"), self.layers[name]
+        return panels.from_multipliers(stored, layer.rows, layer.columns, f"{self.path}: {name}")
+
+    def scale(self, name: str) -> np.ndarray:
+        """float32 [N] scales of an int8 or int4 matrix; FormatError unless finite and not negative."""
+        padded, rows = self.array(f"{name}.weight_scale"), self.layers[name].rows
+        if not np.isfinite(padded).all() or (padded < 0).any() or padded[rows:].any():
+            raise FormatError(
+                f"{self.path}: {name}: scales must be finite, not negative, and 0 in the padding"
+            )
+        return padded[:rows]
+
+    def linear(self, name: str) -> np.ndarray:
+        """Matrix `name` as float32 [N, K]."""
+        w_NK = self.stored(name)
+        if self.layers[name].integer:
+            return w_NK * self.scale(name)[:, None]
+        return to_float32(w_NK, _STORED[w_NK.dtype])
+
+    def norm(self, name: str) -> np.ndarray:
+        """float32 [D] weights of an RMSNorm, such as `model.norm.weight`; FormatError unless finite."""
+        if not np.isfinite(padded := self.array(name)).all():
+            raise FormatError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
+        return padded[: self.architecture.hidden_size]
+
+    def check(self) -> None:
+        """Decode everything; FormatError for the first matrix or norm that is not sound."""
+        for name, layer in self.layers.items():
+            w_NK = self.stored(name)
+            if not layer.integer:
+                continue
+            self.scale(name)
+            sum_N = self.array(f"{name}.weight_sum")
+            if not np.array_equal(sum_N, panels.padded(w_NK.sum(axis=1, dtype=np.int32), PANEL_ROWS)):
+                raise FormatError(f"{self.path}: {name}: the row sums are not those of its weights")
+        for name in norm_tensors(self.architecture):
+            self.norm(name)
+
+    def layer_bytes(self, name: str) -> int:
+        """Bytes in the file of matrix `name`: values, masks, offsets, multipliers, scales and sums."""
+        return sum(self.tensors[tensor].nbytes for tensor in self.layers[name].tensors(name))
+
+    @property
+    def decoder(self) -> list[str]:
+        """Names of the decoder's linears: every matrix but the embedding and the head."""
+        return [name for name in self.layers if name not in (EMBEDDING, HEAD)]
+
+    def sparsity(self, names: Iterable[str]) -> float:
+        """Fraction of zeros over all of the named matrices."""
+        layers = [self.layers[name] for name in names]
+        return 1 - sum(layer.nonzeros for layer in layers) / sum(layer.num_weights for layer in layers)
+
+    def bits_per_weight(self, names: Iterable[str]) -> float:
+        """Bits in the file per weight of the named matrices, all that belongs to them included."""
+        names = list(names)
+        return 8 * sum(map(self.layer_bytes, names)) / sum(self.layers[name].num_weights for name in names)
+
+    def native_tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+        """Name -> (dtype, shape, byte offset in `buffer`, byte length), for `_native.Model`."""
+        return {name: (t.dtype, t.shape, t.offset, t.nbytes) for name, t in self.tensors.items()}
+
+    def native_config(self) -> dict[str, Any]:
+        """The numbers and the table of matrices that `_native.Model` wants."""
+        return native_config(self.architecture, self.layers)
+
+
+def native_config(llama: Llama, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """What `_native.Model` wants to know of a model: its numbers and the table of its matrices."""
+    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+    numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
+    linears = {name: asdict(layer) for name, layer in layers.items()}
+    return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}

@@ -1,0 +1,227 @@
+"""The packed model, one .goss file: reader and writer (docs/format.md specifies it).
+
+A .goss file is a valid safetensors file: u64 header length, JSON header padded with spaces so that the data
+begin at a multiple of 64 bytes, then the tensors, contiguous and each a multiple of 64 bytes long.
+
+    with PackedWriter(path, config=config_text, tokenizer=tokenizer_json) as writer:
+        writer.norm("model.norm.weight", w_D)
+        writer.int8("model.layers.0.self_attn.q_proj", q_NK, scale_N)
+        ...                                            # every matrix and norm of the config, in any order
+    packed = Packed.open(path)
+    packed.linear("model.layers.0.self_attn.q_proj")   # float32 [N, K]
+
+The writer is here, the reader in `packed_reader`; `panels` and `streams` lay out the weights, `packed_header`
+checks the header. None of them needs torch, and all hold one tensor at a time. Opening checks everything that
+the header says; streams are checked when they are decoded, by `Packed.stored` and in the engine before the
+first kernel runs.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+
+from gossamer.architecture.llama import Llama
+from gossamer.packed import panels, streams
+from gossamer.packed.header import DTYPES, EMBEDDING, HEAD, TOKENIZER, VERSION, Layer, Stored
+from gossamer.packed.panels import ALIGNMENT, PANEL_ROWS, Values, count_nonzero, padded
+from gossamer.packed.reader import Packed, native_config
+
+__all__ = ["EMBEDDING", "HEAD", "Layer", "Packed", "PackedWriter", "Stored", "native_config"]
+
+Storage = Literal["auto", "sparse", "dense"]
+
+_FLOATS: dict[np.dtype, Literal["f32", "bf16"]] = {np.dtype("<f4"): "f32", np.dtype("<u2"): "bf16"}
+_COPY_BYTES = 1 << 24
+_NORM_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entries of a norm, a matrix take
+
+
+class PackedWriter:
+    """Writes a .goss file tensor by tensor to `FILE.partial`, and renames it when it is whole and checked.
+
+    `config` is the text of the model's config.json, `tokenizer` of its tokenizer.json; `metadata` may add
+    chat_template, tokenizer_config and generation_config. Any exception, a full disk included, removes the
+    partial file. An existing `path` is replaced.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        config: str,
+        tokenizer: bytes = b"",
+        parent: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.layers: dict[str, Layer] = {}
+        self._metadata = {"format": "gossamer", "version": str(VERSION), "config": config, "parent": parent}
+        self._metadata |= dict(metadata or {})
+        self._tokenizer = tokenizer
+        self._entries: dict[str, dict[str, Any]] = {}
+        num_layers = Llama.parse(json.loads(config)).num_layers
+        room = (7 * num_layers + 3) * _LAYER_BYTES + 2 * num_layers * _NORM_BYTES
+        self._data_begin = panels.round_up(len(json.dumps(self._metadata)) + room, ALIGNMENT)
+        self._position = self._data_begin
+        self._file: BinaryIO
+
+    def __enter__(self) -> Self:
+        self._file = self.partial.open("w+b", buffering=0)
+        try:
+            self._file.seek(self._data_begin)
+            if self._tokenizer:
+                self._tensor(TOKENIZER, "U8", [padded(np.frombuffer(self._tokenizer, np.uint8), ALIGNMENT)])
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._abandon()  # nothing is left to remove after a rename
+
+    def norm(self, name: str, w_D: np.ndarray) -> None:
+        """Add the float32 weights of an RMSNorm under its tensor name, such as `model.norm.weight`."""
+        self._tensor(name, "F32", [padded(w_D.astype("<f4"), ALIGNMENT // 4)])
+
+    def floats(self, name: str, w_NK: np.ndarray, storage: Storage = "auto") -> Layer:
+        """Add a matrix of float32, or of bfloat16 bit patterns (uint16), under its name without `.weight`.
+
+        "auto" stores every matrix sparse where that takes fewer bytes, but the embedding, whose rows are
+        looked up one by one.
+        """
+        return self._matrix(name, _FLOATS[w_NK.dtype], w_NK, "dense" if name == EMBEDDING else storage)
+
+    def int8(self, name: str, q_NK: np.ndarray, scale_N: np.ndarray, storage: Storage = "auto") -> Layer:
+        """Add an int8 matrix with its row scales."""
+        assert scale_N.shape == q_NK.shape[:1]
+        layer = self._matrix(name, "i8", q_NK, storage)
+        self._rows(name, scale_N, q_NK)
+        return layer
+
+    def int4(
+        self,
+        name: str,
+        q_NK: np.ndarray,
+        multiplier_NG: np.ndarray,
+        scale_N: np.ndarray,
+        storage: Storage = "auto",
+    ) -> Layer:
+        """Add a matrix of weights q x multiplier x scale: q from -8 to 7, as int8.
+
+        A multiplier, 1 to 16, is for a row and group of 128 inputs; a scale for a row. q times multiplier is
+        the int8 weight of the kernels.
+        """
+        assert scale_N.shape == q_NK.shape[:1] and q_NK.min() >= -8 and q_NK.max() <= 7
+        assert multiplier_NG.min() >= 1 and multiplier_NG.max() <= panels.MAX_MULTIPLIER
+        layer = self._matrix(name, "i4", q_NK, storage)
+        self._tensor(f"{name}.weight_multiplier", "U8", [panels.to_multipliers(multiplier_NG)])
+        self._rows(name, scale_N, panels.multiply_groups(q_NK, multiplier_NG))
+        return layer
+
+    def _rows(self, name: str, scale_N: np.ndarray, w_NK: np.ndarray) -> None:
+        """The scales and sums of a matrix of int8 weights."""
+        sum_N = w_NK.sum(axis=1, dtype=np.int32)
+        self._tensor(f"{name}.weight_scale", "F32", [padded(scale_N.astype("<f4"), PANEL_ROWS)])
+        self._tensor(f"{name}.weight_sum", "I32", [padded(sum_N, PANEL_ROWS)])
+
+    def repeat(self, name: str, written: str) -> Layer:
+        """Add a matrix equal to one already written, as other bytes of the file: for synthetic models."""
+        layer = self.layers[name] = self.layers[written]
+        for tensor, former in zip(layer.tensors(name), layer.tensors(written), strict=True):
+            entry = self._entries[former]
+            self._tensor(tensor, entry["dtype"], self._read(*entry["data_offsets"]), tuple(entry["shape"]))
+        return layer
+
+    def _read(self, begin: int, end: int) -> Iterable[np.ndarray]:
+        for at in range(begin, end, _COPY_BYTES):
+            data = os.pread(self._file.fileno(), min(_COPY_BYTES, end - at), self._data_begin + at)
+            yield np.frombuffer(data, np.uint8)
+
+    def _matrix(self, name: str, values: Values, w_NK: np.ndarray, storage: Storage) -> Layer:
+        if storage == "auto":
+            storage = smaller_storage(values, w_NK)
+        layer = self.layers[name] = Layer(storage, values, *w_NK.shape, nonzeros=count_nonzero(w_NK))
+        spans = panels.panel_chunks(*w_NK.shape)
+        if storage == "dense":
+            pieces = (panels.to_panels(values, w_NK[i:j]) for i, j in spans)
+            dtype, shape = layer.tensors(name)[f"{name}.weight"]
+            self._tensor(f"{name}.weight", dtype, pieces, shape)
+            return layer
+        lengths: list[np.ndarray] = []
+
+        def stream() -> Iterable[np.ndarray]:
+            for i, j in spans:
+                piece, lengths_P = streams.encode_panels(values, w_NK[i:j])
+                lengths.append(lengths_P)
+                yield piece
+            yield streams.slack(int(sum(part.sum() for part in lengths)))
+
+        self._tensor(f"{name}.weight.stream", "U8", stream())
+        self._tensor(f"{name}.weight.offsets", "U64", [streams.panel_offsets(np.concatenate(lengths))])
+        return layer
+
+    def _tensor(
+        self, name: str, dtype: str, pieces: Iterable[np.ndarray], shape: tuple[int, ...] | None = None
+    ) -> None:
+        """Append one tensor; without a `shape` it is a vector of all that came."""
+        assert name not in self._entries, f"{name} is written twice"
+        begin = self._position
+        for piece in pieces:
+            self._write(piece)
+        size = (self._position - begin) // DTYPES[dtype].itemsize
+        span = [begin - self._data_begin, self._position - self._data_begin]
+        self._entries[name] = {"dtype": dtype, "shape": list(shape or (size,)), "data_offsets": span}
+
+    def _write(self, data: np.ndarray) -> None:
+        rest = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        self._position += len(rest)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            reason = f"cannot write the packed model: {error.strerror}"
+            raise OSError(error.errno, reason, str(self.path)) from error
+
+    def _finish(self) -> None:
+        layers = json.dumps({name: asdict(layer) for name, layer in self.layers.items()})
+        header = {"__metadata__": self._metadata | {"layers": layers}} | self._entries
+        text = json.dumps(header, separators=(",", ":")).encode()
+        room = self._data_begin - 8
+        assert len(text) <= room, f"the header takes {len(text)} bytes; {room} were set aside"
+        self._file.seek(0)
+        self._write(np.frombuffer(room.to_bytes(8, "little") + text.ljust(room), np.uint8))
+        os.fsync(self._file.fileno())
+        Packed.open(self.partial)
+        self.partial.replace(self.path)
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def _abandon(self) -> None:
+        self._file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def smaller_storage(values: str, w_NK: np.ndarray) -> Literal["sparse", "dense"]:
+    """Sparse where stream and offsets take fewer bytes than the weights would, dense and without padding.
+
+    Counting the padding would store small matrices sparse that have no zeros at all.
+    """
+    rows, columns = w_NK.shape
+    num_bytes = streams.stream_bytes(values, rows, columns, streams.count_value_bytes(values, w_NK))
+    num_bytes += 8 * streams.num_offsets(rows)
+    return "sparse" if 8 * num_bytes < panels.WEIGHT_BITS[values] * w_NK.size else "dense"

@@ -1,0 +1,1 @@
+"""Whole runs that are made of stages."""

@@ -1,0 +1,165 @@
+"""`demo`: the tour. Wide layers measured on this CPU, then a small Python Llama made sparse and won back."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gossamer import plots
+from gossamer.engine import LLM, SamplingParams
+from gossamer.errors import ConfigError
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.measure.tour import CpuTour, cpu_tour
+from gossamer.runs import recovery
+from gossamer.stages.evaluate import Evaluate, evaluate
+
+HELD_OUT = "python:stdlib:held-out"
+NUM_DOCTESTS = 500
+PROMPTS = ('>>> sorted("lamp")\n', '>>> "sassy".replace("s", "t")\n', '>>> "python"[::-1]\n')
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Measure this CPU, then prune, win back, quantize, pack and run a small model (at most 8 minutes)."""
+
+    output_dir: str = option("gossamer-demo", help="directory for models, report and picture", short="-o")
+    seed: int = option(0, help="order of the training data and choice of the test instances")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table; accuracies and recovery are fractions, `num_bytes` its file or weights."""
+
+    name: str
+    perplexity: float
+    accuracy: float
+    unseen_accuracy: float
+    recovery: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the demo shows; also in `report.json`. `samples`: prompt -> model -> text."""
+
+    cpu: CpuTour
+    rows: tuple[Row, ...]
+    samples: dict[str, dict[str, str]]
+    seconds: float
+    report: str
+    picture: str
+    packed: str
+
+    def tables(self) -> list[Table]:
+        return [*self.cpu.tables(), self._models(), self._samples()]
+
+    def _models(self) -> Table:
+        columns = ("model", "held-out perplexity", "doctests", "recovery", "two unseen kinds", "bytes")
+        rows = [
+            (
+                row.name,
+                f"{row.perplexity:.2f}",
+                f"{row.accuracy:.1%}",
+                f"{row.recovery:.1%}",
+                f"{row.unseen_accuracy:.1%}",
+                f"{row.num_bytes:,}",
+            )
+            for row in self.rows
+        ]
+        return Table("A small Python Llama, trained by Gossamer", columns, rows)
+
+    def _samples(self) -> Table:
+        names = list(next(iter(self.samples.values())))
+        rows = [(prompt.strip(), *texts.values()) for prompt, texts in self.samples.items()]
+        return Table("The same prompts, three models", ("prompt", *names), rows)
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        body = {"model": "model", "prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0, "stop": ["\n"]}
+        program = "gossamer" if shutil.which("gossamer") else sys.argv[0]
+        return (
+            f"\n{self.seconds:.0f} s in all. Report: {self.report}   Picture: {self.picture}\n\nTry it:",
+            f"  {program} run {self.packed} '>>> sorted(\"bca\")' --max-tokens 16",
+            f"  {program} serve {self.packed}",
+            f"  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' "
+            f"-d '{json.dumps(body)}'",
+        )
+
+
+def demo(
+    job: Demo, progress: Progress = quiet, *, cpu_seconds: float = 30, size: recovery.Size = recovery.WHOLE
+) -> DemoResult:
+    """Run the tour; `output_dir` may be a former demo's, which is replaced."""
+    start, output = time.monotonic(), Path(job.output_dir)
+    if output.exists() and any(output.iterdir()) and not (output / REPORT).exists():
+        raise ConfigError(f"{output} exists and holds no demo; give another --output-dir")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / REPORT).write_text("{}\n", encoding="utf-8")  # an interrupted demo may be run again
+    cpu = cpu_tour(progress, cpu_seconds)
+    models = recovery.recover(recovery.SHIPPED, output / "models", job.seed, progress, size)
+    rows = measure(models, job.seed, progress)
+    result = DemoResult(
+        cpu=cpu,
+        rows=rows,
+        samples=side_by_side(models),
+        seconds=time.monotonic() - start,
+        report=str(output / REPORT),
+        picture=str(output / "demo.png"),
+        packed=str(models.packed),
+    )
+    (output / REPORT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    bars = [(row.name, 100 * row.accuracy) for row in rows]
+    plots.demo(output / "demo.png", cpu.speeds(), bars, cpu.cpu)
+    return result
+
+
+def measure(models: recovery.Models, seed: int, progress: Progress) -> tuple[Row, ...]:
+    """Every model through the engine on the same held-out text and the same unseen instances."""
+    named = {
+        "dense": models.dense,
+        "dense, same extra tokens": models.control,
+        "70% one-shot": models.one_shot,
+        "70% recovered": models.recovered,
+        "70% recovered, INT8, packed": models.packed,
+    }
+    rows: list[Row] = []
+    for name, path in named.items():
+        progress(Event("evaluate", name, len(rows), len(named)))
+        job = Evaluate(
+            str(path),
+            dataset=HELD_OUT,
+            tasks=("doctest", "doctest-unseen"),
+            backend="engine",
+            limit=NUM_DOCTESTS,
+            seed=seed,
+        )
+        figures = evaluate(job)
+        assert figures.perplexity is not None
+        accuracy = figures.accuracy["doctest"]
+        recovery_share = accuracy / rows[0].accuracy if rows else 1.0
+        unseen = figures.accuracy["doctest-unseen"]
+        rows.append(Row(name, figures.perplexity, accuracy, unseen, recovery_share, num_bytes(path)))
+    progress(Event("evaluate", "", len(named), len(named)))
+    return tuple(rows)
+
+
+def num_bytes(path: Path) -> int:
+    """Size of a packed file, or of a directory's weights."""
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def side_by_side(models: recovery.Models) -> dict[str, dict[str, str]]:
+    """Greedy answers of the dense, the one-shot and the recovered model to the same prompts."""
+    paths = {"dense": models.dense, "70% one-shot": models.one_shot, "70% recovered": models.recovered}
+    engines = {name: LLM(path) for name, path in paths.items()}
+    params = SamplingParams(max_tokens=24, stop=["\n"])
+    return {
+        prompt: {name: engine.generate(prompt, params)[0].text for name, engine in engines.items()}
+        for prompt in PROMPTS
+    }

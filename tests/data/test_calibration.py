@@ -1,0 +1,75 @@
+"""The walk through a layer that `prune` and `quantize` share, and the tokens they calibrate on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import gossamer.decoder
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.calibration import calibration_ids
+from gossamer.decoder import blocks, embed
+from gossamer.stages.prune import Prune
+from gossamer.tokens import Tokenizer
+
+TinyLlama = Callable[[str], Path]
+IDS_BT = torch.arange(2, 302).view(6, 50)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("variant", ["llama2", "llama3", "linear"])
+def test_walk_sees_the_inputs_and_makes_the_outputs_of_transformers(
+    variant: str, kept_bytes: int, tiny_llama: TinyLlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gossamer.decoder, "PIECE_TOKENS", 100)
+    monkeypatch.setattr(gossamer.decoder, "KEPT_BYTES", kept_bytes)
+    source = Checkpoint.open(tiny_llama(variant))
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    given: dict[str, Tensor] = {}
+    for name in source.linears:
+        keep_input(model.get_submodule(name), name, given)
+    with torch.no_grad():
+        states = model(IDS_BT, output_hidden_states=True).hidden_states
+    hidden_BTD = embed(source, IDS_BT)
+    for block in blocks(source):
+        for group, inputs in block.walk(hidden_BTD):
+            found = torch.cat(list(inputs))
+            for name in group:
+                torch.testing.assert_close(found, given[name], rtol=1e-4, atol=1e-5)
+        if block.index == 0:
+            torch.testing.assert_close(hidden_BTD, states[1], rtol=1e-4, atol=1e-5)
+
+
+def keep_input(linear: nn.Module, name: str, given: dict[str, Tensor]) -> None:
+    linear.register_forward_pre_hook(lambda _, inputs: given.__setitem__(name, inputs[0]))
+
+
+def test_a_changed_group_counts_for_the_later_ones(tiny_llama: TinyLlama) -> None:
+    """With v_proj zeroed on the way, o_proj sees zeros and the layer does what it does without attention."""
+    source = Checkpoint.open(tiny_llama("llama2"))
+    block, other = next(blocks(source)), next(blocks(source))
+    other.layer.self_attn.v_proj.weight.data.zero_()
+    hidden_BTD = embed(source, IDS_BT)
+    expected = other(hidden_BTD)
+    for index, (_, inputs) in enumerate(block.walk(hidden_BTD)):
+        if index == 0:
+            block.layer.self_attn.v_proj.weight.data.zero_()
+        if index == 1:
+            assert not torch.cat(list(inputs)).any()
+    torch.testing.assert_close(hidden_BTD, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_rows_begin_with_bos_and_fit_the_context(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    source = Checkpoint.open(tiny_llama("llama2"))
+    job = Prune(str(source.path), str(tmp_path), dataset=(str(text_file),), num_calibration_samples=3)
+    ids_BT = calibration_ids(source, job)
+    assert ids_BT.shape == (3, source.architecture.max_position_embeddings)
+    tokenizer = Tokenizer.open(source.path)
+    assert (ids_BT[:, 0] == tokenizer.bos_id).all()
+    head = tokenizer.encode(text_file.read_text(encoding="utf-8"))[: ids_BT.numel()]
+    assert ids_BT[0].tolist() == head[: ids_BT.shape[1]]

@@ -1,0 +1,144 @@
+"""The whole path on a tiny model: every directory loads elsewhere, zeros grow, what stands is skipped."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.engine import LLM, SamplingParams
+from gossamer.errors import ConfigError, Interrupted
+from gossamer.job.report import Event
+from gossamer.runs.compress import Compress, compress
+
+STAGES = ["prune", "pretrain", "prune", "pretrain", "finetune", "quantize", "pack"]
+
+
+@pytest.fixture(scope="module")
+def job(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Compress:
+    """`compress` run once, with every kind of training, on a copy of a tiny tied Llama 3."""
+    directory = tmp_path_factory.mktemp("compress")
+    shutil.copytree(tiny_llama("llama3"), directory / "model")
+    (directory / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8") * 3, encoding="utf-8")
+    rows = [{"prompt": f"{a} + {b} = ", "completion": str(a + b)} for a in range(6) for b in range(6)]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = Compress(
+        str(directory / "model"),
+        str(directory / "out"),
+        dataset=(str(directory / "text.txt"),),
+        sparsity=0.7,
+        num_calibration_samples=8,
+        max_seq_length=64,
+        pretrain_dataset=(str(directory / "text.txt"),),
+        num_tokens=2048,
+        finetune_dataset=(str(directory / "rows.jsonl"),),
+        format="prompt-completion",
+        num_train_epochs=1,
+        kernel="dense",
+    )
+    result = compress(made)
+    assert [(stage, how) for stage, _, how in result.stages] == [(stage, "ran") for stage in STAGES]
+    assert result.sparsity >= 0.699
+    assert result.num_bytes == Path(result.packed).stat().st_size
+    return made
+
+
+def test_a_foreign_directory_is_refused(job: Compress, tmp_path: Path) -> None:
+    (tmp_path / "1-prune").mkdir()
+    with pytest.raises(ConfigError, match="not made by compress"):
+        compress(dataclasses.replace(job, output_dir=str(tmp_path)))
+
+
+def test_zeros_only_grow_and_every_directory_loads(job: Compress) -> None:
+    directories = sorted(Path(job.output_dir).glob("[0-9]-*"))
+    for parent, child in pairwise(directories):
+        before, after = Checkpoint.open(parent), Checkpoint.open(child)
+        for name in (f"{linear}.weight" for linear in before.linears):
+            assert not np.any(before.zeros(name) & ~after.zeros(name)), f"{child}: {name}"
+    for directory in directories:
+        config = json.loads((directory / "config.json").read_text())
+        assert "sparsity_config" not in json.dumps(config)
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        ids = AutoTokenizer.from_pretrained(directory)("def f(x):", return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert torch.isfinite(model(ids).logits).all()
+
+
+def test_the_packed_file_is_safetensors_and_runs(job: Compress) -> None:
+    packed = Path(job.output_dir) / "model.goss"
+    with safe_open(packed, "np") as file:
+        assert file.metadata()["format"] == "gossamer"
+        assert len(list(file.keys())) > 14
+    [answer] = LLM(packed).generate("def f(x):", SamplingParams(max_tokens=8))
+    assert len(answer.token_ids) == 8 or answer.finish_reason == "stop"
+
+
+def test_what_stands_is_skipped_and_what_changed_runs_again(job: Compress) -> None:
+    assert {how for _, _, how in compress(job).stages} == {"stood"}
+    sparser = dataclasses.replace(job, sparsity=0.75)
+    with pytest.raises(
+        ConfigError, match=r"4-pretrain was trained with other options.*--overwrite replaces it"
+    ):
+        compress(sparser)
+    sparser = dataclasses.replace(sparser, overwrite=True)
+    assert [how for _, _, how in compress(sparser).stages] == ["stood"] * 3 + ["ran"] * 4
+    shutil.rmtree(Path(job.output_dir) / "1-prune")
+    assert compress(sparser).stages[0][2] == "ran"
+
+
+def test_an_interrupted_training_goes_on(job: Compress, tmp_path: Path) -> None:
+    """Ctrl-C in the fifth step; the same command ends in the bits of a run that nobody interrupted."""
+    whole = dataclasses.replace(
+        job, output_dir=str(tmp_path / "whole"), sparsity=0.5, num_tokens=6 * 16_384, finetune_dataset=()
+    )
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    steps: list[float] = []
+
+    def watch(event: Event) -> None:
+        if event.message == "training":
+            steps.append(event.done)
+            if event.done == 4 and len(steps) == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    compress(whole)
+    with pytest.raises(Interrupted, match="after step 4 of 6"):
+        compress(broken, watch)
+    assert (tmp_path / "broken" / "2-pretrain.partial").is_dir()
+    result = compress(broken, watch)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [how for _, _, how in result.stages] == ["stood", "went on", "ran", "ran"]
+    weights = [tmp_path / name / "2-pretrain" / "model.safetensors" for name in ("whole", "broken")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert [how for _, _, how in compress(broken).stages] == ["stood"] * 4
+
+
+def test_other_data_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Path) -> None:
+    """The text has changed under its name: its training starts anew."""
+    text = tmp_path / "text.txt"
+    shutil.copyfile(job.pretrain_dataset[0], text)
+    made = dataclasses.replace(
+        job,
+        output_dir=str(tmp_path / "out"),
+        sparsity=0.5,
+        pretrain_dataset=(str(text),),
+        num_tokens=3 * 16_384,
+        finetune_dataset=(),
+    )
+
+    def interrupt(event: Event) -> None:
+        if event.message == "training" and event.done == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        compress(made, interrupt)
+    text.write_text(text.read_text(encoding="utf-8") + "\nmore\n", encoding="utf-8")
+    assert [how for _, _, how in compress(made).stages] == ["stood", "ran", "ran", "ran"]

@@ -1,0 +1,76 @@
+"""The shape of the project: public names, light imports, a README that tells the truth about the tree."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gossamer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name", gossamer.__all__)
+def test_public_names_exist_and_say_what_they_are(name: str) -> None:
+    assert getattr(gossamer, name).__doc__
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="nonsense"):
+        gossamer.__getattr__("nonsense")
+
+
+def test_the_engine_imports_neither_torch_nor_transformers() -> None:
+    program = "import sys, gossamer.engine, gossamer.server, gossamer.stages.pack, gossamer.tools.bench; "
+    program += "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "[]"
+
+
+def rooms_of_the_readme() -> dict[str, set[str]]:
+    """Folder -> the files (without suffix) and folders that the README's map names in it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    layout = re.search(r"```\n(src/gossamer/.*?)```", text, re.DOTALL)
+    assert layout
+    rooms: dict[str, set[str]] = {}
+    top = ""
+    for line in layout[1].splitlines():
+        room, names = re.match(r"( *\S+/) +(.*?)(?:   .*)?$", line).groups()  # type: ignore[union-attr]
+        top = top if room.startswith(" ") else room
+        folder = f"{top}{room.strip()}" if room.startswith(" ") else room
+        rooms[folder] = set(names.split())
+    return rooms
+
+
+@pytest.mark.parametrize("suffixes", [("src/gossamer/", (".py",)), ("native/", (".cpp", ".hpp"))])
+def test_the_map_in_the_readme_names_every_module_and_nothing_else(
+    suffixes: tuple[str, tuple[str, ...]],
+) -> None:
+    top, kinds = suffixes
+    named = {folder: names for folder, names in rooms_of_the_readme().items() if folder.startswith(top)}
+    found: dict[str, set[str]] = {}
+    for file in (ROOT / top).rglob("*"):
+        if file.suffix in kinds and (file.stem != "__init__" or file.parent == ROOT / top):
+            found.setdefault(f"{file.parent.relative_to(ROOT)}/", set()).add(file.stem)
+    assert named == found
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 220
+
+
+def test_few_modules_lie_loose() -> None:
+    assert len(list((ROOT / "src" / "gossamer").glob("*.py"))) <= 9
+
+
+def test_every_verb_of_the_readme_is_one() -> None:
+    from gossamer.cli import VERBS
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    verbs = set(re.findall(r"(?<!from )\bgossamer ([a-z]+)", text)) | set(
+        re.findall(r"^\| `([a-z]+)", text, re.MULTILINE)
+    )
+    assert verbs
+    assert verbs <= set(VERBS)
