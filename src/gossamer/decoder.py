@@ -1,6 +1,6 @@
-"""transformers' own Llama, filled from a checkpoint: whole to train, layer by layer to compress."""
+"""transformers' own modules, filled from a checkpoint: a whole model, or one block at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from gossamer.architecture.llama import GROUPS
+from gossamer.architecture import anatomy as made_of
+from gossamer.architecture.anatomy import EMBEDDING, Anatomy, Place, Role
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.errors import UnsupportedError
 
@@ -33,26 +33,33 @@ def write_tensor(target: Derived, name: str, value: Tensor) -> None:
     target.write(name, (stored.view(torch.uint16) if dtype == "BF16" else stored).numpy(), dtype)
 
 
-def llama_config(source: Checkpoint) -> LlamaConfig:
-    """transformers' configuration of the checkpoint."""
-    return LlamaConfig.from_dict(dict(source.config))
+def model_config(anatomy: Anatomy, config: Mapping[str, Any]) -> PretrainedConfig:
+    """transformers' configuration object for a `config.json`."""
+    return CONFIG_MAPPING[anatomy.model_type].from_dict(dict(config))
 
 
-def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def new_model(
+    anatomy: Anatomy, config: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """transformers' model of a `config.json`, on the CPU, with weights that are still to be filled in."""
+    settings = model_config(anatomy, config)
+    settings.dtype = dtype
+    model = AutoModelForCausalLM.from_config(settings)
+    nn.Module.to(model, dtype)
+    return model.eval()
+
+
+def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The whole model in `dtype`, on the CPU; raises UnsupportedError for a quantized directory."""
     refuse_quantized(source)
-    config = llama_config(source)
-    config.dtype = dtype
-    model = LlamaForCausalLM(config)
-    nn.Module.to(model, dtype)
+    model = new_model(source.architecture, source.config, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensor(source, name))
-    model.eval()
     return model
 
 
-def write_model(model: LlamaForCausalLM, target: Derived) -> None:
+def write_model(model: PreTrainedModel, target: Derived) -> None:
     """Store every weight under its Hugging Face name, in the parent's dtypes; shards are gathered."""
     weights = model.state_dict()
     for name in target.parent.names:
@@ -70,27 +77,40 @@ def refuse_quantized(source: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Block:
-    """Decoder layer `index`: transformers' own module, in float32, filled from the checkpoint."""
+    """Layer `index` of a decoder: transformers' own module, in float32, and what it is made of.
+
+    `prefix` stands before the names of its tensors in the checkpoint; `rotary` computes the cosines and
+    sines of positions.
+    """
 
     index: int
-    layer: LlamaDecoderLayer
-    rotary: LlamaRotaryEmbedding
+    prefix: str
+    anatomy: made_of.Block
+    layer: nn.Module
+    rotary: nn.Module
 
     @cached_property
     def linears(self) -> dict[str, nn.Linear]:
-        """The seven linears by checkpoint name, in the order q k v o gate up down."""
+        """All linears by checkpoint name, in the order in which they are used."""
         return {name: linear for group in self.groups for name, linear in group.items()}
 
     @cached_property
     def groups(self) -> list[dict[str, nn.Linear]]:
-        """The linears that share an input: q,k,v | o | gate,up | down."""
-        prefix = f"model.layers.{self.index}"
-        return [{f"{prefix}.{name}": self._linear(name) for name in group} for group in GROUPS]
+        """The linears that share an input, by checkpoint name: q,k,v | o | gate,up | down."""
+        return [
+            {f"{self.prefix}{linear.name}": self.linear(linear.role) for linear in group.linears}
+            for group in self.anatomy.groups
+        ]
 
-    def _linear(self, name: str) -> nn.Linear:
-        linear = self.layer.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        return linear
+    def linear(self, role: Role) -> nn.Linear:
+        """The module of one matrix."""
+        module = self.layer.get_submodule(self.anatomy.linears[role].name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def norm(self, place: Place) -> nn.Module:
+        """The module of one norm."""
+        return self.layer.get_submodule(self.anatomy.norms[place].name)
 
     @torch.no_grad()
     def __call__(self, hidden_BTD: Tensor) -> Tensor:
@@ -106,69 +126,66 @@ class Block:
         later groups see the changed earlier ones (GPTQ's "true sequential") for about one forward pass.
         At the end `hidden_BTD` holds the layer's output.
         """
-        layer, (qkv, o, gate_up, down) = self.layer.requires_grad_(False), self.groups
+        self.layer.requires_grad_(False)
+        qkv, o, gate_up, down = self.groups
+        o_proj, down_proj = self.linear("o"), self.linear("down")
+        before_attention, before_feed_forward = self.norm("attention"), self.norm("feed_forward")
         rows = max(1, PIECE_TOKENS // hidden_BTD.shape[1])
         pieces = hidden_BTD.split(rows)
-        yield qkv, (layer.input_layernorm(h_BTD) for h_BTD in pieces)
+        yield qkv, (before_attention(h_BTD) for h_BTD in pieces)
         mixed = [self._attention(h_BTD) for h_BTD in pieces]
         yield o, mixed
         for h_BTD in pieces:
-            h_BTD += layer.self_attn.o_proj(mixed.pop(0))
-        yield gate_up, (layer.post_attention_layernorm(h_BTD) for h_BTD in pieces)
-        num_bytes = 4 * hidden_BTD[..., 0].numel() * layer.mlp.down_proj.in_features
+            h_BTD += o_proj(mixed.pop(0))
+        yield gate_up, (before_feed_forward(h_BTD) for h_BTD in pieces)
+        num_bytes = 4 * hidden_BTD[..., 0].numel() * down_proj.in_features
         gated = [self._gated(h_BTD) for h_BTD in pieces] if num_bytes <= KEPT_BYTES else None
         yield down, gated or (self._gated(h_BTD) for h_BTD in pieces)
         for index, h_BTD in enumerate(pieces):
-            h_BTD += layer.mlp.down_proj(gated[index] if gated else self._gated(h_BTD))
+            h_BTD += down_proj(gated[index] if gated else self._gated(h_BTD))
 
     def _attention(self, hidden_BTD: Tensor) -> Tensor:
-        """What o_proj is given: the heads' mixed values [B, T, A E]."""
-        attention: Any = self.layer.self_attn
+        """What the output projection is given: the heads' mixed values [B, T, A E]."""
+        module, _, name = self.anatomy.linears["o"].name.rpartition(".")
+        attention: Any = self.layer.get_submodule(module)
         positions_1T = torch.arange(hidden_BTD.shape[1]).unsqueeze(0)
-        normed_BTD = self.layer.input_layernorm(hidden_BTD)
-        o_proj, attention.o_proj = attention.o_proj, nn.Identity()
+        normed_BTD = self.norm("attention")(hidden_BTD)
+        o_proj = getattr(attention, name)
+        setattr(attention, name, nn.Identity())
         try:
             return attention(normed_BTD, self.rotary(normed_BTD, positions_1T), attention_mask=None)[0]
         finally:
-            attention.o_proj = o_proj
+            setattr(attention, name, o_proj)
 
     def _gated(self, hidden_BTD: Tensor) -> Tensor:
-        """What down_proj is given: silu(gate) * up [B, T, F]."""
-        mlp, normed_BTD = self.layer.mlp, self.layer.post_attention_layernorm(hidden_BTD)
-        return mlp.act_fn(mlp.gate_proj(normed_BTD)) * mlp.up_proj(normed_BTD)
+        """What the down projection is given: silu(gate) * up [B, T, F]."""
+        normed_BTD = self.norm("feed_forward")(hidden_BTD)
+        return nn.functional.silu(self.linear("gate")(normed_BTD)) * self.linear("up")(normed_BTD)
 
 
 def blocks(source: Checkpoint) -> Iterator[Block]:
-    """The decoder layers, one in memory at a time."""
+    """The decoder's layers, one in memory at a time."""
     refuse_quantized(source)
-    config = llama_config(source)
+    anatomy, config = source.architecture, model_config(source.architecture, source.config)
     config._attn_implementation = "sdpa"
-    rotary = LlamaRotaryEmbedding(config)
-    for index in range(source.architecture.num_layers):
-        layer = LlamaDecoderLayer(config, index).float().eval()
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config).get_decoder()
+    rotary = type(skeleton.rotary_emb)(config)
+    for index, empty in enumerate(skeleton.layers):
+        layer, prefix = type(empty)(config, index).float().eval(), anatomy.prefix(index)
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
-                parameter.copy_(tensor(source, f"model.layers.{index}.{name}"))
-        yield Block(index, layer, rotary)
+                parameter.copy_(tensor(source, f"{prefix}{name}"))
+        yield Block(index, prefix, anatomy.blocks[index], layer, rotary)
 
 
 def write_block(target: Derived, block: Block) -> None:
     """Store every parameter of the layer, in the parent's dtypes."""
     for name, parameter in block.layer.named_parameters():
-        write_tensor(target, f"model.layers.{block.index}.{name}", parameter)
+        write_tensor(target, f"{block.prefix}{name}", parameter)
 
 
 @torch.no_grad()
 def embed(source: Checkpoint, ids_BT: Tensor) -> Tensor:
     """Token ids -> float32 [B, T, D]."""
-    return nn.functional.embedding(ids_BT, tensor(source, "model.embed_tokens.weight").float())
-
-
-@torch.no_grad()
-def head_logits(source: Checkpoint, hidden_BTD: Tensor) -> Tensor:
-    """The last layer's output -> float32 logits [B, T, V]."""
-    norm = LlamaRMSNorm(source.architecture.hidden_size, source.architecture.rms_norm_eps)
-    norm.weight.copy_(tensor(source, "model.norm.weight"))
-    tied = source.architecture.tie_word_embeddings
-    head_VD = tensor(source, "model.embed_tokens.weight" if tied else "lm_head.weight").float()
-    return norm(hidden_BTD) @ head_VD.T
+    return nn.functional.embedding(ids_BT, tensor(source, f"{EMBEDDING}.weight").float())

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.decoder import blocks, embed, head_logits, load_model, write_block
+from gossamer.decoder import blocks, embed, load_model, write_block
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.job.options import option
 from llamas import VARIANTS
@@ -48,7 +48,8 @@ def test_layer_by_layer_equals_transformers(tiny_llama: Tiny, tmp_path: Path, va
     with torch.no_grad():
         expected = reference(ids_BT).logits
         torch.testing.assert_close(load_model(source)(ids_BT).logits, expected)
-        torch.testing.assert_close(head_logits(source, hidden_BTD), expected, rtol=1e-5, atol=1e-5)
+        found = reference.lm_head(reference.model.norm(hidden_BTD))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     child = Checkpoint.open(tmp_path / "child")
     assert all(np.array_equal(child.raw(name), source.raw(name)) for name in source.names)
     assert child.hash() == source.hash() or variant == "sharded"
@@ -84,7 +85,9 @@ def test_one_of_several_processes_writes_a_shared_child_and_none_another(
 def test_rope_frequencies_equal_transformers(tiny_llama: Tiny, variant: str) -> None:
     source = Checkpoint.open(tiny_llama(variant))
     expected = AutoModelForCausalLM.from_pretrained(source.path).model.rotary_emb.inv_freq.numpy()
-    np.testing.assert_allclose(source.architecture.inverse_frequencies(), expected, rtol=1e-6)
+    heads = source.architecture.attention
+    assert heads.rope is not None
+    np.testing.assert_allclose(heads.rope.inverse_frequencies(heads.head_dim), expected, rtol=1e-6)
 
 
 def test_old_style_rope_settings_are_read() -> None:
@@ -98,16 +101,17 @@ def test_old_style_rope_settings_are_read() -> None:
         "rope_theta": 500000.0,
         "rope_scaling": {"type": "linear", "factor": 4.0},
     }
-    rope = Llama.parse(config).rope
+    rope = read_anatomy(config).attention.rope
+    assert rope is not None
     assert (rope.theta, rope.kind, rope.factor) == (500000.0, "linear", 4.0)
     with pytest.raises(UnsupportedError, match="yarn"):
-        Llama.parse(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+        read_anatomy(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
     with pytest.raises(CheckpointError, match="num_key_value_heads is '2'"):
-        Llama.parse(config | {"num_key_value_heads": "2"})
+        read_anatomy(config | {"num_key_value_heads": "2"})
     with pytest.raises(CheckpointError, match="rms_norm_eps"):
-        Llama.parse(config | {"rms_norm_eps": "tiny"})
+        read_anatomy(config | {"rms_norm_eps": "tiny"})
     with pytest.raises(UnsupportedError, match="attention_bias"):
-        Llama.parse(config | {"attention_bias": True})
+        read_anatomy(config | {"attention_bias": True})
 
 
 def test_manifest_records_stage_job_parent_and_lineage(tiny_llama: Tiny, tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def pack_int8(source: Checkpoint, path: Path) -> None:
     """The checkpoint with 70% of each decoder matrix set to zero and the rest rounded to int8."""
     content = (source.path / "tokenizer.json").read_bytes()
     with PackedWriter(path, config=json.dumps(source.config), tokenizer=content) as writer:
-        for name, shape in source.architecture.tensor_shapes().items():
+        for name, shape in source.architecture.tensor_shapes.items():
             weight = source.float32(name)
             if len(shape) == 1:
-                writer.norm(name, weight)
+                writer.vector(name, weight)
             elif name.removesuffix(".weight") in source.linears:
                 weight[np.abs(weight) < np.quantile(np.abs(weight), 0.7)] = 0
                 writer.int8(name.removesuffix(".weight"), *round_rows(weight), storage="sparse")

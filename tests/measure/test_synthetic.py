@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.families import read_anatomy
 from gossamer.measure.synthetic import CONFIGS, Image, Recipe, synthetic_file, synthetic_image
 from gossamer.packed.header import EMBEDDING, HEAD, Layer, Stored
 from gossamer.packed.panels import Values
@@ -44,7 +44,7 @@ def open_image(image: Image) -> Packed:
     config = CONFIGS["tinyllama-1.1b"] | {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
     tensors = {name: Stored(*entry) for name, entry in image.tensors.items()}
     layers = {name: Layer(**entry) for name, entry in image.config["linears"].items()}
-    return Packed(Path("image"), config, Llama.parse(config), {}, tensors, layers, image.buffer)
+    return Packed(Path("image"), config, read_anatomy(config), {}, tensors, layers, image.buffer)
 
 
 def bits_of(packed: Packed, beside: bool) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
 from gossamer.packed.from_checkpoint import round_rows
 from gossamer.packed.reader import Packed
@@ -105,10 +105,10 @@ def write_int8(path: Path, sparsity: float) -> Packed:
     """A random W8A8 Llama: sparse or dense int8 linears and head, a float32 embedding."""
     rng = np.random.default_rng(5)
     with PackedWriter(path, config=json.dumps(CONFIG)) as writer:
-        for tensor, shape in Llama.parse(CONFIG).tensor_shapes().items():
+        for tensor, shape in read_anatomy(CONFIG).tensor_shapes.items():
             name = tensor.removesuffix(".weight")
             if len(shape) == 1:
-                writer.norm(tensor, 1 + 0.1 * rng.standard_normal(shape).astype(np.float32))
+                writer.vector(tensor, 1 + 0.1 * rng.standard_normal(shape).astype(np.float32))
                 continue
             w_NK = rng.standard_normal(shape).astype(np.float32) / np.float32(
                 np.sqrt(shape[1] * (1 - sparsity))

@@ -15,12 +15,12 @@ class Reference:
     """Logits of one sequence, all tokens at once; tensors decoded by `Packed`, the format's specification."""
 
     def __init__(self, packed: Packed, kv: str = "f32") -> None:
-        self.packed, self.llama, self.kv = packed, packed.architecture, kv
+        self.packed, self.anatomy, self.kv = packed, packed.architecture, kv
         self.cache = {name: packed.stored(name) for name in packed.layers}
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
         hidden_TD = self.cache[EMBEDDING][ids_T]
-        for index in range(self.llama.num_layers):
+        for index in range(self.anatomy.num_layers):
             prefix = f"model.layers.{index}"
             x_TD = self.rmsnorm(hidden_TD, f"{prefix}.input_layernorm.weight")
             hidden_TD = hidden_TD + self.attention(x_TD, f"{prefix}.self_attn")
@@ -32,7 +32,7 @@ class Reference:
 
     def rmsnorm(self, x_TD: np.ndarray, name: str) -> np.ndarray:
         mean_T1 = np.square(x_TD, dtype=np.float64).mean(axis=1, keepdims=True).astype(np.float32)
-        return self.packed.norm(name) * (x_TD * (1 / np.sqrt(mean_T1 + np.float32(self.llama.rms_norm_eps))))
+        return self.packed.vector(name) * (x_TD * (1 / np.sqrt(mean_T1 + np.float32(self.anatomy.norm_eps))))
 
     def linear(self, x_TK: np.ndarray, name: str) -> np.ndarray:
         w_NK = self.cache[name]
@@ -43,13 +43,13 @@ class Reference:
         return sums_TN * (x_scale_T1 * self.packed.scale(name))
 
     def attention(self, x_TD: np.ndarray, prefix: str) -> np.ndarray:
-        llama, T = self.llama, len(x_TD)
-        q_ATE = self.rotate(self.heads(x_TD, f"{prefix}.q_proj", llama.num_heads))
-        k_GTE = self.rotate(self.heads(x_TD, f"{prefix}.k_proj", llama.num_kv_heads))
-        v_GTE = self.heads(x_TD, f"{prefix}.v_proj", llama.num_kv_heads)
-        shared = llama.num_heads // llama.num_kv_heads
+        heads, T = self.anatomy.attention, len(x_TD)
+        q_ATE = self.rotate(self.heads(x_TD, f"{prefix}.q_proj", heads.num_heads))
+        k_GTE = self.rotate(self.heads(x_TD, f"{prefix}.k_proj", heads.num_kv_heads))
+        v_GTE = self.heads(x_TD, f"{prefix}.v_proj", heads.num_kv_heads)
+        shared = heads.num_heads // heads.num_kv_heads
         k_ATE, v_ATE = k_GTE.repeat(shared, axis=0), v_GTE.repeat(shared, axis=0)
-        scale = np.float32(1 / np.sqrt(llama.head_dim))
+        scale = np.float32(1 / np.sqrt(heads.head_dim))
         product = integer_products if self.kv == "i8" else products_in_order
         (k_ATE, k_scale_AT1), (v_ATE, v_scale_AT1) = cached(k_ATE, self.kv), cached(v_ATE, self.kv)
         scores_ATT = product(q_ATE * scale, k_ATE.transpose(0, 2, 1)) * k_scale_AT1.transpose(0, 2, 1)
@@ -65,7 +65,8 @@ class Reference:
 
     def rotate(self, x_HTE: np.ndarray) -> np.ndarray:
         """The rotate-half convention of Hugging Face."""
-        angles_TE = np.outer(np.arange(x_HTE.shape[1], dtype=np.float32), self.llama.inverse_frequencies())
+        rope, positions_T = self.anatomy.attention.rope, np.arange(x_HTE.shape[1], dtype=np.float32)
+        angles_TE = np.outer(positions_T, rope.inverse_frequencies(x_HTE.shape[2]))
         halves = (f(angles_TE.astype(np.float64)).astype(np.float32) for f in (np.cos, np.sin))
         cosine, sine = (np.concatenate([half, half], axis=1) for half in halves)
         first, second = np.split(x_HTE, 2, axis=2)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.families import read_anatomy
 from gossamer.packed.header import Layer
 from gossamer.packed.writer import PackedWriter, Storage
 from packed.matrices import random_matrix, random_multipliers
@@ -68,11 +68,11 @@ def write_synthetic(path: Path, config: dict[str, Any] = CONFIG, seed: int = 0) 
     """Linears of every type, nearly dense in the first layer, sparse in the second; a bfloat16 embedding."""
     rng, made = np.random.default_rng(seed), Synthetic(path)
     with PackedWriter(path, config=json.dumps(config), tokenizer=TOKENIZER, parent="ab" * 32) as writer:
-        for index, (tensor, shape) in enumerate(Llama.parse(config).tensor_shapes().items()):
+        for index, (tensor, shape) in enumerate(read_anatomy(config).tensor_shapes.items()):
             name = tensor.removesuffix(".weight")
             if len(shape) == 1:
                 made.norms[tensor] = rng.standard_normal(shape).astype(np.float32)
-                writer.norm(tensor, made.norms[tensor])
+                writer.vector(tensor, made.norms[tensor])
                 continue
             values = {"model.embed_tokens": "bf16", "lm_head": "f32"}.get(name)
             if values is None:

@@ -84,9 +84,9 @@ def test_dense_directories(variant: str, tiny_llama: Callable[[str], Path], tmp_
         assert packed.layers[name].values == ("bf16" if variant == "bf16" else "f32")
         assert packed.layers[name].storage == "dense"
         assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
-    for name, shape in source.architecture.tensor_shapes().items():
+    for name, shape in source.architecture.tensor_shapes.items():
         if len(shape) == 1:
-            assert np.array_equal(packed.norm(name), source.float32(name))
+            assert np.array_equal(packed.vector(name), source.float32(name))
     tied = source.architecture.tie_word_embeddings
     assert packed.head == (EMBEDDING if tied else "lm_head") and tied == (variant == "llama3")
     assert packed.architecture == source.architecture and packed.metadata["parent"] == source.hash()

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import gossamer
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
 from gossamer.packed.header import EMBEDDING
 from gossamer.packed.reader import Packed
@@ -40,7 +40,7 @@ def test_everything_reads_back(synthetic: Any) -> None:
         assert np.array_equal(sum_N[: scale_N.size], synthetic.stored[name].sum(axis=1, dtype=np.int32))
         assert not sum_N[scale_N.size :].any()
     for name, w_D in synthetic.norms.items():
-        assert np.array_equal(packed.norm(name), w_D)
+        assert np.array_equal(packed.vector(name), w_D)
     for name, multiplier_NG in synthetic.multipliers.items():
         assert np.array_equal(packed.multiplier(name), multiplier_NG)
     packed.check()
@@ -65,16 +65,15 @@ def test_any_model_reads_back(
         "hidden_size": hidden, "intermediate_size": inner, "head_dim": 2 * head, "vocab_size": vocabulary,
         "num_hidden_layers": 1, "tie_word_embeddings": True,
     }  # fmt: skip
-    made, llama = make_empty(tmp_path / "any.goss"), Llama.parse(config)
+    made, anatomy = make_empty(tmp_path / "any.goss"), read_anatomy(config)
     with PackedWriter(made.path, config=json.dumps(config)) as writer:
         made.make(EMBEDDING, "bf16", (vocabulary, hidden), 0, number)
         made.write(writer, EMBEDDING)
-        for (name, shape), values in zip(llama.linear_shapes(0).items(), types, strict=True):
-            made.make(name, values, shape, sparsity, number)
+        for (name, linear), values in zip(anatomy.linears(0).items(), types, strict=True):
+            made.make(name, values, (linear.rows, linear.columns), sparsity, number)
             made.write(writer, name, storage)
-        for name, shape in llama.tensor_shapes().items():
-            if len(shape) == 1:
-                writer.norm(name, np.ones(shape, np.float32))
+        for name, size in anatomy.vector_sizes.items():
+            writer.vector(name, np.ones(size, np.float32))
     packed = Packed.open(made.path)
     packed.check()
     for name, w_NK in made.stored.items():
@@ -144,7 +143,7 @@ def test_the_embedding_is_never_sparse(tmp_path: Path, make_synthetic: Callable,
             else:
                 synthetic.write(writer, name)
         for name, w_D in synthetic.norms.items():
-            writer.norm(name, w_D)
+            writer.vector(name, w_D)
     assert not Packed.open(tmp_path / "zeros.goss").linear(EMBEDDING).any()
 
 
@@ -155,7 +154,7 @@ def test_a_storage_can_be_asked_for(tmp_path: Path, synthetic: Any) -> None:
             storage = "sparse" if ".layers.0." in name else "dense"
             assert synthetic.write(writer, name, storage).storage == storage
         for name, w_D in synthetic.norms.items():
-            writer.norm(name, w_D)
+            writer.vector(name, w_D)
     packed = Packed.open(tmp_path / "other.goss")
     packed.check()
     for name, w_NK in synthetic.stored.items():
@@ -199,7 +198,7 @@ def test_a_repeated_matrix_has_bytes_of_its_own(synthetic: Any, tmp_path: Path) 
             else:
                 synthetic.write(writer, name)
         for name, w_D in synthetic.norms.items():
-            writer.norm(name, w_D)
+            writer.vector(name, w_D)
     repeated = Packed.open(tmp_path / "repeated.goss")
     repeated.check()
     for name in synthetic.stored:
@@ -262,7 +261,7 @@ def test_an_interrupted_writer_leaves_the_old_file(
         pytest.raises(error),
         PackedWriter(path, config=Packed.open(synthetic.path).metadata["config"]) as writer,
     ):
-        writer.norm("model.norm.weight", np.ones(36, np.float32))
+        writer.vector("model.norm.weight", np.ones(36, np.float32))
         assert writer.partial.exists()
         raise error
     assert [file.name for file in tmp_path.iterdir()] == ["model.goss"] and path.read_bytes() == b"old"
@@ -274,7 +273,7 @@ def test_an_incomplete_model_is_never_renamed(synthetic: Any, tmp_path: Path) ->
         pytest.raises(Exception, match="cannot hold 2 layers"),
         PackedWriter(tmp_path / "model.goss", config=config) as writer,
     ):
-        writer.norm("model.norm.weight", np.ones(36, np.float32))
+        writer.vector("model.norm.weight", np.ones(36, np.float32))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -284,7 +283,7 @@ def test_a_killed_writer_leaves_no_file_by_that_name(synthetic: Any, tmp_path: P
 import sys, time, numpy
 from gossamer.packed.writer import PackedWriter
 with PackedWriter({str(tmp_path / "model.goss")!r}, config={config}) as writer:
-    writer.norm("model.norm.weight", numpy.ones(36, numpy.float32))
+    writer.vector("model.norm.weight", numpy.ones(36, numpy.float32))
     print("writing", flush=True)
     time.sleep(60)
 """

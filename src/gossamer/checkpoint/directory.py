@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import HEAD
+from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.partial import (
     CHECKPOINTS,
     check_interrupted,
@@ -49,11 +50,11 @@ SHARD_BYTES = 2 << 30
 
 
 class Checkpoint:
-    """A validated Llama directory. Tensors are read on demand and never all held at once."""
+    """A validated model directory. Tensors are read on demand and never all held at once."""
 
     def __init__(self, path: Path, config: dict[str, Any], entries: Mapping[str, Entry]) -> None:
         self.path, self.config, self.entries = path, config, entries
-        self.architecture = Llama.parse(config, str(path / "config.json"))
+        self.architecture = read_anatomy(config, str(path / "config.json"))
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -346,7 +347,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     """Exactly the architecture's tensors (and their scales), or an error that names the odd one."""
-    found, shapes = checkpoint.entries, checkpoint.architecture.tensor_shapes()
+    found, shapes = checkpoint.entries, dict(checkpoint.architecture.tensor_shapes)
     for name in checkpoint.linears:
         if (entry := found.get(f"{name}.weight")) and entry.dtype == "I8":
             shapes[f"{name}.weight_scale"] = (shapes[f"{name}.weight"][0], 1)
@@ -363,13 +364,14 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
             raise UnsupportedError(
                 f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORAGE)}"
             )
-    ignored = {"lm_head.weight"} if checkpoint.architecture.tie_word_embeddings else set()
+    ignored = {f"{HEAD}.weight"} if checkpoint.architecture.tie_word_embeddings else set()
     extra = [
         n for n in found if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
     ]
     if extra:
         raise UnsupportedError(
-            f"{found[extra[0]].file}: tensor {extra[0]} is not part of a Llama; cannot place it"
+            f"{found[extra[0]].file}: tensor {extra[0]} is not part of a "
+            f"{checkpoint.architecture.model_type}; cannot place it"
         )
     return {name: found[name] for name in shapes}
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer import _native
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import Anatomy
 from gossamer.engine.request import Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.errors import CheckpointError, ConfigError, FormatError
@@ -32,7 +32,7 @@ class Engine:
     path: Path
     model: _native.Model
     tokenizer: Tokenizer
-    architecture: Llama
+    architecture: Anatomy
     num_threads: int
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from gossamer import _native
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import Anatomy
 from gossamer.job.report import Event, Progress
 from gossamer.machine import cpu_model
 from gossamer.measure.readers import Readers, impossible
@@ -131,13 +131,14 @@ def step(
     return time.perf_counter() - begin, chosen
 
 
-def kv_bytes(llama: Llama, context: float, dtype: Kv) -> int:
+def kv_bytes(anatomy: Anatomy, context: float, dtype: Kv) -> int:
     """Bytes of keys and values that one new token of a sequence of `context` tokens reads, in all layers.
 
     i8 has a float32 scale for each position and key/value head.
     """
-    head_bytes = {"f32": 4, "bf16": 2, "i8": 1}[dtype] * llama.head_dim + (4 if dtype == "i8" else 0)
-    return round(2 * llama.num_layers * llama.num_kv_heads * head_bytes * context)
+    heads = anatomy.attention
+    head_bytes = {"f32": 4, "bf16": 2, "i8": 1}[dtype] * heads.head_dim + (4 if dtype == "i8" else 0)
+    return round(2 * anatomy.num_layers * heads.num_kv_heads * head_bytes * context)
 
 
 def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
+from gossamer.architecture.families import read_anatomy
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed import panels, streams
 from gossamer.packed.cache import cache_directory
-from gossamer.packed.header import EMBEDDING, HEAD, VALUE_DTYPES, Layer
+from gossamer.packed.header import VALUE_DTYPES, Layer
 from gossamer.packed.panels import Values
 from gossamer.packed.reader import native_config
 from gossamer.packed.writer import PackedWriter, smaller_storage
@@ -127,33 +128,39 @@ def plausible_scales(rows: int, columns: int) -> np.ndarray:
     return np.full(rows, 1 / (80 * np.sqrt(columns)), np.float32)
 
 
+def plausible_vector(name: str, size: int) -> np.ndarray:
+    """float32 [size] that changes nothing: ones for a norm's weight, zeros for a bias."""
+    return np.zeros(size, np.float32) if name.endswith(".bias") else np.ones(size, np.float32)
+
+
 def synthetic_file(recipe: Recipe, progress: Progress = quiet) -> Path:
     """The recipe's .goss file in the cache, written on first use."""
     path = cache_directory() / recipe.file_name
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng, llama = np.random.default_rng(0), Llama.parse(recipe.config)
-    names = list(llama.tensor_shapes())
+    rng, anatomy = np.random.default_rng(0), read_anatomy(recipe.config)
+    names = list(anatomy.matrix_shapes)
+    if recipe.integer and HEAD not in names:
+        names.append(HEAD)
     with PackedWriter(path, config=json.dumps(recipe.config)) as writer:
-        for index, tensor in enumerate(names, start=1):
-            progress(Event("write synthetic model", tensor, index, len(names)))
-            _write(writer, llama, tensor.removesuffix(".weight"), recipe, rng)
-        if recipe.integer and HEAD not in writer.layers:
-            _write(writer, llama, HEAD, recipe, rng)
+        for index, name in enumerate(names, start=1):
+            progress(Event("write synthetic model", name, index, len(names)))
+            _write(writer, anatomy, name, recipe, rng)
+        for name, size in anatomy.vector_sizes.items():
+            writer.vector(name, plausible_vector(name, size))
     return path
 
 
-def _write(writer: PackedWriter, llama: Llama, name: str, recipe: Recipe, rng: np.random.Generator) -> None:
-    """One matrix or norm; a decoder matrix equals the first layer's, in bytes of its own."""
-    if name.endswith("norm"):
-        return writer.norm(f"{name}.weight", np.ones(llama.hidden_size, np.float32))
+def _write(
+    writer: PackedWriter, anatomy: Anatomy, name: str, recipe: Recipe, rng: np.random.Generator
+) -> None:
+    """One matrix; of a decoder's, all but the first layer's repeat that one in bytes of their own."""
     first = ".".join(["model.layers.0", *name.split(".")[3:]]) if ".layers." in name else name
     if first in writer.layers:
         writer.repeat(name, first)
-        return None
-    vocabulary = (llama.vocab_size, llama.hidden_size)
-    rows, columns = vocabulary if name in (EMBEDDING, HEAD) else llama.linear_shapes(0)[name]
+        return
+    rows, columns = anatomy.matrix_shapes[EMBEDDING if name == HEAD else name]
     values, sparsity = recipe.kind(name)
     block = random_weights(values, min(rows, BLOCK_ROWS), columns, sparsity, rng)
     w_NK, scale_N = np.resize(block, (rows, columns)), plausible_scales(rows, columns)
@@ -163,7 +170,6 @@ def _write(writer: PackedWriter, llama: Llama, name: str, recipe: Recipe, rng: n
         writer.int4(name, w_NK, random_multipliers(rows, columns, rng), scale_N)
     else:
         writer.floats(name, w_NK)
-    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,25 +184,24 @@ class Image:
 
 def synthetic_image(recipe: Recipe) -> Image:
     """The recipe in memory with float32 for embedding and head, its panels copies of 16 random ones."""
-    rng, llama = np.random.default_rng(0), Llama.parse(recipe.config)
+    rng, anatomy = np.random.default_rng(0), read_anatomy(recipe.config)
     pieces: dict[str, tuple[str, np.ndarray]] = {}
     table: dict[str, Layer] = {}
-    for name, (rows, columns) in llama.linear_shapes(0).items():
-        layer, arrays = _matrix(recipe, rows, columns, rng)
-        for index in range(llama.num_layers):
+    for name, linear in anatomy.linears(0).items():
+        layer, arrays = _matrix(recipe, linear.rows, linear.columns, rng)
+        for index in range(anatomy.num_layers):
             other = name.replace(".0.", f".{index}.", 1)
             table[other] = layer
             pieces |= {f"{other}.{suffix}": array for suffix, array in arrays.items()}
     num_bytes = sum(array.nbytes for _, array in pieces.values())
-    block = random_weights("f32", panels.PANEL_ROWS, llama.hidden_size, 0.0, rng)
-    embedding = np.resize(block, (llama.vocab_size, llama.hidden_size))
+    block = random_weights("f32", panels.PANEL_ROWS, anatomy.hidden_size, 0.0, rng)
+    embedding = np.resize(block, (anatomy.vocab_size, anatomy.hidden_size))
     table[EMBEDDING] = Layer("dense", "f32", *embedding.shape, nonzeros=embedding.size)
     pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels("f32", embedding))
-    for name, shape in llama.tensor_shapes().items():
-        if len(shape) == 1:
-            pieces[name] = ("F32", np.ones(shape, np.float32))
+    for name, size in anatomy.vector_sizes.items():
+        pieces[name] = ("F32", plausible_vector(name, size))
     buffer, tensors = _lay_out(pieces)
-    return Image(buffer, tensors, native_config(llama, table), num_bytes)
+    return Image(buffer, tensors, native_config(anatomy, table), num_bytes)
 
 
 def _matrix(

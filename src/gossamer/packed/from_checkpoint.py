@@ -5,7 +5,6 @@ int8 weights (compressed-tensors' int-quantized W8A8) stay int8. Every matrix bu
 that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs torch.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,21 +12,18 @@ from typing import Any, Literal
 import numpy as np
 
 from gossamer import _native
+from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.schemes import SCHEMES, Scheme, read_scheme
 from gossamer.checkpoint.weights import to_float32
-from gossamer.errors import CheckpointError, UnsupportedError
+from gossamer.errors import CheckpointError
 from gossamer.job.report import Event, Progress, quiet
-from gossamer.packed.header import EMBEDDING, HEAD, Layer
+from gossamer.packed.header import Layer
 from gossamer.packed.panels import panel_chunks
 from gossamer.packed.writer import PackedWriter
 
 Head = Literal["auto", "keep", "i8"]
 Storage = Literal["auto", "smallest"]
-
-SCHEME = "compressed-tensors int-quantized W8A8, weights symmetric per channel, inputs dynamic per token"
-_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
-_DEFAULTS = {"type": "int", "symmetric": True, "dynamic": False}  # for what a file leaves out
-_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,8 @@ def pack_checkpoint(
     fewer bytes; "auto" too, but leaves int8 dense where this machine reads it faster so. Raises
     UnsupportedError for a quantization that we do not run.
     """
-    quantized = check_quantization(source)
-    round_head = head == "i8" or (head == "auto" and quantized)
-    names = [*matrix_names(source)]
+    round_head = head == "i8" or (head == "auto" and scheme_of(source) is not None)
+    names = [*source.architecture.matrix_shapes]
     if round_head and HEAD not in names:
         names.append(HEAD)
     error = None
@@ -67,9 +62,8 @@ def pack_checkpoint(
                 layer = _write_matrix(writer, source, name, int8)
             metrics = {"storage": layer.storage, "values": layer.values, "sparsity": round(layer.sparsity, 4)}
             progress(Event("pack", name, index, len(names), metrics))
-        for name, shape in source.architecture.tensor_shapes().items():
-            if len(shape) == 1:
-                writer.norm(name, source.float32(name))
+        for name in source.architecture.vector_sizes:
+            writer.vector(name, source.float32(name))
     return Packing(writer.layers, error)
 
 
@@ -81,44 +75,20 @@ def expands_int8_fast() -> bool:
     return _native.isa() in ("avx512", "amx")
 
 
-def check_quantization(source: Checkpoint) -> bool:
-    """True for a W8A8 checkpoint, False for a plain one; UnsupportedError for any other quantization."""
-    found = source.config.get("quantization_config")
+def scheme_of(source: Checkpoint) -> Scheme | None:
+    """The scheme of a quantized checkpoint, None for a plain one; UnsupportedError for any other.
+
+    CheckpointError where integer weights do not say what they stand for.
+    """
     file = source.path / "config.json"
-    int8 = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
-    if found is None:
-        if int8:
-            raise CheckpointError(
-                f"{file}: {int8[0]} is int8 without a quantization_config; expected {SCHEME}"
-            )
-        return False
-    if problem := _different(found):
-        raise UnsupportedError(f"{file}: quantization_config has {problem}; supported: {SCHEME}")
-    return bool(int8)
-
-
-def _different(config: Any) -> str | None:
-    """The first setting that is not the scheme's, or None."""
-    if not isinstance(config, dict):
-        return repr(config)
-    for key, expected in (("quant_method", "compressed-tensors"), ("format", "int-quantized")):
-        if config.get(key) != expected:
-            return f"{key} = {config.get(key)!r}"
-    for key in ("sparsity_config", "kv_cache_scheme"):
-        if config.get(key):
-            return f"a {key}"
-    groups = config.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        return f"config_groups = {groups!r}"
-    for group in groups.values():
-        if group.get("output_activations"):
-            return "output_activations"
-        for part, expected in (("weights", _WEIGHTS), ("input_activations", _INPUTS)):
-            settings = _DEFAULTS | (group.get(part) or {})
-            for key, value in expected.items():
-                if settings.get(key) != value:
-                    return f"{part}.{key} = {settings.get(key)!r}"
-    return None
+    scheme = read_scheme(source.config, str(file))
+    integers = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
+    if scheme is None and integers:
+        known = " or ".join(scheme.summary for scheme in SCHEMES.values())
+        raise CheckpointError(
+            f"{file}: {integers[0]} is int8 without a quantization_config; expected {known}"
+        )
+    return scheme if integers else None
 
 
 def packed_companions(source: Checkpoint) -> dict[str, Any]:
@@ -190,11 +160,3 @@ def round_rows(w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     scale_N = np.abs(w_NK).max(axis=1) / np.float32(127)
     divisor_N1 = np.where(scale_N > 0, scale_N, np.float32(1))[:, None]
     return np.clip(np.rint(w_NK / divisor_N1), -127, 127).astype(np.int8), scale_N
-
-
-def matrix_names(source: Checkpoint) -> Iterator[str]:
-    """Embedding, decoder linears and the checkpoint's own head, without `.weight`."""
-    yield EMBEDDING
-    yield from source.linears
-    if not source.architecture.tie_word_embeddings:
-        yield HEAD

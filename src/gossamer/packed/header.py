@@ -14,16 +14,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
+from gossamer.architecture.families import read_anatomy
 from gossamer.errors import FormatError, GossamerError
 from gossamer.packed import panels, streams
 from gossamer.packed.panels import ALIGNMENT, PANEL_ROWS, WEIGHT_DTYPES, Values
 
-VERSION = 1
+VERSIONS = ("1", "2")  # that are read; `needed_version` says which one a model is written in
 TOKENIZER = "tokenizer.json"
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
-MAX_NUMBER = 1e30  # of a configuration: in float32's range, its square in float64's
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 DTYPES = {
@@ -106,23 +104,26 @@ class Layer:
         return streams.stream_bytes(*size, least), streams.stream_bytes(*size, most)
 
 
-def norm_tensors(architecture: Llama) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of the RMSNorm weights, padded to 64 bytes."""
-    shape = (panels.round_up(architecture.hidden_size, ALIGNMENT // 4),)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"model.norm.weight": ("F32", shape)}
-    for layer in range(architecture.num_layers):
-        tensors[f"model.layers.{layer}.input_layernorm.weight"] = ("F32", shape)
-        tensors[f"model.layers.{layer}.post_attention_layernorm.weight"] = ("F32", shape)
-    return tensors
+def vector_tensors(anatomy: Anatomy) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of the weights of norms and of the biases, padded to 64 bytes."""
+    sizes = anatomy.vector_sizes
+    return {name: ("F32", (panels.round_up(size, ALIGNMENT // 4),)) for name, size in sizes.items()}
 
 
-def matrix_shapes(architecture: Llama) -> dict[str, tuple[int, int]]:
-    """Name -> (rows, columns) of every matrix a file may hold: embedding, decoder linears, head."""
-    vocabulary = (architecture.vocab_size, architecture.hidden_size)
-    shapes = {EMBEDDING: vocabulary}
-    for layer in range(architecture.num_layers):
-        shapes |= architecture.linear_shapes(layer)
-    return shapes | {HEAD: vocabulary}
+def needed_version(anatomy: Anatomy) -> str:
+    """The oldest version of the format that can say what the model is.
+
+    Version 1 knows two norms a block, as wide as the hidden states, no biases, and blocks that all attend to
+    every position and encode it by rope. A program that reads only version 1 would run anything else wrong.
+    """
+    plain = all(
+        block.norms.keys() == {"attention", "feed_forward"}
+        and not any(linear.bias for linear in block.linears.values())
+        and block.attention.window is None
+        and block.attention.rope is not None
+        for block in anatomy.blocks
+    )
+    return "1" if plain else "2"
 
 
 def read_header(data: memoryview, source: str) -> tuple[dict[str, str], dict[str, Stored]]:
@@ -165,10 +166,13 @@ def _metadata(found: Any, source: str) -> dict[str, str]:
             f"{source}: a safetensors file, but no packed model; give the directory, or pack it first"
         )
     version = found.get("version")
-    if version != str(VERSION):
-        newer = isinstance(version, str) and version[:9].isdecimal() and int(version[:9]) > VERSION
+    if version not in VERSIONS:
+        newest = int(VERSIONS[-1])
+        newer = isinstance(version, str) and version[:9].isdecimal() and int(version[:9]) > newest
         advice = "it is newer than this program: update gossamer" if newer else "the file is damaged"
-        raise FormatError(f"{source}: found format version {version!a:.20}; expected {VERSION}; {advice}")
+        raise FormatError(
+            f"{source}: found format version {version!a:.20}; expected {' or '.join(VERSIONS)}; {advice}"
+        )
     if unknown := sorted(found.keys() - _METADATA):
         raise FormatError(f"{source}: found unknown metadata {', '.join(map(ascii, unknown))}")
     for key, value in found.items():
@@ -221,19 +225,31 @@ def _is_size(number: Any) -> bool:
 
 def read_model(
     metadata: Mapping[str, str], num_tensors: int, source: str
-) -> tuple[dict[str, Any], Llama, dict[str, Layer]]:
-    """The model's config.json, its architecture, and the table of its matrices."""
+) -> tuple[dict[str, Any], Anatomy, dict[str, Layer]]:
+    """The model's config.json, what it is made of, and the table of its matrices."""
     config = _json_object(metadata["config"], "model config", source)
     try:
-        architecture = Llama.parse(config, f"{source}, config")
+        anatomy = read_anatomy(config, f"{source}, config")
     except (GossamerError, TypeError, ValueError, ArithmeticError) as error:
         raise FormatError(f"{source}: the model config will not do: {str(error)!a}") from error
-    _check_architecture(architecture, num_tensors, source)
+    if metadata["version"] < needed_version(anatomy):
+        raise FormatError(
+            f"{source}: found format version {metadata['version']} with a {anatomy.model_type}, which takes "
+            f"version {needed_version(anatomy)}; the file is damaged"
+        )
+    if anatomy.num_layers * len(anatomy.blocks[0].linears) > num_tensors:
+        raise FormatError(f"{source}: {num_tensors} tensors cannot hold {anatomy.num_layers} layers")
     table = _json_object(metadata["layers"], "layer table", source)
     layers = {name: _layer(name, entry, source) for name, entry in table.items()}
-    shapes = matrix_shapes(architecture)
-    if HEAD not in layers and architecture.tie_word_embeddings:
-        del shapes[HEAD]
+    _check_shapes(layers, anatomy, source)
+    return config, anatomy, layers
+
+
+def _check_shapes(layers: Mapping[str, Layer], anatomy: Anatomy, source: str) -> None:
+    """The table has exactly the matrices of the model; a tied head may have been stored in int8 beside."""
+    shapes = dict(anatomy.matrix_shapes)
+    if HEAD in layers:
+        shapes[HEAD] = shapes[EMBEDDING]
     if different := sorted(shapes.keys() ^ layers.keys()):
         raise FormatError(f"{source}: the layer table and the config disagree about {different[0]!a}")
     for name, (rows, columns) in shapes.items():
@@ -242,36 +258,6 @@ def read_model(
             raise FormatError(
                 f"{source}: {name} is {layer.rows} x {layer.columns}; the config says {rows} x {columns}"
             )
-    return config, architecture, layers
-
-
-def _check_architecture(architecture: Llama, num_tensors: int, source: str) -> None:
-    """Numbers that later code multiplies, divides by or allocates."""
-    for field in fields(architecture):
-        value = getattr(architecture, field.name)
-        if field.type is int and (type(value) is not int or not 0 < value < 1 << 31):
-            raise FormatError(
-                f"{source}: the model config has {field.name} {value!a}; expected a positive size"
-            )
-    rope = architecture.rope
-    stretch = (
-        rope.factor,
-        rope.low_freq_factor,
-        rope.high_freq_factor,
-        rope.original_max_position_embeddings,
-    )
-    for number in (architecture.rms_norm_eps, rope.theta, *stretch):
-        if not isinstance(number, int | float) or not 0 < number < MAX_NUMBER:
-            raise FormatError(
-                f"{source}: the model config has the number {number!a}; expected it from 0 to {MAX_NUMBER:g}"
-            )
-    if rope.kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
-        raise FormatError(f"{source}: the model config has equal low_freq_factor and high_freq_factor")
-    for token in (architecture.bos_token_id or 0, *architecture.eos_token_ids):
-        if not _is_size(token):
-            raise FormatError(f"{source}: the model config has the token id {token!a:.80}; expected a number")
-    if architecture.num_layers * 7 > num_tensors:
-        raise FormatError(f"{source}: {num_tensors} tensors cannot hold {architecture.num_layers} layers")
 
 
 def _layer(name: str, entry: Any, source: str) -> Layer:
@@ -291,16 +277,16 @@ def _layer(name: str, entry: Any, source: str) -> Layer:
     if storage not in storages or values not in types:
         raise FormatError(
             f"{source}: layer {name!a} is stored as {storage!a} {values!a}; "
-            f"version 1 knows {' or '.join(storages)} {', '.join(types)} there"
+            f"expected {' or '.join(storages)} {', '.join(types)} there"
         )
     return Layer(**entry)
 
 
 def check_tensors(
-    tensors: Mapping[str, Stored], architecture: Llama, layers: Mapping[str, Layer], source: str
+    tensors: Mapping[str, Stored], anatomy: Anatomy, layers: Mapping[str, Layer], source: str
 ) -> None:
     """The file holds what its layers and norms call for, and nothing else (the tokenizer may be absent)."""
-    expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**norm_tensors(architecture)}
+    expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**vector_tensors(anatomy)}
     for name, layer in layers.items():
         expected |= layer.tensors(name)
     if TOKENIZER in tensors:

@@ -10,21 +10,19 @@ from typing import Any, Self
 
 import numpy as np
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
 from gossamer.packed import panels, streams
 from gossamer.packed.header import (
     DTYPES,
-    EMBEDDING,
-    HEAD,
     TOKENIZER,
     Layer,
     Stored,
     check_tensors,
-    norm_tensors,
     read_header,
     read_model,
+    vector_tensors,
 )
 from gossamer.packed.panels import PANEL_ROWS
 
@@ -42,7 +40,7 @@ class Packed:
 
     path: Path
     config: dict[str, Any]
-    architecture: Llama
+    architecture: Anatomy
     metadata: dict[str, str]
     tensors: dict[str, Stored]
     layers: dict[str, Layer]
@@ -154,14 +152,14 @@ class Packed:
             return w_NK * self.scale(name)[:, None]
         return to_float32(w_NK, _STORED[w_NK.dtype])
 
-    def norm(self, name: str) -> np.ndarray:
-        """float32 [D] weights of an RMSNorm, such as `model.norm.weight`; FormatError unless finite."""
+    def vector(self, name: str) -> np.ndarray:
+        """float32 weights of a norm, such as `model.norm.weight`, or a bias; FormatError unless finite."""
         if not np.isfinite(padded := self.array(name)).all():
             raise FormatError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
-        return padded[: self.architecture.hidden_size]
+        return padded[: self.architecture.vector_sizes[name]]
 
     def check(self) -> None:
-        """Decode everything; FormatError for the first matrix or norm that is not sound."""
+        """Decode everything; FormatError for the first matrix or vector that is not sound."""
         for name, layer in self.layers.items():
             w_NK = self.stored(name)
             if not layer.integer:
@@ -170,8 +168,8 @@ class Packed:
             sum_N = self.array(f"{name}.weight_sum")
             if not np.array_equal(sum_N, panels.padded(w_NK.sum(axis=1, dtype=np.int32), PANEL_ROWS)):
                 raise FormatError(f"{self.path}: {name}: the row sums are not those of its weights")
-        for name in norm_tensors(self.architecture):
-            self.norm(name)
+        for name in vector_tensors(self.architecture):
+            self.vector(name)
 
     def layer_bytes(self, name: str) -> int:
         """Bytes in the file of matrix `name`: values, masks, offsets, multipliers, scales and sums."""
@@ -197,13 +195,23 @@ class Packed:
         return {name: (t.dtype, t.shape, t.offset, t.nbytes) for name, t in self.tensors.items()}
 
     def native_config(self) -> dict[str, Any]:
-        """The numbers and the table of matrices that `_native.Model` wants."""
+        """What the model is made of and the table of its matrices, as `_native.Model` wants them."""
         return native_config(self.architecture, self.layers)
 
 
-def native_config(llama: Llama, layers: Mapping[str, Layer]) -> dict[str, Any]:
+def native_config(anatomy: Anatomy, layers: Mapping[str, Layer]) -> dict[str, Any]:
     """What `_native.Model` wants to know of a model: its numbers and the table of its matrices."""
-    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-    numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
-    linears = {name: asdict(layer) for name, layer in layers.items()}
-    return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}
+    heads = anatomy.attention
+    assert heads.rope is not None
+    return {
+        "num_layers": anatomy.num_layers,
+        "hidden_size": anatomy.hidden_size,
+        "intermediate_size": anatomy.intermediate_size,
+        "num_heads": heads.num_heads,
+        "num_kv_heads": heads.num_kv_heads,
+        "head_dim": heads.head_dim,
+        "vocab_size": anatomy.vocab_size,
+        "rms_norm_eps": anatomy.norm_eps,
+        "inverse_frequencies": heads.rope.inverse_frequencies(heads.head_dim),
+        "linears": {name: asdict(layer) for name, layer in layers.items()},
+    }

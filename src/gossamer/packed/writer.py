@@ -4,9 +4,9 @@ A .goss file is a valid safetensors file: u64 header length, JSON header padded 
 begin at a multiple of 64 bytes, then the tensors, contiguous and each a multiple of 64 bytes long.
 
     with PackedWriter(path, config=config_text, tokenizer=tokenizer_json) as writer:
-        writer.norm("model.norm.weight", w_D)
+        writer.vector("model.norm.weight", w_D)
         writer.int8("model.layers.0.self_attn.q_proj", q_NK, scale_N)
-        ...                                            # every matrix and norm of the config, in any order
+        ...                                            # every tensor of the model, in any order
     packed = Packed.open(path)
     packed.linear("model.layers.0.self_attn.q_proj")   # float32 [N, K]
 
@@ -26,19 +26,18 @@ from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import EMBEDDING
+from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
-from gossamer.packed.header import DTYPES, EMBEDDING, HEAD, TOKENIZER, VERSION, Layer, Stored
+from gossamer.packed.header import DTYPES, TOKENIZER, Layer, needed_version
 from gossamer.packed.panels import ALIGNMENT, PANEL_ROWS, Values, count_nonzero, padded
-from gossamer.packed.reader import Packed, native_config
-
-__all__ = ["EMBEDDING", "HEAD", "Layer", "Packed", "PackedWriter", "Stored", "native_config"]
+from gossamer.packed.reader import Packed
 
 Storage = Literal["auto", "sparse", "dense"]
 
 _FLOATS: dict[np.dtype, Literal["f32", "bf16"]] = {np.dtype("<f4"): "f32", np.dtype("<u2"): "bf16"}
 _COPY_BYTES = 1 << 24
-_NORM_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entries of a norm, a matrix take
+_VECTOR_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entry of either takes
 
 
 class PackedWriter:
@@ -61,12 +60,13 @@ class PackedWriter:
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.layers: dict[str, Layer] = {}
-        self._metadata = {"format": "gossamer", "version": str(VERSION), "config": config, "parent": parent}
+        anatomy = read_anatomy(json.loads(config))
+        version = needed_version(anatomy)
+        self._metadata = {"format": "gossamer", "version": version, "config": config, "parent": parent}
         self._metadata |= dict(metadata or {})
         self._tokenizer = tokenizer
         self._entries: dict[str, dict[str, Any]] = {}
-        num_layers = Llama.parse(json.loads(config)).num_layers
-        room = (7 * num_layers + 3) * _LAYER_BYTES + 2 * num_layers * _NORM_BYTES
+        room = (len(anatomy.matrix_shapes) + 2) * _LAYER_BYTES + len(anatomy.vector_sizes) * _VECTOR_BYTES
         self._data_begin = panels.round_up(len(json.dumps(self._metadata)) + room, ALIGNMENT)
         self._position = self._data_begin
         self._file: BinaryIO
@@ -91,9 +91,9 @@ class PackedWriter:
         finally:
             self._abandon()  # nothing is left to remove after a rename
 
-    def norm(self, name: str, w_D: np.ndarray) -> None:
-        """Add the float32 weights of an RMSNorm under its tensor name, such as `model.norm.weight`."""
-        self._tensor(name, "F32", [padded(w_D.astype("<f4"), ALIGNMENT // 4)])
+    def vector(self, name: str, vector: np.ndarray) -> None:
+        """Add a norm's weight or a bias, as float32, under its tensor name, such as `model.norm.weight`."""
+        self._tensor(name, "F32", [padded(vector.astype("<f4"), ALIGNMENT // 4)])
 
     def floats(self, name: str, w_NK: np.ndarray, storage: Storage = "auto") -> Layer:
         """Add a matrix of float32, or of bfloat16 bit patterns (uint16), under its name without `.weight`.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import refuse_existing
 from gossamer.errors import ConfigError
@@ -12,7 +13,6 @@ from gossamer.job.options import option
 from gossamer.job.processes import refuse_several
 from gossamer.job.report import Progress, Table, quiet
 from gossamer.packed.from_checkpoint import pack_checkpoint
-from gossamer.packed.header import EMBEDDING
 from gossamer.packed.reader import Packed
 
 

@@ -4,12 +4,14 @@ import fnmatch
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.architecture.anatomy import Group
 from gossamer.checkpoint.directory import Checkpoint, Derived
+from gossamer.checkpoint.schemes import SCHEMES
 from gossamer.compress.gptq import gptq
 from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
 from gossamer.compress.int8 import fake_quantize_tokens, row_scales
@@ -87,7 +89,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
                 )
             write_unquantized(target, block, ignored)
         target.copy_rest()
-        target.replace_config({**source.config, "quantization_config": quantization_config(ignored)})
+        target.replace_config({**source.config, "quantization_config": SCHEMES[job.scheme].config(ignored)})
         target.num_threads = torch.get_num_threads()
         target.metrics["mean_error"] = sum(errors) / len(errors)
     sparsity = Checkpoint.open(job.output_dir).sparsity()
@@ -112,42 +114,44 @@ def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
 def smooth(
     block: Block, source: Checkpoint, hidden_BTD: Tensor, strength: float, ignored: Collection[str]
 ) -> None:
-    """Fold smoothing scales into every producer of the layer, in place; its float output stays the same."""
-    layer, shape = block.layer, source.architecture
-    heads = shape.num_kv_heads, shape.head_dim
+    """Fold smoothing factors into what produces each group's input, in place; the float output stays."""
     amax = [largest(x.abs().amax((0, 1)) for x in inputs) for _, inputs in block.walk(hidden_BTD.clone())]
-    amax[1] = share_over_query_heads(amax[1], *heads)
-    for group, x_amax_K, producer in zip(
-        block.groups,
-        amax,
-        (layer.input_layernorm, layer.self_attn.v_proj, layer.post_attention_layernorm, layer.mlp.up_proj),
-        strict=True,
-    ):
-        read = [linear.weight.data.abs().amax(0) for name, linear in group.items() if name not in ignored]
+    for group, linears, x_amax_K in zip(block.anatomy.groups, block.groups, amax, strict=True):
+        read = [linear.weight.data.abs().amax(0) for name, linear in linears.items() if name not in ignored]
         if not read:
             continue
-        over_attention = producer is layer.self_attn.v_proj
-        w_amax_K = share_over_query_heads(largest(read), *heads) if over_attention else largest(read)
-        scale_K = smoothing_scales(x_amax_K, w_amax_K, strength)
-        if isinstance(producer, nn.Linear):
-            scale_N = value_rows(scale_K, *heads) if over_attention else scale_K
-            producer.weight.data /= scale_N[:, None]
-        else:
-            first = producer is layer.input_layernorm
-            dtype = stored_dtype(source, block, "input_layernorm" if first else "post_attention_layernorm")
-            producer.weight.data, scale_K = divide_norm(producer.weight.data, scale_K, dtype)
-        for linear in group.values():
+        w_amax_K = largest(read)
+        if group.fold == "value rows":
+            x_amax_K, w_amax_K = (share_over_query_heads(m, *kv_heads(block)) for m in (x_amax_K, w_amax_K))
+        scale_K = fold(block, group, smoothing_scales(x_amax_K, w_amax_K, strength), source)
+        for linear in linears.values():
             linear.weight.data *= scale_K
+
+
+def fold(block: Block, group: Group, scale_K: Tensor, source: Checkpoint) -> Tensor:
+    """Divide what produces a group's input by [K] factors; returns those that its stored type stands for."""
+    producer = block.layer.get_submodule(group.producer)
+    weight = producer.weight
+    assert isinstance(weight, nn.Parameter)
+    if group.fold == "norm":
+        dtype = TORCH_DTYPE[source.dtype(f"{block.prefix}{group.producer}.weight")]
+        weight.data, scale_K = divide_norm(weight.data, scale_K, dtype)
+        return scale_K
+    scale_N = value_rows(scale_K, *kv_heads(block)) if group.fold == "value rows" else scale_K
+    weight.data /= scale_N[:, None]
+    if isinstance(bias := producer.bias, nn.Parameter):
+        bias.data /= scale_N
+    return scale_K
+
+
+def kv_heads(block: Block) -> tuple[int, int]:
+    """How many key/value heads, and their width."""
+    return block.anatomy.attention.num_kv_heads, block.anatomy.attention.head_dim
 
 
 def largest(amax: Iterable[Tensor]) -> Tensor:
     """Elementwise maximum of vectors [K]."""
     return torch.stack(list(amax)).amax(0)
-
-
-def stored_dtype(source: Checkpoint, block: Block, name: str) -> torch.dtype:
-    """The type in which the checkpoint stores a weight of the layer."""
-    return TORCH_DTYPE[source.dtype(f"model.layers.{block.index}.{name}.weight")]
 
 
 def quantize_group(
@@ -159,7 +163,7 @@ def quantize_group(
         w_NK = linear.weight.detach()
         scale_N1 = row_scales(w_NK, TORCH_DTYPE[target.parent.dtype(f"{name}.weight")])
         q_NK = gptq(w_NK, scale_N1, factor, block_size=job.block_size)
-        target.write(f"{name}.weight", q_NK.numpy(), "I8")
+        target.write(f"{name}.weight", q_NK.numpy(), SCHEMES[job.scheme].dtype)
         target.write(f"{name}.weight_scale", scale_N1.numpy(), "F32")
         linear.weight.data = q_NK * scale_N1
         linear.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
@@ -170,24 +174,6 @@ def quantize_group(
 def write_unquantized(target: Derived, block: Block, ignored: Collection[str]) -> None:
     """Store what stays floating point: the norms and the ignored linears, smoothed."""
     for name, parameter in block.layer.named_parameters():
-        name = f"model.layers.{block.index}.{name}"
+        name = f"{block.prefix}{name}"
         if name.removesuffix(".weight") not in block.linears or name.removesuffix(".weight") in ignored:
             write_tensor(target, name, parameter)
-
-
-def quantization_config(ignored: Collection[str]) -> dict[str, Any]:
-    """What transformers, compressed-tensors and vLLM read; never a `sparsity_config` (vLLM refuses it)."""
-    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**int8, "strategy": "channel", "dynamic": False},
-                "input_activations": {**int8, "strategy": "token", "dynamic": True},
-            }
-        },
-        "ignore": ["lm_head", *ignored],
-    }

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gossamer.architecture.llama import Llama
+from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Table, quiet
-from gossamer.packed.from_checkpoint import matrix_names
-from gossamer.packed.header import EMBEDDING, HEAD
 from gossamer.packed.reader import Packed
 
 
@@ -58,7 +57,7 @@ class InspectResult:
 
     model: str
     kind: str
-    architecture: Llama
+    architecture: dict[str, Any]
     num_parameters: int
     num_bytes: int
     sparsity: float
@@ -68,13 +67,17 @@ class InspectResult:
 
     def tables(self) -> list[Table]:
         """The model as a whole, and a row per decoder layer."""
-        llama = self.architecture
-        heads = f"{llama.num_heads} query, {llama.num_kv_heads} key/value heads of {llama.head_dim}"
+        found = self.architecture
+        heads = f"{found['num_heads']} query, {found['num_kv_heads']} key/value heads of {found['head_dim']}"
+        widths = (
+            f"{found['hidden_size']}, MLP {found['intermediate_size']}, vocabulary {found['vocab_size']:,}"
+        )
+        rope = found["rope"]
         facts = [
             ("kind", self.kind),
-            ("architecture", f"Llama, {llama.num_layers} layers, {heads}"),
-            ("width", f"{llama.hidden_size}, MLP {llama.intermediate_size}, vocabulary {llama.vocab_size:,}"),
-            ("rope", f"{llama.rope.kind}, base {llama.rope.theta:g}"),
+            ("architecture", f"{found['model_type']}, {found['num_layers']} layers, {heads}"),
+            ("width", widths),
+            ("rope", f"{rope['kind']}, base {rope['theta']:g}" if rope else "none"),
             ("parameters", f"{self.num_parameters:,}"),
             ("bytes", f"{self.num_bytes:,}"),
             ("decoder zeros", f"{self.sparsity:.2%}"),
@@ -117,7 +120,7 @@ def _packed(packed: Packed) -> InspectResult:
 
 
 def _directory(source: Checkpoint, progress: Progress) -> InspectResult:
-    names = list(matrix_names(source))
+    names = list(source.architecture.matrix_shapes)
     matrices = []
     for index, name in enumerate(names, start=1):
         progress(Event("inspect", name, index, len(names)))
@@ -137,17 +140,17 @@ def _directory(source: Checkpoint, progress: Progress) -> InspectResult:
 def _result(
     model: str,
     kind: str,
-    architecture: Llama,
+    architecture: Anatomy,
     num_bytes: int,
     matrices: Sequence[Matrix],
     provenance: tuple[Step, ...],
 ) -> InspectResult:
     decoder = [matrix for matrix in matrices if matrix.name not in (EMBEDDING, HEAD)]
-    shapes = architecture.tensor_shapes().values()
+    shapes = architecture.tensor_shapes.values()
     return InspectResult(
         model=model,
         kind=kind,
-        architecture=architecture,
+        architecture=architecture.summary(),
         num_parameters=sum(int(np.prod(shape)) for shape in shapes),
         num_bytes=num_bytes,
         sparsity=_sparsity(decoder),

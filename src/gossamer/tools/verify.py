@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.directory import Checkpoint, hash_mask
 from gossamer.engine import LLM
 from gossamer.errors import CheckpointError, EngineError, FormatError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Table, quiet
 from gossamer.packed.cache import cached_pack
-from gossamer.packed.from_checkpoint import check_quantization, round_rows, stored_scales
-from gossamer.packed.header import EMBEDDING, HEAD
+from gossamer.packed.from_checkpoint import round_rows, scheme_of, stored_scales
 from gossamer.packed.reader import Packed
 
 # |engine - torch| / |torch| of all logits. The last bit of a float can send an INT8 activation to the other
@@ -80,10 +80,12 @@ def _checks(source: Checkpoint, parent: Checkpoint | None) -> Iterator[Check]:
     yield Check("tensors", f"{len(source.names)} whole and finite")
     yield _no_sparsity_config(source.config, source.path / "config.json")
     int8 = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
-    if check_quantization(source):
+    if scheme := scheme_of(source):
         for name in int8:
             stored_scales(source, name)
-        yield Check("quantization", f"int-quantized W8A8, {len(int8)} of {len(source.linears)} linears")
+        yield Check(
+            "quantization", f"{scheme.format} {scheme.name}, {len(int8)} of {len(source.linears)} linears"
+        )
     if source.manifest is not None:
         yield _recorded_masks(source)
     if parent is not None:
@@ -168,8 +170,8 @@ def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
         same = np.array_equal(found_NK, expected_NK)
         if not same or (scale_N is not None and not np.array_equal(packed.scale(name), scale_N)):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
-    for name, shape in parent.architecture.tensor_shapes().items():
-        if len(shape) == 1 and not np.array_equal(packed.norm(name), parent.float32(name)):
+    for name in parent.architecture.vector_sizes:
+        if not np.array_equal(packed.vector(name), parent.float32(name)):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
     return Check("tensors", f"all decode to those of {parent.path}")
 
@@ -204,19 +206,18 @@ def _backends(path: Path) -> Check:
 
 
 def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:
-    """float32 [T, V]: transformers' Llama, inputs of integer matrices rounded as compressed-tensors does."""
+    """float32 [T, V] of transformers' model; inputs of integer matrices are rounded as it does."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from gossamer.compress.int8 import fake_quantize_tokens
+    from gossamer.decoder import new_model
 
     config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
-    config["tie_word_embeddings"] = False
-    model = LlamaForCausalLM(LlamaConfig.from_dict(config)).float().eval()
+    model = new_model(packed.architecture, config | {"tie_word_embeddings": False})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             matrix = packed.head if name == f"{HEAD}.weight" else name.removesuffix(".weight")
-            values = packed.linear(matrix) if matrix in packed.layers else packed.norm(name)
+            values = packed.linear(matrix) if matrix in packed.layers else packed.vector(name)
             parameter.copy_(torch.from_numpy(values.copy()))
         for name, module in model.named_modules():
             if name in packed.layers and packed.layers[name].integer:

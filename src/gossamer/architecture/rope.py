@@ -1,0 +1,72 @@
+"""Rotary position embeddings: the angle that each pair of numbers turns by per position.
+
+inverse_e = theta^(-2 e / E)        stretched for longer contexts by `linear` or `llama3`
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from gossamer.architecture.config import Config
+from gossamer.errors import CheckpointError, UnsupportedError
+
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Base and, for `linear` and `llama3`, how the frequencies are stretched."""
+
+    theta: float
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: float = 8192
+
+    @classmethod
+    def read(cls, config: Config) -> "Rope":
+        """transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`."""
+        settings = (
+            config.section("rope_parameters") or config.section("rope_scaling") or Config({}, config.source)
+        )
+        theta = settings.number("rope_theta", config.number("rope_theta", 10000.0))
+        kind = settings.get("rope_type") or settings.get("type") or "default"
+        if kind == "default":
+            return cls(theta)
+        if kind not in ("linear", "llama3"):
+            raise UnsupportedError(
+                f"{config.source}: found rope_type {kind!r}; supported: default, linear, llama3"
+            )
+        needed = ("factor",) if kind == "linear" else _LLAMA3_KEYS
+        if missing := [key for key in needed if settings.get(key) is None]:
+            raise CheckpointError(f"{config.source}: rope_type {kind} lacks {', '.join(missing)}")
+        rope = cls(theta, kind, **{key: settings.number(key) for key in needed})
+        if kind == "llama3" and rope.low_freq_factor == rope.high_freq_factor:
+            raise CheckpointError(
+                f"{config.source}: low_freq_factor and high_freq_factor are equal; expected a range"
+            )
+        return rope
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """float32 [E/2]: the angle per position, as transformers computes it."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+        inverse = (1.0 / np.float32(self.theta) ** exponents.astype(np.float32)).astype(np.float32)
+        if self.kind == "linear":
+            return inverse / np.float32(self.factor)
+        return self._llama3(inverse) if self.kind == "llama3" else inverse
+
+    def _llama3(self, inverse: np.ndarray) -> np.ndarray:
+        """Llama 3.1's stretch: long wavelengths divided by `factor`, short ones kept, a ramp between."""
+        wavelength = 2 * math.pi / inverse
+        low = self.original_max_position_embeddings / self.low_freq_factor
+        high = self.original_max_position_embeddings / self.high_freq_factor
+        ramp = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        blended = (1 - ramp) * inverse / self.factor + ramp * inverse
+        return np.where(
+            wavelength > low, inverse / self.factor, np.where(wavelength < high, inverse, blended)
+        ).astype(np.float32)
