@@ -21,7 +21,7 @@ from gossamer import _native
 from gossamer.measure.readers import Readers, impossible
 from gossamer.measure.report import GIGA, Spread
 from gossamer.measure.synthetic import BLOCK_ROWS, Image, Recipe, synthetic_image
-from gossamer.packed.panels import Values
+from gossamer.packed.values import Values
 
 LEVELS = ("scalar", "avx2", "avx512", "amx")
 TOKENS = (1, 4, 16, 256)

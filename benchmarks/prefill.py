@@ -12,7 +12,7 @@ from gossamer import _native
 from gossamer.machine import default_threads
 from gossamer.measure.readers import impossible
 from gossamer.measure.report import TERA, Spread
-from gossamer.packed.panels import Values
+from gossamer.packed.values import Values
 
 TOKENS, PASS_TOKENS, REPEATS = 512, 256, 7
 VALUES: tuple[Values, ...] = ("i8", "i4")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gossamer.measure.synthetic import Image, Recipe, synthetic_image
-from gossamer.packed.panels import Values
+from gossamer.packed.values import Values
 
 LAYERS = {  # values, sparse: more than 300 MB of 139 M weights each
     ("f32", False): 1,

@@ -10,8 +10,8 @@ import pytest
 from gossamer.architecture.families import read_anatomy
 from gossamer.measure.synthetic import CONFIGS, Image, Recipe, synthetic_file, synthetic_image
 from gossamer.packed.header import EMBEDDING, HEAD, Layer, Stored
-from gossamer.packed.panels import Values
 from gossamer.packed.reader import Packed
+from gossamer.packed.values import Values
 
 BITS: dict[Values, float] = {
     "f32": 10.6,

@@ -148,7 +148,7 @@ EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "eps not a number": (lambda h: set_config(h, rms_norm_eps=float("nan")), "nan"),
     "infinite theta": (lambda h: set_config(h, rope_theta=1e999), "inf"),
     "theta 0": (lambda h: set_config(h, rope_theta=0), "rope_theta is 0; expected a number above 0"),
-    "llama3 rope by 0": (lambda h: set_config(h, rope_scaling=dict(LLAMA3, low_freq_factor=0)), "factor is 0"),
+    "llama3 rope by 0": (lambda h: set_config(h, rope_scaling=dict(LLAMA3, low_freq_factor=0)), "is 0"),
     "llama3 rope, no width": (lambda h: set_config(h, rope_scaling=dict(LLAMA3, low_freq_factor=4)), "equal"),
     "eos a word": (lambda h: set_config(h, eos_token_id=["</s>"]), "token id '</s>'"),
     "bos negative": (lambda h: set_config(h, bos_token_id=-1), "token id -1"),

@@ -15,9 +15,9 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed import panels, streams
 from gossamer.packed.cache import cache_directory
-from gossamer.packed.header import VALUE_DTYPES, Layer
-from gossamer.packed.panels import Values
+from gossamer.packed.header import Layer
 from gossamer.packed.reader import native_config
+from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
 from gossamer.packed.writer import PackedWriter, smaller_storage
 
 Shape = Literal["llama-2-7b", "llama-3.2-1b", "tinyllama-1.1b"]
@@ -88,7 +88,7 @@ class Recipe:
 
     @property
     def integer(self) -> bool:
-        return self.values in ("i8", "i4")
+        return NUMBER_TYPES[self.values].integer
 
     def kind(self, name: str) -> tuple[Values, float]:
         """Type and sparsity of matrix `name`."""
@@ -194,7 +194,7 @@ def synthetic_image(recipe: Recipe) -> Image:
             table[other] = layer
             pieces |= {f"{other}.{suffix}": array for suffix, array in arrays.items()}
     num_bytes = sum(array.nbytes for _, array in pieces.values())
-    block = random_weights("f32", panels.PANEL_ROWS, anatomy.hidden_size, 0.0, rng)
+    block = random_weights("f32", PANEL_ROWS, anatomy.hidden_size, 0.0, rng)
     embedding = np.resize(block, (anatomy.vocab_size, anatomy.hidden_size))
     table[EMBEDDING] = Layer("dense", "f32", *embedding.shape, nonzeros=embedding.size)
     pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels("f32", embedding))
@@ -214,7 +214,7 @@ def _matrix(
     nonzeros, storage = panels.count_nonzero(block) * repeats, smaller_storage(values, block)
     if storage == "dense":
         weight = np.concatenate([panels.to_panels(values, block)] * repeats)
-        arrays = {"weight": (VALUE_DTYPES[values], weight)}
+        arrays = {"weight": (NUMBER_TYPES[values].stored, weight)}
     else:
         piece, lengths_P = streams.encode_panels(values, block)
         stream = np.concatenate([*[piece] * repeats, streams.slack(piece.size * repeats)])
@@ -222,7 +222,7 @@ def _matrix(
             "weight.stream": ("U8", stream),
             "weight.offsets": ("U64", streams.panel_offsets(np.tile(lengths_P, repeats))),
         }
-    if values == "i4":
+    if NUMBER_TYPES[values].paired:
         multiplier_NG = random_multipliers(BLOCK_ROWS, columns, rng)
         multipliers = panels.to_multipliers(np.tile(multiplier_NG, (repeats, 1)))
         arrays["weight_multiplier"] = ("U8", multipliers)

@@ -18,7 +18,8 @@ from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.architecture.families import read_anatomy
 from gossamer.errors import FormatError, GossamerError
 from gossamer.packed import panels, streams
-from gossamer.packed.panels import ALIGNMENT, PANEL_ROWS, WEIGHT_DTYPES, Values
+from gossamer.packed.panels import ALIGNMENT
+from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, NumberType, Values
 
 VERSIONS = ("1", "2")  # that are read; `needed_version` says which one a model is written in
 TOKENIZER = "tokenizer.json"
@@ -32,7 +33,6 @@ DTYPES = {
     "I32": np.dtype("<i4"),
     "U64": np.dtype("<u8"),
 }
-VALUE_DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8", "i4": "U8"}  # of dense panels
 _REQUIRED = ("config", "layers", "parent")
 _METADATA = {"format", "version", *_REQUIRED, "chat_template", "tokenizer_config", "generation_config"}
 
@@ -70,9 +70,9 @@ class Layer:
         return panels.round_up(self.rows, PANEL_ROWS)
 
     @property
-    def integer(self) -> bool:
-        """Whether the product is one of int8 numbers, with row scales and rounded activations."""
-        return self.values in ("i8", "i4")
+    def type(self) -> NumberType:
+        """The type of its weights."""
+        return NUMBER_TYPES[self.values]
 
     def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...] | None]]:
         """Name -> (dtype, shape) of the tensors that hold the layer.
@@ -87,19 +87,19 @@ class Layer:
             }
         else:
             shape = panels.panel_shape(self.values, self.rows, self.columns)
-            found = {f"{name}.weight": (VALUE_DTYPES[self.values], shape)}
-        if self.values == "i4":
+            found = {f"{name}.weight": (self.type.stored, shape)}
+        if self.type.paired:
             num_multipliers = panels.num_multipliers(self.rows, self.columns)
             found[f"{name}.weight_multiplier"] = ("U8", (num_multipliers,))
-        if self.integer:
+        if self.type.integer:
             found[f"{name}.weight_scale"] = ("F32", (self.padded_rows,))
             found[f"{name}.weight_sum"] = ("I32", (self.padded_rows,))
         return found
 
     def stream_range(self) -> tuple[int, int]:
         """Least and most bytes of a stream: of int4, all bytes may hold two weights, or one."""
-        most = self.nonzeros * WEIGHT_DTYPES[self.values].itemsize
-        least = -(-most // 2) if self.values == "i4" else most
+        most = self.nonzeros * self.type.dtype.itemsize
+        least = -(-most // 2) if self.type.paired else most
         size = (self.values, self.rows, self.columns)
         return streams.stream_bytes(*size, least), streams.stream_bytes(*size, most)
 

@@ -12,21 +12,14 @@ Shapes: N outputs, K inputs, P panels, V vectors of a panel, I inputs of a vecto
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 
 from gossamer.errors import FormatError
+from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS
 
-Values = Literal["f32", "bf16", "i8", "i4"]
-
-PANEL_ROWS = 16
 VECTOR_BYTES = 64
 ALIGNMENT = 64
-INPUTS_PER_VECTOR = {"f32": 1, "bf16": 2, "i8": 4, "i4": 4}
-# A weight in memory: bfloat16 as its bit pattern, int4 as int8 from -8 to 7.
-WEIGHT_DTYPES = {"f32": np.dtype("<f4"), "bf16": np.dtype("<u2"), "i8": np.dtype("i1"), "i4": np.dtype("i1")}
-WEIGHT_BITS = {"f32": 32, "bf16": 16, "i8": 8, "i4": 4}
 MULTIPLIER_INPUTS = 128  # consecutive inputs of a row that share an int4 multiplier
 MAX_MULTIPLIER = 16
 
@@ -39,20 +32,20 @@ def round_up(number: int, multiple: int) -> int:
 
 def num_vectors(values: str, columns: int) -> int:
     """V: vectors of a panel of a matrix with so many columns."""
-    return -(-columns // INPUTS_PER_VECTOR[values])
+    return -(-columns // NUMBER_TYPES[values].inputs_per_vector)
 
 
 def panel_shape(values: str, rows: int, columns: int) -> tuple[int, int, int, int]:
-    """[P, V, 16, I] of a dense rows x columns matrix; [P, ceil(V / 2), 16, 4] bytes for "i4"."""
+    """[P, V, 16, I] of a dense rows x columns matrix; [P, ceil(V / 2), 16, 4] bytes for a paired type."""
     vectors = num_vectors(values, columns)
-    stored = -(-vectors // 2) if values == "i4" else vectors
-    return -(-rows // PANEL_ROWS), stored, PANEL_ROWS, INPUTS_PER_VECTOR[values]
+    stored = -(-vectors // 2) if NUMBER_TYPES[values].paired else vectors
+    return -(-rows // PANEL_ROWS), stored, PANEL_ROWS, NUMBER_TYPES[values].inputs_per_vector
 
 
 def to_vectors(values: str, w_NK: np.ndarray) -> np.ndarray:
     """Vectors [P, V, 16, I] of weights [N, K], in their own dtype."""
-    assert w_NK.dtype == WEIGHT_DTYPES[values], f"{values} weights are {w_NK.dtype}"
-    (rows, columns), inputs = w_NK.shape, INPUTS_PER_VECTOR[values]
+    assert w_NK.dtype == NUMBER_TYPES[values].dtype, f"{values} weights are {w_NK.dtype}"
+    (rows, columns), inputs = w_NK.shape, NUMBER_TYPES[values].inputs_per_vector
     whole = np.zeros((round_up(rows, PANEL_ROWS), round_up(columns, inputs)), w_NK.dtype)
     whole[:rows, :columns] = w_NK
     vectors_P16VI = whole.reshape(-1, PANEL_ROWS, whole.shape[1] // inputs, inputs)
@@ -68,9 +61,9 @@ def from_vectors(vectors: np.ndarray, rows: int, columns: int, source: str) -> n
 
 
 def to_panels(values: str, w_NK: np.ndarray) -> np.ndarray:
-    """Dense panels of weights [N, K]: `panel_shape`, uint8 for "i4"."""
+    """Dense panels of weights [N, K]: `panel_shape`, uint8 for a paired type."""
     vectors = to_vectors(values, w_NK)
-    if values != "i4":
+    if not NUMBER_TYPES[values].paired:
         return vectors
     even = np.pad(vectors, ((0, 0), (0, vectors.shape[1] % 2), (0, 0), (0, 0)))
     return join_nibbles(even[:, ::2], even[:, 1::2])
@@ -80,7 +73,7 @@ def from_panels(
     values: str, panels: np.ndarray, rows: int, columns: int, source: str = "panels"
 ) -> np.ndarray:
     """Weights [N, K] of dense panels; FormatError when the padding is not zero."""
-    if values == "i4":
+    if NUMBER_TYPES[values].paired:
         num_panels, stored, _, _ = panels.shape
         both = np.stack(split_nibbles(panels), axis=2)
         panels = both.reshape(num_panels, 2 * stored, PANEL_ROWS, 4)

@@ -24,9 +24,7 @@ from gossamer.packed.header import (
     read_model,
     vector_tensors,
 )
-from gossamer.packed.panels import PANEL_ROWS
-
-_STORED = {np.dtype("<f4"): "F32", np.dtype("<u2"): "BF16", np.dtype("i1"): "I8"}
+from gossamer.packed.values import PANEL_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +107,7 @@ class Packed:
         streams, and raises FormatError where they contradict the header.
         """
         w_NK = self._weights(name)
-        if self.layers[name].values == "i4":
+        if self.layers[name].type.paired:
             return panels.multiply_groups(w_NK, self.multiplier(name))
         return w_NK
 
@@ -127,7 +125,7 @@ class Packed:
             raise FormatError(
                 f"{source}: found {nonzeros} nonzero weights; the layer table says {layer.nonzeros}"
             )
-        if not is_finite(w_NK, _STORED[w_NK.dtype]):
+        if not is_finite(w_NK, self.layers[name].type.stored):
             raise FormatError(f"{source} holds NaN or infinite weights; the file is damaged")
         return w_NK
 
@@ -148,9 +146,9 @@ class Packed:
     def linear(self, name: str) -> np.ndarray:
         """Matrix `name` as float32 [N, K]."""
         w_NK = self.stored(name)
-        if self.layers[name].integer:
+        if self.layers[name].type.integer:
             return w_NK * self.scale(name)[:, None]
-        return to_float32(w_NK, _STORED[w_NK.dtype])
+        return to_float32(w_NK, self.layers[name].type.stored)
 
     def vector(self, name: str) -> np.ndarray:
         """float32 weights of a norm, such as `model.norm.weight`, or a bias; FormatError unless finite."""
@@ -162,7 +160,7 @@ class Packed:
         """Decode everything; FormatError for the first matrix or vector that is not sound."""
         for name, layer in self.layers.items():
             w_NK = self.stored(name)
-            if not layer.integer:
+            if not layer.type.integer:
                 continue
             self.scale(name)
             sum_N = self.array(f"{name}.weight_sum")

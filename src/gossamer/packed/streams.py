@@ -20,10 +20,7 @@ import numpy as np
 from gossamer.errors import FormatError
 from gossamer.packed.panels import (
     ALIGNMENT,
-    INPUTS_PER_VECTOR,
-    PANEL_ROWS,
     VECTOR_BYTES,
-    WEIGHT_DTYPES,
     from_vectors,
     join_nibbles,
     num_vectors,
@@ -32,17 +29,10 @@ from gossamer.packed.panels import (
     split_nibbles,
     to_vectors,
 )
+from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS
 
 GROUP_VECTORS = 16
 SLACK_BYTES = 64
-
-_WORDS = {"f32": np.dtype("<u4"), "bf16": np.dtype("<u2"), "i8": np.dtype("u1"), "i4": np.dtype("u1")}
-_MAGNITUDE = {"f32": 0x7FFFFFFF, "bf16": 0x7FFF, "i8": 0xFF, "i4": 0xFF}  # bits that -0.0 has not set
-
-
-def mask_bytes(values: str) -> int:
-    """Bytes of a vector's mask."""
-    return PANEL_ROWS * INPUTS_PER_VECTOR[values] // 8
 
 
 def num_offsets(rows: int) -> int:
@@ -53,7 +43,7 @@ def num_offsets(rows: int) -> int:
 def stream_bytes(values: str, rows: int, columns: int, value_bytes: int) -> int:
     """Bytes of the stream of a matrix whose nonzero weights take `value_bytes`: masks, those, the slack."""
     vectors = -(-rows // PANEL_ROWS) * num_vectors(values, columns)
-    return round_up(vectors * mask_bytes(values) + value_bytes + SLACK_BYTES, ALIGNMENT)
+    return round_up(vectors * NUMBER_TYPES[values].mask_bytes + value_bytes + SLACK_BYTES, ALIGNMENT)
 
 
 def count_value_bytes(values: str, w_NK: np.ndarray) -> int:
@@ -61,7 +51,7 @@ def count_value_bytes(values: str, w_NK: np.ndarray) -> int:
     total = 0
     for begin, end in panel_chunks(*w_NK.shape):
         vectors = to_vectors(values, w_NK[begin:end])
-        nonzero = _is_nonzero(values, vectors.reshape(*vectors.shape[:2], -1).view(_WORDS[values]))
+        nonzero = _is_nonzero(values, vectors.reshape(*vectors.shape[:2], -1).view(NUMBER_TYPES[values].word))
         total += int(_value_bytes(values, np.count_nonzero(nonzero, axis=2)).sum())
     return total
 
@@ -83,13 +73,13 @@ def encode_panels(values: str, w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Bytes (uint8, no slack) of the sparse panels of weights [N, K], and the length of each panel [P]."""
     vectors = to_vectors(values, w_NK)
     panels, num = vectors.shape[:2]
-    groups, weights = -(-num // GROUP_VECTORS), PANEL_ROWS * INPUTS_PER_VECTOR[values]
-    words = np.zeros((panels, groups * GROUP_VECTORS, weights), _WORDS[values])
-    words[:, :num] = vectors.reshape(panels, num, weights).view(_WORDS[values])
+    groups, weights = -(-num // GROUP_VECTORS), NUMBER_TYPES[values].vector_weights
+    words = np.zeros((panels, groups * GROUP_VECTORS, weights), NUMBER_TYPES[values].word)
+    words[:, :num] = vectors.reshape(panels, num, weights).view(NUMBER_TYPES[values].word)
     words = words.reshape(panels, groups, GROUP_VECTORS, weights)
     nonzero = _is_nonzero(values, words)
     masks = np.packbits(nonzero, axis=3, bitorder="little").reshape(panels, groups, -1)
-    packed = _pair(words, nonzero) if values == "i4" else words.view(np.uint8)
+    packed = _pair(words, nonzero) if NUMBER_TYPES[values].paired else words.view(np.uint8)
     items = np.concatenate([masks, packed.reshape(panels, groups, -1)], axis=2)
     kept = _kept(values, nonzero, num)
     return items[kept], np.count_nonzero(kept.reshape(panels, -1), axis=1)
@@ -104,13 +94,13 @@ def panel_offsets(lengths_P: np.ndarray) -> np.ndarray:
 
 
 def _is_nonzero(values: str, words: np.ndarray) -> np.ndarray:
-    return words & _WORDS[values].type(_MAGNITUDE[values]) != 0
+    return words & NUMBER_TYPES[values].word.type(NUMBER_TYPES[values].magnitude) != 0
 
 
 def _value_bytes(values: str, counts: np.ndarray) -> np.ndarray:
     """Bytes [...] of the weights of vectors that have `counts` [..., vectors] nonzero ones."""
-    if values != "i4":
-        return counts.sum(axis=-1, dtype=np.int64) * _WORDS[values].itemsize
+    if not NUMBER_TYPES[values].paired:
+        return counts.sum(axis=-1, dtype=np.int64) * NUMBER_TYPES[values].dtype.itemsize
     odd = [(0, 0)] * (counts.ndim - 1) + [(0, counts.shape[-1] % 2)]
     pairs = np.pad(counts, odd).reshape(*counts.shape[:-1], -1, 2)
     return pairs.max(axis=-1).sum(axis=-1, dtype=np.int64)
@@ -119,12 +109,14 @@ def _value_bytes(values: str, counts: np.ndarray) -> np.ndarray:
 def _kept(values: str, nonzero: np.ndarray, num: int) -> np.ndarray:
     """Which bytes of whole groups [P, S, masks then weights] the stream has; `nonzero` is [P, S, 16, L]."""
     panels, groups = nonzero.shape[:2]
-    real = np.repeat(np.arange(groups * GROUP_VECTORS) < num, mask_bytes(values)).reshape(1, groups, -1)
-    if values == "i4":
+    real = np.repeat(np.arange(groups * GROUP_VECTORS) < num, NUMBER_TYPES[values].mask_bytes).reshape(
+        1, groups, -1
+    )
+    if NUMBER_TYPES[values].paired:
         lengths = _num_first(nonzero).reshape(panels, groups, GROUP_VECTORS // 2, 2).max(axis=3)
         packed = np.arange(VECTOR_BYTES) < lengths[..., None]
     else:
-        packed = np.repeat(nonzero, _WORDS[values].itemsize, axis=3)
+        packed = np.repeat(nonzero, NUMBER_TYPES[values].dtype.itemsize, axis=3)
     masks = np.broadcast_to(real, (panels, *real.shape[1:]))
     return np.concatenate([masks, packed.reshape(panels, groups, -1)], axis=2)
 
@@ -150,7 +142,7 @@ def decode(
 ) -> np.ndarray:
     """Weights [N, K] of a stream and its offsets; FormatError when anything in them is inconsistent."""
     _check_offsets(stream, offsets, rows, source)
-    w_NK = np.empty((rows, columns), WEIGHT_DTYPES[values])
+    w_NK = np.empty((rows, columns), NUMBER_TYPES[values].dtype)
     for begin, end in panel_chunks(rows, columns):
         first, last = begin // PANEL_ROWS, -(-end // PANEL_ROWS)
         bounds = offsets[first : last + 1].astype(np.int64)
@@ -180,21 +172,26 @@ def _decode_panels(
     values: str, stream: np.ndarray, bounds: np.ndarray, rows: int, columns: int, source: str
 ) -> np.ndarray:
     """Weights of the panels that lie in `stream` at byte offsets bounds [P + 1]."""
-    num = num_vectors(values, columns)
+    kind, num = NUMBER_TYPES[values], num_vectors(values, columns)
     masks = _walk(values, stream, bounds, num, source)
     panels, groups, group_mask_bytes = masks.shape
-    weights = PANEL_ROWS * INPUTS_PER_VECTOR[values]
     bits = np.unpackbits(masks, axis=2, bitorder="little").view(np.bool_)
-    nonzero = bits.reshape(panels, groups, GROUP_VECTORS, weights)
+    nonzero = bits.reshape(panels, groups, GROUP_VECTORS, kind.vector_weights)
     kept = _kept(values, nonzero, num)
     items = np.zeros(kept.shape, np.uint8)
     items[kept] = stream
     packed = np.ascontiguousarray(items[..., group_mask_bytes:])
-    words = _unpair(packed, nonzero, source) if values == "i4" else packed.view(_WORDS[values])
+    words = (
+        _unpair(packed, nonzero, source)
+        if NUMBER_TYPES[values].paired
+        else packed.view(NUMBER_TYPES[values].word)
+    )
     words = words.reshape(nonzero.shape)
     if (_is_nonzero(values, words) != nonzero).any():
         raise FormatError(f"{source}: a mask announces a weight whose value is 0; the file is damaged")
-    vectors = words.view(WEIGHT_DTYPES[values]).reshape(panels, -1, PANEL_ROWS, INPUTS_PER_VECTOR[values])
+    vectors = words.view(NUMBER_TYPES[values].dtype).reshape(
+        panels, -1, PANEL_ROWS, NUMBER_TYPES[values].inputs_per_vector
+    )
     return from_vectors(vectors[:, :num], rows, columns, source)
 
 
@@ -212,7 +209,7 @@ def _unpair(packed: np.ndarray, nonzero: np.ndarray, source: str) -> np.ndarray:
 
 def _walk(values: str, stream: np.ndarray, bounds: np.ndarray, num: int, source: str) -> np.ndarray:
     """The masks [P, S, bytes] of all panels: each group's masks say where the next group begins."""
-    position, ends, width = bounds[:-1].copy(), bounds[1:], mask_bytes(values)
+    position, ends, width = bounds[:-1].copy(), bounds[1:], NUMBER_TYPES[values].mask_bytes
     masks = np.zeros((position.size, -(-num // GROUP_VECTORS), GROUP_VECTORS * width), np.uint8)
     for group in range(masks.shape[1]):
         num_bytes = min(GROUP_VECTORS, num - group * GROUP_VECTORS) * width

@@ -30,12 +30,12 @@ from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
 from gossamer.packed.header import DTYPES, TOKENIZER, Layer, needed_version
-from gossamer.packed.panels import ALIGNMENT, PANEL_ROWS, Values, count_nonzero, padded
+from gossamer.packed.panels import ALIGNMENT, count_nonzero, padded
 from gossamer.packed.reader import Packed
+from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
 
 Storage = Literal["auto", "sparse", "dense"]
 
-_FLOATS: dict[np.dtype, Literal["f32", "bf16"]] = {np.dtype("<f4"): "f32", np.dtype("<u2"): "bf16"}
 _COPY_BYTES = 1 << 24
 _VECTOR_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entry of either takes
 
@@ -101,7 +101,12 @@ class PackedWriter:
         "auto" stores every matrix sparse where that takes fewer bytes, but the embedding, whose rows are
         looked up one by one.
         """
-        return self._matrix(name, _FLOATS[w_NK.dtype], w_NK, "dense" if name == EMBEDDING else storage)
+        return self._matrix(
+            name,
+            "f32" if w_NK.dtype == NUMBER_TYPES["f32"].dtype else "bf16",
+            w_NK,
+            "dense" if name == EMBEDDING else storage,
+        )
 
     def int8(self, name: str, q_NK: np.ndarray, scale_N: np.ndarray, storage: Storage = "auto") -> Layer:
         """Add an int8 matrix with its row scales."""
@@ -224,4 +229,4 @@ def smaller_storage(values: str, w_NK: np.ndarray) -> Literal["sparse", "dense"]
     rows, columns = w_NK.shape
     num_bytes = streams.stream_bytes(values, rows, columns, streams.count_value_bytes(values, w_NK))
     num_bytes += 8 * streams.num_offsets(rows)
-    return "sparse" if 8 * num_bytes < panels.WEIGHT_BITS[values] * w_NK.size else "dense"
+    return "sparse" if 8 * num_bytes < NUMBER_TYPES[values].bits * w_NK.size else "dense"

@@ -19,10 +19,10 @@ from gossamer.measure.rounds import Baseline, Setting, Subject, measure
 from gossamer.measure.synthetic import CONFIGS, Recipe, Shape, synthetic_file
 from gossamer.packed.cache import cache_directory, cached_pack
 from gossamer.packed.reader import Packed
+from gossamer.packed.values import NUMBER_TYPES
 
 BASELINE_BYTES = 600e6  # dense float32 layers measured beside: enough to defeat every cache
 PLOT_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
-VALUE_BITS = {"f32": 32, "bf16": 16, "i8": 8, "i4": 4}
 MEMORY_SHARE = 0.8  # of what is available that a model may take
 
 
@@ -179,7 +179,7 @@ def recipes(job: Bench) -> list[Recipe]:
 
 def most_bytes(recipe: Recipe) -> float:
     """At most how large the recipe's file is: embedding and head dense, int4 pairs a quarter more."""
-    config, bits = CONFIGS[recipe.shape], VALUE_BITS[recipe.values]
+    config, bits = CONFIGS[recipe.shape], NUMBER_TYPES[recipe.values].bits
     stored = min(bits, 1 + 1.25 * bits * (1 - recipe.sparsity)) + 0.2
     vocabulary = 2 * max(bits, 16) * recipe.vocabulary * config["hidden_size"]
     return (stored * recipe.layers * layer_weights(recipe.shape) + vocabulary) / 8

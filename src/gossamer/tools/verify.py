@@ -198,7 +198,7 @@ def _backends(path: Path) -> Check:
     expected_TV = _torch_logits(packed, ids)
     found_TV = LLM(path, kv_cache_dtype="f32").logits(ids)
     error = float(np.linalg.norm(found_TV - expected_TV) / np.linalg.norm(expected_TV))
-    integer = any(layer.integer for layer in packed.layers.values())
+    integer = any(layer.type.integer for layer in packed.layers.values())
     tolerance = INT8_TOLERANCE if integer else FLOAT_TOLERANCE
     if not error <= tolerance:
         raise EngineError(f"{path}: the engine's logits are {error:.2e} off torch's; at most {tolerance:.0e}")
@@ -220,6 +220,6 @@ def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:
             values = packed.linear(matrix) if matrix in packed.layers else packed.vector(name)
             parameter.copy_(torch.from_numpy(values.copy()))
         for name, module in model.named_modules():
-            if name in packed.layers and packed.layers[name].integer:
+            if name in packed.layers and packed.layers[name].type.integer:
                 module.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
         return model(torch.tensor([ids])).logits[0].numpy()
