@@ -15,6 +15,7 @@
 #include "base/threads.hpp"
 #include "base/view.hpp"
 #include "engine/kv_cache.hpp"
+#include "engine/linears.hpp"
 #include "engine/packed.hpp"
 #include "kernels/table.hpp"
 
@@ -24,39 +25,6 @@ struct LlamaConfig {
     int num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
     float rms_norm_eps;
     std::vector<float> inverse_frequencies;  // [E / 2]
-};
-
-// 64-byte aligned memory, touched only where it is used.
-class Scratch {
-  public:
-    explicit Scratch(std::size_t num_bytes) : memory_(std::aligned_alloc(64, round_up(num_bytes + 64, 64))) {
-        if (memory_ == nullptr) throw std::bad_alloc();
-    }
-    ~Scratch() { std::free(memory_); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-    float* floats() const { return static_cast<float*>(memory_); }
-    std::uint8_t* bytes() const { return static_cast<std::uint8_t*>(memory_); }
-
-  private:
-    void* memory_;
-};
-
-// Panels [begin, end) of one matrix of a group.
-struct Share {
-    int linear, begin, end;
-};
-
-// Matrices with the same input, multiplied in one parallel region.
-struct Group {
-    std::vector<Linear> linears;
-    std::vector<const MatmulRow*> kernels;
-    std::vector<std::vector<Share>> shares;                         // of each thread
-    bool needs_f32 = false, needs_i8 = false, needs_split = false;  // see Activations
-
-    // `paired`: matrix 0 is split and the others follow (gate and up, so that SwiGLU needs no barrier).
-    Group(std::vector<Linear> matrices, bool paired, int num_threads);
 };
 
 struct Layer {
@@ -73,7 +41,7 @@ struct NewTokens {
 
 class Llama {
   public:
-    static constexpr int kMaxTokens = 256;  // of one pass; longer prompts take several
+    static constexpr int kMaxTokens = Linears::kMaxTokens;  // of one pass; longer prompts take several
 
     Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& pool);
 
@@ -93,7 +61,7 @@ class Llama {
     std::size_t bytes_per_step() const;
     // Of the cached keys and values of a position, in all layers.
     std::size_t position_bytes() const;
-    int padded_vocab() const { return head_.linears[0].padded_rows(); }
+    int padded_vocab() const { return head_.matrices[0].padded_rows(); }
     const LlamaConfig& config() const { return config_; }
 
   private:
@@ -132,13 +100,6 @@ class Llama {
     void merge_states(const Pass& pass, int thread);
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
-    void prepare(const Group& group, const float* row, int columns, float largest, int token, int num_tokens,
-                 int thread);
-    Activations inputs(int num_tokens, int thread) const;
-    template <class Work>
-    void for_tokens(int num_tokens, int thread, Work work);
-    void activate(const Group& gate_up, int num_tokens, int thread);
-    void multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs, int thread);
     void add_to_hidden(const Group& group, int num_tokens, int thread);
 
     LlamaConfig config_;
@@ -151,9 +112,9 @@ class Llama {
     std::vector<Layer> layers_;
     Group head_;
     // Strides of the scratch, in floats.
-    std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_, input_stride_;
-    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, x_, x_i8_, x_block_, x_high_, x_low_,
-        scales_, largest_, rotary_;
+    std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_;
+    Linears linears_;
+    Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, rotary_;
     Scratch attention_scratch_;            // of each thread
     std::vector<float> attention_states_;  // of rows whose chunks are split among threads
 };
