@@ -8,7 +8,7 @@
 #include <chrono>
 #include <cmath>
 
-#include "engine/llama.hpp"
+#include "engine/decoder.hpp"
 
 namespace gossamer {
 namespace {
@@ -22,21 +22,21 @@ int item_tokens(int shared_heads) { return std::max(1, kItemRows / shared_heads)
 
 }  // namespace
 
-KvCache Llama::new_cache(int capacity) const {
+KvCache Decoder::new_cache(int capacity) const {
     return KvCache(kv_, config_.num_layers, config_.num_kv_heads, capacity);
 }
 
-std::size_t Llama::position_bytes() const {
+std::size_t Decoder::position_bytes() const {
     return kv_.position_bytes() * std::size_t(config_.num_layers) * std::size_t(config_.num_kv_heads);
 }
 
-std::size_t Llama::attention_scratch_floats_of_a_thread() const {
+std::size_t Decoder::attention_scratch_floats_of_a_thread() const {
     const int heads = config_.num_heads / config_.num_kv_heads;
     return round_up(attention_scratch_floats(heads * item_tokens(heads), config_.head_dim), kPanelRows);
 }
 
 // Cuts a pass into items and splits them among the threads by the products they take.
-void Llama::plan_attention(Pass& pass) {
+void Decoder::plan_attention(Pass& pass) {
     const int heads = config_.num_heads / config_.num_kv_heads, block = item_tokens(heads);
     const std::size_t state = attention_state_floats(config_.head_dim) * std::size_t(heads);
     std::size_t states = 0;
@@ -61,7 +61,7 @@ void Llama::plan_attention(Pass& pass) {
     split(pass);
 }
 
-void Llama::split(Pass& pass) const {
+void Decoder::split(Pass& pass) const {
     const auto cost = [&](const AttentionItem& item) {
         const Run& run = pass.runs[item.run];
         const int last = std::min(item.end * kChunkPositions, run.position + item.first + item.count);
@@ -81,7 +81,7 @@ void Llama::split(Pass& pass) const {
 }
 
 // cos and sin of position * frequency (in float32) for the tokens of a thread.
-void Llama::rotary_angles(const Pass& pass, int thread) {
+void Decoder::rotary_angles(const Pass& pass, int thread) {
     const int half = config_.head_dim / 2;
     const Part part(int(pass.tokens.size()), thread, pool_.size());
     for (int t = part.begin; t < part.end; ++t) {
@@ -94,7 +94,7 @@ void Llama::rotary_angles(const Pass& pass, int thread) {
     }
 }
 
-void Llama::attend(const Pass& pass, int layer, int thread) {
+void Decoder::attend(const Pass& pass, int layer, int thread) {
     store(pass, layer, thread);
     pool_.barrier();
     for (std::size_t i = pass.shares[thread]; i < pass.shares[thread + 1]; ++i)
@@ -103,7 +103,7 @@ void Llama::attend(const Pass& pass, int layer, int thread) {
 }
 
 // Rotates the new queries and keys and puts keys and values into the caches.
-void Llama::store(const Pass& pass, int layer, int thread) {
+void Decoder::store(const Pass& pass, int layer, int thread) {
     const int E = config_.head_dim, G = config_.num_kv_heads, heads = config_.num_heads / G;
     for (const Run& run : pass.runs) {
         const Part part(run.count * G, thread, pool_.size());
@@ -120,7 +120,7 @@ void Llama::store(const Pass& pass, int layer, int thread) {
     }
 }
 
-void Llama::attend_item(const Pass& pass, const AttentionItem& item, int layer, int thread) {
+void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int layer, int thread) {
     const Run& run = pass.runs[item.run];
     const int heads = config_.num_heads / config_.num_kv_heads;
     const std::size_t row = std::size_t(run.first + item.first) * q_stride_ +
@@ -143,7 +143,7 @@ void Llama::attend_item(const Pass& pass, const AttentionItem& item, int layer, 
 }
 
 // Outputs of the rows whose chunks were split. A chunk has the states of all heads.
-void Llama::merge_states(const Pass& pass, int thread) {
+void Decoder::merge_states(const Pass& pass, int thread) {
     const int heads = config_.num_heads / config_.num_kv_heads, E = config_.head_dim;
     const std::size_t row = attention_state_floats(E);
     const auto is_split = [](const AttentionItem& item) { return item.state >= 0; };
@@ -162,7 +162,7 @@ void Llama::merge_states(const Pass& pass, int thread) {
     }
 }
 
-std::vector<double> Llama::time_attention(int context, int num_sequences, int repeats) {
+std::vector<double> Decoder::time_attention(int context, int num_sequences, int repeats) {
     const int E = config_.head_dim, G = config_.num_kv_heads;
     Pass pass{};
     std::vector<KvCache> caches;

@@ -41,14 +41,14 @@ inline Values parse_kv(const std::string& name) {
     throw ConfigError("found the type '" + name + "' of cached keys and values; expected f32, bf16 or i8");
 }
 
-inline LayerEntry layer_entry(nb::handle entry) {
+inline MatrixEntry matrix_entry(nb::handle entry) {
     return {.storage = parse_storage(nb::cast<std::string>(entry["storage"])),
             .values = parse_values(nb::cast<std::string>(entry["values"])),
             .rows = nb::cast<int>(entry["rows"]),
             .columns = nb::cast<int>(entry["columns"])};
 }
 
-inline Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict layers) {
+inline Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict matrices) {
     if (buffer.size() == 0) throw FormatError("found an empty buffer; expected a whole packed model");
     if (reinterpret_cast<std::uintptr_t>(buffer.data()) % 64 != 0) {
         throw EngineError(
@@ -62,7 +62,7 @@ inline Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict layers
             .offset = nb::cast<std::size_t>(entry[2]),
             .num_bytes = nb::cast<std::size_t>(entry[3])};
     }
-    for (auto [name, entry] : layers) packed.layers[nb::cast<std::string>(name)] = layer_entry(entry);
+    for (auto [name, entry] : matrices) packed.matrices[nb::cast<std::string>(name)] = matrix_entry(entry);
     return packed;
 }
 

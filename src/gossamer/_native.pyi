@@ -36,7 +36,7 @@ class Sequence:
         """Forget all but the first `length` tokens."""
 
 class Model:
-    """A Llama over the packed file in `buffer`; `config` is `Packed.native_config()`.
+    """A decoder over the packed file in `buffer`; `config` is `Packed.native_config()`.
 
     Keys and values are cached as `kv` says; i8 has a scale for every position and key/value head.
     """

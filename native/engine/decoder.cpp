@@ -1,4 +1,4 @@
-#include "engine/llama.hpp"
+#include "engine/decoder.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +14,7 @@ void expect_shape(const std::string& name, const Linear& w, int rows, int column
                       " from the model's config");
 }
 
-LlamaConfig checked(LlamaConfig config) {
+DecoderConfig checked(DecoderConfig config) {
     for (int number : {config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads,
                        config.num_kv_heads, config.head_dim, config.vocab_size}) {
         if (number < 1 || number > 1 << 24)
@@ -37,9 +37,9 @@ Linear read_matrix(const Packed& packed, const std::string& name, int rows, int 
 
 }  // namespace
 
-Layer Llama::read_layer(const Packed& packed, int index,
-                        std::vector<std::pair<std::string, Linear>>& all) const {
-    const LlamaConfig& c = config_;
+Layer Decoder::read_layer(const Packed& packed, int index,
+                          std::vector<std::pair<std::string, Linear>>& all) const {
+    const DecoderConfig& c = config_;
     const std::string prefix = "model.layers." + std::to_string(index) + ".";
     const int D = c.hidden_size, F = c.intermediate_size, AE = c.num_heads * c.head_dim,
               GE = c.num_kv_heads * c.head_dim;
@@ -58,7 +58,7 @@ Layer Llama::read_layer(const Packed& packed, int index,
                  .down = Group({matrix("mlp.down_proj", D, F)}, false, threads)};
 }
 
-Llama::Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& pool)
+Decoder::Decoder(const Packed& packed, DecoderConfig config, Values kv, ThreadPool& pool)
     : config_(checked(std::move(config))),
       pool_(pool),
       kernels_(find_vector(isa())),
@@ -66,7 +66,7 @@ Llama::Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& po
       kv_{kv, config_.head_dim},
       embedding_(packed.linear("model.embed_tokens")),
       final_norm_(packed.vector("model.norm.weight", config_.hidden_size)),
-      head_({packed.linear(packed.layers.count("lm_head") ? "lm_head" : "model.embed_tokens")}, false,
+      head_({packed.linear(packed.matrices.count("lm_head") ? "lm_head" : "model.embed_tokens")}, false,
             pool.size()),
       hidden_stride_(round_up(config_.hidden_size, 16)),
       q_stride_(round_up(config_.num_heads * config_.head_dim, 16)),
@@ -98,7 +98,7 @@ Llama::Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& po
 
 // A long batch goes through in passes of kMaxTokens, in order, so that later tokens find earlier ones in the
 // cache.
-void Llama::forward(std::span<const NewTokens> batch, bool all_logits, float* logits) {
+void Decoder::forward(std::span<const NewTokens> batch, bool all_logits, float* logits) {
     Pass pass{.logits = logits};
     const auto flush = [&] {
         run(pass);
@@ -125,7 +125,7 @@ void Llama::forward(std::span<const NewTokens> batch, bool all_logits, float* lo
         fresh.cache->set_length(fresh.cache->length() + int(fresh.ids.size()));
 }
 
-void Llama::run(Pass& pass) {
+void Decoder::run(Pass& pass) {
     plan_attention(pass);
     pool_.run([&](int thread) {
         embed(pass, thread);
@@ -135,7 +135,7 @@ void Llama::run(Pass& pass) {
 }
 
 // Rows of the embedding, from its panels, and the rotary angles.
-void Llama::embed(const Pass& pass, int thread) {
+void Decoder::embed(const Pass& pass, int thread) {
     const Part part(int(pass.tokens.size()), thread, pool_.size());
     for (int t = part.begin; t < part.end; ++t) {
         const auto [id, position] = pass.tokens[t];
@@ -155,7 +155,7 @@ void Llama::embed(const Pass& pass, int thread) {
     pool_.barrier();
 }
 
-void Llama::decoder_layer(const Pass& pass, int index, int thread) {
+void Decoder::decoder_layer(const Pass& pass, int index, int thread) {
     const Layer& layer = layers_[index];
     const int T = int(pass.tokens.size());
     normalize(layer.input_norm, layer.qkv, T, nullptr, thread);
@@ -186,14 +186,15 @@ void Llama::decoder_layer(const Pass& pass, int index, int thread) {
     pool_.barrier();
 }
 
-void Llama::head(const Pass& pass, int thread) {
+void Decoder::head(const Pass& pass, int thread) {
     const int count = int(pass.outputs.size());
     normalize(final_norm_, head_, count, pass.outputs.data(), thread);
     linears_.multiply(head_, count, {pass.logits}, thread);
 }
 
 // RMSNorm of hidden rows (all, or those listed) as the input of a group.
-void Llama::normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread) {
+void Decoder::normalize(const float* weight, const Group& group, int num_tokens, const int* rows,
+                        int thread) {
     float* row = rows_.floats() + thread * hidden_stride_;
     linears_.for_tokens(num_tokens, thread, [&](int t) {
         const float* hidden = hidden_.floats() + (rows ? rows[t] : t) * hidden_stride_;
@@ -203,7 +204,7 @@ void Llama::normalize(const float* weight, const Group& group, int num_tokens, c
     });
 }
 
-void Llama::add_to_hidden(const Group& group, int num_tokens, int thread) {
+void Decoder::add_to_hidden(const Group& group, int num_tokens, int thread) {
     Linears::for_rows(group, thread, [&](int, int begin, int end) {
         for (int t = 0; t < num_tokens; ++t) {
             float* hidden = hidden_.floats() + t * hidden_stride_;
@@ -213,7 +214,7 @@ void Llama::add_to_hidden(const Group& group, int num_tokens, int thread) {
     });
 }
 
-double Llama::time_linears(int num_tokens) {
+double Decoder::time_linears(int num_tokens) {
     return linears_.time([&](int thread) {
         for (const Layer& layer : layers_) {
             linears_.multiply(layer.qkv, num_tokens, {q_.floats(), k_.floats(), v_.floats()}, thread);
@@ -228,7 +229,7 @@ double Llama::time_linears(int num_tokens) {
     });
 }
 
-std::size_t Llama::bytes_per_step() const {
+std::size_t Decoder::bytes_per_step() const {
     const std::size_t norm = std::size_t(config_.hidden_size) * sizeof(float);
     std::size_t total = norm + head_.bytes();
     total += std::size_t(config_.hidden_size) * (embedding_.values == Values::f32 ? 4 : 2);

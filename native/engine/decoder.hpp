@@ -1,4 +1,4 @@
-// The whole decoder of a Llama: one call is one step for a batch of sequences with any number of new tokens
+// The whole decoder: one call is one step for a batch of sequences with any number of new tokens
 // each.
 //
 // All threads run the step together and meet at five barriers a layer (four more for several tokens);
@@ -21,7 +21,7 @@
 
 namespace gossamer {
 
-struct LlamaConfig {
+struct DecoderConfig {
     int num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
     float rms_norm_eps;
     std::vector<float> inverse_frequencies;  // [E / 2]
@@ -39,11 +39,11 @@ struct NewTokens {
     std::span<const std::int32_t> ids;
 };
 
-class Llama {
+class Decoder {
   public:
     static constexpr int kMaxTokens = Linears::kMaxTokens;  // of one pass; longer prompts take several
 
-    Llama(const Packed& packed, LlamaConfig config, Values kv, ThreadPool& pool);
+    Decoder(const Packed& packed, DecoderConfig config, Values kv, ThreadPool& pool);
 
     KvCache new_cache(int capacity) const;
 
@@ -62,7 +62,7 @@ class Llama {
     // Of the cached keys and values of a position, in all layers.
     std::size_t position_bytes() const;
     int padded_vocab() const { return head_.matrices[0].padded_rows(); }
-    const LlamaConfig& config() const { return config_; }
+    const DecoderConfig& config() const { return config_; }
 
   private:
     struct Token {
@@ -102,7 +102,7 @@ class Llama {
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
     void add_to_hidden(const Group& group, int num_tokens, int thread);
 
-    LlamaConfig config_;
+    DecoderConfig config_;
     ThreadPool& pool_;
     const VectorRow& kernels_;
     const AttentionRow& attention_;
