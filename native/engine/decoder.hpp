@@ -1,9 +1,9 @@
-// The whole decoder: one call is one step for a batch of sequences with any number of new tokens
-// each.
+// A decoder: one call is one step, for a batch of sequences with any number of new tokens each.
 //
-// All threads run the step together and meet at five barriers a layer (four more for several tokens);
-// matrices are split among them by bytes. Every output row is computed by one thread in a fixed order, so
-// results do not depend on the number of threads.
+// All threads run the step together. They share out the rows of matrices (linears.hpp) and the heads and
+// positions of attention (attend.cpp), and meet at six barriers a block, four more when a pass has several
+// tokens, and one more where the attention of a single long sequence is split. What the decoder is made of
+// comes as data (weights.hpp). Results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -17,21 +17,11 @@
 #include "engine/kv_cache.hpp"
 #include "engine/linears.hpp"
 #include "engine/packed.hpp"
+#include "engine/scratch.hpp"
+#include "engine/weights.hpp"
 #include "kernels/table.hpp"
 
 namespace gossamer {
-
-struct DecoderConfig {
-    int num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size;
-    float rms_norm_eps;
-    std::vector<float> inverse_frequencies;  // [E / 2]
-};
-
-struct Layer {
-    const float* input_norm;
-    const float* post_attention_norm;
-    Group qkv, o, gate_up, down;
-};
 
 // New tokens of one sequence: ids at positions cache->length() and up.
 struct NewTokens {
@@ -47,21 +37,25 @@ class Decoder {
 
     KvCache new_cache(int capacity) const;
 
-    // Advances all sequences. Logits [rows, padded_vocab()]: of every new token, or of each sequence's last.
-    // Ids and capacities must have been checked.
+    // Appends the new tokens to their sequences and writes logits [rows, padded_vocab()]: of every new token
+    // in order (`all_logits`), or of the last one of each sequence. Ids and capacities must have been
+    // checked.
     void forward(std::span<const NewTokens> batch, bool all_logits, float* logits);
 
-    // Seconds that all decoder matrices take for `num_tokens` (at most kMaxTokens) at once.
+    // Seconds that the products of all blocks take for `num_tokens` (at most kMaxTokens) at once.
     double time_linears(int num_tokens);
 
-    // Seconds that attention takes, `repeats` times, for one new token of `num_sequences` sequences after
-    // `context` positions, in all layers; that many keys and values are made up.
+    // Seconds that attention takes in all blocks, `repeats` times, for one new token of each of
+    // `num_sequences` sequences of `context` positions, whose keys and values are made up.
     std::vector<double> time_attention(int context, int num_sequences, int repeats);
 
+    // Bytes of weights that a step of one token reads.
     std::size_t bytes_per_step() const;
-    // Of the cached keys and values of a position, in all layers.
+
+    // Bytes of the cached keys and values of one position, in all blocks.
     std::size_t position_bytes() const;
-    int padded_vocab() const { return head_.matrices[0].padded_rows(); }
+
+    int padded_vocab() const { return weights_.head.matrices[0].padded_rows(); }
     const DecoderConfig& config() const { return config_; }
 
   private:
@@ -86,32 +80,29 @@ class Decoder {
         float* logits;
     };
 
-    Layer read_layer(const Packed& packed, int index, std::vector<std::pair<std::string, Linear>>& all) const;
+    int num_blocks() const { return int(config_.blocks.size()); }
     void run(Pass& pass);
     void plan_attention(Pass& pass);
     void split(Pass& pass) const;
     std::size_t attention_scratch_floats_of_a_thread() const;
     void rotary_angles(const Pass& pass, int thread);
     void embed(const Pass& pass, int thread);
-    void decoder_layer(const Pass& pass, int layer, int thread);
-    void attend(const Pass& pass, int layer, int thread);
-    void store(const Pass& pass, int layer, int thread);
-    void attend_item(const Pass& pass, const AttentionItem& item, int layer, int thread);
+    void run_block(const Pass& pass, int index, int thread);
+    void attend(const Pass& pass, int block, int thread);
+    void store(const Pass& pass, int block, int thread);
+    void attend_item(const Pass& pass, const AttentionItem& item, int block, int thread);
     void merge_states(const Pass& pass, int thread);
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
     void add_to_hidden(const Group& group, int num_tokens, int thread);
 
-    DecoderConfig config_;
+    const DecoderConfig config_;
     ThreadPool& pool_;
     const VectorRow& kernels_;
     const AttentionRow& attention_;
     const KvLayout kv_;
-    Linear embedding_;
-    const float* final_norm_;
-    std::vector<Layer> layers_;
-    Group head_;
-    // Strides of the scratch, in floats.
+    const DecoderWeights weights_;
+    // From one token's row to the next, in floats.
     std::size_t hidden_stride_, q_stride_, kv_stride_, inner_stride_;
     Linears linears_;
     Scratch hidden_, q_, k_, v_, attended_, gate_, up_, product_, rows_, rotary_;

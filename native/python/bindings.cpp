@@ -14,27 +14,13 @@
 #include "engine/decoder.hpp"
 #include "engine/packed.hpp"
 #include "python/arrays.hpp"
+#include "python/model.hpp"
 
 namespace gossamer {
 
 using namespace nb::literals;
 
 namespace {
-
-DecoderConfig read_config(nb::dict config) {
-    const auto number = [&](const char* key) { return nb::cast<int>(config[key]); };
-    const auto frequencies = nb::cast<Floats>(config["inverse_frequencies"]);
-    return {.num_layers = number("num_layers"),
-            .hidden_size = number("hidden_size"),
-            .intermediate_size = number("intermediate_size"),
-            .num_heads = number("num_heads"),
-            .num_kv_heads = number("num_kv_heads"),
-            .head_dim = number("head_dim"),
-            .vocab_size = number("vocab_size"),
-            .rms_norm_eps = nb::cast<float>(config["rms_norm_eps"]),
-            .inverse_frequencies =
-                std::vector<float>(frequencies.data(), frequencies.data() + frequencies.size())};
-}
 
 constexpr std::size_t kUncachedBytes = 256 << 20;
 
@@ -65,7 +51,7 @@ class Model {
     Model(Bytes buffer, nb::dict tensors, nb::dict config, int num_threads, const std::string& kv)
         : buffer_(buffer), pool_(std::clamp(num_threads, 1, 1024)) {
         const Packed packed = read_packed(buffer, tensors, nb::cast<nb::dict>(config["linears"]));
-        DecoderConfig shape = read_config(config);
+        DecoderConfig shape = read_decoder_config(config);
         const Values kv_values = parse_kv(kv);
         nb::gil_scoped_release unlocked;
         decoder_ = std::make_unique<Decoder>(packed, std::move(shape), kv_values, pool_);

@@ -197,13 +197,36 @@ class Packed:
         return {name: (t.dtype, t.shape, t.offset, t.nbytes) for name, t in self.tensors.items()}
 
     def native_config(self) -> dict[str, Any]:
-        """The numbers and the table of matrices that `_native.Model` wants."""
+        """The anatomy and the table of matrices that `_native.Model` wants."""
         return native_config(self.architecture, self.layers)
 
 
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")  # what the native decoder calls the linears of a block
+
+
 def native_config(llama: Llama, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """What `_native.Model` wants to know of a model: its numbers and the table of its matrices."""
-    names = ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
-    numbers = {name: getattr(llama, name) for name in (*names, "vocab_size", "rms_norm_eps")}
-    linears = {name: asdict(layer) for name, layer in layers.items()}
-    return numbers | {"inverse_frequencies": llama.inverse_frequencies(), "linears": linears}
+    """What `_native.Model` wants to know of a model: its sizes, and what each tensor of the file is for."""
+    names = ("hidden_size", "vocab_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+    return {name: getattr(llama, name) for name in names} | {
+        "norm_eps": llama.rms_norm_eps,
+        "inverse_frequencies": llama.inverse_frequencies(),
+        "embedding": EMBEDDING,
+        "final_norm": "model.norm.weight",
+        "head": HEAD if HEAD in layers else EMBEDDING,
+        "blocks": [_native_block(llama, index) for index in range(llama.num_layers)],
+        "linears": {name: asdict(layer) for name, layer in layers.items()},
+    }
+
+
+def _native_block(llama: Llama, index: int) -> dict[str, Any]:
+    prefix = f"model.layers.{index}"
+    return {
+        "linears": dict(zip(ROLES, llama.linear_shapes(index), strict=True)),
+        "biases": {},
+        "attention_norm": f"{prefix}.input_layernorm.weight",
+        "feed_forward_norm": f"{prefix}.post_attention_layernorm.weight",
+        "query_norm": "",
+        "key_norm": "",
+        "rope": True,
+        "window": 0,
+    }
