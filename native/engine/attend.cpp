@@ -99,33 +99,47 @@ void Decoder::rotary_angles(const Pass& pass, int thread) {
     }
 }
 
-void Decoder::attend(const Pass& pass, int block, int thread) {
-    store(pass, block, thread);
+void Decoder::attend(const Pass& pass, int index, int thread) {
+    store(pass, index, thread);
     pool_.barrier();
     for (std::size_t i = pass.shares[thread]; i < pass.shares[thread + 1]; ++i)
-        attend_item(pass, pass.items[i], block, thread);
+        attend_item(pass, pass.items[i], index, thread);
     merge_states(pass, thread);
 }
 
-// Rotates the new queries and keys and puts keys and values into the caches.
-void Decoder::store(const Pass& pass, int block, int thread) {
+// What happens to the heads of one token between their product and attention: RMSNorm of each head by itself
+// and rotation by the token's position, where the block has them.
+void Decoder::prepare_heads(const Block& block, float* x_HE, const float* norm, int num_heads,
+                            int token) const {
+    const int E = config_.head_dim;
+    for (int h = 0; norm != nullptr && h < num_heads; ++h) {
+        float* x_E = x_HE + std::size_t(h) * E;
+        kernels_.rmsnorm(x_E, norm, config_.norm_eps, E, x_E);
+    }
+    if (block.rope) kernels_.rope(x_HE, num_heads, E, rotary_.floats() + std::size_t(token) * E);
+}
+
+// Prepares the new queries and keys, in place, and puts keys and values into the caches. A thread takes some
+// key/value heads of some tokens, and the queries that share them.
+void Decoder::store(const Pass& pass, int index, int thread) {
+    const Block& block = weights_.blocks[std::size_t(index)];
     const int E = config_.head_dim, G = config_.num_kv_heads, heads = config_.num_heads / G;
     for (const Run& run : pass.runs) {
         const Part part(run.count * G, thread, pool_.size());
         for (int i = part.begin; i < part.end; ++i) {
             const int head = i / run.count, t = run.first + i % run.count;
-            const float* rotary = rotary_.floats() + std::size_t(t) * E;
+            float* q_HE = q_.floats() + t * q_stride_ + std::size_t(head) * heads * E;
             float* k_E = k_.floats() + t * kv_stride_ + std::size_t(head) * E;
-            kernels_.rope(q_.floats() + t * q_stride_ + std::size_t(head) * heads * E, heads, E, rotary);
-            kernels_.rope(k_E, 1, E, rotary);
-            run.cache->store(block, head, run.position + t - run.first, k_E,
+            prepare_heads(block, q_HE, block.query_norm, heads, t);
+            prepare_heads(block, k_E, block.key_norm, 1, t);
+            run.cache->store(index, head, run.position + t - run.first, k_E,
                              v_.floats() + t * kv_stride_ + std::size_t(head) * E,
                              t + 1 == run.first + run.count);
         }
     }
 }
 
-void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int block, int thread) {
+void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int index, int thread) {
     const Run& run = pass.runs[item.run];
     const int heads = config_.num_heads / config_.num_kv_heads;
     const std::size_t row = std::size_t(run.first + item.first) * q_stride_ +
@@ -133,7 +147,7 @@ void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int block
     attention_.attention(
         {.layout = kv_,
          .chunks = run.cache->chunks(),
-         .head_begin = run.cache->head_begin(block, item.head),
+         .head_begin = run.cache->head_begin(index, item.head),
          .begin = item.begin,
          .end = item.end,
          .q = q_.floats() + row,
@@ -201,8 +215,8 @@ std::vector<double> Decoder::time_attention(int context, int num_sequences, int 
     for (int i = 0; i < repeats; ++i) {
         const auto begin = std::chrono::steady_clock::now();
         pool_.run([&](int thread) {
-            for (int block = 0; block < num_blocks(); ++block) {
-                attend(pass, block, thread);
+            for (int index = 0; index < num_blocks(); ++index) {
+                attend(pass, index, thread);
                 pool_.barrier();
             }
         });

@@ -169,6 +169,8 @@ std::size_t Decoder::bytes_per_step() const {
     total += std::size_t(config_.hidden_size) * (weights_.embedding.values == Values::f32 ? 4 : 2);
     for (const Block& block : weights_.blocks) {
         total += 2 * norm;
+        for (const float* head_norm : {block.query_norm, block.key_norm})
+            total += head_norm != nullptr ? std::size_t(config_.head_dim) * sizeof(float) : 0;
         for (const Group* group : {&block.qkv, &block.o, &block.gate_up, &block.down})
             total += group->bytes();
     }

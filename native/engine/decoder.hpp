@@ -55,7 +55,7 @@ class Decoder {
     // Bytes of the cached keys and values of one position, in all blocks.
     std::size_t position_bytes() const;
 
-    int padded_vocab() const { return weights_.head.matrices[0].padded_rows(); }
+    int padded_vocab() const { return weights_.head.matrices[0].w.padded_rows(); }
     const DecoderConfig& config() const { return config_; }
 
   private:
@@ -88,9 +88,10 @@ class Decoder {
     void rotary_angles(const Pass& pass, int thread);
     void embed(const Pass& pass, int thread);
     void run_block(const Pass& pass, int index, int thread);
-    void attend(const Pass& pass, int block, int thread);
-    void store(const Pass& pass, int block, int thread);
-    void attend_item(const Pass& pass, const AttentionItem& item, int block, int thread);
+    void attend(const Pass& pass, int index, int thread);
+    void store(const Pass& pass, int index, int thread);
+    void prepare_heads(const Block& block, float* x_HE, const float* norm, int num_heads, int token) const;
+    void attend_item(const Pass& pass, const AttentionItem& item, int index, int thread);
     void merge_states(const Pass& pass, int thread);
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);

@@ -1,22 +1,33 @@
 #include "engine/linears.hpp"
 
 namespace gossamer {
+namespace {
 
-Group::Group(std::vector<Linear> group, bool paired_rows, int num_threads)
+// Adds the bias of rows [begin, end) to those of each token.
+void add_bias(const float* bias, int begin, int end, int num_tokens, float* y_TN, std::size_t stride) {
+    for (int t = 0; t < num_tokens; ++t) {
+        float* y = y_TN + std::size_t(t) * stride;
+        for (int n = begin; n < end; ++n) y[n] += bias[n];
+    }
+}
+
+}  // namespace
+
+Group::Group(std::vector<Affine> group, bool paired_rows, int num_threads)
     : matrices(std::move(group)), shares(std::size_t(num_threads)), paired(paired_rows) {
     const std::size_t split = paired ? 1 : matrices.size();  // matrices whose panels are dealt out
     std::size_t total = 0, before = 0;
-    for (const Linear& w : matrices) {
+    for (const auto& [w, bias] : matrices) {
         kernels.push_back(&find_matmul(w.storage, w.values, isa()));
         (is_integer(w.values) ? needs_i8 : needs_f32) = true;
         needs_split = needs_split || (w.values == Values::bf16 && kernels.back()->isa == Isa::amx);
         total += w.panel_bytes(0, w.num_panels());
     }
     for (std::size_t i = 0; i < split; ++i) {
-        for (int panel = 0; panel < matrices[i].num_panels(); ++panel) {
-            std::size_t cost = matrices[i].panel_bytes(panel, panel + 1);
+        for (int panel = 0; panel < matrices[i].w.num_panels(); ++panel) {
+            std::size_t cost = matrices[i].w.panel_bytes(panel, panel + 1);
             for (std::size_t j = split; j < matrices.size(); ++j)
-                cost += matrices[j].panel_bytes(panel, panel + 1);
+                cost += matrices[j].w.panel_bytes(panel, panel + 1);
             const std::size_t middle =
                 (before + cost / 2) * std::size_t(num_threads) / std::max<std::size_t>(total, 1);
             auto& mine = shares[std::min(middle, std::size_t(num_threads) - 1)];
@@ -29,7 +40,10 @@ Group::Group(std::vector<Linear> group, bool paired_rows, int num_threads)
 
 std::size_t Group::bytes() const {
     std::size_t total = 0;
-    for (const Linear& w : matrices) total += w.bytes();
+    for (const auto& [w, bias] : matrices) {
+        total += w.bytes();
+        if (bias != nullptr) total += std::size_t(w.padded_rows()) * sizeof(float);
+    }
     return total;
 }
 
@@ -71,9 +85,12 @@ void Linears::multiply(const Group& group, int num_tokens, std::initializer_list
     for (const Share& share : group.shares[thread]) {
         const int end = group.paired ? int(group.matrices.size()) : share.matrix + 1;
         for (int i = share.matrix; i < end; ++i) {
-            const Linear& w = group.matrices[i];
-            group.kernels[i]->matmul(w, share.begin, share.end, x, outputs.begin()[i],
-                                     std::size_t(w.padded_rows()));
+            const auto& [w, bias] = group.matrices[i];
+            float* y = outputs.begin()[i];
+            const std::size_t stride = std::size_t(w.padded_rows());
+            group.kernels[i]->matmul(w, share.begin, share.end, x, y, stride);
+            if (bias == nullptr) continue;
+            add_bias(bias, share.begin * kPanelRows, share.end * kPanelRows, num_tokens, y, stride);
         }
     }
 }

@@ -1,4 +1,4 @@
-// Products y = W x of a network's matrices, run by all threads of a pool together.
+// Products y = W x + b of a network's matrices, run by all threads of a pool together.
 //
 // Matrices that read the same input form a Group. The output rows of a group are split among the threads
 // once, panel by panel, so that each thread reads about as many bytes as any other. Every row is computed by
@@ -50,6 +50,12 @@
 
 namespace gossamer {
 
+// One matrix and, where it has one, its bias [rows padded to 16].
+struct Affine {
+    Linear w;
+    const float* bias = nullptr;
+};
+
 // Panels [begin, end) of one matrix of a group.
 struct Share {
     int matrix, begin, end;
@@ -57,7 +63,7 @@ struct Share {
 
 // Matrices with the same input, multiplied in one parallel region.
 struct Group {
-    std::vector<Linear> matrices;
+    std::vector<Affine> matrices;
     std::vector<const MatmulRow*> kernels;
     std::vector<std::vector<Share>> shares;  // of each thread
     bool paired;
@@ -66,9 +72,9 @@ struct Group {
     // `paired`: all matrices have as many rows, and a thread that has some rows of the first has the same
     // rows of the others, so that it can combine them without a barrier (gate and up of SwiGLU). Shares then
     // name matrix 0 only.
-    Group(std::vector<Linear> group, bool paired_rows, int num_threads);
+    Group(std::vector<Affine> group, bool paired_rows, int num_threads);
 
-    int columns() const { return matrices[0].columns; }
+    int columns() const { return matrices[0].w.columns; }
 
     // File bytes that one product with every matrix touches.
     std::size_t bytes() const;
@@ -97,8 +103,8 @@ class Linears {
     // Writes one input row where the kernels of the group read it; `largest` is max|x|. Called in for_tokens.
     void prepare(const Group& group, const float* x_K, float largest, int token, int num_tokens, int thread);
 
-    // Multiplies this thread's share of the group; `outputs` has one [tokens, rows padded to 16] for each
-    // matrix.
+    // Computes this thread's rows of y = W x + b for every matrix of the group; `outputs` has one
+    // [tokens, rows padded to 16] for each.
     void multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs,
                   int thread) const;
 
@@ -106,7 +112,7 @@ class Linears {
     template <class Work>
     static void for_rows(const Group& group, int thread, Work work) {
         for (const Share& share : group.shares[thread]) {
-            const int rows = group.matrices[share.matrix].rows;
+            const int rows = group.matrices[share.matrix].w.rows;
             work(share.matrix, share.begin * kPanelRows, std::min(share.end * kPanelRows, rows));
         }
     }

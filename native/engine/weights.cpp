@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstdint>
 #include <set>
+#include <string_view>
 #include <utility>
 
 namespace gossamer {
 namespace {
 
-constexpr const char* kRoles[] = {"q", "k", "v", "o", "gate", "up", "down"};
+constexpr std::string_view kRoles[] = {"q", "k", "v", "o", "gate", "up", "down"};
+constexpr const char* kRoleList = "q, k, v, o, gate, up and down";
 constexpr int kMaxSize = 1 << 24;  // keeps every byte count below 2^64
 
 void check_config(const DecoderConfig& c) {
@@ -34,6 +36,24 @@ void check_config(const DecoderConfig& c) {
     if (c.blocks.empty()) throw FormatError("the model's config has no blocks; expected at least one");
 }
 
+void check_block(const BlockConfig& block, const std::string& where) {
+    const auto known = [](const std::string& role) {
+        return std::find(std::begin(kRoles), std::end(kRoles), role) != std::end(kRoles);
+    };
+    for (const auto* roles : {&block.linears, &block.biases}) {
+        for (const auto& [role, name] : *roles) {
+            if (!known(role)) throw FormatError(where + ": found role " + role + "; expected " + kRoleList);
+        }
+    }
+    if (block.linears.size() != std::size(kRoles))
+        throw FormatError(where + ": a linear is missing; expected " + kRoleList);
+    if (block.window < 0) throw FormatError(where + ": found a negative attention window");
+    if (block.window > 0) {
+        throw UnsupportedError(where + " attends to the last " + std::to_string(block.window) +
+                               " positions; attention windows are not supported by the engine yet");
+    }
+}
+
 // Finds a decoder's weights in a file and checks their shapes; remembers the matrices for check_contents.
 class Reader {
   public:
@@ -53,17 +73,25 @@ class Reader {
 
     Block block(int index) {
         const BlockConfig& block = config_.blocks[std::size_t(index)];
-        check_roles(block, "block " + std::to_string(index));
-        const int D = config_.hidden_size, F = config_.intermediate_size,
-                  AE = config_.num_heads * config_.head_dim, GE = config_.num_kv_heads * config_.head_dim;
+        check_block(block, "block " + std::to_string(index));
+        const int D = config_.hidden_size, F = config_.intermediate_size, E = config_.head_dim;
+        const int AE = config_.num_heads * E, GE = config_.num_kv_heads * E;
         const auto linear = [&](const char* role, int rows, int columns) {
-            return matrix(block.linears.at(role), rows, columns);
+            const auto bias = block.biases.find(role);
+            return Affine{.w = matrix(block.linears.at(role), rows, columns),
+                          .bias = bias == block.biases.end() ? nullptr : packed_.vector(bias->second, rows)};
+        };
+        const auto head_norm = [&](const std::string& name) {
+            return name.empty() ? nullptr : packed_.vector(name, E);
         };
         const auto q = linear("q", AE, D), k = linear("k", GE, D), v = linear("v", GE, D);
         const auto o = linear("o", D, AE), gate = linear("gate", F, D), up = linear("up", F, D);
         const auto down = linear("down", D, F);
         return {.attention_norm = packed_.vector(block.attention_norm, D),
                 .feed_forward_norm = packed_.vector(block.feed_forward_norm, D),
+                .query_norm = head_norm(block.query_norm),
+                .key_norm = head_norm(block.key_norm),
+                .rope = block.rope,
                 .qkv = Group({q, k, v}, false, num_threads_),
                 .o = Group({o}, false, num_threads_),
                 .gate_up = Group({gate, up}, true, num_threads_),
@@ -73,18 +101,6 @@ class Reader {
     const std::vector<std::pair<std::string, Linear>>& matrices() const { return matrices_; }
 
   private:
-    static void check_roles(const BlockConfig& block, const std::string& where) {
-        for (const char* role : kRoles) {
-            if (!block.linears.contains(role))
-                throw FormatError(where + " has no linear " + role + "; expected q, k, v, o, gate, up, down");
-        }
-        for (const auto& [role, name] : block.linears) {
-            if (std::find(std::begin(kRoles), std::end(kRoles), role) == std::end(kRoles))
-                throw FormatError(where + " has an unknown linear " + role +
-                                  "; expected q, k, v, o, gate, up, down");
-        }
-    }
-
     const Packed& packed_;
     const DecoderConfig& config_;
     int num_threads_;
@@ -103,7 +119,7 @@ DecoderWeights read_weights(const Packed& packed, const DecoderConfig& config, T
     const Linear head = reader.matrix(config.head, config.vocab_size, config.hidden_size);
     DecoderWeights weights{.embedding = embedding,
                            .final_norm = packed.vector(config.final_norm, config.hidden_size),
-                           .head = Group({head}, false, pool.size()),
+                           .head = Group({{.w = head}}, false, pool.size()),
                            .blocks = {}};
     for (int i = 0; i < int(config.blocks.size()); ++i) weights.blocks.push_back(reader.block(i));
     check_contents(reader.matrices(), pool);

@@ -15,10 +15,14 @@
 
 namespace gossamer {
 
-// The names of one block's weights in the packed file.
+// What is particular to one block: the names of its weights in the packed file, and its attention.
 struct BlockConfig {
     std::map<std::string, std::string> linears;  // of the roles q, k, v, o, gate, up and down
+    std::map<std::string, std::string> biases;   // of those roles that have one
     std::string attention_norm, feed_forward_norm;
+    std::string query_norm, key_norm;  // of width E, over each head; "" where there is none
+    bool rope;                         // whether queries and keys are rotated by their position
+    int window;  // how many positions a token attends to, or 0: all before it, the only one supported
 };
 
 struct DecoderConfig {
@@ -32,6 +36,9 @@ struct DecoderConfig {
 struct Block {
     const float* attention_norm;
     const float* feed_forward_norm;
+    const float* query_norm;  // or null, like key_norm
+    const float* key_norm;
+    bool rope;
     Group qkv, o, gate_up, down;
 };
 
@@ -43,7 +50,7 @@ struct DecoderWeights {
 };
 
 // The weights that `config` names, with shapes and contents checked. FormatError says what is missing, or
-// contradicts the config, or is damaged.
+// contradicts the config, or is damaged; UnsupportedError which block the decoder cannot compute.
 DecoderWeights read_weights(const Packed& packed, const DecoderConfig& config, ThreadPool& pool);
 
 }  // namespace gossamer

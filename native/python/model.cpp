@@ -12,8 +12,13 @@ namespace {
 BlockConfig read_block(nb::handle block, std::size_t index) {
     const Fields fields(block, "block " + std::to_string(index) + " of the model's config");
     return {.linears = fields.texts("linears"),
+            .biases = fields.texts("biases"),
             .attention_norm = fields.text("attention_norm"),
-            .feed_forward_norm = fields.text("feed_forward_norm")};
+            .feed_forward_norm = fields.text("feed_forward_norm"),
+            .query_norm = fields.text("query_norm"),
+            .key_norm = fields.text("key_norm"),
+            .rope = fields.flag("rope"),
+            .window = fields.integer("window")};
 }
 
 MatrixEntry read_matrix(nb::handle entry, const std::string& name) {
