@@ -50,7 +50,7 @@ class Model {
   public:
     Model(Bytes buffer, nb::dict tensors, nb::dict config, int num_threads, const std::string& kv)
         : buffer_(buffer), pool_(std::clamp(num_threads, 1, 1024)) {
-        const Packed packed = read_packed(buffer, tensors, nb::cast<nb::dict>(config["linears"]));
+        const Packed packed = read_packed(buffer, tensors, matrix_table(config));
         DecoderConfig shape = read_decoder_config(config);
         const Values kv_values = parse_kv(kv);
         nb::gil_scoped_release unlocked;

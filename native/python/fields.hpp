@@ -27,6 +27,12 @@ class Fields {
         fields_ = nb::borrow<nb::dict>(dictionary);
     }
 
+    nb::handle at(const char* key) const {
+        PyObject* value = PyDict_GetItemString(fields_.ptr(), key);
+        if (value == nullptr) throw FormatError(what_ + " lacks " + key);
+        return value;
+    }
+
     int integer(const char* key) const {
         const nb::handle value = at(key);
         int number = 0;
@@ -81,12 +87,6 @@ class Fields {
     }
 
   private:
-    nb::handle at(const char* key) const {
-        PyObject* value = PyDict_GetItemString(fields_.ptr(), key);
-        if (value == nullptr) throw FormatError(what_ + " lacks " + key);
-        return value;
-    }
-
     std::string text_of(nb::handle value, const char* key) const {
         std::string text;
         if (!nb::isinstance<nb::str>(value) || !nb::try_cast(value, text)) refuse(key, "text");

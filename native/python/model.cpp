@@ -39,6 +39,8 @@ Tensor read_tensor(nb::handle entry, const std::string& name) {
 
 }  // namespace
 
+nb::handle matrix_table(nb::dict config) { return Fields(config, "the model's config").at("linears"); }
+
 DecoderConfig read_decoder_config(nb::dict config) {
     const Fields fields(config, "the model's config");
     DecoderConfig found{.hidden_size = fields.integer("hidden_size"),
@@ -58,7 +60,7 @@ DecoderConfig read_decoder_config(nb::dict config) {
     return found;
 }
 
-Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict matrices) {
+Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::handle matrices) {
     if (buffer.size() == 0) throw FormatError("found an empty buffer; expected a whole packed model");
     if (reinterpret_cast<std::uintptr_t>(buffer.data()) % 64 != 0) {
         throw EngineError(
