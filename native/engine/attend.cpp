@@ -1,20 +1,24 @@
-// The decoder's attention: how its work is cut and split among the threads, and what surrounds the kernels.
+// The decoder's attention: how its work is cut into items and split among the threads, and what happens
+// before and after the kernels run.
 //
-// An item is a block of rows of one run at one key/value head. A run of one token is cut further, into chunks
-// of positions whose states are merged afterwards, so that one long sequence keeps every thread busy. The
-// cuts depend on positions alone, never on threads or on other sequences.
+// An item is some tokens of one run at one key/value head: the queries of all heads that share it, against
+// the cached keys and values. A run of a single token is cut further, into chunks of positions whose partial
+// results (states) are merged afterwards, so that one long sequence keeps every thread busy. Where items
+// begin and end depends on positions alone, never on the number of threads or on other sequences of the
+// batch, so that a sequence gets the same bits in any company.
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 
-#include "engine/llama.hpp"
+#include "engine/decoder.hpp"
 
 namespace gossamer {
 namespace {
 
-constexpr int kItemRows =
-    24;  // of one item, at least one token: keys and values are read once for all of them
+// Rows (queries of one token and head) of an item, if at least one token fits. An item reads its keys and
+// values once for all of its rows.
+constexpr int kItemRows = 24;
 
 int num_chunks(int positions) { return (positions + kChunkPositions - 1) / kChunkPositions; }
 
@@ -22,22 +26,22 @@ int item_tokens(int shared_heads) { return std::max(1, kItemRows / shared_heads)
 
 }  // namespace
 
-KvCache Llama::new_cache(int capacity) const {
-    return KvCache(kv_, config_.num_layers, config_.num_kv_heads, capacity);
+KvCache Decoder::new_cache(int capacity) const {
+    return KvCache(kv_, num_blocks(), config_.num_kv_heads, capacity);
 }
 
-std::size_t Llama::position_bytes() const {
-    return kv_.position_bytes() * std::size_t(config_.num_layers) * std::size_t(config_.num_kv_heads);
+std::size_t Decoder::position_bytes() const {
+    return kv_.position_bytes() * std::size_t(num_blocks()) * std::size_t(config_.num_kv_heads);
 }
 
-std::size_t Llama::attention_scratch_floats_of_a_thread() const {
+std::size_t Decoder::attention_scratch_floats_of_a_thread() const {
     const int heads = config_.num_heads / config_.num_kv_heads;
     return round_up(attention_scratch_floats(heads * item_tokens(heads), config_.head_dim), kPanelRows);
 }
 
-// Cuts a pass into items and splits them among the threads by the products they take.
-void Llama::plan_attention(Pass& pass) {
-    const int heads = config_.num_heads / config_.num_kv_heads, block = item_tokens(heads);
+// Cuts a pass into items and splits them among the threads.
+void Decoder::plan_attention(Pass& pass) {
+    const int heads = config_.num_heads / config_.num_kv_heads, tokens = item_tokens(heads);
     const std::size_t state = attention_state_floats(config_.head_dim) * std::size_t(heads);
     std::size_t states = 0;
     pass.items.clear();
@@ -45,13 +49,13 @@ void Llama::plan_attention(Pass& pass) {
         const Run& run = pass.runs[r];
         const int chunks = num_chunks(run.position + run.count);
         const bool split_chunks = run.count == 1 && chunks > 1;
-        for (int c = 0; split_chunks && c < chunks; ++c) {  // in memory's order
+        for (int c = 0; split_chunks && c < chunks; ++c) {  // in the order of memory
             for (int head = 0; head < config_.num_kv_heads; ++head, states += state)
                 pass.items.push_back({r, head, 0, 1, c, c + 1, std::ptrdiff_t(states)});
         }
         for (int head = 0; !split_chunks && head < config_.num_kv_heads; ++head) {
-            for (int first = 0; first < run.count; first += block) {
-                const int count = std::min(block, run.count - first);
+            for (int first = 0; first < run.count; first += tokens) {
+                const int count = std::min(tokens, run.count - first);
                 const int end = num_chunks(run.position + first + count);
                 pass.items.push_back({r, head, first, count, 0, end, -1});
             }
@@ -61,7 +65,8 @@ void Llama::plan_attention(Pass& pass) {
     split(pass);
 }
 
-void Llama::split(Pass& pass) const {
+// Gives every thread consecutive items with about as many products of a query and a key as any other's.
+void Decoder::split(Pass& pass) const {
     const auto cost = [&](const AttentionItem& item) {
         const Run& run = pass.runs[item.run];
         const int last = std::min(item.end * kChunkPositions, run.position + item.first + item.count);
@@ -80,8 +85,8 @@ void Llama::split(Pass& pass) const {
     }
 }
 
-// cos and sin of position * frequency (in float32) for the tokens of a thread.
-void Llama::rotary_angles(const Pass& pass, int thread) {
+// The cosine and sine of position * frequency (multiplied in float32) for the tokens of a thread.
+void Decoder::rotary_angles(const Pass& pass, int thread) {
     const int half = config_.head_dim / 2;
     const Part part(int(pass.tokens.size()), thread, pool_.size());
     for (int t = part.begin; t < part.end; ++t) {
@@ -94,33 +99,47 @@ void Llama::rotary_angles(const Pass& pass, int thread) {
     }
 }
 
-void Llama::attend(const Pass& pass, int layer, int thread) {
-    store(pass, layer, thread);
+void Decoder::attend(const Pass& pass, int index, int thread) {
+    store(pass, index, thread);
     pool_.barrier();
     for (std::size_t i = pass.shares[thread]; i < pass.shares[thread + 1]; ++i)
-        attend_item(pass, pass.items[i], layer, thread);
+        attend_item(pass, pass.items[i], index, thread);
     merge_states(pass, thread);
 }
 
-// Rotates the new queries and keys and puts keys and values into the caches.
-void Llama::store(const Pass& pass, int layer, int thread) {
+// What happens to the heads of one token between their product and attention: RMSNorm of each head by itself
+// and rotation by the token's position, where the block has them.
+void Decoder::prepare_heads(const Block& block, float* x_HE, const float* norm, int num_heads,
+                            int token) const {
+    const int E = config_.head_dim;
+    for (int h = 0; norm != nullptr && h < num_heads; ++h) {
+        float* x_E = x_HE + std::size_t(h) * E;
+        kernels_.rmsnorm(x_E, norm, config_.norm_eps, E, x_E);
+    }
+    if (block.rope) kernels_.rope(x_HE, num_heads, E, rotary_.floats() + std::size_t(token) * E);
+}
+
+// Prepares the new queries and keys, in place, and puts keys and values into the caches. A thread takes some
+// key/value heads of some tokens, and the queries that share them.
+void Decoder::store(const Pass& pass, int index, int thread) {
+    const Block& block = weights_.blocks[std::size_t(index)];
     const int E = config_.head_dim, G = config_.num_kv_heads, heads = config_.num_heads / G;
     for (const Run& run : pass.runs) {
         const Part part(run.count * G, thread, pool_.size());
         for (int i = part.begin; i < part.end; ++i) {
             const int head = i / run.count, t = run.first + i % run.count;
-            const float* rotary = rotary_.floats() + std::size_t(t) * E;
+            float* q_HE = q_.floats() + t * q_stride_ + std::size_t(head) * heads * E;
             float* k_E = k_.floats() + t * kv_stride_ + std::size_t(head) * E;
-            kernels_.rope(q_.floats() + t * q_stride_ + std::size_t(head) * heads * E, heads, E, rotary);
-            kernels_.rope(k_E, 1, E, rotary);
-            run.cache->store(layer, head, run.position + t - run.first, k_E,
+            prepare_heads(block, q_HE, block.query_norm, heads, t);
+            prepare_heads(block, k_E, block.key_norm, 1, t);
+            run.cache->store(index, head, run.position + t - run.first, k_E,
                              v_.floats() + t * kv_stride_ + std::size_t(head) * E,
                              t + 1 == run.first + run.count);
         }
     }
 }
 
-void Llama::attend_item(const Pass& pass, const AttentionItem& item, int layer, int thread) {
+void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int index, int thread) {
     const Run& run = pass.runs[item.run];
     const int heads = config_.num_heads / config_.num_kv_heads;
     const std::size_t row = std::size_t(run.first + item.first) * q_stride_ +
@@ -128,7 +147,7 @@ void Llama::attend_item(const Pass& pass, const AttentionItem& item, int layer, 
     attention_.attention(
         {.layout = kv_,
          .chunks = run.cache->chunks(),
-         .head_begin = run.cache->head_begin(layer, item.head),
+         .head_begin = run.cache->head_begin(index, item.head),
          .begin = item.begin,
          .end = item.end,
          .q = q_.floats() + row,
@@ -142,8 +161,9 @@ void Llama::attend_item(const Pass& pass, const AttentionItem& item, int layer, 
          .scratch = attention_scratch_.floats() + thread * attention_scratch_floats_of_a_thread()});
 }
 
-// Outputs of the rows whose chunks were split. A chunk has the states of all heads.
-void Llama::merge_states(const Pass& pass, int thread) {
+// Writes the outputs of the tokens whose positions were split among items. The states of one chunk's rows, of
+// all heads, follow each other; those of the next chunk come after them.
+void Decoder::merge_states(const Pass& pass, int thread) {
     const int heads = config_.num_heads / config_.num_kv_heads, E = config_.head_dim;
     const std::size_t row = attention_state_floats(E);
     const auto is_split = [](const AttentionItem& item) { return item.state >= 0; };
@@ -162,7 +182,7 @@ void Llama::merge_states(const Pass& pass, int thread) {
     }
 }
 
-std::vector<double> Llama::time_attention(int context, int num_sequences, int repeats) {
+std::vector<double> Decoder::time_attention(int context, int num_sequences, int repeats) {
     const int E = config_.head_dim, G = config_.num_kv_heads;
     Pass pass{};
     std::vector<KvCache> caches;
@@ -178,12 +198,11 @@ std::vector<double> Llama::time_attention(int context, int num_sequences, int re
     const auto fill = [&](int thread) {
         std::vector<float> x(std::size_t(E) * 8);
         for (std::size_t e = 0; e < x.size(); ++e) x[e] = std::sin(float(e * e));
-        const Part part(num_sequences * config_.num_layers * G, thread, pool_.size());
+        const Part part(num_sequences * num_blocks() * G, thread, pool_.size());
         for (int i = part.begin; i < part.end; ++i) {
             for (int p = 0; p < context; ++p) {
-                caches[i / G / config_.num_layers].store(i / G % config_.num_layers, i % G, p,
-                                                         x.data() + p * 5 % 7 * E, x.data() + p * 3 % 7 * E,
-                                                         p + 1 == context);
+                caches[i / G / num_blocks()].store(i / G % num_blocks(), i % G, p, x.data() + p * 5 % 7 * E,
+                                                   x.data() + p * 3 % 7 * E, p + 1 == context);
             }
         }
         rotary_angles(pass, thread);
@@ -196,8 +215,8 @@ std::vector<double> Llama::time_attention(int context, int num_sequences, int re
     for (int i = 0; i < repeats; ++i) {
         const auto begin = std::chrono::steady_clock::now();
         pool_.run([&](int thread) {
-            for (int layer = 0; layer < config_.num_layers; ++layer) {
-                attend(pass, layer, thread);
+            for (int index = 0; index < num_blocks(); ++index) {
+                attend(pass, index, thread);
                 pool_.barrier();
             }
         });

@@ -213,10 +213,10 @@ const std::uint8_t* Packed::tensor(const std::string& name, const char* dtype,
 }
 
 Linear Packed::linear(const std::string& name) const {
-    const auto found = layers.find(name);
-    if (found == layers.end())
+    const auto found = matrices.find(name);
+    if (found == matrices.end())
         throw FormatError("no matrix " + name + "; the file is damaged, pack the model again");
-    const LayerEntry& entry = found->second;
+    const MatrixEntry& entry = found->second;
     Linear w{.storage = entry.storage, .values = entry.values, .rows = entry.rows, .columns = entry.columns};
     if (w.rows < 1 || w.columns < 1 || w.rows > kMaxExtent || w.columns > kMaxExtent) {
         throw FormatError(name + ": found " + std::to_string(w.rows) + " x " + std::to_string(w.columns) +

@@ -1,7 +1,8 @@
 // The weights of a mapped .goss file, checked as if an enemy had written it.
 //
-// Python reads the header (packed.py) and says where each tensor lies; here every offset, mask population,
-// scale and row sum is checked before a kernel may touch it, since a kernel follows them without looking.
+// Python reads the header (packed/reader.py) and says where each tensor lies; here every offset, mask
+// population, scale and row sum is checked before a kernel may touch it, since a kernel follows them without
+// looking.
 #pragma once
 
 #include <map>
@@ -22,7 +23,7 @@ struct Tensor {
 };
 
 // One row of the table of matrices in the header.
-struct LayerEntry {
+struct MatrixEntry {
     Storage storage;
     Values values;
     int rows;
@@ -33,7 +34,7 @@ struct Packed {
     const std::uint8_t* data = nullptr;  // 64-byte aligned
     std::size_t num_bytes = 0;
     std::map<std::string, Tensor> tensors;
-    std::map<std::string, LayerEntry> layers;
+    std::map<std::string, MatrixEntry> matrices;
 
     // Matrix `name` with its tensors found and their shapes and offsets checked, but not yet its contents.
     Linear linear(const std::string& name) const;

@@ -1,4 +1,4 @@
-// How Python's arrays and dictionaries become what the engine reads.
+// Python's arrays, as the engine reads and returns them, and what the files of bindings share.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -11,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/packed.hpp"
+#include "base/isa.hpp"
+#include "base/view.hpp"
 
 namespace gossamer {
 
@@ -39,31 +40,6 @@ inline Values parse_kv(const std::string& name) {
     if (name == "bf16") return Values::bf16;
     if (name == "i8") return Values::i8;
     throw ConfigError("found the type '" + name + "' of cached keys and values; expected f32, bf16 or i8");
-}
-
-inline LayerEntry layer_entry(nb::handle entry) {
-    return {.storage = parse_storage(nb::cast<std::string>(entry["storage"])),
-            .values = parse_values(nb::cast<std::string>(entry["values"])),
-            .rows = nb::cast<int>(entry["rows"]),
-            .columns = nb::cast<int>(entry["columns"])};
-}
-
-inline Packed read_packed(const Bytes& buffer, nb::dict tensors, nb::dict layers) {
-    if (buffer.size() == 0) throw FormatError("found an empty buffer; expected a whole packed model");
-    if (reinterpret_cast<std::uintptr_t>(buffer.data()) % 64 != 0) {
-        throw EngineError(
-            "the packed model's buffer must begin at a multiple of 64 bytes, as a memory map does");
-    }
-    Packed packed{.data = buffer.data(), .num_bytes = buffer.size()};
-    for (auto [name, entry] : tensors) {
-        packed.tensors[nb::cast<std::string>(name)] = {
-            .dtype = nb::cast<std::string>(entry[0]),
-            .shape = nb::cast<std::vector<std::size_t>>(nb::list(entry[1])),
-            .offset = nb::cast<std::size_t>(entry[2]),
-            .num_bytes = nb::cast<std::size_t>(entry[3])};
-    }
-    for (auto [name, entry] : layers) packed.layers[nb::cast<std::string>(name)] = layer_entry(entry);
-    return packed;
 }
 
 // The level of that name; UnsupportedError when the machine, capped by GOSSAMER_ISA, lacks it.

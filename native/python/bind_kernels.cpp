@@ -18,6 +18,7 @@
 #include "engine/sampling.hpp"
 #include "kernels/table.hpp"
 #include "python/arrays.hpp"
+#include "python/model.hpp"
 
 namespace gossamer {
 

@@ -11,30 +11,16 @@
 #include <mutex>
 #include <set>
 
-#include "engine/llama.hpp"
+#include "engine/decoder.hpp"
 #include "engine/packed.hpp"
 #include "python/arrays.hpp"
+#include "python/model.hpp"
 
 namespace gossamer {
 
 using namespace nb::literals;
 
 namespace {
-
-LlamaConfig read_config(nb::dict config) {
-    const auto number = [&](const char* key) { return nb::cast<int>(config[key]); };
-    const auto frequencies = nb::cast<Floats>(config["inverse_frequencies"]);
-    return {.num_layers = number("num_layers"),
-            .hidden_size = number("hidden_size"),
-            .intermediate_size = number("intermediate_size"),
-            .num_heads = number("num_heads"),
-            .num_kv_heads = number("num_kv_heads"),
-            .head_dim = number("head_dim"),
-            .vocab_size = number("vocab_size"),
-            .rms_norm_eps = nb::cast<float>(config["rms_norm_eps"]),
-            .inverse_frequencies =
-                std::vector<float>(frequencies.data(), frequencies.data() + frequencies.size())};
-}
 
 constexpr std::size_t kUncachedBytes = 256 << 20;
 
@@ -64,16 +50,16 @@ class Model {
   public:
     Model(Bytes buffer, nb::dict tensors, nb::dict config, int num_threads, const std::string& kv)
         : buffer_(buffer), pool_(std::clamp(num_threads, 1, 1024)) {
-        const Packed packed = read_packed(buffer, tensors, nb::cast<nb::dict>(config["linears"]));
-        LlamaConfig shape = read_config(config);
+        const Packed packed = read_packed(buffer, tensors, matrix_table(config));
+        DecoderConfig shape = read_decoder_config(config);
         const Values kv_values = parse_kv(kv);
         nb::gil_scoped_release unlocked;
-        llama_ = std::make_unique<Llama>(packed, std::move(shape), kv_values, pool_);
+        decoder_ = std::make_unique<Decoder>(packed, std::move(shape), kv_values, pool_);
     }
 
     std::unique_ptr<Sequence> new_sequence(int capacity) {
         if (capacity < 1) throw EngineError("a sequence needs a capacity of at least 1 token");
-        return std::make_unique<Sequence>(this, llama_->new_cache(capacity));
+        return std::make_unique<Sequence>(this, decoder_->new_cache(capacity));
     }
 
     nb::ndarray<nb::numpy, float, nb::ndim<2>> forward(const std::vector<Sequence*>& sequences,
@@ -84,44 +70,44 @@ class Model {
             rows = 0;
             for (const NewTokens& fresh : batch) rows += fresh.ids.size();
         }
-        const std::size_t stride = std::size_t(llama_->padded_vocab());
+        const std::size_t stride = std::size_t(decoder_->padded_vocab());
         std::unique_ptr<float[]> logits(new float[rows * stride]);
         {
             nb::gil_scoped_release unlocked;
             const std::lock_guard<std::mutex> lock(mutex_);
-            llama_->forward(batch, all_logits, logits.get());
+            decoder_->forward(batch, all_logits, logits.get());
         }
-        return to_numpy(std::move(logits), rows, std::size_t(llama_->config().vocab_size), stride);
+        return to_numpy(std::move(logits), rows, std::size_t(decoder_->config().vocab_size), stride);
     }
 
     std::vector<double> time_linears(int repeats, int num_tokens) {
-        if (num_tokens < 1 || num_tokens > Llama::kMaxTokens) {
+        if (num_tokens < 1 || num_tokens > Decoder::kMaxTokens) {
             throw EngineError("found " + std::to_string(num_tokens) + " tokens; expected 1 .. " +
-                              std::to_string(Llama::kMaxTokens));
+                              std::to_string(Decoder::kMaxTokens));
         }
         nb::gil_scoped_release unlocked;
         const std::lock_guard<std::mutex> lock(mutex_);
         std::vector<double> seconds;
-        for (int i = 0; i < repeats; ++i) seconds.push_back(llama_->time_linears(num_tokens));
+        for (int i = 0; i < repeats; ++i) seconds.push_back(decoder_->time_linears(num_tokens));
         return seconds;
     }
 
     // Bytes of keys and values, more than caches hold, and the seconds of every repeat.
     nb::tuple time_attention(int context, int repeats) {
         if (context < 1 || repeats < 1) throw EngineError("expected a context and repeats of at least 1");
-        const std::size_t sequence = llama_->position_bytes() * std::size_t(context);
+        const std::size_t sequence = decoder_->position_bytes() * std::size_t(context);
         const int sequences =
-            int(std::clamp<std::size_t>(kUncachedBytes / sequence + 1, 1, Llama::kMaxTokens));
+            int(std::clamp<std::size_t>(kUncachedBytes / sequence + 1, 1, Decoder::kMaxTokens));
         std::vector<double> seconds;
         {
             nb::gil_scoped_release unlocked;
             const std::lock_guard<std::mutex> lock(mutex_);
-            seconds = llama_->time_attention(context, sequences, repeats);
+            seconds = decoder_->time_attention(context, sequences, repeats);
         }
         return nb::make_tuple(sequence * std::size_t(sequences), seconds);
     }
 
-    std::size_t bytes_per_step() const { return llama_->bytes_per_step(); }
+    std::size_t bytes_per_step() const { return decoder_->bytes_per_step(); }
     int num_threads() const { return pool_.size(); }
 
   private:
@@ -146,9 +132,9 @@ class Model {
             }
             const std::span<const std::int32_t> tokens(ids[i].data(), ids[i].size());
             for (std::int32_t id : tokens) {
-                if (id < 0 || id >= llama_->config().vocab_size) {
+                if (id < 0 || id >= decoder_->config().vocab_size) {
                     throw EngineError("found token id " + std::to_string(id) + "; expected 0 .. " +
-                                      std::to_string(llama_->config().vocab_size - 1));
+                                      std::to_string(decoder_->config().vocab_size - 1));
                 }
             }
             batch.push_back({&sequence->cache(), tokens});
@@ -158,7 +144,7 @@ class Model {
 
     Bytes buffer_;  // keeps the memory map alive
     ThreadPool pool_;
-    std::unique_ptr<Llama> llama_;
+    std::unique_ptr<Decoder> decoder_;
     std::mutex mutex_;
 };
 

@@ -1,7 +1,7 @@
-"""The engine's core, in C++ (native/): kernels, decoder and thread pool. One call is one step.
+"""The engine's core, in C++ (native/): kernels, decoder, threads. One call of `Model.forward` is one step.
 
 Buffers hold a whole .goss file and begin at a multiple of 64 bytes, as a memory map does. `tensors` says
-where each tensor lies, name -> (dtype, shape, byte offset, byte length); `layers` has the header's table of
+where each tensor lies, name -> (dtype, shape, byte offset, byte length); `layers` is the header's table of
 matrices, name -> {"storage", "values", "rows", "columns"}. Contents are checked before a kernel touches them
 (FormatError).
 """
@@ -36,9 +36,27 @@ class Sequence:
         """Forget all but the first `length` tokens."""
 
 class Model:
-    """A Llama over the packed file in `buffer`; `config` is `Packed.native_config()`.
+    """A decoder over the packed file in `buffer`, made of what `config` says (`Packed.native_config()`).
 
     Keys and values are cached as `kv` says; i8 has a scale for every position and key/value head.
+
+    config:
+        hidden_size, vocab_size, num_heads, num_kv_heads, head_dim, intermediate_size: int, of all blocks.
+        norm_eps: float, of every RMSNorm.
+        inverse_frequencies: float32 [E / 2], the angle that each pair of a head turns by per position.
+        embedding, head: names of matrices (the same one where they are tied).
+        final_norm: name of a tensor.
+        blocks: a list, in order, of {
+            linears: the name of the matrix for each of q, k, v, o, gate, up, down;
+            biases: the name of a float32 vector for each of these that has one;
+            attention_norm, feed_forward_norm: names of tensors;
+            query_norm, key_norm: names of the weights [E] of an RMSNorm over each head, after the product and
+                its bias and before the rotary embedding, or "" where there is none;
+            rope: bool, whether queries and keys are rotated by their position;
+            window: int, 0: every token attends to all before it; others are not supported yet}.
+        linears: the header's table of matrices, name -> {"storage", "values", "rows", "columns"}.
+    Vectors are stored with zeros up to a multiple of 16. FormatError names what is missing, has a wrong type
+    or shape, or contradicts the file; UnsupportedError what the engine cannot compute.
     """
 
     def __init__(
@@ -62,18 +80,18 @@ class Model:
         """
 
     def time_linears(self, repeats: int, num_tokens: int = 1) -> list[float]:
-        """Seconds of a pass over all decoder matrices with `num_tokens` (1 .. 256), `repeats` times."""
+        """Seconds of a pass over the matrices of all blocks with `num_tokens` (1 .. 256), `repeats` times."""
 
     def time_attention(self, context: int, repeats: int) -> tuple[int, list[float]]:
         """Bytes of cached keys and values, and the seconds that attending to all takes, `repeats` times.
 
-        One new token of each of as many sequences of `context` tokens as no cache holds, in all layers:
-        rotation, storing and merging included, matrix products not.
+        One new token of each of as many sequences of `context` tokens as no processor's cache holds, in all
+        blocks: rotation, storing and merging included, matrix products not.
         """
 
     @property
     def bytes_per_step(self) -> int:
-        """File bytes that one decode step of one sequence touches."""
+        """Bytes of the file that one decode step of one sequence reads."""
 
     @property
     def num_threads(self) -> int: ...

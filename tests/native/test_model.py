@@ -118,11 +118,13 @@ def test_requests_that_do_not_fit_change_nothing(int8_model: Packed) -> None:
 
 def test_a_config_that_contradicts_the_matrices_is_refused(int8_model: Packed) -> None:
     config = int8_model.native_config()
+    block = config["blocks"][0]
+    linears = {role: name.replace(".0.", ".3.") for role, name in block["linears"].items()}
     for change in (
         {"hidden_size": 80},
         {"num_heads": 5},
         {"vocab_size": 330},
-        {"num_layers": 4},
+        {"blocks": [*config["blocks"], block | {"linears": linears}]},
         {"head_dim": 0},
     ):
         with pytest.raises(FormatError):

@@ -10,7 +10,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
+from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Block
+from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
 from gossamer.packed import panels, streams
@@ -198,18 +199,36 @@ class Packed:
 
 
 def native_config(anatomy: Anatomy, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """What `_native.Model` wants to know of a model: its numbers and the table of its matrices."""
+    """What `_native.Model` wants to know of a model: its sizes, and what each tensor of the file is for."""
     heads = anatomy.attention
-    assert heads.rope is not None
+    rope = next((block.attention.rope for block in anatomy.blocks if block.attention.rope), Rope(1.0))
     return {
-        "num_layers": anatomy.num_layers,
         "hidden_size": anatomy.hidden_size,
-        "intermediate_size": anatomy.intermediate_size,
+        "vocab_size": anatomy.vocab_size,
         "num_heads": heads.num_heads,
         "num_kv_heads": heads.num_kv_heads,
         "head_dim": heads.head_dim,
-        "vocab_size": anatomy.vocab_size,
-        "rms_norm_eps": anatomy.norm_eps,
-        "inverse_frequencies": heads.rope.inverse_frequencies(heads.head_dim),
+        "intermediate_size": anatomy.intermediate_size,
+        "norm_eps": anatomy.norm_eps,
+        "inverse_frequencies": rope.inverse_frequencies(heads.head_dim),
+        "embedding": EMBEDDING,
+        "final_norm": f"{anatomy.final_norm.name}.weight",
+        "head": HEAD if HEAD in layers else EMBEDDING,
+        "blocks": [_native_block(anatomy.prefix(i), block) for i, block in enumerate(anatomy.blocks)],
         "linears": {name: asdict(layer) for name, layer in layers.items()},
+    }
+
+
+def _native_block(prefix: str, block: Block) -> dict[str, Any]:
+    """Which tensor is what in one block; an empty name is a norm that the block does not have."""
+    norms = {place: f"{prefix}{norm.name}.weight" for place, norm in block.norms.items()}
+    return {
+        "linears": {role: f"{prefix}{it.name}" for role, it in block.linears.items()},
+        "biases": {role: f"{prefix}{it.name}.bias" for role, it in block.linears.items() if it.bias},
+        "attention_norm": norms["attention"],
+        "feed_forward_norm": norms["feed_forward"],
+        "query_norm": norms.get("query", ""),
+        "key_norm": norms.get("key", ""),
+        "rope": block.attention.rope is not None,
+        "window": block.attention.window or 0,
     }

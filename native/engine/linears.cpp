@@ -1,0 +1,121 @@
+#include "engine/linears.hpp"
+
+namespace gossamer {
+namespace {
+
+// Adds the bias of rows [begin, end) to those of each token.
+void add_bias(const float* bias, int begin, int end, int num_tokens, float* y_TN, std::size_t stride) {
+    for (int t = 0; t < num_tokens; ++t) {
+        float* y = y_TN + std::size_t(t) * stride;
+        for (int n = begin; n < end; ++n) y[n] += bias[n];
+    }
+}
+
+}  // namespace
+
+Group::Group(std::vector<Affine> group, bool paired_rows, int num_threads)
+    : matrices(std::move(group)), shares(std::size_t(num_threads)), paired(paired_rows) {
+    const std::size_t split = paired ? 1 : matrices.size();  // matrices whose panels are dealt out
+    std::size_t total = 0, before = 0;
+    for (const auto& [w, bias] : matrices) {
+        kernels.push_back(&find_matmul(w.storage, w.values, isa()));
+        (is_integer(w.values) ? needs_i8 : needs_f32) = true;
+        needs_split = needs_split || (w.values == Values::bf16 && kernels.back()->isa == Isa::amx);
+        total += w.panel_bytes(0, w.num_panels());
+    }
+    for (std::size_t i = 0; i < split; ++i) {
+        for (int panel = 0; panel < matrices[i].w.num_panels(); ++panel) {
+            std::size_t cost = matrices[i].w.panel_bytes(panel, panel + 1);
+            for (std::size_t j = split; j < matrices.size(); ++j)
+                cost += matrices[j].w.panel_bytes(panel, panel + 1);
+            const std::size_t middle =
+                (before + cost / 2) * std::size_t(num_threads) / std::max<std::size_t>(total, 1);
+            auto& mine = shares[std::min(middle, std::size_t(num_threads) - 1)];
+            if (mine.empty() || mine.back().matrix != int(i)) mine.push_back({int(i), panel, panel});
+            mine.back().end = panel + 1;
+            before += cost;
+        }
+    }
+}
+
+std::size_t Group::bytes() const {
+    std::size_t total = 0;
+    for (const auto& [w, bias] : matrices) {
+        total += w.bytes();
+        if (bias != nullptr) total += std::size_t(w.padded_rows()) * sizeof(float);
+    }
+    return total;
+}
+
+Linears::Linears(int max_columns, ThreadPool& pool)
+    : pool_(pool),
+      kernels_(find_vector(isa())),
+      stride_(Activations::padded(int(round_up(std::size_t(max_columns), 16)))),
+      num_rows_(std::size_t(std::max(kMaxTokens, pool.size()))),
+      x_(num_rows_ * stride_ * sizeof(float)),
+      x_i8_(num_rows_ * stride_),
+      x_block_(Activations::kBlockTokens * stride_),
+      x_high_(kMaxTokens * stride_ * sizeof(std::uint16_t)),
+      x_low_(kMaxTokens * stride_ * sizeof(std::uint16_t)),
+      scales_(num_rows_ * sizeof(float)),
+      largest_(std::size_t(pool.size()) * kMaxTokens * sizeof(float)) {}
+
+void Linears::prepare(const Group& group, const float* x_K, float largest, int token, int num_tokens,
+                      int thread) {
+    const std::size_t index = num_tokens == 1 ? std::size_t(thread) : std::size_t(token);
+    const int columns = group.columns();
+    const std::size_t begin = index * stride_, pad = Activations::padded(columns) - std::size_t(columns);
+    if (group.needs_i8) {
+        std::uint8_t* q = x_i8_.bytes() + begin;
+        scales_.floats()[index] = kernels_.quantize(x_K, columns, largest, q);
+        if (num_tokens > 1 && num_tokens <= Activations::kBlockTokens)
+            Activations::interleave(q, columns, token, num_tokens, x_block_.bytes());
+    }
+    if (!group.needs_f32) return;
+    float* x = x_.floats() + begin;
+    std::copy(x_K, x_K + columns, x);
+    std::fill_n(x + columns, pad, 0.0f);
+    if (!group.needs_split || num_tokens == 1) return;
+    kernels_.split(x, columns + int(pad), x_high_.halves() + begin, x_low_.halves() + begin);
+}
+
+void Linears::multiply(const Group& group, int num_tokens, std::initializer_list<float*> outputs,
+                       int thread) const {
+    const Activations x = inputs(num_tokens, thread);
+    for (const Share& share : group.shares[thread]) {
+        const int end = group.paired ? int(group.matrices.size()) : share.matrix + 1;
+        for (int i = share.matrix; i < end; ++i) {
+            const auto& [w, bias] = group.matrices[i];
+            float* y = outputs.begin()[i];
+            const std::size_t stride = std::size_t(w.padded_rows());
+            group.kernels[i]->matmul(w, share.begin, share.end, x, y, stride);
+            if (bias == nullptr) continue;
+            add_bias(bias, share.begin * kPanelRows, share.end * kPanelRows, num_tokens, y, stride);
+        }
+    }
+}
+
+// Where a thread finds the inputs of a group: its own copy of a single token's row, else the shared rows.
+Activations Linears::inputs(int num_tokens, int thread) const {
+    const std::size_t first = num_tokens == 1 ? std::size_t(thread) * stride_ : 0;
+    return {.num_tokens = num_tokens,
+            .stride = stride_,
+            .x = x_.floats() + first,
+            .q = x_i8_.bytes() + first,
+            .q_block = num_tokens == 1 ? x_i8_.bytes() + first : x_block_.bytes(),
+            .scale = scales_.floats() + (num_tokens == 1 ? thread : 0),
+            .high = x_high_.halves(),
+            .low = x_low_.halves()};
+}
+
+void Linears::make_up_inputs() {
+    std::fill_n(x_.floats(), num_rows_ * stride_, 0.5f);
+    for (std::size_t row = 0; row < num_rows_; ++row) {
+        for (std::size_t i = 0; i < stride_; ++i) x_i8_.bytes()[row * stride_ + i] = std::uint8_t(i * 37);
+    }
+    std::fill_n(scales_.floats(), num_rows_, 0.01f);
+    std::fill_n(x_high_.bytes(), kMaxTokens * stride_ * 2, std::uint8_t(0x3F));
+    std::fill_n(x_low_.bytes(), kMaxTokens * stride_ * 2, std::uint8_t(0x3B));
+}
+
+}  // namespace gossamer
