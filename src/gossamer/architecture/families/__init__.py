@@ -30,27 +30,24 @@ def read_anatomy(config: Mapping[str, Any], source: str = "config.json") -> Anat
 
 def _refuse_what_nothing_runs(anatomy: Anatomy, source: str) -> None:
     """UnsupportedError for what an anatomy can say and neither the layer walk nor the engine can do yet."""
-    first = anatomy.attention
-    heads = (first.num_heads, first.num_kv_heads, first.head_dim)
-    for block in anatomy.blocks:
-        attention, places = block.attention, block.norms.keys()
-        problems = {
-            f"attention windows ({attention.window} positions)": attention.window is not None,
-            "capped attention scores": attention.softcap is not None,
-            "experts": block.feed_forward.num_experts > 0,
-            "norms after a sublayer": bool(places & {"after_attention", "after_feed_forward"}),
-            "norms with an offset": any(norm.offset for norm in (*block.norms.values(), anatomy.final_norm)),
-            "other heads in each layer": heads
-            != (attention.num_heads, attention.num_kv_heads, attention.head_dim),
-            "another feed-forward width in each layer": block.feed_forward.width != anatomy.intermediate_size,
-            "several kinds of rope": len({b.attention.rope for b in anatomy.blocks} - {None}) > 1,
-            "a scaled embedding": anatomy.embedding_scale != 1,
-            "capped logits": anatomy.logit_softcap is not None,
-        }
-        if found := [name for name, is_there in problems.items() if is_there]:
-            raise UnsupportedError(
-                f"{source}: a {anatomy.model_type} with {' and '.join(found)}; not supported yet"
-            )
+    blocks = list({id(block): block for block in anatomy.blocks}.values())  # most layers share one value
+    attentions, norms = [block.attention for block in blocks], [block.norms for block in blocks]
+    after = ("after_attention", "after_feed_forward")
+    heads = {(found.num_heads, found.num_kv_heads, found.head_dim) for found in attentions}
+    problems = {
+        "attention windows": any(found.window is not None for found in attentions),
+        "capped attention scores": any(found.softcap is not None for found in attentions),
+        "several kinds of rope": len({found.rope for found in attentions} - {None}) > 1,
+        "other heads in some layers": len(heads) > 1,
+        "another feed-forward width in some layers": len({block.feed_forward.width for block in blocks}) > 1,
+        "experts": any(block.feed_forward.num_experts for block in blocks),
+        "norms after a sublayer": any(place in found for found in norms for place in after),
+        "norms with an offset": any(norm.offset for found in norms for norm in found.values()),
+        "a scaled embedding": anatomy.embedding_scale != 1,
+        "capped logits": anatomy.logit_softcap is not None,
+    }
+    if found := [name for name, is_there in problems.items() if is_there]:
+        raise UnsupportedError(f"{source}: a {anatomy.model_type} with {', '.join(found)}; not supported yet")
 
 
 def _model_type(config: Mapping[str, Any], source: str) -> str:
