@@ -1,10 +1,11 @@
-"""Random Llamas of each supported variant, with a tokenizer trained on this file."""
+"""Random models: Llamas of each supported variant, and any other family; a tokenizer trained on this file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -43,12 +44,17 @@ def save_tiny(variant: str, path: Path) -> Path:
         **VARIANTS[variant],
     )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(variant, torch.float32)
-    model = LlamaForCausalLM(config)
+    return save_random(config, path, dtype, max_shard_size="100KB" if variant == "sharded" else "5GB")
+
+
+def save_random(config: PretrainedConfig, path: Path, dtype: torch.dtype = torch.float32, **how: Any) -> Path:
+    """A model of any family with random weights, norms near 1 and biases near 0, and the tokenizer."""
+    model = AutoModelForCausalLM.from_config(config)
     torch.nn.Module.to(model, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0, 0.1) if name.endswith("norm.weight") else parameter.normal_(0.0, 0.15)
-    model.save_pretrained(path, max_shard_size="100KB" if variant == "sharded" else "5GB")
+    model.save_pretrained(path, **how)
     _save_tokenizer(path)
     return path
 

@@ -1,0 +1,105 @@
+"""One model of a family through every stage and the engine, held against transformers: for a family's tests.
+
+Each function takes a directory of a tiny random model (`llamas.save_random`). A family's own test file calls
+them all.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.decoder import blocks, embed, load_model
+from gossamer.engine import LLM, SamplingParams
+from gossamer.packed.from_checkpoint import pack_checkpoint
+from gossamer.packed.reader import Packed
+from gossamer.stages.finetune import Finetune, finetune
+from gossamer.stages.pack import Pack, pack
+from gossamer.stages.pretrain import Pretrain, pretrain
+from gossamer.stages.prune import Prune, prune
+from gossamer.stages.quantize import Quantize, quantize
+from gossamer.tools.inspect import Inspect, inspect
+from gossamer.tools.verify import Verify, verify
+
+PROMPT = "Once upon a time"
+
+
+def reference(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def check_layers(directory: Path) -> None:
+    """Walking layer by layer gives transformers' logits, and so does the whole model that training gets."""
+    source, model = Checkpoint.open(directory), reference(directory)
+    ids_BT = torch.randint(0, 320, (2, 90), generator=torch.Generator().manual_seed(1))
+    hidden_BTD, walked_BTD = embed(source, ids_BT), embed(source, ids_BT)
+    for block in blocks(source):
+        hidden_BTD = block(hidden_BTD)
+        for _, inputs in block.walk(walked_BTD):
+            assert all(torch.isfinite(piece).all() for piece in inputs)
+    with torch.no_grad():
+        expected_BTV = model(ids_BT).logits
+        torch.testing.assert_close(load_model(source)(ids_BT).logits, expected_BTV)
+        for found_BTD in (hidden_BTD, walked_BTD):
+            found_BTV = model.lm_head(model.model.norm(found_BTD))
+            torch.testing.assert_close(found_BTV, expected_BTV, rtol=1e-4, atol=1e-4)
+
+
+def check_engine(directory: Path, path: Path) -> None:
+    """The packed model's logits are transformers' to 1e-4 of the largest, and 200 greedy tokens the same."""
+    pack_checkpoint(Checkpoint.open(directory), path)
+    model, llm = reference(directory), LLM(path, 1, kv_cache_dtype="f32")
+    ids = llm.tokenizer.encode(PROMPT)
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor([ids]), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        logits_TV = model(expected).logits[0].numpy()
+    error = np.abs(llm.logits(expected[0].tolist()) - logits_TV).max() / np.abs(logits_TV).max()
+    assert error < 1e-4
+    new = expected[0, len(ids) :].tolist()
+    cut = next((i + 1 for i, token in enumerate(new) if token in llm.tokenizer.eos_ids), len(new))
+    [found] = llm.generate(PROMPT, SamplingParams(max_tokens=200))
+    assert found.token_ids == new[:cut]
+
+
+def check_stages(directory: Path, text: Path, output: Path) -> Packed:
+    """prune, pretrain, finetune, quantize, pack: zeros only grow, and `verify` passes every directory."""
+    pruned, trained, tuned, quantized = (output / name for name in ("50", "trained", "tuned", "int8"))
+    few: dict[str, Any] = {"dataset": (str(text),), "num_calibration_samples": 8, "max_seq_length": 64}
+    steps: dict[str, Any] = {"max_length": 64, "batch_tokens": 256, "learning_rate": 1e-3}
+    prune(Prune(str(directory), str(pruned), sparsity=0.5, **few))
+    pretrain(
+        Pretrain(str(pruned), str(trained), dataset=(str(text),), num_tokens=1024, kernel="sparse", **steps)
+    )
+    examples = ("python:doctests:40",)
+    finetune(
+        Finetune(
+            str(trained), str(tuned), dataset=examples, teacher=str(directory), num_train_epochs=1, **steps
+        )
+    )
+    quantize(Quantize(str(tuned), str(quantized), **few))
+    for parent, child in ((directory, pruned), (pruned, trained), (trained, tuned), (tuned, quantized)):
+        verify(Verify(str(child), parent=str(parent)))
+        assert abs(Checkpoint.open(child).sparsity() - 0.5) < 0.02
+        reference(child)
+    pack(Pack(str(quantized), str(output / "model.goss"), storage="smallest"))
+    verify(Verify(str(output / "model.goss"), parent=str(quantized)))
+    assert (
+        inspect(Inspect(str(output / "model.goss"))).architecture["model_type"]
+        in str(Checkpoint.open(directory).config["architectures"]).lower()
+    )
+    check_int8(quantized, output / "model.goss")
+    return Packed.open(output / "model.goss")
+
+
+def check_int8(directory: Path, path: Path) -> None:
+    """The INT8 engine is within rounding of transformers' own reading of the quantized directory."""
+    ids = list(range(2, 90))
+    with torch.no_grad():
+        expected_TV = reference(directory)(torch.tensor([ids])).logits[0].numpy()
+    found_TV = LLM(path, 1, kv_cache_dtype="f32").logits(ids)
+    assert np.linalg.norm(found_TV - expected_TV) < 0.05 * np.linalg.norm(expected_TV)
