@@ -7,7 +7,7 @@ from typing import Literal
 
 import uvicorn
 
-from gossamer.engine import Engine, Scheduler
+from gossamer.engine import OpenModel, Scheduler
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
@@ -52,10 +52,10 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     `progress` gets one event when the port accepts connections, with `url` and `name` as metrics.
     """
     _check(job)
-    engine = Engine.open(job.model, job.threads, progress, job.kv_cache_dtype)
-    worker = Worker(Scheduler(engine.model, job.max_batch), job.max_queue)
+    model = OpenModel.open(job.model, job.threads, progress, job.kv_cache_dtype)
+    worker = Worker(Scheduler(model.native, job.max_batch), job.max_queue)
     name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
-    api = Api(engine, worker, name, job.max_tokens)
+    api = Api(model, worker, name, job.max_tokens)
     with _listen(job.host, job.port) as listener:
         port = listener.getsockname()[1]
         url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"

@@ -26,11 +26,11 @@ KvCacheDtype = Literal["auto", "f32", "bf16", "i8"]
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What a request needs: the native model, the tokenizer and the limits of the architecture."""
+class OpenModel:
+    """A model ready for requests: its native forward pass, its tokenizer and its architecture's limits."""
 
     path: Path
-    model: _native.Model
+    native: _native.Model
     tokenizer: Tokenizer
     architecture: Llama
     num_threads: int
@@ -42,7 +42,7 @@ class Engine:
         num_threads: int | None = None,
         progress: Progress = quiet,
         kv_cache_dtype: KvCacheDtype = "auto",
-    ) -> "Engine":
+    ) -> "OpenModel":
         """Map a .goss file and validate it (FormatError says what is wrong with it).
 
         A checkpoint directory is packed once into the cache. `num_threads` None: see `default_threads`;
@@ -53,8 +53,8 @@ class Engine:
             raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
         packed = Packed.open(cached_pack(path, progress) if Path(path).is_dir() else path)
         tokenizer = _tokenizer(packed)
-        model = native_model(packed, threads, kv_cache_dtype)
-        return cls(packed.path, model, tokenizer, packed.architecture, threads)
+        native = native_model(packed, threads, kv_cache_dtype)
+        return cls(packed.path, native, tokenizer, packed.architecture, threads)
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """A request for text (tokenized with BOS) or for token ids; ConfigError when it cannot be served."""
@@ -76,9 +76,9 @@ class Engine:
         limit = self.architecture.max_position_embeddings
         if not 0 < ids_T.size <= limit:
             raise ConfigError(f"found {ids_T.size} token ids; expected 1 to {limit}, this model's context.")
-        sequence = self.model.new_sequence(ids_T.size)
+        sequence = self.native.new_sequence(ids_T.size)
         chunks = [ids_T[start : start + LOGITS_CHUNK] for start in range(0, ids_T.size, LOGITS_CHUNK)]
-        return np.concatenate([self.model.forward([sequence], [chunk], True) for chunk in chunks])
+        return np.concatenate([self.native.forward([sequence], [chunk], True) for chunk in chunks])
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         if not isinstance(ids, Sequence | np.ndarray):
