@@ -12,7 +12,7 @@ from gossamer.engine import KvCacheDtype, cached_type, native_model
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
-from gossamer.machine import default_threads, memory_bytes
+from gossamer.machine import available_memory_bytes, default_threads
 from gossamer.measure.readers import Readers
 from gossamer.measure.report import BenchResult, BenchRow
 from gossamer.measure.rounds import Baseline, Setting, Subject, measure
@@ -166,9 +166,9 @@ def recipes(job: Bench) -> list[Recipe]:
         for values in dict.fromkeys(job.values or ("i8",))
         for sparsity in dict.fromkeys(sparsities)
     ]
-    available = memory_bytes()[1]
+    available = available_memory_bytes()
     for recipe in made:
-        if available and (needed := most_bytes(recipe)) > MEMORY_SHARE * available:
+        if available is not None and (needed := most_bytes(recipe)) > MEMORY_SHARE * available:
             raise ConfigError(
                 f"{recipe.shape} with {recipe.layers} layers of {recipe.values}, {recipe.sparsity:.0%} "
                 f"zeros, takes {needed / 1e9:.0f} GB; {available / 1e9:.0f} GB of memory are available: give "

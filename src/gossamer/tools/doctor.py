@@ -70,7 +70,7 @@ class Level:
 
 @dataclass(frozen=True)
 class DoctorResult:
-    """What was found; rates in 10^9 bytes a second, the best of several readers."""
+    """What was found; rates in 10^9 bytes a second, the best of several readers; memory 0 where unknown."""
 
     cpu: str
     isa: str
@@ -119,7 +119,6 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
     levels = _levels(num_threads)
     best = [level.isa for level in levels if level.is_here][-1]
     progress(Event("doctor", "done", 1, 1))
-    memory_bytes, available_bytes = machine.memory_bytes()
     packages = {name: _version(name) for name in PACKAGES}
     return DoctorResult(
         cpu=machine.cpu_model(),
@@ -128,8 +127,8 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
         levels=levels,
         cores=machine.cores(),
         num_threads=num_threads,
-        memory_bytes=memory_bytes,
-        memory_available_bytes=available_bytes,
+        memory_bytes=machine.memory_bytes() or 0,
+        memory_available_bytes=machine.available_memory_bytes() or 0,
         huge_pages=machine.huge_pages(),
         read_1_thread_gb_per_s=one / 1e9,
         read_all_threads_gb_per_s=all_threads / 1e9,
