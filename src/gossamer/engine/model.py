@@ -15,7 +15,7 @@ from gossamer.engine.sampling import SamplingParams
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job.report import Progress, quiet
 from gossamer.machine import default_threads
-from gossamer.packed.cache import cached_pack
+from gossamer.packed.cache import open_packed
 from gossamer.packed.reader import Packed
 from gossamer.tokens import Tokenizer
 
@@ -51,7 +51,7 @@ class OpenModel:
         threads = default_threads() if num_threads is None else num_threads
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
-        packed = Packed.open(cached_pack(path, progress) if Path(path).is_dir() else path)
+        packed = open_packed(path, progress)
         tokenizer = _tokenizer(packed)
         native = native_model(packed, threads, kv_cache_dtype)
         return cls(packed.path, native, tokenizer, packed.architecture, threads)

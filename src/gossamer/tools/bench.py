@@ -17,7 +17,7 @@ from gossamer.measure.readers import Readers
 from gossamer.measure.report import BenchResult, BenchRow
 from gossamer.measure.rounds import Baseline, Setting, Subject, measure
 from gossamer.measure.synthetic import CONFIGS, Recipe, Shape, synthetic_file
-from gossamer.packed.cache import cache_directory, cached_pack
+from gossamer.packed.cache import cache_directory, open_packed
 from gossamer.packed.reader import Packed
 
 BASELINE_BYTES = 600e6  # dense float32 layers measured beside: enough to defeat every cache
@@ -124,8 +124,7 @@ def check_plot(job: Bench, path: Path) -> None:
 def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progress) -> Iterator[Subject]:
     """Each model, open; a synthetic one is written when its turn comes."""
     if job.model is not None:
-        path = Path(job.model)
-        packed = Packed.open(cached_pack(path, progress) if path.is_dir() else path)
+        packed = open_packed(job.model, progress)
         values = "+".join(sorted({packed.layers[name].values for name in packed.decoder}))
         yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, job.kv_cache_dtype, dense)
         return
