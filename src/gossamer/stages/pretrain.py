@@ -45,7 +45,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics())
-    return from_first(lambda: history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity()))
+    return from_first(lambda: history.result(job.output_dir, target.sparsity))
 
 
 def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:
