@@ -10,7 +10,7 @@ import pytest
 from gossamer import cli
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import UnsupportedError
-from gossamer.job.report import Event
+from gossamer.job.report import Event, Result
 from gossamer.runs.recovery import SHIPPED
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain
@@ -101,8 +101,8 @@ def test_verbs_that_share_no_work_refuse_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
 
-    def parsed(name: str, arguments: list[str]) -> tuple[None, Callable[..., None]]:
-        return None, lambda job, progress: (tmp_path / "written").touch()
+    def parsed(name: str, arguments: list[str]) -> tuple[None, Callable[..., Result]]:
+        return None, lambda job, progress: (tmp_path / "written").touch() or Result()
 
     monkeypatch.setattr(cli, "parse", parsed)
     assert cli.call([name]) == 2

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer.engine.model import KvCacheDtype, OpenModel, Prompt
+from gossamer.engine.model import OpenModel, Prompt
+from gossamer.engine.options import KvCacheDtype
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
@@ -52,7 +53,7 @@ class LLM:
     def generate(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], params: SamplingParams = GREEDY
     ) -> list[Generation]:
-        """Generate for one text, or for several texts or lists of token ids together; results in order."""
+        """Generate for one text, or for several texts or lists of token ids; results in their order."""
         many = [prompts] if isinstance(prompts, str) else prompts
         requests = [self.model.request(prompt, params) for prompt in many]
         self._run(requests)

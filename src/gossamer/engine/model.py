@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gossamer import _native
 from gossamer.architecture.llama import Llama
+from gossamer.engine.options import KvCacheDtype
 from gossamer.engine.request import Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.errors import CheckpointError, ConfigError, FormatError
@@ -22,7 +23,6 @@ from gossamer.tokens import Tokenizer
 LOGITS_CHUNK = 256  # tokens whose logits are computed in one call
 
 Prompt = str | Sequence[int]
-KvCacheDtype = Literal["auto", "f32", "bf16", "i8"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ def native_model(packed: Packed, num_threads: int, kv_cache_dtype: KvCacheDtype 
 
 
 def cached_type(packed: Packed, kv_cache_dtype: KvCacheDtype) -> Literal["f32", "bf16", "i8"]:
-    """What "auto" stands for: f32 where decoder linears are f32, so that such models compute in float32
-    throughout, else bf16."""
+    """The type that "auto" means for this model, or the one asked for; ConfigError for an unknown one.
+
+    Auto is f32 where decoder linears are f32, so that such models compute in float32 throughout, else bf16.
+    """
     if kv_cache_dtype not in get_args(KvCacheDtype):
         raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected auto, f32, bf16 or i8.")
     if kv_cache_dtype != "auto":

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.mixture import mixture
 from gossamer.data.rows import token_rows
-from gossamer.data.sources import manifest, mixture
+from gossamer.data.sources import manifest
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import ConfigError
 from gossamer.job.options import option

@@ -1,4 +1,4 @@
-"""`bench`: tokens per second beside gigabytes per second and the share of what memory can give."""
+"""`bench`: tokens per second, and the gigabytes per second they take as a share of what memory can give."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from gossamer import plots
-from gossamer.engine import KvCacheDtype, cached_type, native_model
+from gossamer.engine import EngineOptions, KvCacheDtype, cached_type, native_model
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
@@ -20,14 +20,14 @@ from gossamer.measure.synthetic import CONFIGS, Recipe, Shape, synthetic_file
 from gossamer.packed.cache import cache_directory, open_packed
 from gossamer.packed.reader import Packed
 
-BASELINE_BYTES = 600e6  # dense float32 layers measured beside: enough to defeat every cache
+BASELINE_BYTES = 600e6  # of dense float32 layers, to compare with: more than any cache holds
 PLOT_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 VALUE_BITS = {"f32": 32, "bf16": 16, "i8": 8, "i4": 4}
 MEMORY_SHARE = 0.8  # of what is available that a model may take
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(EngineOptions):
     """Measure MODEL, or synthetic models of a real shape: decoding, prompts, and memory, in turns.
 
     A synthetic model is written to the cache and kept there. Of several, measured one at a time, each that
@@ -51,10 +51,6 @@ class Bench:
     prompt: tuple[int, ...] = option((64,), help="tokens in the prompt (the context), a row each", short="-p")
     new: int = option(32, help="tokens to decode", short="-n")
     batch: tuple[int, ...] = option((1,), help="sequences at once, a row each", short="-b")
-    threads: int | None = option(None, help="threads (default: physical cores)", short="-t")
-    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
-        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
-    )
     repeats: int = option(5, help="rounds; medians are reported", short="-r")
     baseline: bool = option(
         False, help="also time dense float32 decoder linears of the same shape (0.6 GB more)"

@@ -9,10 +9,11 @@ import numpy as np
 from gossamer import _native, machine
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.measure.readers import Readers
 
-# What native/base/isa.cpp asks CPUID for on each level, beside the levels below, under Linux's names.
+# What native/base/isa.cpp asks CPUID for on each level, under Linux's names; a level needs those of
+# the levels below it as well.
 LEVEL_FLAGS = {
     "avx2": ("fma", "popcnt", "avx", "bmi1", "avx2", "bmi2"),
     "avx512": (
@@ -69,7 +70,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class DoctorResult:
+class DoctorResult(Result):
     """What was found; rates in 10^9 bytes a second, the best of several readers; memory 0 where unknown."""
 
     cpu: str
@@ -153,7 +154,7 @@ def _levels(num_threads: int) -> tuple[Level, ...]:
 
 
 def _isa_reason(best: str) -> str:
-    """Why the engine uses the kernels that it uses."""
+    """Why the engine uses the native kernels of the level that it uses."""
     if _native.isa() == best:
         return "the best that this machine has"
     return f"capped by GOSSAMER_ISA={os.environ.get('GOSSAMER_ISA')}; this machine could run {best}"

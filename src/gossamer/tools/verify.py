@@ -14,7 +14,7 @@ from gossamer.checkpoint.directory import Checkpoint, hash_mask
 from gossamer.engine import LLM
 from gossamer.errors import CheckpointError, EngineError, FormatError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.cache import open_packed
 from gossamer.packed.from_checkpoint import check_quantization, round_rows, stored_scales
 from gossamer.packed.header import EMBEDDING, HEAD
@@ -45,7 +45,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class VerifyResult:
+class VerifyResult(Result):
     """Everything that was checked; what fails is an error instead."""
 
     model: str
