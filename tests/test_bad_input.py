@@ -246,6 +246,13 @@ TABLE: list[Case] = [
     ),
     (".goss of a newer version", "llama2", packed(newer), ["run", "{goss}", "hi"], ["version", "7"]),
     (
+        "the engine's options without the engine",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--dataset", "{text}", "--threads", "2"],
+        ["--threads", "--backend engine"],
+    ),
+    (
         "a batch of none",
         "llama2",
         packed(nothing),

@@ -12,6 +12,7 @@ from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import UnsupportedError
 from gossamer.job.report import Event, Result
 from gossamer.runs.recovery import SHIPPED
+from gossamer.server import ServeResult
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune
@@ -60,6 +61,15 @@ def test_json_prints_objects_only(
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines[-1]["result"]["num_bytes"] == (tmp_path / "m.goss").stat().st_size
     assert all(set(line) <= {"event", "result"} for line in lines)
+
+
+def test_a_plain_result_is_shown_by_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    result = ServeResult("http://here:1", "a model")
+    cli.show(result)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("url", "http://here:1", "name", "a model"))
+    cli.show_json(result)
+    assert json.loads(capsys.readouterr().out) == {"result": {"url": "http://here:1", "name": "a model"}}
 
 
 def test_figures_carry_their_units() -> None:

@@ -89,8 +89,8 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
 class Left:
     """What the last run in the directory left there.
 
-    `same_job`: it had the same options, model and data as this one; `whole`: and it came to its end.
-    `finished` is what to write into the file `mark` at the end of this one.
+    `same_job`: it had the same model, data and options (but for those of `HOW`) as this one; `whole`: and it
+    came to its end. `finished` is what to write into the file `mark` at the end of this one.
     """
 
     same_job: bool
@@ -111,7 +111,7 @@ def claim(output: Path, job: Compress) -> Left:
     data = [manifest(name) for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)]
     inputs = {"model_hash": Checkpoint.open(job.model).hash(), "data": data}
     begun, finished = (
-        json.dumps({**record(job), **inputs, "overwrite": None, "finished": whole}, indent=2) + "\n"
+        json.dumps({**deciding(record(job)), **inputs, "finished": whole}, indent=2) + "\n"
         for whole in (False, True)
     )
     output.mkdir(parents=True, exist_ok=True)
