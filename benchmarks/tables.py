@@ -13,6 +13,7 @@ from typing import Any
 from compare.report import ratio_table, speed_table
 from results import RESULTS
 
+from gossamer.cli import markdown
 from gossamer.job.report import Table
 
 README, ALL = RESULTS.parents[1] / "README.md", RESULTS / "README.md"
@@ -40,7 +41,7 @@ def headed(what: str, rows: list[Row], table: Table) -> str:
     wrong = any(row["impossible"] for row in rows)
     warning = "**Some shares are above 100%: a bug in the benchmark.**\n\n" if wrong else ""
     date = max(row["date"] for row in rows)[:10]
-    return f"*{what}; {places}, {date}.*\n\n{warning}{table.markdown()}"
+    return f"*{what}; {places}, {date}.*\n\n{warning}{markdown(table)}"
 
 
 def decode(folder: Path, jobs: tuple[str, ...] = ()) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gossamer import cli
+from gossamer.engine import LLM
+from gossamer.errors import ConfigError
 from gossamer.stages.pack import Pack, pack
 
 Tiny = Callable[[str], Path]
@@ -242,6 +245,20 @@ TABLE: list[Case] = [
         ["model.goss"],
     ),
     (".goss of a newer version", "llama2", packed(newer), ["run", "{goss}", "hi"], ["version", "7"]),
+    (
+        "the engine's options without the engine",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--dataset", "{text}", "--threads", "2"],
+        ["--threads", "--backend engine"],
+    ),
+    (
+        "a batch of none",
+        "llama2",
+        packed(nothing),
+        ["serve", "{goss}", "--max-batch", "0"],
+        ["max_batch is 0", "at least 1"],
+    ),
     ("no .goss", "llama2", nothing, ["run", "{goss}", "hi"], ["model.goss"]),
     (
         "unknown flag",
@@ -274,6 +291,16 @@ def test_bad_input_is_refused_with_a_message(
     assert all(phrase in message.replace("\n", " ") for phrase in says), message
     assert "Traceback" not in message
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("max_batch", [0, -3, 1.5, "many"])
+def test_a_batch_that_is_no_number_of_requests_is_refused(
+    max_batch: Any, tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    places = workplace(tiny_llama, "llama2", tmp_path)
+    packed(nothing)(places["model"])
+    with pytest.raises(ConfigError, match=f"max_batch is {max_batch!r}"):
+        LLM(places["goss"], max_batch=max_batch)
 
 
 def workplace(tiny_llama: Tiny, variant: str, directory: Path) -> dict[str, Path]:

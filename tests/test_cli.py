@@ -10,8 +10,9 @@ import pytest
 from gossamer import cli
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import UnsupportedError
-from gossamer.job.report import Event
+from gossamer.job.report import Event, Result
 from gossamer.runs.recovery import SHIPPED
+from gossamer.server import ServeResult
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune
@@ -62,6 +63,15 @@ def test_json_prints_objects_only(
     assert all(set(line) <= {"event", "result"} for line in lines)
 
 
+def test_a_plain_result_is_shown_by_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    result = ServeResult("http://here:1", "a model")
+    cli.show(result)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("url", "http://here:1", "name", "a model"))
+    cli.show_json(result)
+    assert json.loads(capsys.readouterr().out) == {"result": {"url": "http://here:1", "name": "a model"}}
+
+
 def test_figures_carry_their_units() -> None:
     metrics = {"loss": 2.34567, "sparsity": 0.7, "tokens_per_s": 12345.6, "eta_s": 4000.2, "memory_gb": 1.26}
     shown = [cli.figure(name, value) for name, value in metrics.items()]
@@ -101,8 +111,8 @@ def test_verbs_that_share_no_work_refuse_torchrun(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
 
-    def parsed(name: str, arguments: list[str]) -> tuple[None, Callable[..., None]]:
-        return None, lambda job, progress: (tmp_path / "written").touch()
+    def parsed(name: str, arguments: list[str]) -> tuple[None, Callable[..., Result]]:
+        return None, lambda job, progress: (tmp_path / "written").touch() or Result()
 
     monkeypatch.setattr(cli, "parse", parsed)
     assert cli.call([name]) == 2

@@ -1,4 +1,4 @@
-"""The command line: each verb is one dataclass of options and one function; here they get flags and faces.
+"""The command line: a verb is a dataclass of options and a function; here it gets its flags and its output.
 
 Exit codes: 0 done, 2 bad usage or bad input, 130 Ctrl-C, 1 the environment (disk full, no permission).
 """
@@ -12,7 +12,7 @@ import shlex
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -26,10 +26,10 @@ from rich.text import Text
 
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.job.processes import is_first, num_processes, refuse_several
-from gossamer.job.report import Event, Progress, Table
+from gossamer.job.report import Event, Progress, Result, Table, number
 
-LOGGED = ("learning_rate", "grad_norm")  # in the log files; a bar has no room for them
-LINE_S = 30.0
+LOGGED = ("learning_rate", "grad_norm")  # only in the log files of training; a bar has no room for them
+LINE_S = 30.0  # between two lines of progress where stderr is no terminal
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -40,7 +40,7 @@ class Verb:
     module: str
     job: str
     summary: str
-    in_several: bool = False  # processes of torchrun
+    in_several: bool = False  # whether it may run in the several processes that torchrun starts
 
     def load(self, name: str) -> tuple[type, Callable[..., Any]]:
         module = importlib.import_module(self.module)
@@ -104,8 +104,9 @@ def call(arguments: list[str]) -> int:
 
 
 def resuming(arguments: list[str], job: Any) -> str:
-    """The command line that goes on with the interrupted one (`compress` by itself knows what stands)."""
-    flags = ["--resume"] if hasattr(job, "resume") and "--resume" not in arguments else []
+    """The command line that goes on with the interrupted one (`compress` finds it by itself)."""
+    can_resume = "resume" in {field.name for field in dataclasses.fields(job)}
+    flags = ["--resume"] if can_resume and "--resume" not in arguments else []
     torchrun = ["torchrun", "--nproc-per-node", str(num_processes()), "-m"] if num_processes() > 1 else []
     return shlex.join([*torchrun, "gossamer", *arguments, *flags])
 
@@ -137,7 +138,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, Callable[..., Any]]:
         args=gather(arguments, {flag for flag, field in flags.items() if field and is_list(job_type, field)}),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return job_type(**{field: getattr(parsed, field) for field in fields}), function
+    return job_type(**vars(parsed)), function
 
 
 def help_order(job_type: type) -> dict[str, dataclasses.Field[Any]]:
@@ -288,9 +289,9 @@ def stream(pieces: Iterator[Any], as_json: bool) -> int:
     return 0
 
 
-def show_json(result: Any) -> None:
-    """One object, or as many as a result of several rows says."""
-    for row in result.objects() if hasattr(result, "objects") else (result,):
+def show_json(result: Result) -> None:
+    """Print the result's objects, one a line."""
+    for row in result.objects():
         print_json({"result": dataclasses.asdict(row)})
 
 
@@ -298,26 +299,15 @@ def print_json(content: dict[str, Any]) -> None:
     print(json.dumps(content, default=str, ensure_ascii=False), flush=True)
 
 
-def show(result: Any) -> None:
-    """Draw the result's own tables (as Markdown where it is a list of rows), or its plain fields; then what
-    it suggests to do next."""
-    tables = result.tables() if hasattr(result, "tables") else [field_table(result)] if result else []
-    for table in tables:
-        if hasattr(result, "objects"):
-            out.print(f"{table.title}\n\n{table.markdown()}", soft_wrap=True, markup=False)
+def show(result: Result) -> None:
+    """Draw the result's tables, then say what it suggests to do next."""
+    for table in result.tables():
+        if table.to_paste:
+            out.print(f"{table.title}\n\n{markdown(table)}", soft_wrap=True, markup=False)
         else:
             out.print(drawn(table))
-    for line in getattr(result, "closing", ()):
+    for line in result.closing:
         out.print(line, soft_wrap=True)
-
-
-def field_table(result: Any) -> Table:
-    plain = [
-        (field.name.replace("_", " "), number(getattr(result, field.name)))
-        for field in dataclasses.fields(result)
-        if isinstance(getattr(result, field.name), str | int | float)
-    ]
-    return Table("", ("", ""), plain)
 
 
 def drawn(table: Table) -> RichTable:
@@ -327,6 +317,20 @@ def drawn(table: Table) -> RichTable:
     for row in table.rows:
         drawing.add_row(*(Text(cell) for cell in row))
     return drawing
+
+
+def markdown(table: Table) -> str:
+    """The table as GitHub shows it, numbers aligned right, and readable as plain text."""
+    lines = [table.columns, *table.rows]
+    widths = [max(3, *(len(line[index]) for line in lines)) for index in range(len(table.columns))]
+    rule = [f"{'-' * (width - 1)}{':' if index else '-'}" for index, width in enumerate(widths)]
+    return "".join(f"| {' | '.join(justified(line, widths))} |\n" for line in (lines[0], rule, *lines[1:]))
+
+
+def justified(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Words of one line, the first to the left and the others to the right."""
+    pairs = list(zip(line, widths, strict=True))
+    return [pairs[0][0].ljust(pairs[0][1]), *(cell.rjust(width) for cell, width in pairs[1:])]
 
 
 def figure(name: str, value: Any) -> str:
@@ -340,10 +344,3 @@ def figure(name: str, value: Any) -> str:
     if name.endswith("_gb"):
         return f"{name.removesuffix('_gb')} {value:.1f} GB"
     return f"{name} {number(value)}"
-
-
-def number(value: Any) -> str:
-    """A figure as a person reads it."""
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,6 +1,7 @@
 """What this machine is, as far as speed goes, from Linux's own files; elsewhere less is known."""
 
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,10 @@ from gossamer.errors import ConfigError
 
 CPUS = Path("/sys/devices/system/cpu")
 CPUINFO = Path("/proc/cpuinfo")
-MEMINFO = Path("/proc/meminfo")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# A control group's limit of memory and its use, in files of version 2 and of version 1.
+MEMORY_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,19 @@ def cpu_flags() -> frozenset[str]:
     return frozenset((_field(CPUINFO, "flags") or "").split())
 
 
-def memory_bytes() -> tuple[int, int]:
-    """Memory in the machine and memory available now, in bytes; 0 where unknown."""
-    return _kibibytes("MemTotal"), _kibibytes("MemAvailable")
+def memory_bytes() -> int | None:
+    """Memory in the machine; None where the system does not say."""
+    return _kibibytes(Path("/"), "MemTotal")
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process can still take; None where the system does not say.
+
+    The least of what the machine has available, what each of the process's control groups (a container's
+    limits) leaves, and what `ulimit -v` leaves. `root`: where the system's files lie, for tests.
+    """
+    found = [_kibibytes(root, "MemAvailable"), _left_of_address_space(), *_left_of_control_groups(root)]
+    return min((left for left in found if left is not None), default=None)
 
 
 def huge_pages() -> str:
@@ -69,10 +81,47 @@ def _quota() -> float | None:
     return int(words[0]) / int(words[1])
 
 
-def _kibibytes(name: str) -> int:
+def _kibibytes(root: Path, name: str) -> int | None:
     """A line of /proc/meminfo such as `MemTotal: 16384 kB`, in bytes."""
-    words = (_field(MEMINFO, name) or "0").split()
-    return 1024 * int(words[0])
+    value = _field(root / "proc/meminfo", name)
+    return None if value is None else 1024 * int(value.split()[0])
+
+
+def _left_of_address_space() -> int | None:
+    """What `ulimit -v` allows this process beyond what it has mapped already; None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _text(Path("/proc/self/statm")).split()
+    if limit == resource.RLIM_INFINITY or not pages:
+        return None
+    return limit - int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_of_control_groups(root: Path) -> list[int]:
+    """What is left of each limit on the way from our control group up to the topmost one."""
+    left = []
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents):
+            left += _left_of_control_group(directory)
+            if directory == top:
+                break
+    return left
+
+
+def _left_of_control_group(directory: Path) -> list[int]:
+    """Its limit less its use, of which file caches do not count; empty where it has no limit."""
+    found = []
+    for limit_name, use_name in MEMORY_LIMITS:
+        limit, use = _text(directory / limit_name), _text(directory / use_name)
+        if limit.isdecimal() and use.isdecimal():
+            statistics = dict(line.split() for line in _text(directory / "memory.stat").splitlines())
+            cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+            found.append(int(limit) - int(use) + cache)
+    return found
 
 
 def _field(file: Path, name: str) -> str | None:
@@ -88,5 +137,5 @@ def _text(file: Path) -> str:
     """A system file's text; "" where this system does not have it."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").strip()
-    except (FileNotFoundError, PermissionError, NotADirectoryError):
+    except OSError:
         return ""

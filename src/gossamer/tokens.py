@@ -1,35 +1,27 @@
 """Text to token ids and back, as transformers does it, without transformers.
 
 `tokenizer.json` decides the ids (its post-processor decides on BOS); `tokenizer_config.json` names the
-special tokens; the chat template is a Jinja program by whoever made the model, so it runs in a sandbox.
+special tokens; the chat template is a program of its own (see chat.py).
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import tokenizers
 from tokenizers import AddedToken
 
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 
+if TYPE_CHECKING:
+    from gossamer.chat import ChatTemplate
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-TEMPLATE_FAULTS = (  # what a program in a sandbox can still do wrong
-    *(jinja2.TemplateError, ArithmeticError, AttributeError),
-    *(LookupError, RecursionError, TypeError, ValueError),
-)
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Message = Mapping[str, Any]
 
@@ -105,6 +97,12 @@ class Tokenizer:
         named = {name: value for name in NAMED_TOKENS if (value := self._config.get(name))}
         return {name: _added_token(value, name).content for name, value in named.items()}
 
+    def required_bos(self) -> int:
+        """`bos_id`; ConfigError where the model has none, though every text that it knows begins with one."""
+        if self.bos_id is None:
+            raise ConfigError("the tokenizer names no BOS token; rows of text begin with one: set bos_token")
+        return self.bos_id
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added."""
         return self._tokenizer.encode(text, add_special_tokens=bos).ids
@@ -119,32 +117,11 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The chat as one text by the model's template; ConfigError without a template or when it objects."""
-        if self._compiled_template is None:
-            raise ConfigError(
-                "this model has no chat template, so it takes plain text, not chat messages. "
-                "Send a plain prompt, or add chat_template.jinja to the model directory."
-            )
-        plain = [_plain_message(message, index) for index, message in enumerate(messages)]
-        if not plain:
-            raise ConfigError("a chat needs at least one message, found none.")
-        try:
-            return self._compiled_template.render(
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except TEMPLATE_FAULTS as error:
-            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
+        return self._chat.render(messages, self.special_tokens, add_generation_prompt)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a chat: `[{"role": ..., "content": ...}, ...]` through the model's template."""
         return self.encode(self.render(messages, add_generation_prompt), bos=False)
-
-    def stream(self) -> "TextStream":
-        """A fresh decoder for ids that arrive one at a time."""
-        return TextStream(self)
 
     def is_special(self, index: int) -> bool:
         """Whether the id is a special token, which never shows in decoded text."""
@@ -155,15 +132,10 @@ class Tokenizer:
         return self._byte_fallback and BYTE_TOKEN.fullmatch(self.token(index)) is not None
 
     @cached_property
-    def _compiled_template(self) -> jinja2.Template | None:
-        if self.chat_template is None:
-            return None
-        try:
-            return _template_environment().from_string(self.chat_template)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(
-                f"the model's chat template does not parse: {error} (line {error.lineno})"
-            ) from error
+    def _chat(self) -> "ChatTemplate":
+        from gossamer.chat import ChatTemplate  # most callers never chat
+
+        return ChatTemplate(self.chat_template)
 
     def _token_id(self, name: str) -> int | None:
         """The id of a named special token, or None."""
@@ -188,100 +160,6 @@ class Tokenizer:
             if token.content not in known:
                 known.add(token.content)
                 self._tokenizer.add_tokens([token])
-
-
-class TextStream:
-    """Text from ids that arrive one at a time: the pieces joined are `Tokenizer.decode` of all the ids.
-
-    Text is held back while a later id could still change it: an unfinished UTF-8 character, or a run of
-    SentencePiece's byte tokens (one bad byte turns the whole run into U+FFFD).
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[
-            int
-        ] = []  # the last ids already given out: decoders treat a text's start differently
-        self._context_text = ""
-        self._held: list[int] = []
-
-    @property
-    def pending(self) -> str:
-        """The text held back, as it would read if no further id came."""
-        if not self._held:
-            return ""
-        return self._tokenizer.decode(self._context + self._held)[len(self._context_text) :]
-
-    def push(self, index: int) -> str:
-        """Take one id; returns the text that is now certain (often "")."""
-        if self._tokenizer.is_special(index):
-            return ""
-        self._held.append(index)
-        if self._tokenizer.may_continue(index):
-            return ""
-        text = self.pending
-        if text.endswith(REPLACEMENT):
-            return ""
-        return self._give_out(text)
-
-    def flush(self) -> str:
-        """The rest of the text, once no further id will come."""
-        return self._give_out(self.pending) if self._held else ""
-
-    def _give_out(self, text: str) -> str:
-        self._context, self._held = self._held, []
-        self._context_text = self._tokenizer.decode(self._context)
-        return text
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` blocks, which only mark the assistant's part for training: the body as it is."""
-
-    tags: ClassVar = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _template_environment() -> jinja2.Environment:
-    """The sandbox that chat templates are written for (transformers' functions and white space rules)."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _plain_message(message: Message, index: int) -> dict[str, Any]:
-    """Drop None fields, as transformers does; a message needs a role."""
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ConfigError(
-            f'message {index} of the chat is {message!r}; expected {{"role": ..., "content": ...}}.'
-        )
-    return {key: value for key, value in message.items() if value is not None}
 
 
 def _inline_template(config: Mapping[str, Any]) -> str | None:

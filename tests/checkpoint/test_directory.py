@@ -137,6 +137,7 @@ def test_lost_zeros_are_refused_and_nothing_is_left(tiny_llama: Tiny, tmp_path: 
         target.copy_rest()
     parent = Checkpoint.open(tmp_path / "sparse")
     assert parent.zeros(Q_PROJ).mean() == 0.5
+    assert target.sparsity == parent.sparsity() > 0
     with (
         pytest.raises(CheckpointError, match=r"q_proj\.weight lost 1152"),
         parent.derive(tmp_path / "dense", Copy(), stage="fill") as target,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from gossamer.data.rows import calibration_rows, evaluation_rows, token_rows
+from gossamer.data.calibration import calibration_rows
+from gossamer.data.rows import evaluation_rows, token_rows
 from gossamer.data.supervised import Format, supervised_examples, write_completions
 from gossamer.errors import CalibrationError, ConfigError
 from gossamer.tokens import Tokenizer

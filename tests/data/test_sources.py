@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from gossamer.data.sources import documents, manifest, mixture, parse_weight
+from gossamer.data.mixture import mixture
+from gossamer.data.sources import documents, manifest, parse_weight
 from gossamer.errors import ConfigError
 
 TEXTS = ["first\ntext", "second: naïve café", "third"]

@@ -110,26 +110,34 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(name: str, opened: Callable
     llm = opened(name)
     ids = [index % 300 for index in range(2, 400)]
     whole_TV = llm.logits(ids)
-    sequence = llm.engine.model.new_sequence(len(ids))
+    sequence = llm.model.native.new_sequence(len(ids))
     rows = []
     for start, end in ((0, 1), (1, 2), (2, 37), (37, 300), (300, 398)):
         chunk = np.asarray(ids[start:end], dtype=np.int32)
-        rows.append(llm.engine.model.forward([sequence], [chunk], True))
+        rows.append(llm.model.native.forward([sequence], [chunk], True))
     np.testing.assert_array_equal(np.concatenate(rows), whole_TV)
 
 
 def test_more_prompts_than_the_batch_holds_wait_their_turn(opened: Callable[[str], LLM]) -> None:
-    path = opened("llama2").engine.path
+    path = opened("llama2").model.path
     narrow, wide = LLM(path, 1, max_batch=2), LLM(path, 1, max_batch=32)
     prompts = [prompt * repeat for prompt in PROMPTS for repeat in (1, 3)]
     found = [generation.token_ids for generation in narrow.generate(prompts, GREEDY)]
     assert found == [generation.token_ids for generation in wide.generate(prompts, GREEDY)]
 
 
+def test_a_batch_larger_than_a_step_of_prompts(opened: Callable[[str], LLM]) -> None:
+    """More requests than a step usually has tokens: all are decoded together, and prompts still enter."""
+    path, params = opened("llama2").model.path, SamplingParams(max_tokens=2)
+    prompts = [[2 + index % 300, 7, 9] for index in range(600)]
+    found = [LLM(path, 1, max_batch=size).generate(prompts, params) for size in (600, 16)]
+    assert [one.token_ids for one in found[0]] == [one.token_ids for one in found[1]]
+
+
 @pytest.mark.parametrize("name", ["llama2", "int8"])
 def test_threads_do_not_change_a_bit(name: str, opened: Callable[[str], LLM]) -> None:
     one = opened(name)
-    three = LLM(one.engine.path, 3)
+    three = LLM(one.model.path, 3)
     ids = [index % 300 for index in range(40)]
     np.testing.assert_array_equal(three.logits(ids), one.logits(ids))
 
@@ -207,7 +215,7 @@ def test_timings_add_up(opened: Callable[[str], LLM]) -> None:
 def test_prompts_that_cannot_be_are_refused(opened: Callable[[str], LLM], prompt: Any, words: str) -> None:
     llm = opened("llama2")
     with pytest.raises(ConfigError, match=words):
-        llm.engine.request(prompt, GREEDY)
+        llm.model.request(prompt, GREEDY)
 
 
 def test_a_directory_is_packed_once_into_the_cache(
@@ -215,7 +223,7 @@ def test_a_directory_is_packed_once_into_the_cache(
 ) -> None:
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
     first = LLM(tiny_llama("llama2"), 1)
-    written = first.engine.path.stat().st_mtime_ns
+    written = first.model.path.stat().st_mtime_ns
     second = LLM(tiny_llama("llama2"), 1)
-    assert (second.engine.path, second.engine.path.stat().st_mtime_ns) == (first.engine.path, written)
+    assert (second.model.path, second.model.path.stat().st_mtime_ns) == (first.model.path, written)
     assert second.generate("a", GREEDY)[0].token_ids == first.generate("a", GREEDY)[0].token_ids

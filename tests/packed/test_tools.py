@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gossamer import cli
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, EngineError, FormatError
 from gossamer.packed.reader import Packed
@@ -43,7 +44,7 @@ def test_inspect_a_directory(tiny_llama: Callable[[str], Path], tmp_path: Path) 
     assert result.provenance[0].parent == Checkpoint.open(tiny_llama("bf16")).hash()
     assert {matrix.values for matrix in result.matrices} == {"bf16"} and len(result.matrices) == 16
     assert result.num_parameters == sum(tensor.size for tensor in load_file_bits(directory).values())
-    text = "\n".join(table.markdown() for table in result.tables())
+    text = "\n".join(cli.markdown(table) for table in result.tables())
     assert "layers.1" in text and "50.0%" in text and "step 1: prune" in text
     json.dumps(asdict(result))
 

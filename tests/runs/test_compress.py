@@ -18,6 +18,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import ConfigError, Interrupted
 from gossamer.job.report import Event
+from gossamer.packed.reader import Packed
 from gossamer.runs.compress import Compress, compress
 
 STAGES = ["prune", "pretrain", "prune", "pretrain", "finetune", "quantize", "pack"]
@@ -93,6 +94,19 @@ def test_what_stands_is_skipped_and_what_changed_runs_again(job: Compress) -> No
     assert [how for _, _, how in compress(sparser).stages] == ["stood"] * 3 + ["ran"] * 4
     shutil.rmtree(Path(job.output_dir) / "1-prune")
     assert compress(sparser).stages[0][2] == "ran"
+
+
+def test_another_head_is_packed_again_and_nothing_else_runs(job: Compress, tmp_path: Path) -> None:
+    shutil.copytree(job.output_dir, tmp_path / "out")
+    there = dataclasses.replace(job, output_dir=str(tmp_path / "out"), finetune_dataset=(), head="keep")
+    there = dataclasses.replace(there, pretrain_dataset=(), overwrite=True)
+    assert {how for _, _, how in compress(there).stages} == {"ran"}
+    assert {how for _, _, how in compress(there).stages} == {"stood"}
+    assert [how for _, _, how in compress(dataclasses.replace(there, head="i8")).stages] == [
+        *("stood", "stood", "ran")
+    ]
+    packed = Packed.open(tmp_path / "out" / "model.goss")
+    assert packed.layers[packed.head].values == "i8"
 
 
 def test_an_interrupted_training_goes_on(job: Compress, tmp_path: Path) -> None:

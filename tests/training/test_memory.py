@@ -1,7 +1,5 @@
-"""What training needs of memory: the estimate against what autograd keeps, and what the machine says."""
+"""What training needs of memory: the estimate against what autograd keeps, and what comes of too little."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from gossamer.training.adamw import AdamW
 from gossamer.training.kernel import masked_linears
 from gossamer.training.memory import (
     MemoryEstimate,
-    available_bytes,
     check_memory,
     estimate_memory,
     optimizer_gradient_bytes,
@@ -155,52 +152,10 @@ def test_too_little_memory_is_an_error_with_numbers_and_advice() -> None:
         check_memory(ESTIMATE, 3 * GB, 2048, could_be_sparse=False)
 
 
-def machine(root: Path, files: dict[str, str]) -> Path:
-    for name, content in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   8000000 kB\n", **files}.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content)
-    return root
-
-
-V2 = {
-    "proc/self/cgroup": "0::/a/b\n",
-    "sys/fs/cgroup/a/b/memory.max": "max\n",
-    "sys/fs/cgroup/a/b/memory.current": "1000\n",
-    "sys/fs/cgroup/a/memory.max": "4000000\n",
-    "sys/fs/cgroup/a/memory.current": "3000000\n",
-    "sys/fs/cgroup/a/memory.stat": "anon 7\ninactive_file 500000\n",
-}
-V1 = {
-    "proc/self/cgroup": "4:memory:/outside\n3:cpuset:/\n",
-    "sys/fs/cgroup/memory/memory.limit_in_bytes": "6000000\n",
-    "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000000\n",
-    "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 2\n",
-}
-UNLIMITED = {**V1, "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [({}, 8_192_000_000), (V2, 1_500_000), (V1, 5_000_002), (UNLIMITED, 8_192_000_000)],
-    ids=["machine", "cgroup-2", "cgroup-1", "unlimited"],
-)
-def test_available_is_the_least_of_machine_and_control_groups(
-    files: dict[str, str], expected: int, tmp_path: Path
-) -> None:
-    assert available_bytes("cpu", machine(tmp_path, files)) == expected
-
-
-def test_this_machine_says_something_or_nothing(tmp_path: Path) -> None:
-    assert available_bytes("cpu", tmp_path) is None
-    found = available_bytes("cpu")
-    assert found is None or found > 10**6
-
-
-def test_the_limit_of_the_address_space_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ulimit -v`: what the process has mapped already is not available."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + 50_000_000
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (limit, limit))
-    found = available_bytes("cpu")
-    assert found is not None
-    assert 0 < found <= 60_000_000
+def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 9 * GB)
+    assert memory.available_bytes("cpu") == 9 * GB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.available_bytes("cpu") == 9 * GB // 2
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: None)
+    assert memory.available_bytes("cpu") is None

@@ -170,7 +170,11 @@ class Checkpoint:
 
 
 class Derived:
-    """A child directory in the making, at `path` (`OUT.partial`), unless another process `writes` it."""
+    """A child directory in the making, at `path` (`OUT.partial`), unless another process `writes` it.
+
+    `sparsity`: the fraction of zeros over all decoder linears, once the child is whole; NaN before, and in
+    processes that do not write.
+    """
 
     def __init__(
         self,
@@ -187,7 +191,7 @@ class Derived:
         self.metrics: dict[str, Any] = {}
         self.data: list[dict[str, Any]] = []
         self.num_threads: int | None = None
-        self._dropped: set[str] = set()
+        self.sparsity = math.nan
         self._shards = _ShardWriter(self.path)
 
     def _begin(self, resume: bool) -> None:
@@ -202,28 +206,24 @@ class Derived:
         if self.writes:
             self._shards.add(name, array, dtype)
 
-    def drop(self, name: str) -> None:
-        """Say that the parent's tensor `name` has no child."""
-        self._dropped.add(name)
-
     def replace_config(self, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
 
     def copy_rest(self) -> None:
-        """Copy every tensor of the parent that was neither written nor dropped."""
+        """Copy every tensor of the parent that has not been written."""
         for name in self.parent.names:
-            if name not in self._shards.written and name not in self._dropped:
+            if name not in self._shards.written:
                 self.write(name, self.parent.raw(name), self.parent.dtype(name))
 
     def _finish(self) -> None:
-        if lost := set(self.parent.names) - self._shards.written - self._dropped:
+        if lost := set(self.parent.names) - self._shards.written:
             raise CheckpointError(
                 f"{self.output}: the stage wrote no {sorted(lost)[0]} ({len(lost)} tensors missing)"
             )
         self._shards.close()
         _write_json(self.path / "config.json", self.config)
         child = Checkpoint.open(self.path)
-        tensors = _check_zeros(self.parent, child)
+        tensors, self.sparsity = _check_zeros(self.parent, child)
         _write_json(self.path / MANIFEST, self._record(tensors))
         publish(self.path, self.output)
         shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)  # only now: a kill may come in between
@@ -381,9 +381,12 @@ def hash_mask(zeros_NK: np.ndarray) -> str:
     return hashlib.sha256(np.packbits(zeros_NK).tobytes()).hexdigest()
 
 
-def _check_zeros(parent: Checkpoint, child: Checkpoint) -> dict[str, Any]:
-    """Raise unless the parent's zeros are zeros in the child; returns sparsity and mask hash per linear."""
-    tensors = {}
+def _check_zeros(parent: Checkpoint, child: Checkpoint) -> tuple[dict[str, Any], float]:
+    """Raise CheckpointError unless the parent's zeros are zeros in the child.
+
+    Returns sparsity and mask hash of each linear, for `gossamer.json`, and the sparsity of all of them.
+    """
+    tensors, num_zeros, num_weights = {}, 0, 0
     for name in (f"{linear}.weight" for linear in child.linears):
         zeros_NK = child.zeros(name)
         if lost := int(np.count_nonzero(parent.zeros(name) & ~zeros_NK)):
@@ -394,7 +397,9 @@ def _check_zeros(parent: Checkpoint, child: Checkpoint) -> dict[str, Any]:
             "sparsity": round(float(zeros_NK.mean()), 6),
             "mask_hash": hash_mask(zeros_NK),
         }
-    return tensors
+        num_zeros += int(np.count_nonzero(zeros_NK))
+        num_weights += zeros_NK.size
+    return tensors, num_zeros / num_weights
 
 
 def _library_versions() -> dict[str, str]:

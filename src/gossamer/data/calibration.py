@@ -1,34 +1,34 @@
-"""Calibration text for the stages that look at activations."""
+"""Calibration text for the stages that look at activations, and the options of these stages."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.data.rows import calibration_rows
-from gossamer.errors import ConfigError
+from gossamer.data.sources import documents, parse_weight
+from gossamer.errors import CalibrationError, ConfigError
+from gossamer.job.options import option
 from gossamer.tokens import Tokenizer
 
 
-class Calibrated(Protocol):
-    """The options that `prune` and `quantize` share."""
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What `Prune` and `Quantize` share."""
 
-    @property
-    def dataset(self) -> tuple[str, ...]: ...
-    @property
-    def num_calibration_samples(self) -> int: ...
-    @property
-    def max_seq_length(self) -> int: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def dampening_frac(self) -> float: ...
-    @property
-    def offline(self) -> bool: ...
+    dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
+    num_calibration_samples: int = option(128, help="rows of calibration text")
+    max_seq_length: int = option(2048, help="tokens a row; the model's context where that is shorter")
+    block_size: int = option(
+        128, help="inputs of a linear that are treated as one block, before its error moves on to the rest"
+    )
+    dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
+    offline: bool = option(False, help="never touch the network")
 
 
-def check_options(job: Calibrated) -> None:
+def check_options(job: CalibrationOptions) -> None:
     """Raise ConfigError for a number that means nothing."""
     for flag, value, least in (
         ("--num-calibration-samples", job.num_calibration_samples, 1),
@@ -42,7 +42,7 @@ def check_options(job: Calibrated) -> None:
         raise ConfigError("--dataset names no calibration text; give at least one SRC")
 
 
-def calibration_ids(source: Checkpoint, job: Calibrated) -> Tensor:
+def calibration_ids(source: Checkpoint, job: CalibrationOptions) -> Tensor:
     """Token ids [B, T], T at most the model's context; raises CalibrationError where the text is too short.
 
     Every row begins with BOS, as every sequence does at inference: much attention goes to that one token.
@@ -55,3 +55,42 @@ def calibration_ids(source: Checkpoint, job: Calibrated) -> Tensor:
     if tokenizer.bos_id is not None:
         ids_BT[:, 0] = tokenizer.bos_id
     return ids_BT
+
+
+def calibration_rows(
+    source: str | Sequence[str],
+    tokenizer: Tokenizer,
+    num_samples: int,
+    max_seq_length: int,
+    *,
+    offline: bool = False,
+) -> np.ndarray:
+    """int64 [num_samples, max_seq_length] from the head of one source, or from a mixture of several.
+
+    Raises CalibrationError where the text is too short.
+    """
+    names = [source] if isinstance(source, str) else list(source)
+    if len(names) == 1:
+        texts = documents(parse_weight(names[0])[0], offline=offline)
+    else:
+        from gossamer.data.mixture import mixture
+
+        texts = mixture(names, 0, offline=offline)
+    bos_id = tokenizer.required_bos()
+    rows: list[np.ndarray] = []
+    num_tokens = 0
+    for text in texts:
+        rows_left = num_samples * max_seq_length - num_tokens
+        if rows_left <= 0:
+            break
+        ids = [bos_id, *tokenizer.encode(text, bos=False)]
+        rows.append(np.array(ids[:rows_left], dtype=np.int64))
+        num_tokens += len(rows[-1])
+    needed = num_samples * max_seq_length
+    if num_tokens < needed:
+        raise CalibrationError(
+            f"calibration text {', '.join(names)} holds {num_tokens} tokens, {needed} are needed "
+            f"({num_samples} samples of {max_seq_length}); give a longer text or lower "
+            "--num-calibration-samples or --max-seq-length"
+        )
+    return np.concatenate(rows).reshape(num_samples, max_seq_length)

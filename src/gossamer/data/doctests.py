@@ -176,6 +176,15 @@ def _draw(kind: str, chance: random.Random, split: Split, used: set[str] | None)
     raise ConfigError(f"doctest kind {kind!r} has no more examples in the {split} split; ask for fewer")
 
 
+def number_and_seed(source: str) -> tuple[int | None, int]:
+    """(number or None, seed) of the source python:doctests[:NUM[:SEED]]; ConfigError for another form."""
+    fields = source.split(":")[2:]
+    if len(fields) > 2 or not all(field.isdecimal() for field in fields) or source.count("doctests:") > 1:
+        raise ConfigError(f"dataset {source!r}: expected python:doctests[:NUM[:SEED]]")
+    numbers = [int(field) for field in fields]
+    return (numbers[0] if numbers else None), (numbers[1] if len(numbers) > 1 else 0)
+
+
 def split_of(source: str) -> Split:
     """The split that an expression belongs to, by the hash of its text."""
     digest = hashlib.sha256(source.encode()).digest()

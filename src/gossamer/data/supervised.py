@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gossamer.data import doctests
-from gossamer.data.sources import (
-    doctest_options,
-    mixture,
-    pieces,
-    table_rows,
-)
+from gossamer.data.mixture import mixture, pieces
+from gossamer.data.tables import table_rows
 from gossamer.errors import ConfigError
 from gossamer.tokens import Tokenizer
 
@@ -59,7 +55,7 @@ def _supervised_rows(source: str, format: Format) -> Iterator[tuple[str, dict[st
     if source.startswith("python:doctests"):
         if format != "prompt-completion":
             raise ConfigError(f"{source} with format {format!r}; doctests need --format prompt-completion")
-        num, seed = doctest_options(source)
+        num, seed = doctests.number_and_seed(source)
         for number, item in enumerate(doctests.generate(doctests.KINDS, num or DEFAULT_DOCTESTS, seed), 1):
             yield f"{source}:{number}", {"prompt": doctests.prompt(item), "completion": doctests.answer(item)}
         return

@@ -1,16 +1,18 @@
 """CPU inference over packed models: no torch."""
 
-from gossamer.engine.engine import Engine, KvCacheDtype, cached_type, native_model
 from gossamer.engine.llm import LLM
+from gossamer.engine.model import OpenModel, cached_type, native_model
+from gossamer.engine.options import EngineOptions, KvCacheDtype
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
 
 __all__ = [
     "LLM",
-    "Engine",
+    "EngineOptions",
     "Generation",
     "KvCacheDtype",
+    "OpenModel",
     "Piece",
     "Request",
     "SamplingParams",

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer.engine.engine import Engine, KvCacheDtype, Prompt
+from gossamer.engine.model import OpenModel, Prompt
+from gossamer.engine.options import KvCacheDtype
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
@@ -38,22 +39,23 @@ class LLM:
     ) -> None:
         """Open a .goss file, or a directory, which is packed once into the cache.
 
-        `num_threads` None takes GOSSAMER_THREADS or the physical cores. `kv_cache_dtype`: keys and values in
-        "f32", "bf16" or "i8"; "auto" is f32 for float32 models, else bf16.
+        `num_threads` None takes GOSSAMER_THREADS or the physical cores. At most `max_batch` requests are
+        decoded together; more wait. `kv_cache_dtype`: keys and values in "f32", "bf16" or "i8"; "auto" is f32
+        for float32 models, else bf16.
         """
-        self.engine = Engine.open(path, num_threads, progress, kv_cache_dtype)
-        self._scheduler = Scheduler(self.engine.model, max_batch)
+        self.model = OpenModel.open(path, num_threads, progress, kv_cache_dtype)
+        self._scheduler = Scheduler(self.model.native, max_batch)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.engine.tokenizer
+        return self.model.tokenizer
 
     def generate(
         self, prompts: str | Sequence[str] | Sequence[Sequence[int]], params: SamplingParams = GREEDY
     ) -> list[Generation]:
-        """Generate for one text, or for several texts or lists of token ids together; results in order."""
+        """Generate for one text, or for several texts or lists of token ids; results in their order."""
         many = [prompts] if isinstance(prompts, str) else prompts
-        requests = [self.engine.request(prompt, params) for prompt in many]
+        requests = [self.model.request(prompt, params) for prompt in many]
         self._run(requests)
         return [request.result() for request in requests]
 
@@ -67,7 +69,7 @@ class LLM:
 
         For a chat, stream `tokenizer.chat(messages)`. Closing the iterator drops the request.
         """
-        request = self.engine.request(prompt, params)
+        request = self.model.request(prompt, params)
         self._scheduler.add(request)
         try:
             while request.pieces or request.finish_reason is None:
@@ -80,7 +82,7 @@ class LLM:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """float32 [T, V]: the logits after each of the T ids."""
-        return self.engine.logits(ids)
+        return self.model.logits(ids)
 
     def _run(self, requests: Sequence[Request]) -> None:
         """Step until all are finished; an interruption leaves none behind."""

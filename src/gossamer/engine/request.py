@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gossamer import _native
 from gossamer.engine.sampling import Logits, Sampler, SamplingParams, log_probability
-from gossamer.engine.text import StopText
+from gossamer.engine.text import StopText, TextStream
 from gossamer.tokens import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -64,7 +64,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.params, self.prompt_ids)
-        self._stream = self.tokenizer.stream()
+        self._stream = TextStream(self.tokenizer)
         self._stops = StopText(self.params.stop)
         self._texts: list[str] = []
         self._num_given = 0  # tokens that a piece has already reported

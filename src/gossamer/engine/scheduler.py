@@ -4,18 +4,25 @@ from collections import deque
 
 from gossamer import _native
 from gossamer.engine.request import Request
+from gossamer.errors import ConfigError
+
+STEP_TOKENS = 512  # a longer step would keep the requests that decode waiting for their next token
 
 
 class Scheduler:
-    """Decodes up to `max_batch` requests together; long prompts enter `max_step_tokens` at a time.
+    """Decodes up to `max_batch` requests together; long prompts enter a piece at a time.
 
-    Requests that decode go first in every step, so that a long prompt slows them but never stops them.
+    A step takes at most `STEP_TOKENS` tokens, or twice `max_batch` where that is more. Requests that decode
+    go first in every step, so that a long prompt slows them but never stops them; they take at most half of
+    a step, so that prompts go on as well.
     """
 
-    def __init__(self, model: _native.Model, max_batch: int = 16, max_step_tokens: int = 512) -> None:
-        assert max_step_tokens > max_batch > 0
+    def __init__(self, model: _native.Model, max_batch: int = 16) -> None:
+        """Raises ConfigError unless `max_batch` is an integer of at least 1."""
+        if not isinstance(max_batch, int) or max_batch < 1:
+            raise ConfigError(f"max_batch is {max_batch!r}; expected an integer of at least 1.")
         self._model = model
-        self._max_batch, self._max_step_tokens = max_batch, max_step_tokens
+        self._max_batch, self._max_step_tokens = max_batch, max(STEP_TOKENS, 2 * max_batch)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
 

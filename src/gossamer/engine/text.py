@@ -1,10 +1,60 @@
-"""Stop strings, exactly: no character of a stop string ever leaves, even when tokens split it."""
+"""Text as it comes out of the engine: from ids that arrive one at a time, up to a stop string."""
 
 from collections.abc import Sequence
 
+from gossamer.tokens import Tokenizer
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no UTF-8 (yet)
+
+
+class TextStream:
+    """Text from ids that arrive one at a time: the pieces joined are `Tokenizer.decode` of all the ids.
+
+    Text is held back while a later id could still change it: an unfinished UTF-8 character, or a run of
+    SentencePiece's byte tokens (one bad byte turns the whole run into U+FFFD).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # The ids given out last: decoders treat the beginning of a text otherwise than its middle.
+        self._context: list[int] = []
+        self._context_text = ""
+        self._held: list[int] = []
+
+    @property
+    def pending(self) -> str:
+        """The text held back, as it would read if no further id came."""
+        if not self._held:
+            return ""
+        return self._tokenizer.decode(self._context + self._held)[len(self._context_text) :]
+
+    def push(self, index: int) -> str:
+        """Take one id; returns the text that is now certain (often "")."""
+        if self._tokenizer.is_special(index):
+            return ""
+        self._held.append(index)
+        if self._tokenizer.may_continue(index):
+            return ""
+        text = self.pending
+        if text.endswith(REPLACEMENT):
+            return ""
+        return self._give_out(text)
+
+    def flush(self) -> str:
+        """The rest of the text, once no further id will come."""
+        return self._give_out(self.pending) if self._held else ""
+
+    def _give_out(self, text: str) -> str:
+        self._context, self._held = self._held, []
+        self._context_text = self._tokenizer.decode(self._context)
+        return text
+
 
 class StopText:
-    """Text on its way to the reader; keeps back what could be the beginning of a stop string."""
+    """Text on its way to the reader; keeps back what could be the beginning of a stop string.
+
+    No character of a stop string ever leaves, even when tokens split it.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)

@@ -29,10 +29,15 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(model: str, backend: str, kv_cache_dtype: KvCacheDtype = "auto") -> Backend:
-    """Open a model for evaluation; UnsupportedError for a packed file on the torch backend."""
+def open_backend(
+    model: str, backend: str, num_threads: int | None = None, kv_cache_dtype: KvCacheDtype = "auto"
+) -> Backend:
+    """Open a model for evaluation; UnsupportedError for a packed file on the torch backend.
+
+    `num_threads` and `kv_cache_dtype` are the engine's (see `LLM`).
+    """
     if backend == "engine":
-        return EngineBackend(model, kv_cache_dtype)
+        return EngineBackend(model, num_threads, kv_cache_dtype)
     if Path(model).is_file():
         raise UnsupportedError(
             f"{model} is a file; the torch backend reads directories (try --backend engine)"
@@ -43,8 +48,10 @@ def open_backend(model: str, backend: str, kv_cache_dtype: KvCacheDtype = "auto"
 class EngineBackend:
     """Gossamer's own engine; a directory is packed once into its cache."""
 
-    def __init__(self, model: str, kv_cache_dtype: KvCacheDtype = "auto") -> None:
-        self._llm = LLM(model, max_batch=BATCH_ROWS, kv_cache_dtype=kv_cache_dtype)
+    def __init__(
+        self, model: str, num_threads: int | None = None, kv_cache_dtype: KvCacheDtype = "auto"
+    ) -> None:
+        self._llm = LLM(model, num_threads, max_batch=BATCH_ROWS, kv_cache_dtype=kv_cache_dtype)
         self.tokenizer = self._llm.tokenizer
 
     def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:

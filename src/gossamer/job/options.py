@@ -1,9 +1,17 @@
 """Options of a verb: one dataclass is the configuration, the command line's flags and the record.
 
 @dataclass(frozen=True)
-class Prune:
+class Prune(CalibrationOptions):
     model: str = option(help="checkpoint directory", positional=True)
     sparsity: float = option(0.5, help="fraction of zeros in the decoder's linear weights")
+
+Options that several verbs have are written once, in one of two ways:
+
+- Verbs that do a part of their work alike inherit the options of that part: a small dataclass beside the code
+  that reads them (`CalibrationOptions`, `EngineOptions`, `TrainingOptions`). Its fields are given by name
+  (`kw_only`), so that a verb's own fields come first. `inherited` gives one of them another default.
+- A verb that runs other verbs, such as `compress`, gets theirs from `gossamer.runs.options`: what one verb
+  gains, those that run it offer without a line of their own.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 Value = float | int | str | bool | None
 
@@ -30,23 +31,38 @@ def quiet(event: Event) -> None:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column heads; a result that has `tables()` is shown by them."""
+    """Rows of text under column heads; `to_paste`: printed as Markdown, instead of drawn with lines."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """The table as GitHub shows it, numbers aligned right, and readable as plain text."""
-        lines = [self.columns, *self.rows]
-        widths = [max(3, *(len(line[index]) for line in lines)) for index in range(len(self.columns))]
-        rule = [f"{'-' * (width - 1)}{':' if index else '-'}" for index, width in enumerate(widths)]
-        return "".join(
-            f"| {' | '.join(_justified(line, widths))} |\n" for line in (lines[0], rule, *lines[1:])
-        )
+    to_paste: bool = False
 
 
-def _justified(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Words of one line, the first to the left and the others to the right."""
-    pairs = list(zip(line, widths, strict=True))
-    return [pairs[0][0].ljust(pairs[0][1]), *(cell.rjust(width) for cell, width in pairs[1:])]
+class Result:
+    """What a verb returns: a dataclass that knows how it is shown, plainly where it overrides nothing.
+
+    `closing`: lines below the tables, such as the command to go on with.
+    """
+
+    closing: Sequence[str] = ()
+
+    def tables(self) -> list[Table]:
+        """What a person sees: the plain fields, a line each."""
+        plain = [
+            (name.replace("_", " "), number(value))
+            for name, value in vars(self).items()
+            if isinstance(value, str | int | float)
+        ]
+        return [Table("", ("", ""), plain)]
+
+    def objects(self) -> Sequence[Any]:
+        """What a program sees: the dataclasses that --json prints, one a line."""
+        return (self,)
+
+
+def number(value: Any) -> str:
+    """A figure as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

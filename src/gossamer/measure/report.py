@@ -6,7 +6,7 @@ from statistics import mean, median, pstdev
 
 import numpy as np
 
-from gossamer.job.report import Table
+from gossamer.job.report import Result, Table
 from gossamer.plots import Curve
 
 GIGA, TERA = 1e9, 1e12
@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One setting: medians of a run, spreads beside them.
+    """One setting: the medians of a run, and for each measured quantity its spread.
 
     `read_gb_per_s` is the best of all readers in the run, `int8_peak_tops` the best product in registers:
     shares refer to these two. `round_share` is the median over the rounds of a round's bandwidth share: where
@@ -108,7 +108,7 @@ class BenchRow:
         if self.baseline is not None and self.baseline_s is not None:
             rows.append(("dense float32 linears", f"{1e3 * self.baseline_s:.2f} ms", self.baseline.relative))
             rows.append(("linears, speed", f"{self.linears_speedup:.1f}x", ""))
-        return Table(title, ("", "median", "deviation"), rows)
+        return Table(title, ("", "median", "deviation"), rows, to_paste=True)
 
     def _speeds(self) -> list[tuple[str, str, str]]:
         steps, prompts, linears = self.steps.relative, self.prompts.relative, self.linears.relative
@@ -174,7 +174,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class BenchResult:
+class BenchResult(Result):
     """A row for every setting of the sweep, in the order measured."""
 
     rows: tuple[BenchRow, ...]
@@ -198,7 +198,7 @@ class BenchResult:
         title = f"{first.cpu}: {first.num_threads} threads, {first.isa}, {first.repeats} rounds, "
         title += f"reads {read:.1f} GB/s, INT8 peak {peak:.2f} TOPS"
         lines = [row.line() for row in self.rows]
-        return [Table(title, COLUMNS[: len(lines[0])], lines)]
+        return [Table(title, COLUMNS[: len(lines[0])], lines, to_paste=True)]
 
     @property
     def closing(self) -> tuple[str, ...]:

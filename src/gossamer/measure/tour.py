@@ -11,9 +11,9 @@ from gossamer.measure.readers import Readers, impossible
 from gossamer.measure.synthetic import Image, Recipe, Values, synthetic_image
 
 LAYERS = 16  # of Llama 3.2 1B: a token passes this many layers
-FORMATS: tuple[
-    tuple[str, Values, float, int], ...
-] = (  # label, values, zeros, layers in memory: > 300 MB each
+# Label, type of the values, share of zeros, and how many layers are held in memory: enough for each format to
+# take more than 300 MB, which no cache holds. The time of `LAYERS` layers is computed from theirs.
+FORMATS: tuple[tuple[str, Values, float, int], ...] = (
     ("dense float32", "f32", 0.0, 2),
     ("dense INT8", "i8", 0.0, 6),
     ("70% zeros, INT8", "i8", 0.7, 13),

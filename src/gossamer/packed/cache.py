@@ -1,4 +1,4 @@
-"""Packed files made on the way to `run`, `serve` and `bench`, kept under the hash of what made them."""
+"""Opening a model that may not be packed yet: directories are packed once, into files kept by their hash."""
 
 import fcntl
 import hashlib
@@ -19,6 +19,14 @@ _LAYOUT = 2  # grows when the same directory is stored otherwise than before: fi
 def cache_directory() -> Path:
     """Where packed files are kept: GOSSAMER_CACHE, or ~/.cache/gossamer."""
     return Path(os.environ.get("GOSSAMER_CACHE") or Path.home() / ".cache" / "gossamer")
+
+
+def open_packed(path: str | Path, progress: Progress = quiet) -> Packed:
+    """Open a .goss file, or pack a checkpoint directory into the cache (once) and open what that made.
+
+    Raises what `Packed.open`, `Checkpoint.open` and `pack_checkpoint` raise.
+    """
+    return Packed.open(cached_pack(path, progress) if Path(path).is_dir() else path)
 
 
 def cached_pack(directory: str | Path, progress: Progress = quiet) -> Path:

@@ -1,57 +1,55 @@
-"""Whole runs made of stages: `compress` takes a dense directory to a packed file; what stands is skipped."""
+"""`compress`: a dense directory becomes a packed file, stage by stage; what an earlier run made is kept."""
 
 import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import holds_checkpoint
 from gossamer.data.sources import manifest
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job.options import option, record
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.reader import Packed
+from gossamer.runs.options import options_for, options_of
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
 
-HOW = {"overwrite": True, "resume": True}  # options that say nothing of what comes out
+TRAINED = ("pretrain", "finetune")
+STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
+# What compress decides: where a stage reads and writes, who teaches, and what is done again. It runs in one
+# process, so `parallel` has nothing to choose.
+DECIDED = ("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel")
+DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
+HOW = ("overwrite", "resume", "save_steps", "report_to", "offline")  # these do not change what comes out
 
 
 @dataclass(frozen=True)
-class Compress:
+class Compress(options_of(STAGES, without=DECIDED, defaults=DEFAULTS)):
     """prune -> (train) -> quantize -> pack. With --pretrain-dataset in two steps, as in the paper."""
 
     model: str = option(help="dense checkpoint directory", positional=True)
     output_dir: str = option(help="directory for every step's output and model.goss", short="-o")
     dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
-    sparsity: float = option(0.7, help="fraction of zeros in the decoder's linear weights")
-    scheme: Literal["W8A8"] = option("W8A8", help="integer format of weights and activations")
-    num_calibration_samples: int = option(128, help="rows of calibration text")
-    max_seq_length: int = option(2048, help="tokens a calibration row")
     pretrain_dataset: tuple[str, ...] = option((), help="text to train on after each prune: SRC[@WEIGHT]...")
-    num_tokens: int = option(1_000_000, help="tokens of each pretraining")
     finetune_dataset: tuple[str, ...] = option(
         (), help="examples to fine-tune on, with SquareHead from MODEL"
     )
-    format: Literal["chat", "instruct", "prompt-completion"] = option("chat", help="what the examples are")
-    num_train_epochs: int = option(2, help="passes over the examples")
-    kernel: Literal["auto", "dense", "sparse"] = option(
-        "auto", help="of training: all weights or the nonzero ones; auto: the faster, which can change bits"
-    )
-    seed: int = option(0, help="order of the training data")
     overwrite: bool = option(False, help="replace the outputs of steps that other options made")
-    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
-class CompressResult:
-    """`stages`: (name, output, "ran", "went on" or "stood") in order; `packed`: the .goss file."""
+class CompressResult(Result):
+    """`packed`: the .goss file; `stages`: (name, output, how) in order.
+
+    How: "ran"; "went on" with training that was interrupted; "stood", as its output was there already.
+    """
 
     packed: str
     sparsity: float
@@ -67,14 +65,16 @@ class CompressResult:
 
 
 def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
-    """Run every step whose output does not stand already; raises what the stages raise.
+    """Run every stage whose output is not there yet; raises what the stages raise.
 
-    Training that the same command was interrupted in goes on from its last checkpoint. Only a directory that
-    an earlier `compress` made is written into, and finished training is replaced with `overwrite` alone.
+    If the same command was interrupted during training, that goes on from its last checkpoint. An output
+    directory must be new, or made by an earlier `compress`; finished training, which may have taken days, is
+    replaced only with `overwrite`.
     """
     steps = plan(job)
-    again = claim(Path(job.output_dir), job)
-    ran = [(step.stage, str(step.output), run(step, again, job.overwrite, progress)) for step in steps]
+    left = claim(Path(job.output_dir), job)
+    ran = [(step.stage, str(step.output), run(step, left, job.overwrite, progress)) for step in steps]
+    left.mark.write_text(left.finished, encoding="utf-8")
     packed = steps[-1].output
     return CompressResult(
         packed=str(packed),
@@ -85,8 +85,22 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     )
 
 
-def claim(output: Path, job: Compress) -> bool:
-    """Mark the directory as ours, and say whether the same job, on the same model and data, was here last.
+@dataclass(frozen=True)
+class Left:
+    """What the last run in the directory left there.
+
+    `same_job`: it had the same model, data and options (but for those of `HOW`) as this one; `whole`: and it
+    came to its end. `finished` is what to write into the file `mark` at the end of this one.
+    """
+
+    same_job: bool
+    whole: bool
+    mark: Path
+    finished: str
+
+
+def claim(output: Path, job: Compress) -> Left:
+    """Mark the directory as ours, and say what is left in it.
 
     Raises ConfigError for a directory that holds anything else's files.
     """
@@ -96,10 +110,13 @@ def claim(output: Path, job: Compress) -> bool:
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
     data = [manifest(name) for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)]
     inputs = {"model_hash": Checkpoint.open(job.model).hash(), "data": data}
-    now = json.dumps({**record(job), **inputs, "overwrite": None}, indent=2) + "\n"
+    begun, finished = (
+        json.dumps({**deciding(record(job)), **inputs, "finished": whole}, indent=2) + "\n"
+        for whole in (False, True)
+    )
     output.mkdir(parents=True, exist_ok=True)
-    mark.write_text(now, encoding="utf-8")
-    return before == now
+    mark.write_text(begun, encoding="utf-8")
+    return Left(before in (begun, finished), before == finished, mark, finished)
 
 
 @dataclass(frozen=True)
@@ -116,62 +133,62 @@ def plan(job: Compress) -> list[Step]:
     """The stages and their options, each reading what the one before it wrote."""
     steps: list[Step] = []
 
-    def add(function: Callable[..., Any], kind: Callable[..., Any], **options: Any) -> None:
+    def add(function: Callable[..., Any], kind: type, **decided: Any) -> None:
         stage = function.__name__
         output = Path(job.output_dir) / ("model.goss" if stage == "pack" else f"{len(steps) + 1}-{stage}")
         model = str(steps[-1].output) if steps else job.model
-        place = {"output_file" if stage == "pack" else "output_dir": str(output)}
-        steps.append(Step(stage, function, kind(model=model, **place, **options), output))
+        place = {"model": model, "output_file" if stage == "pack" else "output_dir": str(output)}
+        options = options_for(job, stage, kind) | {"overwrite": False} | place | decided
+        steps.append(Step(stage, function, kind(**options), output))
 
-    calibration: dict[str, Any] = {
-        "dataset": job.dataset,
-        "num_calibration_samples": job.num_calibration_samples,
-        "max_seq_length": job.max_seq_length,
-        "offline": job.offline,
-    }
     two_steps = job.pretrain_dataset and job.sparsity > 0.5 > Checkpoint.open(job.model).sparsity()
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
-        add(prune, Prune, sparsity=sparsity, **calibration)
+        add(prune, Prune, sparsity=sparsity)
         if job.pretrain_dataset:
-            text = {"dataset": job.pretrain_dataset, "num_tokens": job.num_tokens}
-            add(pretrain, Pretrain, kernel=job.kernel, seed=job.seed, offline=job.offline, **text)
+            add(pretrain, Pretrain)
     if job.finetune_dataset:
-        examples: dict[str, Any] = {"dataset": job.finetune_dataset, "format": job.format}
-        examples["num_train_epochs"] = job.num_train_epochs
-        add(finetune, Finetune, teacher=job.model, kernel=job.kernel, seed=job.seed, **examples)
-    add(quantize, Quantize, scheme=job.scheme, **calibration)
+        add(finetune, Finetune, teacher=None if job.distill == "none" else job.model)
+    add(quantize, Quantize)
     add(pack, Pack)
     return steps
 
 
-def run(step: Step, again: bool, overwrite: bool, progress: Progress) -> str:
-    """Run the stage unless its output stands; `again`: go on with what the same job left unfinished."""
-    if stands(step):
-        progress(Event(step.stage, "stands", 1, 1))
+def run(step: Step, left: Left, overwrite: bool, progress: Progress) -> str:
+    """Run the stage, unless its output is there already; go on with training that the same job began."""
+    if is_up_to_date(step, left):
+        progress(Event(step.stage, "is there already", 1, 1))
         return "stood"
-    if step.output.exists() and step.stage in ("pretrain", "finetune") and not overwrite:
+    if step.output.exists() and step.stage in TRAINED and not overwrite:
         raise ConfigError(
             f"{step.output} was trained with other options, or from another model, than it would be now; "
             "--overwrite replaces it and what follows; or give another --output-dir"
         )
     unfinished = step.output.with_name(step.output.name + ".partial")
-    if again and holds_checkpoint(unfinished):
+    if left.same_job and holds_checkpoint(unfinished):
         step.function(dataclasses.replace(step.job, overwrite=True, resume=True), progress)
         return "went on"
     step.function(dataclasses.replace(step.job, overwrite=True), progress)
     return "ran"
 
 
-def stands(step: Step) -> bool:
-    """Whether the output is whole and was made by the same options from the same parent."""
+def is_up_to_date(step: Step, left: Left) -> bool:
+    """Whether the output is whole and was made by the same options from the same parent.
+
+    A packed file does not say by which options: it counts if the last run was the same, and finished.
+    """
     if not step.output.exists():
         return False
     parent = Checkpoint.open(step.job.model).hash()
     try:
         if step.stage == "pack":
-            return Packed.open(step.output).metadata["parent"] == parent
+            return left.whole and Packed.open(step.output).metadata["parent"] == parent
         manifest = Checkpoint.open(step.output).manifest or {}
     except (CheckpointError, FormatError):
         return False
-    same_job = manifest.get("job", {}) | HOW == record(step.job) | HOW
+    same_job = deciding(manifest.get("job", {})) == deciding(record(step.job))
     return manifest.get("stage") == step.stage and same_job and manifest["parent"]["hash"] == parent
+
+
+def deciding(options: dict[str, Any]) -> dict[str, Any]:
+    """The recorded options that change what comes out."""
+    return {name: value for name, value in options.items() if name not in HOW}

@@ -12,7 +12,7 @@ from gossamer import plots
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.measure.tour import CpuTour, cpu_tour
 from gossamer.runs import recovery
 from gossamer.stages.evaluate import Evaluate, evaluate
@@ -25,7 +25,11 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Demo:
-    """Measure this CPU, then prune, win back, quantize, pack and run a small model (at most 8 minutes)."""
+    """Measure this CPU, then prune, win back, quantize, pack and run a small model (at most 8 minutes).
+
+    The options of its stages are fixed: they are tuned to this one model and these minutes, and only so can
+    the figures be compared with those of the README. `compress` takes all of them, for any model.
+    """
 
     output_dir: str = option("gossamer-demo", help="directory for models, report and picture", short="-o")
     seed: int = option(0, help="order of the training data and choice of the test instances")
@@ -44,7 +48,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class DemoResult:
+class DemoResult(Result):
     """Everything that the demo shows; also in `report.json`. `samples`: prompt -> model -> text."""
 
     cpu: CpuTour

@@ -30,7 +30,9 @@ TEXT = ("python:doctests@3", "python:stdlib@1")
 REPLAY_CHARACTERS = 300
 ROW_TOKENS = 128
 BATCH_TOKENS = 2048
-KERNEL = "dense"  # "auto" chooses by speed, and so now this arithmetic, now that
+# How training multiplies (training/kernel.py): with all weights. "auto" takes what is faster at the moment,
+# and the two ways round differently, so two runs of the demo would not give the same model.
+KERNEL = "dense"
 PRETRAIN_RATE, FINETUNE_RATE = 5e-4, 5e-4
 
 
@@ -144,7 +146,10 @@ def _finetune(
 
 @contextmanager
 def _beside(function: Callable[..., None], *arguments: Any) -> Iterator[None]:
-    """Run `function` in a fresh process meanwhile (torch and fork do not mix); it ends when we do."""
+    """Run `function` in another process, a spawned one because torch's threads do not survive a fork.
+
+    At the end of the block it is waited for; if the block fails, it is ended.
+    """
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments, daemon=True)
     process.start()
     try:

@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from gossamer.engine import Engine, Request
+from gossamer.engine import OpenModel, Request
 from gossamer.errors import ConfigError
 from gossamer.server.answers import Answer, ChatAnswer, CompletionAnswer, Json, usage
 from gossamer.server.wire import (
@@ -32,10 +32,10 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 
 
 class Api:
-    """The handlers, with the engine they ask and the one model name they answer to."""
+    """The handlers, with the model they ask and the one name of it that they answer to."""
 
-    def __init__(self, engine: Engine, worker: Worker, name: str, max_tokens: int | None) -> None:
-        self._engine, self._worker, self._name = engine, worker, name
+    def __init__(self, model: OpenModel, worker: Worker, name: str, max_tokens: int | None) -> None:
+        self._model, self._worker, self._name = model, worker, name
         self._max_tokens = max_tokens
         self._created = int(time.time())
 
@@ -68,8 +68,8 @@ class Api:
         params = body.params(self._max_tokens)
 
         def prepare() -> list[Request]:
-            ids = self._engine.tokenizer.chat([message.plain() for message in body.messages])
-            return [self._engine.request(ids, params)]
+            ids = self._model.tokenizer.chat([message.plain() for message in body.messages])
+            return [self._model.request(ids, params)]
 
         return await self._respond(http, body, ChatAnswer(self._name), await run_in_threadpool(prepare))
 
@@ -79,23 +79,23 @@ class Api:
         params, prompts = body.params(COMPLETION_MAX_TOKENS), body.prompts()
 
         def prepare() -> list[Request]:
-            return [self._engine.request(prompt, params) for prompt in prompts]
+            return [self._model.request(prompt, params) for prompt in prompts]
 
         return await self._respond(http, body, CompletionAnswer(self._name), await run_in_threadpool(prepare))
 
     async def models(self, http: HttpRequest) -> Response:
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": [self._description()]})
 
     async def model(self, http: HttpRequest) -> Response:
         self._check_name(http.path_params["name"])
-        return _json(self._model())
+        return _json(self._description())
 
     async def health(self, http: HttpRequest) -> Response:
         if self._worker.alive:
             return _json({"status": "ok", "requests": self._worker.num_requests})
         return _json({"status": "the engine has stopped"}, HTTPStatus.SERVICE_UNAVAILABLE)
 
-    def _model(self) -> Json:
+    def _description(self) -> Json:
         return {"id": self._name, "object": "model", "created": self._created, "owned_by": "gossamer"}
 
     def _check_name(self, name: str) -> None:

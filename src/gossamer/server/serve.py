@@ -3,14 +3,13 @@
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import uvicorn
 
-from gossamer.engine import Engine, Scheduler
+from gossamer.engine import EngineOptions, OpenModel, Scheduler
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, quiet
+from gossamer.job.report import Event, Progress, Result, quiet
 from gossamer.server.app import Api
 from gossamer.server.worker import Worker
 
@@ -18,7 +17,7 @@ GRACE_S = 5  # how long open answers may go on after Ctrl-C
 
 
 @dataclass(frozen=True)
-class Serve:
+class Serve(EngineOptions):
     """Serve a model over HTTP with the OpenAI API."""
 
     model: str = option(
@@ -27,10 +26,6 @@ class Serve:
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 lets the whole network in")
     port: int = option(8000, help="port to listen on; 0 takes a free one")
     name: str = option("", help="the model's name in the API (default: the file's or directory's)")
-    threads: int | None = option(None, help="threads that compute (default: the physical cores)")
-    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
-        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
-    )
     max_batch: int = option(16, help="requests decoded together")
     max_queue: int = option(256, help="requests under way or waiting; more are refused")
     max_tokens: int | None = option(
@@ -39,7 +34,7 @@ class Serve:
 
 
 @dataclass(frozen=True)
-class ServeResult:
+class ServeResult(Result):
     """Where the server was."""
 
     url: str
@@ -52,10 +47,10 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     `progress` gets one event when the port accepts connections, with `url` and `name` as metrics.
     """
     _check(job)
-    engine = Engine.open(job.model, job.threads, progress, job.kv_cache_dtype)
-    worker = Worker(Scheduler(engine.model, job.max_batch), job.max_queue)
+    model = OpenModel.open(job.model, job.threads, progress, job.kv_cache_dtype)
+    worker = Worker(Scheduler(model.native, job.max_batch), job.max_queue)
     name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
-    api = Api(engine, worker, name, job.max_tokens)
+    api = Api(model, worker, name, job.max_tokens)
     with _listen(job.host, job.port) as listener:
         port = listener.getsockname()[1]
         url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"

@@ -12,7 +12,7 @@ from gossamer.server.wire import RequestError
 
 
 class Submission:
-    """Requests submitted together: the engine thread puts (index, piece), the event loop takes them."""
+    """The requests of one HTTP call: the engine thread puts (index, piece), the event loop takes them."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = tuple(requests)

@@ -56,7 +56,7 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics(), num_examples=len(examples))
-    return from_first(lambda: history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity()))
+    return from_first(lambda: history.result(job.output_dir, target.sparsity))
 
 
 def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> list[Example]:

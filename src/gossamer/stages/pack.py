@@ -11,7 +11,7 @@ from gossamer.checkpoint.partial import refuse_existing
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.processes import refuse_several
-from gossamer.job.report import Progress, Table, quiet
+from gossamer.job.report import Progress, Result, Table, quiet
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.packed.reader import Packed
 
@@ -47,7 +47,7 @@ class StoredAs:
 
 
 @dataclass(frozen=True)
-class PackResult:
+class PackResult(Result):
     """`bits_per_weight` and `sparsity` are of the decoder's linears.
 
     `head_error` is |rounded - w| / |w| of an output head rounded to int8 here, None where it was kept.

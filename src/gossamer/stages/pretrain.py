@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.mixture import mixture
 from gossamer.data.rows import token_rows
-from gossamer.data.sources import manifest, mixture
+from gossamer.data.sources import manifest
 from gossamer.decoder import load_model, write_model
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
@@ -45,7 +46,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics())
-    return from_first(lambda: history.result(job.output_dir, Checkpoint.open(job.output_dir).sparsity()))
+    return from_first(lambda: history.result(job.output_dir, target.sparsity))
 
 
 def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:

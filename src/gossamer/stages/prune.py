@@ -12,35 +12,29 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.hessian import hessians, inverse_factor, towards
 from gossamer.compress.magnitude import magnitude
 from gossamer.compress.sparsegpt import sparsegpt
-from gossamer.data.calibration import calibration_ids, check_options
+from gossamer.data.calibration import CalibrationOptions, calibration_ids, check_options
 from gossamer.data.sources import manifest
 from gossamer.decoder import blocks, embed, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 
 
 @dataclass(frozen=True)
-class Prune:
+class Prune(CalibrationOptions):
     """Zero the least important weights; the others make up for them (SparseGPT)."""
 
     model: str = option(help="checkpoint directory", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
-    dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
     sparsity: float = option(
         0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
     )
     method: Literal["sparsegpt", "magnitude"] = option("sparsegpt", help="how weights are chosen")
-    num_calibration_samples: int = option(128, help="rows of calibration text")
-    max_seq_length: int = option(2048, help="tokens a row; the model's context where that is shorter")
-    block_size: int = option(128, help="inputs among which weights compete")
-    dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
     overwrite: bool = option(False, help="replace the output directory")
-    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
-class PruneResult:
+class PruneResult(Result):
     """`errors`: after each layer, the squared distance of the hidden states to the parent's, relative."""
 
     output_dir: str
@@ -85,8 +79,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         target.copy_rest()
         target.num_threads = torch.get_num_threads()
         target.metrics["errors"] = errors
-    sparsity, seconds = Checkpoint.open(job.output_dir).sparsity(), time.monotonic() - start
-    return PruneResult(job.output_dir, sparsity, errors, ids_BT.numel(), seconds)
+    return PruneResult(job.output_dir, target.sparsity, errors, ids_BT.numel(), time.monotonic() - start)
 
 
 def prune_group(group: Mapping[str, nn.Linear], inputs: Iterable[tuple[Tensor, Tensor]], job: Prune) -> None:

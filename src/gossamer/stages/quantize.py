@@ -16,38 +16,32 @@ from gossamer.compress.gptq import gptq
 from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
 from gossamer.compress.int8 import fake_quantize_tokens, row_scales
 from gossamer.compress.smooth import divide_norm, share_over_query_heads, smoothing_scales, value_rows
-from gossamer.data.calibration import calibration_ids, check_options
+from gossamer.data.calibration import CalibrationOptions, calibration_ids, check_options
 from gossamer.data.sources import manifest
 from gossamer.decoder import TORCH_DTYPE, Block, blocks, embed, refuse_quantized, write_tensor
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 
 
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(CalibrationOptions):
     """Round the decoder's linears to INT8 (SmoothQuant, then GPTQ under the mask)."""
 
     model: str = option(help="checkpoint directory", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
-    dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
     scheme: Literal["W8A8"] = option("W8A8", help="INT8 weights per row, INT8 activations per token")
     smoothing_strength: float = option(
         0.8, help="how much of the activations' outliers moves into the weights"
     )
-    num_calibration_samples: int = option(128, help="rows of calibration text")
-    max_seq_length: int = option(2048, help="tokens a row; the model's context where that is shorter")
     ignore: tuple[str, ...] = option(
         (), help="linears to leave as they are, such as '*.layers.0.mlp.down_proj'"
     )
-    block_size: int = option(128, help="inputs rounded before the error is pushed on")
-    dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
     overwrite: bool = option(False, help="replace the output directory")
-    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
-class QuantizeResult:
+class QuantizeResult(Result):
     """`mean_error`: mean over the linears of the squared output error relative to the squared outputs."""
 
     output_dir: str
@@ -92,9 +86,8 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         target.replace_config({**source.config, "quantization_config": SCHEMES[job.scheme].config(ignored)})
         target.num_threads = torch.get_num_threads()
         target.metrics["mean_error"] = sum(errors) / len(errors)
-    sparsity = Checkpoint.open(job.output_dir).sparsity()
-    seconds = time.monotonic() - start
-    return QuantizeResult(job.output_dir, sparsity, len(errors), ignored, sum(errors) / len(errors), seconds)
+    error, seconds = sum(errors) / len(errors), time.monotonic() - start
+    return QuantizeResult(job.output_dir, target.sparsity, len(errors), ignored, error, seconds)
 
 
 def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:

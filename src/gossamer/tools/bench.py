@@ -1,4 +1,4 @@
-"""`bench`: tokens per second beside gigabytes per second and the share of what memory can give."""
+"""`bench`: tokens per second, and the gigabytes per second they take as a share of what memory can give."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -8,26 +8,26 @@ from pathlib import Path
 from typing import Literal
 
 from gossamer import plots
-from gossamer.engine import KvCacheDtype, cached_type, native_model
+from gossamer.engine import EngineOptions, KvCacheDtype, cached_type, native_model
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
-from gossamer.machine import default_threads, memory_bytes
+from gossamer.machine import available_memory_bytes, default_threads
 from gossamer.measure.readers import Readers
 from gossamer.measure.report import BenchResult, BenchRow
 from gossamer.measure.rounds import Baseline, Setting, Subject, measure
 from gossamer.measure.synthetic import CONFIGS, Recipe, Shape, synthetic_file
-from gossamer.packed.cache import cache_directory, cached_pack
+from gossamer.packed.cache import cache_directory, open_packed
 from gossamer.packed.reader import Packed
 from gossamer.packed.values import NUMBER_TYPES
 
-BASELINE_BYTES = 600e6  # dense float32 layers measured beside: enough to defeat every cache
+BASELINE_BYTES = 600e6  # of dense float32 layers, to compare with: more than any cache holds
 PLOT_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 MEMORY_SHARE = 0.8  # of what is available that a model may take
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(EngineOptions):
     """Measure MODEL, or synthetic models of a real shape: decoding, prompts, and memory, in turns.
 
     A synthetic model is written to the cache and kept there. Of several, measured one at a time, each that
@@ -51,10 +51,6 @@ class Bench:
     prompt: tuple[int, ...] = option((64,), help="tokens in the prompt (the context), a row each", short="-p")
     new: int = option(32, help="tokens to decode", short="-n")
     batch: tuple[int, ...] = option((1,), help="sequences at once, a row each", short="-b")
-    threads: int | None = option(None, help="threads (default: physical cores)", short="-t")
-    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
-        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
-    )
     repeats: int = option(5, help="rounds; medians are reported", short="-r")
     baseline: bool = option(
         False, help="also time dense float32 decoder linears of the same shape (0.6 GB more)"
@@ -124,8 +120,7 @@ def check_plot(job: Bench, path: Path) -> None:
 def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progress) -> Iterator[Subject]:
     """Each model, open; a synthetic one is written when its turn comes."""
     if job.model is not None:
-        path = Path(job.model)
-        packed = Packed.open(cached_pack(path, progress) if path.is_dir() else path)
+        packed = open_packed(job.model, progress)
         values = "+".join(sorted({packed.layers[name].values for name in packed.decoder}))
         yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, job.kv_cache_dtype, dense)
         return
@@ -166,9 +161,9 @@ def recipes(job: Bench) -> list[Recipe]:
         for values in dict.fromkeys(job.values or ("i8",))
         for sparsity in dict.fromkeys(sparsities)
     ]
-    available = memory_bytes()[1]
+    available = available_memory_bytes()
     for recipe in made:
-        if available and (needed := most_bytes(recipe)) > MEMORY_SHARE * available:
+        if available is not None and (needed := most_bytes(recipe)) > MEMORY_SHARE * available:
             raise ConfigError(
                 f"{recipe.shape} with {recipe.layers} layers of {recipe.values}, {recipe.sparsity:.0%} "
                 f"zeros, takes {needed / 1e9:.0f} GB; {available / 1e9:.0f} GB of memory are available: give "

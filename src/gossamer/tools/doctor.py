@@ -9,10 +9,11 @@ import numpy as np
 from gossamer import _native, machine
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.measure.readers import Readers
 
-# What native/base/isa.cpp asks CPUID for on each level, beside the levels below, under Linux's names.
+# What native/base/isa.cpp asks CPUID for on each level, under Linux's names; a level needs those of
+# the levels below it as well.
 LEVEL_FLAGS = {
     "avx2": ("fma", "popcnt", "avx", "bmi1", "avx2", "bmi2"),
     "avx512": (
@@ -69,8 +70,8 @@ class Level:
 
 
 @dataclass(frozen=True)
-class DoctorResult:
-    """What was found; rates in 10^9 bytes a second, the best of several readers."""
+class DoctorResult(Result):
+    """What was found; rates in 10^9 bytes a second, the best of several readers; memory 0 where unknown."""
 
     cpu: str
     isa: str
@@ -119,7 +120,6 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
     levels = _levels(num_threads)
     best = [level.isa for level in levels if level.is_here][-1]
     progress(Event("doctor", "done", 1, 1))
-    memory_bytes, available_bytes = machine.memory_bytes()
     packages = {name: _version(name) for name in PACKAGES}
     return DoctorResult(
         cpu=machine.cpu_model(),
@@ -128,8 +128,8 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
         levels=levels,
         cores=machine.cores(),
         num_threads=num_threads,
-        memory_bytes=memory_bytes,
-        memory_available_bytes=available_bytes,
+        memory_bytes=machine.memory_bytes() or 0,
+        memory_available_bytes=machine.available_memory_bytes() or 0,
         huge_pages=machine.huge_pages(),
         read_1_thread_gb_per_s=one / 1e9,
         read_all_threads_gb_per_s=all_threads / 1e9,
@@ -154,7 +154,7 @@ def _levels(num_threads: int) -> tuple[Level, ...]:
 
 
 def _isa_reason(best: str) -> str:
-    """Why the engine uses the kernels that it uses."""
+    """Why the engine uses the native kernels of the level that it uses."""
     if _native.isa() == best:
         return "the best that this machine has"
     return f"capped by GOSSAMER_ISA={os.environ.get('GOSSAMER_ISA')}; this machine could run {best}"

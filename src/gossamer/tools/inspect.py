@@ -10,7 +10,7 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.reader import Packed
 
 
@@ -52,7 +52,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class InspectResult:
+class InspectResult(Result):
     """`sparsity` and `bits_per_weight` are of the decoder's linears; `provenance` is oldest first."""
 
     model: str

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from gossamer.engine import LLM, Piece, SamplingParams
+from gossamer.engine import LLM, EngineOptions, Piece, SamplingParams
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(EngineOptions):
     """Complete PROMPT, or answer it with --chat; text comes as it is made."""
 
     model: str = option(
@@ -24,10 +23,6 @@ class Run:
     seed: int | None = option(None, help="makes sampling repeatable")
     stop: tuple[str, ...] = option((), help="strings that end the text")
     chat: bool = option(False, help="put the prompt through the model's chat template")
-    threads: int | None = option(None, help="threads (default: every core)")
-    kv_cache_dtype: Literal["auto", "f32", "bf16", "i8"] = option(
-        "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
-    )
 
 
 def run(job: Run, progress: Progress = quiet) -> Iterator[Piece]:

@@ -15,8 +15,8 @@ from gossamer.checkpoint.directory import Checkpoint, hash_mask
 from gossamer.engine import LLM
 from gossamer.errors import CheckpointError, EngineError, FormatError
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Table, quiet
-from gossamer.packed.cache import cached_pack
+from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.packed.cache import open_packed
 from gossamer.packed.from_checkpoint import round_rows, scheme_of, stored_scales
 from gossamer.packed.reader import Packed
 
@@ -45,7 +45,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class VerifyResult:
+class VerifyResult(Result):
     """Everything that was checked; what fails is an error instead."""
 
     model: str
@@ -70,7 +70,7 @@ def verify(job: Verify, progress: Progress = quiet) -> VerifyResult:
         checks.append(check)
         progress(Event("verify", check.name, len(checks)))
     if not job.skip_engine:
-        checks.append(_backends(path if path.is_file() else cached_pack(path, progress)))
+        checks.append(_backends(open_packed(path, progress)))
     return VerifyResult(job.model, tuple(checks))
 
 
@@ -187,21 +187,22 @@ def _expected(parent: Checkpoint, name: str, int8: bool) -> tuple[np.ndarray, np
     return round_rows(parent.float32(tensor))
 
 
-def _backends(path: Path) -> Check:
+def _backends(packed: Packed) -> Check:
     """The engine's logits beside those of transformers' Llama with the same weights."""
     name = "backends agree"
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         return Check(name, "needs torch: pip install 'gossamer[compress]'", skipped=True)
-    packed = Packed.open(path)
     length = min(NUM_TOKENS, packed.architecture.max_position_embeddings)
     ids = np.random.default_rng(0).integers(packed.architecture.vocab_size, size=length).tolist()
     expected_TV = _torch_logits(packed, ids)
-    found_TV = LLM(path, kv_cache_dtype="f32").logits(ids)
+    found_TV = LLM(packed.path, kv_cache_dtype="f32").logits(ids)
     error = float(np.linalg.norm(found_TV - expected_TV) / np.linalg.norm(expected_TV))
     integer = any(layer.type.integer for layer in packed.layers.values())
     tolerance = INT8_TOLERANCE if integer else FLOAT_TOLERANCE
     if not error <= tolerance:
-        raise EngineError(f"{path}: the engine's logits are {error:.2e} off torch's; at most {tolerance:.0e}")
+        raise EngineError(
+            f"{packed.path}: the engine's logits are {error:.2e} off torch's; at most {tolerance:.0e}"
+        )
     return Check(name, f"logits of {length} tokens differ by {error:.1e}, at most {tolerance:.0e}")
 
 

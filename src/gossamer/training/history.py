@@ -3,11 +3,12 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from gossamer.job.report import Result
 from gossamer.training.kernel import KernelChoice
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(Result):
     """What a training stage returns. `losses`: one per optimizer step, the teacher's part included."""
 
     output_dir: str

@@ -13,9 +13,7 @@ layers' weights dense, or holds all moments of a model that FSDP shards. What is
 """
 
 import os
-import resource
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +22,10 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from gossamer.errors import ConfigError
+from gossamer.machine import available_memory_bytes
 from gossamer.training.masks import local
 from gossamer.training.parallel import is_first
 from gossamer.training.sparse_linear import SparseLinear
-
-CGROUPS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,15 @@ def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, c
     )
 
 
-def available_bytes(device: str, root: Path = Path("/")) -> int | None:
-    """Memory that a process can still take: of its GPU, else of the machine, its control groups, `ulimit -v`.
+def available_bytes(device: str) -> int | None:
+    """Memory that a process can still take: of its GPU, else its share of what the machine gives it.
 
     Processes of one torchrun share a machine alike. None where the system does not say.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    left = [found for found in (_meminfo(root), _address_space(), *_cgroups(root)) if found is not None]
-    return min(left) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if left else None
+    available = available_memory_bytes()
+    return None if available is None else available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def optimizer_gradient_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -172,58 +169,6 @@ def _bytes(module: nn.Module) -> int:
     sparse = [module for module in module.modules() if isinstance(module, SparseLinear)]
     places = sum(8 * module.values.numel() for module in sparse)
     return places + sum(local(weight).nbytes for weight in module.parameters())
-
-
-def _meminfo(root: Path) -> int | None:
-    for line in _text(root / "proc/meminfo").splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return 1024 * int(rest.split()[0])
-    return None
-
-
-def _address_space() -> int | None:
-    """What `ulimit -v` leaves this process."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = _text(Path("/proc/self/statm")).split()
-    if limit == resource.RLIM_INFINITY or not pages:
-        return None
-    return limit - int(pages[0]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroups(root: Path) -> list[int]:
-    """What is left of each limit on the way from our control group to the root; caches count as free."""
-    left = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        top = root / "sys/fs/cgroup" / controllers
-        group = top / path.lstrip("/")
-        for directory in (group, *group.parents):
-            left += _left(directory)
-            if directory == top:
-                break
-    return left
-
-
-def _left(directory: Path) -> list[int]:
-    """The limit of one control group, less its use that is not cache; none if it has no limit."""
-    found = []
-    for limit_name, use_name in CGROUPS:
-        limit, use = _text(directory / limit_name).strip(), _text(directory / use_name).strip()
-        if limit.isdecimal() and use.isdecimal():
-            statistics = dict(line.split() for line in _text(directory / "memory.stat").splitlines())
-            cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
-            found.append(int(limit) - int(use) + cache)
-    return found
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 def _gb(num_bytes: int) -> str:

@@ -10,27 +10,27 @@ from numpy.typing import NDArray
 
 from gossamer import _native
 from gossamer.architecture.anatomy import Anatomy
+from gossamer.engine.options import KvCacheDtype
 from gossamer.engine.request import Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job.report import Progress, quiet
 from gossamer.machine import default_threads
-from gossamer.packed.cache import cached_pack
+from gossamer.packed.cache import open_packed
 from gossamer.packed.reader import Packed
 from gossamer.tokens import Tokenizer
 
 LOGITS_CHUNK = 256  # tokens whose logits are computed in one call
 
 Prompt = str | Sequence[int]
-KvCacheDtype = Literal["auto", "f32", "bf16", "i8"]
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What a request needs: the native model, the tokenizer and the limits of the architecture."""
+class OpenModel:
+    """A model ready for requests: its native forward pass, its tokenizer and its architecture's limits."""
 
     path: Path
-    model: _native.Model
+    native: _native.Model
     tokenizer: Tokenizer
     architecture: Anatomy
     num_threads: int
@@ -42,7 +42,7 @@ class Engine:
         num_threads: int | None = None,
         progress: Progress = quiet,
         kv_cache_dtype: KvCacheDtype = "auto",
-    ) -> "Engine":
+    ) -> "OpenModel":
         """Map a .goss file and validate it (FormatError says what is wrong with it).
 
         A checkpoint directory is packed once into the cache. `num_threads` None: see `default_threads`;
@@ -51,10 +51,10 @@ class Engine:
         threads = default_threads() if num_threads is None else num_threads
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
-        packed = Packed.open(cached_pack(path, progress) if Path(path).is_dir() else path)
+        packed = open_packed(path, progress)
         tokenizer = _tokenizer(packed)
-        model = native_model(packed, threads, kv_cache_dtype)
-        return cls(packed.path, model, tokenizer, packed.architecture, threads)
+        native = native_model(packed, threads, kv_cache_dtype)
+        return cls(packed.path, native, tokenizer, packed.architecture, threads)
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """A request for text (tokenized with BOS) or for token ids; ConfigError when it cannot be served."""
@@ -76,9 +76,9 @@ class Engine:
         limit = self.architecture.max_position_embeddings
         if not 0 < ids_T.size <= limit:
             raise ConfigError(f"found {ids_T.size} token ids; expected 1 to {limit}, this model's context.")
-        sequence = self.model.new_sequence(ids_T.size)
+        sequence = self.native.new_sequence(ids_T.size)
         chunks = [ids_T[start : start + LOGITS_CHUNK] for start in range(0, ids_T.size, LOGITS_CHUNK)]
-        return np.concatenate([self.model.forward([sequence], [chunk], True) for chunk in chunks])
+        return np.concatenate([self.native.forward([sequence], [chunk], True) for chunk in chunks])
 
     def _checked(self, ids: Sequence[int]) -> list[int]:
         if not isinstance(ids, Sequence | np.ndarray):
@@ -97,8 +97,10 @@ def native_model(packed: Packed, num_threads: int, kv_cache_dtype: KvCacheDtype 
 
 
 def cached_type(packed: Packed, kv_cache_dtype: KvCacheDtype) -> Literal["f32", "bf16", "i8"]:
-    """What "auto" stands for: f32 where decoder linears are f32, so that such models compute in float32
-    throughout, else bf16."""
+    """The type that "auto" means for this model, or the one asked for; ConfigError for an unknown one.
+
+    Auto is f32 where decoder linears are f32, so that such models compute in float32 throughout, else bf16.
+    """
     if kv_cache_dtype not in get_args(KvCacheDtype):
         raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected auto, f32, bf16 or i8.")
     if kv_cache_dtype != "auto":

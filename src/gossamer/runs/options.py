@@ -1,0 +1,61 @@
+"""Options of a run of several verbs, made from theirs, and each verb's options out of the run's."""
+
+import dataclasses
+import typing
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from gossamer.job.options import option
+
+
+def options_of(
+    verbs: Mapping[str, type], *, without: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> Any:
+    """A frozen dataclass with the options of several verbs (name -> dataclass of options), given by name.
+
+    An option keeps its name and sets it in every verb that has it. One on whose default the verbs differ is
+    None, which leaves each verb its own, and is also there for each verb alone, as VERB_OPTION. `without`
+    names options that the caller decides by itself; `defaults` are those that it changes.
+    """
+    owners: dict[str, dict[str, dataclasses.Field[Any]]] = {}
+    for verb, kind in verbs.items():
+        for field in dataclasses.fields(kind):
+            if field.name not in without:
+                owners.setdefault(field.name, {})[verb] = field
+    hints = {name: hint for kind in verbs.values() for name, hint in typing.get_type_hints(kind).items()}
+    made: list[tuple[str, Any, Any]] = []
+    for name, fields in owners.items():
+        made += _shared(name, hints[name], fields, (defaults or {}).get(name, dataclasses.MISSING))
+    return dataclasses.make_dataclass("Options", made, frozen=True, kw_only=True)
+
+
+def _shared(
+    name: str, hint: Any, fields: Mapping[str, dataclasses.Field[Any]], changed: Any
+) -> list[tuple[str, Any, Any]]:
+    """(name, type, field) of an option of several verbs, and where their defaults differ of each verb's."""
+    metadata = dict(next(iter(fields.values())).metadata)
+    metadata["help"] = f"{', '.join(fields)}: {metadata['help']}"
+    values = {verb: field.default for verb, field in fields.items()}
+    if changed is not dataclasses.MISSING or len(set(values.values())) == 1:
+        default = next(iter(values.values())) if changed is dataclasses.MISSING else changed
+        return [(name, hint, option(default, **metadata))]
+    metadata["help"] += f" (default: {', '.join(map(str, values.values()))})"
+    alone = f"--{name.replace('_', '-')} for it alone"
+    return [
+        (name, hint | None, option(None, **metadata)),
+        *((f"{verb}_{name}", hint | None, option(None, help=f"{verb}: {alone}")) for verb in fields),
+    ]
+
+
+def options_for(job: object, verb: str, kind: type) -> dict[str, Any]:
+    """What a job made from `options_of` says of the options of one of its verbs, for `kind(**options)`.
+
+    VERB_OPTION counts before OPTION; what the job does not have, or has as None, is left to the verb.
+    """
+    given = {name: value for name, value in vars(job).items() if value is not None}
+    names = [field.name for field in dataclasses.fields(kind)]
+    return {
+        name: given.get(f"{verb}_{name}", given.get(name))
+        for name in names
+        if f"{verb}_{name}" in given or name in given
+    }
