@@ -18,7 +18,7 @@ from gossamer.errors import CheckpointError
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training import sparse_linear
 from gossamer.training.adamw import AdamW
-from gossamer.training.kernel import masked_linears
+from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.masks import MaskCallback, decoder_zeros
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.sparse_linear import SparseLinear, densify, sparsify
