@@ -1,6 +1,6 @@
 """Linear layers that store, train and multiply only their nonzero weights.
 
-    y = x W^T,   dx = dy W,   dW = dy^T x at the nonzero weights;   W [N, K], x [T, K], y [T, N]
+    y = x W^T + b,   dx = dy W,   dW = dy^T x at the nonzero weights;   W [N, K], x [T, K], y [T, N], b [N]
 
 The parameter `values` holds the nonzero weights in the order of the native plan, so that its gradient and its
 moments are as short as it is. On the CPU in float32 the products are native (`_native.SparsePlan`). On other
@@ -48,24 +48,26 @@ class Pattern:
 
 
 class SparseLinear(nn.Module):
-    """Takes the place of an `nn.Linear` without bias. The zeros that its weight has now are its mask."""
+    """Takes the place of an `nn.Linear`. The zeros that its weight has now are its mask from here on."""
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
-        assert dense.bias is None, "the decoder's linears have no bias"
         self.out_features, self.in_features = dense.out_features, dense.in_features
         weight_NK = dense.weight.detach()
         self.pattern = Pattern(weight_NK != 0)
         values = weight_NK.reshape(-1)[self.pattern.positions().to(weight_NK.device)]
         self.values = nn.Parameter(values, requires_grad=dense.weight.requires_grad)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", dense.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., N] of x [..., K]; under autocast y has autocast's type, as that of `nn.Linear` has."""
         device = self.values.device.type
         autocast = torch.is_autocast_enabled(device)
         if not _is_native(self.values) or (x.dtype != torch.float32 and not autocast):
-            return linear(x, self._scattered(self.pattern.positions_on(self.values.device)))
+            return linear(x, self._scattered(self.pattern.positions_on(self.values.device)), self.bias)
         y: Any = _Product.apply(x, self.values, self.pattern.plan)
+        y = y if self.bias is None else y + self.bias
         return y.to(torch.get_autocast_dtype(device)) if autocast else y
 
     def dense_weight(self) -> Tensor:
@@ -73,9 +75,10 @@ class SparseLinear(nn.Module):
         return self._scattered(self.pattern.positions().to(self.values.device)).detach()
 
     def to_linear(self) -> nn.Linear:
-        """An `nn.Linear` with the same weight."""
+        """An `nn.Linear` with the same weight and bias."""
         with torch.device("meta"):
             dense = nn.Linear(self.in_features, self.out_features, bias=False)
+        dense.register_parameter("bias", self.bias)
         dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.values.requires_grad)
         return dense
 
@@ -89,6 +92,8 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.dense_weight()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(
         self,
@@ -100,11 +105,23 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        name = f"{prefix}weight"
-        if name in state_dict:
-            self._load_weight(name, state_dict[name])
-        elif strict:
-            missing_keys.append(name)
+        loads = {"weight": self._load_weight} | ({} if self.bias is None else {"bias": self._load_bias})
+        for own_name, load in loads.items():
+            name = prefix + own_name
+            if name in state_dict:
+                load(name, state_dict[name])
+            elif strict:
+                missing_keys.append(name)
+
+    @torch.no_grad()
+    def _load_bias(self, name: str, bias_N: Tensor) -> None:
+        assert self.bias is not None
+        if bias_N.shape != self.bias.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(bias_N.shape)}; the model in training has {list(self.bias.shape)}: "
+                "give the checkpoint of this model"
+            )
+        self.bias.copy_(bias_N)
 
     @torch.no_grad()
     def _load_weight(self, name: str, weight_NK: Tensor) -> None:
