@@ -39,6 +39,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.job.report import Progress, quiet
+from gossamer.training.trainer_contract import unsupported_version
 
 Parallel = Literal["ddp", "fsdp"]
 Job = TypeVar("Job", contravariant=True)
@@ -148,7 +149,8 @@ def rows_of_this_process(batch_rows: int, row_length: int) -> int:
 def distribute(model: PreTrainedModel, parallel: Parallel) -> None:
     """Shard the model in place for `fsdp`. For `ddp` leave it whole: the Trainer wraps it.
 
-    Raises UnsupportedError for one process with several GPUs, ConfigError for `fsdp` in one process.
+    Raises UnsupportedError for one process with several GPUs and for a transformers that does not know
+    sharded models, ConfigError for `fsdp` in one process.
     """
     if num_processes() == 1 and torch.cuda.device_count() > 1:
         raise UnsupportedError(
@@ -173,6 +175,8 @@ def _shard(model: PreTrainedModel) -> None:
     for mark in ("_is_distributed_loading_by_transformers", "_is_fsdp_managed_module"):
         setattr(model, mark, True)
     model.config.distributed_config = DistributedConfig(fsdp_size=num_processes())
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        raise unsupported_version("PreTrainedModel: no property is_distributed_loading_by_transformers")
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

@@ -1,4 +1,7 @@
-"""transformers' Trainer for rows of tokens, with a loss, a log and checkpoints of our own."""
+"""transformers' Trainer for rows of tokens, with a loss, a log and checkpoints of our own.
+
+Every method of the Trainer that is overridden here is in `trainer_contract.SIGNATURES`.
+"""
 
 import contextlib
 import math

@@ -29,6 +29,7 @@ from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
+from gossamer.training.trainer_contract import check_trainer
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 EAGER_ROW_LENGTH = 512
@@ -45,10 +46,11 @@ def train(
     """Train `model` in place, on the GPU if there is one; its zeros stay zeros.
 
     Checkpoints and logs go to `target.path`. Raises ConfigError if the loss or the gradient is not finite,
-    UnsupportedError for several GPUs in one process and for the sparse training kernel under FSDP,
-    CheckpointError if there is no undamaged checkpoint to resume from, and Interrupted after Ctrl-C, once the
-    run is saved.
+    UnsupportedError for another transformers than this was written for, for several GPUs in one process and
+    for the sparse training kernel under FSDP, CheckpointError if there is no undamaged checkpoint to resume
+    from, and Interrupted after Ctrl-C, once the run is saved.
     """
+    check_trainer()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(job.precision, device)
     checkpoints = Checkpoints(target.path, identify(job, model, rows, target, device, precision, teacher))
