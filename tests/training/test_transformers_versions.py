@@ -119,7 +119,8 @@ def test_the_oldest_version_trains_and_resumes_as_the_newest(
     assert ran.returncode == 0, ran.stderr[-4000:]
     found = json.loads((folder / "found.json").read_text())
     assert found["version"] == OLDEST_TESTED
-    assert found["losses"] == pytest.approx(newest.losses, rel=1e-5)
+    # Two processes add the gradients in another order than one, which AdamW passes on.
+    assert found["losses"] == pytest.approx(newest.losses, rel=1e-4 if parallel == "fsdp" else 1e-5)
     files = [folder / name / "model.safetensors" for name in ("whole", "resumed")]
     assert files[0].read_bytes() == files[1].read_bytes()
     before, after = load_file(folder / "sparse" / "model.safetensors"), load_file(files[1])
