@@ -30,7 +30,7 @@ from gossamer.measure.readers import impossible
 from gossamer.measure.report import GIGA, Spread
 from gossamer.runs.recovery import SHIPPED
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training.kernel import Kernel
+from gossamer.training.kernel_choice import TrainingKernel
 from gossamer.training.sparse_linear import SparseLinear
 
 WIDTH, FFN, TOKENS = 2048, 5632, 2048
@@ -138,7 +138,9 @@ def sparse_model(folder: Path) -> Path:
     return folder / "model"
 
 
-def run_steps(model: Path, output: Path, kernel: Kernel, precision: Literal["f32", "bf16"]) -> dict[str, Any]:
+def run_steps(
+    model: Path, output: Path, kernel: TrainingKernel, precision: Literal["f32", "bf16"]
+) -> dict[str, Any]:
     """Seconds of each step but the first, and the bytes of gradients and moments, of a run of `pretrain`."""
     ends: list[float] = []
 
@@ -165,7 +167,7 @@ def run_steps(model: Path, output: Path, kernel: Kernel, precision: Literal["f32
 
 def steps() -> None:
     """Whole steps of 2048 tokens in rows of 512; the runs take turns."""
-    kernels: tuple[Kernel, ...] = ("dense", "sparse")
+    kernels: tuple[TrainingKernel, ...] = ("dense", "sparse")
     precisions: tuple[Literal["f32", "bf16"], ...] = ("f32", "bf16")
     with tempfile.TemporaryDirectory() as folder:
         model = sparse_model(Path(folder))

@@ -22,7 +22,7 @@ from gossamer.job.processes import is_first
 from gossamer.job.report import Event
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import trainer as training
-from gossamer.training.masks import MaskCallback, mask_hash
+from gossamer.training.masks import MaskCallback, model_mask_hash
 from gossamer.training.parallel import distribute
 
 
@@ -53,7 +53,7 @@ class Watch(MaskCallback):
         Watch.seen = {
             "num_sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
             "num_parameters": len(list(model.parameters())),
-            "mask_hashes": [self.mask_hash(), mask_hash(model)],
+            "mask_hashes": [self.enforced_mask_hash(), model_mask_hash(model)],
             "num_accumulated": args.gradient_accumulation_steps,
         }
 

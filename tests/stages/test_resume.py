@@ -34,7 +34,7 @@ from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interru
 from gossamer.job.report import Event
 from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training import interruption, kernel, parallel, trainer
+from gossamer.training import interruption, kernel_choice, parallel, trainer
 from gossamer.training.adamw import AdamW
 from gossamer.training.checkpoints import _sha256, _write_record, damage
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
@@ -237,7 +237,7 @@ def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with what it began with; that is said before anything is sharded."""
-    monkeypatch.setattr(kernel, "_seconds", lambda *_: (0.3, 0.1))
+    monkeypatch.setattr(kernel_choice, "_seconds", lambda *_: (0.3, 0.1))
     job = replace(job, kernel="auto")
     interrupt(job)
     with pytest.raises(UnsupportedError, match="kernel sparse: found weights sharded by FSDP"):
@@ -427,7 +427,7 @@ def test_what_fails_beside_the_disk_is_not_laid_to_it(job: Pretrain, monkeypatch
     def whole(tensor: object) -> object:
         raise RuntimeError("connection closed by peer")
 
-    monkeypatch.setattr(parallel, "whole", whole)
+    monkeypatch.setattr(parallel, "full_tensor_on_cpu", whole)
     with pytest.raises(RuntimeError, match="connection closed by peer"):
         pretrain(job)
 
@@ -459,7 +459,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(
     def poisoned(trainer: RowTrainer, *arguments: object, **keywords: object) -> object:
         loss = training_step(trainer, *arguments, **keywords)  # pyright: ignore
         if trainer.state.global_step == 5:
-            trainer.llama.model.norm.weight.grad.fill_(float("nan"))  # pyright: ignore
+            trainer.causal_model.model.norm.weight.grad.fill_(float("nan"))  # pyright: ignore
         return loss
 
     monkeypatch.setattr(RowTrainer, "training_step", poisoned)

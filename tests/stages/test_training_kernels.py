@@ -13,7 +13,7 @@ from gossamer.errors import ConfigError
 from gossamer.job.report import Event, quiet
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training import kernel, preparation
+from gossamer.training import kernel_choice, preparation
 from gossamer.training.history import TrainingResult
 from pruned import copy_with_zeros
 
@@ -83,7 +83,7 @@ def test_auto_measures_says_and_records(
     run: Callable[..., TrainingResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for times, taken, ratio in [((0.3, 0.1), "sparse", 3.0), ((0.1, 0.2), "dense", 0.5)]:
-        monkeypatch.setattr(kernel, "_seconds", lambda *args, times=times: times)
+        monkeypatch.setattr(kernel_choice, "_seconds", lambda *args, times=times: times)
         events: list[Event] = []
         run("pretrain", f"out-{taken}", events.append)
         said = [event.message for event in events if event.message.startswith("kernel ")]

@@ -7,11 +7,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.training.distillation import SquareHead
 from gossamer.training.masks import MaskCallback
 
@@ -114,3 +115,81 @@ def test_a_student_that_is_its_teacher_loses_nothing(
     trainer.train()
     assert distillation.last == pytest.approx(0.0, abs=1e-9)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+class Odd(LlamaForCausalLM):
+    """A Llama that calls its decoder in a way of its own."""
+
+    call: Any = None
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        hidden = type(self).call(self.model, input_ids)
+        return {"loss": hidden.float().square().mean()}
+
+
+def positional(decoder: nn.Module, ids_BT: Tensor) -> Tensor:
+    return decoder(ids_BT).last_hidden_state
+
+
+def embedded(decoder: nn.Module, ids_BT: Tensor) -> Tensor:
+    return decoder(inputs_embeds=decoder.get_input_embeddings()(ids_BT)).last_hidden_state  # pyright: ignore
+
+
+def as_tuple(decoder: nn.Module, ids_BT: Tensor) -> Tensor:
+    return decoder(input_ids=ids_BT, return_dict=False)[0]
+
+
+def trainer_of(model: Any, tmp_path: Path, **row: Any) -> Trainer:
+    row = row or {"input_ids": list(range(2, 30)), "labels": list(range(2, 30))}
+    return Trainer(
+        model,
+        TrainingArguments(**settings(tmp_path, remove_unused_columns=False)),
+        train_dataset=datasets.Dataset.from_list([row, row]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (positional, "calls its LlamaModel with 1 positional arguments .*expected keywords alone"),
+        (embedded, "0 positional arguments and the keywords inputs_embeds; expected .* input_ids"),
+        (as_tuple, "LlamaModel returned no hidden_states though asked to"),
+    ],
+)
+def test_a_student_that_cannot_be_watched_is_refused(
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM], tmp_path: Path, call: Any, message: str
+) -> None:
+    student, teacher = Odd(pair[0].config), pair[1]
+    trainer = trainer_of(student, tmp_path)
+    SquareHead(teacher).attach(trainer)
+    Odd.call = staticmethod(call)
+    with pytest.raises(UnsupportedError, match=f"SquareHead: .*{message}"):
+        trainer.train()
+
+
+def test_a_batch_without_tokens_is_refused(
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM], tmp_path: Path
+) -> None:
+    trainer = trainer_of(pair[0], tmp_path, inputs_embeds=[[0.0] * 48] * 4, labels=[2] * 4)
+    SquareHead(pair[1]).attach(trainer)
+    with pytest.raises(UnsupportedError, match="a batch of inputs_embeds, labels; expected input_ids"):
+        trainer.train()
+
+
+def test_a_student_that_is_no_match_is_refused(
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM], tmp_path: Path
+) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+    student, teacher = pair
+    with pytest.raises(UnsupportedError, match="found a Wrapped; expected a transformers PreTrainedModel"):
+        SquareHead(teacher).attach(trainer_of(Wrapped(student), tmp_path))
+    for changed in ({"num_hidden_layers": 3}, {"hidden_size": 96}):
+        [(field, value)] = changed.items()
+        config = copy.deepcopy(student.config)
+        setattr(config, field, value)
+        with pytest.raises(ConfigError, match=f"the teacher has {field} {value}, the trainer's model has"):
+            SquareHead(LlamaForCausalLM(config)).attach(trainer_of(student, tmp_path))

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallba
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
 from gossamer.training import masks
-from gossamer.training.masks import MaskCallback, decoder_zeros, mask_hash
+from gossamer.training.masks import MaskCallback, decoder_zeros, model_mask_hash
 from gossamer.training.sparse_linear import sparsify
 
 ACCUMULATION, CLIP = 2, 0.05
@@ -324,12 +324,12 @@ def test_a_given_mask_outlives_a_kept_weight_that_became_zero(
     """A resumed run has the masks it began with: `MaskCallback(model)` read them before the load."""
     callback = MaskCallback(sparse_model)
     weight, zeros = sparse_model.get_parameter("model.layers.0.mlp.up_proj.weight"), zeros_of(sparse_model)
-    before = mask_hash(sparse_model)
+    before = model_mask_hash(sparse_model)
     with torch.no_grad():
         weight[~zeros["model.layers.0.mlp.up_proj.weight"]] = 0
     trainer = Trainer(sparse_model, arguments(tmp_path), train_dataset=RandomRows(12), callbacks=[callback])
     trainer.train()
-    assert mask_hash(sparse_model) == before == callback.mask_hash()
+    assert model_mask_hash(sparse_model) == before == callback.enforced_mask_hash()
     assert torch.equal(weight == 0, zeros["model.layers.0.mlp.up_proj.weight"])
 
 
@@ -354,14 +354,14 @@ def test_a_mask_of_another_shape_is_refused(sparse_model: LlamaForCausalLM, tmp_
 
 def test_sparse_linears_train_beside_masked_ones(sparse_model: LlamaForCausalLM, tmp_path: Path) -> None:
     """They need no mask; the others keep theirs, and the run's hash is the same."""
-    before, zeros = mask_hash(sparse_model), zeros_of(sparse_model)
+    before, zeros = model_mask_hash(sparse_model), zeros_of(sparse_model)
     sparsify(sparse_model, [f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")])
     callback = MaskCallback()
     trainer = Trainer(sparse_model, arguments(tmp_path), train_dataset=RandomRows(12), callbacks=[callback])
     trainer.train()
     weights = sparse_model.state_dict()
     assert trainer.state.global_step == 3
-    assert callback.mask_hash() == mask_hash(sparse_model) == before
+    assert callback.enforced_mask_hash() == model_mask_hash(sparse_model) == before
     assert all(not weights[name][zero].any() for name, zero in zeros.items())
 
 
@@ -395,32 +395,32 @@ def test_mask_hash_is_sha256_over_names_shapes_and_bits(sparse_model: LlamaForCa
         bits = "".join("1" if zero else "0" for zero in zeros_NK.flatten().tolist())
         bits += "0" * (-len(bits) % 8)
         digest.update(int(bits, 2).to_bytes(len(bits) // 8, "big"))
-    assert mask_hash(sparse_model) == digest.hexdigest()
+    assert model_mask_hash(sparse_model) == digest.hexdigest()
 
 
 def test_mask_hash_of_sparse_linears_is_that_of_their_pattern(sparse_model: LlamaForCausalLM) -> None:
     """A value that became exactly 0 in training is still one that lives."""
-    before = mask_hash(sparse_model)
+    before = model_mask_hash(sparse_model)
     sparsify(sparse_model, ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"])
     with torch.no_grad():
         sparse_model.get_parameter("model.layers.0.mlp.up_proj.values")[3] = 0.0
-    assert mask_hash(sparse_model) == before
+    assert model_mask_hash(sparse_model) == before
 
 
 def test_mask_hash_of_directory_and_model_agree(sparse_model: LlamaForCausalLM, tmp_path: Path) -> None:
     """Values do not count, places do; a dense model has no mask."""
     sparse_model.save_pretrained(tmp_path)
-    before = mask_hash(sparse_model)
-    assert mask_hash(Checkpoint.open(tmp_path)) == before
+    before = model_mask_hash(sparse_model)
+    assert model_mask_hash(Checkpoint.open(tmp_path)) == before
     weight = sparse_model.get_parameter("model.layers.1.mlp.down_proj.weight")
     with torch.no_grad():
         weight.mul_(2)
-        assert mask_hash(sparse_model) == before
+        assert model_mask_hash(sparse_model) == before
         weight.copy_(weight.flip(0))
-        assert mask_hash(sparse_model) != before
+        assert model_mask_hash(sparse_model) != before
         for parameter in sparse_model.parameters():
             parameter.add_(100.0)
-    assert mask_hash(sparse_model) == hashlib.sha256().hexdigest()
+    assert model_mask_hash(sparse_model) == hashlib.sha256().hexdigest()
 
 
 def test_moments_of_a_resumed_optimizer_are_cleared(sparse_model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -5,12 +5,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from gossamer.errors import ConfigError
 from gossamer.training import memory
 from gossamer.training.adamw import AdamW
-from gossamer.training.kernel import masked_linears
+from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.memory import (
     MemoryEstimate,
     check_memory,
@@ -44,7 +52,7 @@ def llama(kernel: Any = "dense", attention: str = "sdpa", **shape: int) -> Llama
     return model.train()
 
 
-def kept_bytes(model: LlamaForCausalLM, num_rows: int, row_length: int, precision: str) -> int:
+def kept_bytes(model: PreTrainedModel, num_rows: int, row_length: int, precision: str) -> int:
     """Memory that autograd keeps of one forward pass through the decoder, weights aside."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Tensor] = {}
@@ -73,6 +81,34 @@ def test_activations_are_what_autograd_keeps(
 ) -> None:
     """Within a fifth, for both kernels, precisions and attentions."""
     model = llama(kernel, attention, **{"num_hidden_layers": 2, "hidden_size": 192, **shape})
+    estimate = estimate_memory(model, 4, 128, precision)
+    assert estimate.activations == pytest.approx(kept_bytes(model, 4, 128, precision), rel=0.2)
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "head_dim"),
+    [
+        ((LlamaConfig, LlamaForCausalLM), 32),
+        ((Qwen3Config, Qwen3ForCausalLM), 32),
+        ((Qwen2Config, Qwen2ForCausalLM), 16),
+    ],
+    ids=["llama", "qwen3", "qwen2"],
+)
+def test_activations_of_other_decoders(family: Any, head_dim: int, attention: str, precision: str) -> None:
+    """Within a fifth too: heads whose width is not hidden / heads, norms of queries and keys, biases."""
+    config = family[0](
+        vocab_size=1024,
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        num_key_value_heads=3,
+        head_dim=head_dim,
+    )
+    model = family[1](config).train()
+    model.set_attn_implementation(attention)
     estimate = estimate_memory(model, 4, 128, precision)
     assert estimate.activations == pytest.approx(kept_bytes(model, 4, 128, precision), rel=0.2)
 

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.stages.pretrain import pretrain
-from gossamer.training.masks import mask_hash
-from gossamer.training.parallel import gathered, share_of_rows
+from gossamer.training.masks import model_mask_hash
+from gossamer.training.parallel import gather_to_first, rows_of_this_process
 from gossamer.training.rows import next_token_rows
 from two_processes import job, watched
 
@@ -111,7 +111,7 @@ def test_fsdp_shards_every_parameter_and_ddp_none(found: dict[str, Any]) -> None
 
 
 def test_mask_hash_is_the_same_sharded_or_whole(found: dict[str, Any], folder: Path) -> None:
-    expected = mask_hash(Checkpoint.open(folder / "sparse"))
+    expected = model_mask_hash(Checkpoint.open(folder / "sparse"))
     runs = [found[name] for name in ("one-f32", "ddp", "fsdp")] + [found["second"]["fsdp"]]
     runs.append(found["values"])
     assert [run["mask_hashes"] for run in runs] == [[expected, expected]] * 5
@@ -148,18 +148,18 @@ def test_one_process_that_fails_ends_all(folder: Path) -> None:
 
 def test_what_is_gathered_stays_with_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     named = {"a": torch.ones(2), "b": 3}
-    assert gathered(named) == named
+    assert gather_to_first(named) == named
     monkeypatch.setenv("RANK", "1")
-    assert gathered(named) == {}
+    assert gather_to_first(named) == {}
 
 
 def test_rows_that_cannot_be_shared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert share_of_rows(6, 32) == 2
+    assert rows_of_this_process(6, 32) == 2
     with pytest.raises(
         ConfigError, match=r"makes 8 rows of 32 tokens, which 3 processes .* multiple of 96 tokens"
     ):
-        share_of_rows(8, 32)
+        rows_of_this_process(8, 32)
 
 
 def test_fsdp_in_one_process_is_refused(folder: Path) -> None:

@@ -18,7 +18,7 @@ from gossamer.errors import CheckpointError
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training import sparse_linear
 from gossamer.training.adamw import AdamW
-from gossamer.training.kernel import masked_linears
+from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.masks import MaskCallback, decoder_zeros
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.sparse_linear import SparseLinear, densify, sparsify
@@ -102,6 +102,46 @@ def test_autocast_gives_its_type_and_float32_gradients(dtype: torch.dtype) -> No
     exact = linear(x.detach().double(), dense.weight.detach().double())
     assert (y - exact).abs().sum() <= (rounded - exact).abs().sum()
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_bias_is_added_and_trained(native: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients of nn.Linear with the same bias, on both paths."""
+    if not native:
+        monkeypatch.setattr(sparse_linear, "_is_native", lambda values: False)
+    dense = pruned(64, 96, 0.5)
+    dense.bias = nn.Parameter(torch.randn(64))
+    layer, x = SparseLinear(copy.deepcopy(dense)), torch.randn(10, 96)
+    for module in (layer, dense):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = module(x)
+        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        y.float().square().sum().backward()
+    assert layer.bias is not None and layer.values.grad is not None and dense.weight.grad is not None
+    torch.testing.assert_close(layer(x), dense(x))
+    gradients = {
+        layer.bias.grad: dense.bias.grad,
+        layer.values.grad: dense.weight.grad.view(-1)[layer.pattern.positions()],
+    }
+    tolerance = 2**-6 if autocast else 1e-5
+    for found, expected in gradients.items():
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_a_bias_is_saved_loaded_and_given_back() -> None:
+    dense = pruned(8, 6, 0.5)
+    dense.bias = nn.Parameter(torch.randn(8), requires_grad=False)
+    layer = SparseLinear(copy.deepcopy(dense))
+    assert list(layer.state_dict()) == list(dense.state_dict())
+    layer.load_state_dict({name: 2 * tensor for name, tensor in dense.state_dict().items()})
+    back = layer.to_linear()
+    assert torch.equal(back.bias, 2 * dense.bias) and torch.equal(back.weight, 2 * dense.weight)
+    assert not back.bias.requires_grad
+    with pytest.raises(CheckpointError, match=r"bias has shape \[3\]; the model in training has \[8\]"):
+        layer.load_state_dict({**dense.state_dict(), "bias": torch.ones(3)})
+    with pytest.raises(RuntimeError, match=r'Missing key.*"bias"'):
+        layer.load_state_dict({"weight": dense.weight})
 
 
 def test_other_types_are_refused_as_by_nn_linear() -> None:

@@ -18,6 +18,7 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import record
 from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
+from gossamer.training.distillation import Teacher
 from gossamer.training.rows import Example, next_token_rows, packed_rows
 from gossamer.training.trainer import train
 
@@ -118,7 +119,7 @@ def test_packed_teacher_sees_the_same_and_padding_does_not_count(
             squares += [float(t.square().sum()) for t in theirs]
     job = replace(JOB, batch_tokens=6 * 24)
     alone = train(job, copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), target, quiet)
-    taught = train(job, model, packed_rows(made, 24, 1, seed=0), target, quiet, teacher)
+    taught = train(job, model, packed_rows(made, 24, 1, seed=0), target, quiet, Teacher(teacher, "hash"))
     assert taught.losses[0] - alone.losses[0] == pytest.approx((errors / squares).sum(), rel=1e-4)
 
 

@@ -377,7 +377,7 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
 
 
 def hash_mask(zeros_NK: np.ndarray) -> str:
-    """sha256 of one matrix's zeros, as `gossamer.json` records it; `masks.mask_hash` is of a model."""
+    """sha256 of one matrix's zeros, as `gossamer.json` records it; `masks` hashes those of a model."""
     return hashlib.sha256(np.packbits(zeros_NK).tobytes()).hexdigest()
 
 

@@ -14,7 +14,7 @@ from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
-from gossamer.training.parallel import from_first, together
+from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.trainer import train
 
@@ -38,7 +38,7 @@ class Finetune(TrainingOptions):
     max_grad_norm: float = inherited(TrainingOptions, "max_grad_norm", 2.0)
 
 
-@together
+@in_every_process
 def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
     check_options(job)

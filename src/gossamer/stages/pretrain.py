@@ -15,7 +15,7 @@ from gossamer.tokens import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
-from gossamer.training.parallel import from_first, together
+from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.trainer import train
 
@@ -29,7 +29,7 @@ class Pretrain(TrainingOptions):
     offline: bool = option(False, help="never touch the network")
 
 
-@together
+@in_every_process
 def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
     check_options(job)

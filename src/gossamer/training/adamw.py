@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) by the native kernel: one pass over weight, gradient and moments."""
+"""AdamW (arXiv 1711.05101) in native code: one pass over weight, gradient and moments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,12 @@ from gossamer import _native
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, updated by `_native.adamw` where all weights of a group are float32 on the CPU.
+    """torch's AdamW, with a native update if all weights are float32 on the CPU.
 
-    Same formula (within 1e-6 of torch after 300 steps), same options, same `state_dict`:
-    either can load the other's. Groups on other devices, of other types, or with options that the kernel
-    does not know (amsgrad, maximize, differentiable, a rate in a tensor) are torch's own.
+    It has the formula (within 1e-6 of torch after 300 steps), the options and the `state_dict` of torch's, so
+    that either can load the other's state. If a weight has another device or type, or an option is one that
+    the native update does not know (amsgrad, maximize, differentiable, a rate in a tensor), torch updates all
+    of them.
     """
 
     @torch.no_grad()
@@ -67,5 +68,5 @@ def _fits(weight: Tensor) -> bool:
 
 
 def _flat(tensor: Tensor) -> Any:
-    """The tensor's own memory as NumPy sees it."""
+    """The memory of the tensor as a flat NumPy array, not a copy."""
     return tensor.detach().view(-1).numpy()

@@ -1,10 +1,13 @@
-"""Checkpoints of a run, whole or not there: staged, hashed, synced to disk and renamed; the newest two stay.
+"""The checkpoints of a training run. Each is either complete or not there; the newest two are kept.
+
+A checkpoint is written into a staging directory, hashed, flushed to disk, and only then renamed into place:
 
     OUT.partial/checkpoints/checkpoint-120/
-        checkpoint.json          the run it belongs to, its mask's hash, sha256 of every file and of this text
+        checkpoint.json          the run it belongs to, its mask's hash, sha256 of every file and of itself
         model.safetensors ...    what transformers' Trainer saves, and the tokenizer: a model directory
 
-A kill at any moment leaves the ones before untouched. A damaged one is left out, and that is said.
+If the process is killed at any moment, the earlier checkpoints are untouched. A resumed run skips a damaged
+checkpoint and tells the user so.
 """
 
 import hashlib
@@ -19,7 +22,7 @@ from typing import Any
 from gossamer.checkpoint.directory import companions
 from gossamer.checkpoint.partial import CHECKPOINTS, checkpoint_steps
 from gossamer.errors import CheckpointError, ConfigError
-from gossamer.training.kernel import Kernel
+from gossamer.training.kernel_choice import TrainingKernel
 
 RECORD = "checkpoint.json"
 NUM_KEPT = 2
@@ -29,17 +32,18 @@ NUM_KEPT = 2
 class RunIdentity:
     """Which run a checkpoint belongs to.
 
-    `decides`: whatever changes the numbers (options, hashes of model, teacher, data and mask); it must be
-    equal to go on. `rounds`: what changes only their last bits (threads, processes, versions).
+    `must_match`: what determines the result (options, hashes of model, teacher, data and mask); a run resumes
+    only where all of it is equal. `may_differ`: what changes no more than the rounding (threads, processes,
+    versions); a difference is reported. `checkpoint.json` calls them "decides" and "rounds".
     """
 
-    decides: Mapping[str, Any]
-    rounds: Mapping[str, Any]
+    must_match: Mapping[str, Any]
+    may_differ: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints in `run_dir`."""
+    """The checkpoints in the folder `run_dir`, which all belong to the run `identity`."""
 
     run_dir: Path
     identity: RunIdentity
@@ -50,7 +54,7 @@ class Checkpoints:
 
     @property
     def staging(self) -> Path:
-        """Where `checkpoint-N` is written before `publish` gives it its place."""
+        """The directory in which `checkpoint-N` is written before `publish` moves it into place."""
         return self.folder / "staging"
 
     def path(self, step: int) -> Path:
@@ -60,8 +64,11 @@ class Checkpoints:
         """The steps that have a checkpoint, oldest first."""
         return checkpoint_steps(self.run_dir)
 
-    def publish(self, step: int, mask_hash: str, kernel: Kernel) -> None:
-        """Hash, sync and rename what lies in `staging`; forget all but the newest two."""
+    def publish(self, step: int, mask_hash: str, kernel: TrainingKernel) -> None:
+        """Hash, flush and rename the staged checkpoint, then delete all but the newest two.
+
+        mask_hash: of the masks that the run enforces (`MaskCallback.enforced_mask_hash`).
+        """
         staged = self.staging / self.path(step).name
         for file in companions(self.run_dir):
             shutil.copyfile(file, staged / file.name)
@@ -76,14 +83,14 @@ class Checkpoints:
             shutil.rmtree(self.path(old))
 
     def discard_staged(self) -> None:
-        """Free the space of a checkpoint that was not finished."""
+        """Delete a checkpoint that was not finished."""
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def newest_sound(self) -> tuple[int, list[str]]:
-        """The step of the newest checkpoint that is as it was written, and what to tell the user.
+        """The step of the newest undamaged checkpoint, and notes for the user.
 
-        Damaged newer ones are removed. Raises CheckpointError where none is sound, ConfigError where it
-        belongs to another run.
+        Deletes the damaged checkpoints that are newer. Raises CheckpointError if all are damaged or there is
+        none, ConfigError if the checkpoint belongs to another run.
         """
         damaged = []
         for step in reversed(self.steps()):
@@ -100,16 +107,16 @@ class Checkpoints:
             f"{self.folder}: no sound checkpoint to resume from: {found}; --overwrite starts anew"
         )
 
-    def mask_hash(self, step: int) -> str:
-        """The hash of the mask that was in force; more weights than it prunes may be zero."""
+    def recorded_mask_hash(self, step: int) -> str:
+        """The hash of the masks that the run enforced (more weights than those may have become zero)."""
         return _read_record(self.path(step))["mask"]
 
-    def kernel(self, step: int) -> Kernel:
-        """The kernel that the run took when it began."""
+    def recorded_kernel(self, step: int) -> TrainingKernel:
+        """The training kernel that was chosen when the run began."""
         return _read_record(self.path(step))["kernel"]
 
     def _check_same_run(self, path: Path) -> list[str]:
-        """Raise ConfigError naming every difference that changes the numbers; returns notes on the others."""
+        """Raise ConfigError naming every difference in `must_match`; returns notes on the others."""
         theirs, ours = _read_record(path), _plain(self.identity)
         if changed := _differences(ours["decides"], theirs["decides"]):
             raise ConfigError(
@@ -124,7 +131,7 @@ class Checkpoints:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint's bytes, or None."""
+    """A description of what is wrong with the checkpoint's files, or None if they are as written."""
     try:
         record = _read_record(path)
         if record.pop("digest") != _text_digest(record):
@@ -145,7 +152,8 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str
 
 
 def _plain(identity: RunIdentity) -> dict[str, Any]:
-    return {"decides": dict(identity.decides), "rounds": dict(identity.rounds)}
+    """As `checkpoint.json` stores it."""
+    return {"decides": dict(identity.must_match), "rounds": dict(identity.may_differ)}
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -1,31 +1,33 @@
-"""A dense teacher beside any transformers `Trainer`: `SquareHead(teacher).attach(trainer)`."""
+"""Distillation from a dense teacher in any transformers `Trainer`: `SquareHead(teacher).attach(trainer)`."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.squarehead import squarehead_loss
 from gossamer.decoder import load_model
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 
 
 class SquareHead:
-    """Adds `weight` x the SquareHead loss to whatever loss a trainer computes.
+    """Adds `weight` times the SquareHead loss to whatever loss a trainer computes.
 
         trainer = SFTTrainer(model, args, ..., callbacks=[MaskCallback()])
         SquareHead(teacher).attach(trainer)
         trainer.train()
 
-    The teacher sees the very inputs that the student's decoder saw, in its own dtype. Tokens count where the
-    batch's `token_mask` or 2-d `attention_mask` is nonzero, all of them where there is neither. A micro-batch
-    counts by its share of the tokens that all processes accumulate for a step. `last` is the latest value.
+    The teacher is given the inputs that the student's decoder was given, and computes in its own dtype. The
+    loss is over the tokens at which the batch's `token_mask`, or else its 2-d `attention_mask`, is nonzero,
+    and over all tokens if the batch has neither. A micro-batch is weighted by its share of the tokens that
+    all processes accumulate for an optimizer step. `last` is the latest value of the loss.
     """
 
     def __init__(self, teacher: PreTrainedModel, weight: float = 1.0) -> None:
@@ -36,11 +38,22 @@ class SquareHead:
         self._step_tokens = 0
 
     def attach(self, trainer: Trainer) -> None:
-        """Wrap `trainer.compute_loss`; the trainer's model must pair up with the teacher's layers."""
+        """Wrap `trainer.compute_loss`, so that it adds the teacher's loss.
+
+        Raises ConfigError unless the trainer's model has as many layers and the same hidden size as the
+        teacher, UnsupportedError if it is not a model of transformers. While training, raises
+        UnsupportedError for a model that calls its decoder otherwise than by `input_ids=...` or hides its
+        hidden states.
+        """
         model = trainer.model
-        assert isinstance(model, PreTrainedModel)
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedError(
+                f"SquareHead: found a {type(model).__name__}; expected a transformers PreTrainedModel: give "
+                "the Trainer the model itself, without a wrapper (merge adapters into it first)"
+            )
+        _check_pair(self.teacher, model)
         nn.Module.to(self.teacher, trainer.args.device)
-        decoder: nn.Module = model.base_model
+        decoder: nn.Module = model.get_decoder()
         self._count_tokens(trainer)
         compute_loss = trainer.compute_loss
 
@@ -65,7 +78,7 @@ class SquareHead:
         trainer.compute_loss = with_squarehead
 
     def _count_tokens(self, trainer: Trainer) -> None:
-        """Wrap `trainer.get_batch_samples`, to know the tokens of a step before its first micro-batch."""
+        """Wrap `trainer.get_batch_samples`, to count the tokens of a step before its first micro-batch."""
         get_batch_samples = trainer.get_batch_samples
 
         def with_token_count(epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -80,7 +93,7 @@ class SquareHead:
 
     @contextmanager
     def _watching(self, decoder: nn.Module) -> Iterator[None]:
-        """Note the decoder's inputs and hidden states while the student computes its loss."""
+        """Record the decoder's inputs and hidden states while the student computes its loss."""
         before = decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
         after = decoder.register_forward_hook(self._after_decoder)
         try:
@@ -91,7 +104,7 @@ class SquareHead:
 
     def _loss(self, mask_BT: Tensor | None) -> Tensor:
         with torch.no_grad():
-            outputs = self.teacher.base_model(
+            outputs = self.teacher.get_decoder()(
                 **self._seen["inputs"], output_hidden_states=True, use_cache=False
             )
         loss = squarehead_loss(self._seen["hidden"][1:], outputs.hidden_states[1:], mask_BT)
@@ -99,17 +112,35 @@ class SquareHead:
         return loss
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert not args, "decoders are called with keywords"
+        if args or kwargs.get("input_ids") is None:
+            raise UnsupportedError(
+                f"SquareHead: the student calls its {type(module).__name__} with {len(args)} positional "
+                f"arguments and the keywords {', '.join(kwargs)}; expected keywords alone, with input_ids"
+            )
         names = ("input_ids", "attention_mask", "position_ids")
         self._seen = {"inputs": {name: kwargs.get(name) for name in names}}
         return args, {**kwargs, "output_hidden_states": True}
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._seen["hidden"] = output.hidden_states
+        hidden = getattr(output, "hidden_states", None)
+        if hidden is None:
+            raise UnsupportedError(
+                f"SquareHead: the student's {type(module).__name__} returned no hidden_states though asked "
+                "to; expected those of every layer: leave the teacher out for this model"
+            )
+        self._seen["hidden"] = hidden
 
 
-def load_teacher(path: str | Path, student: Checkpoint) -> LlamaForCausalLM:
-    """The model at `path`; raises ConfigError unless its layers, width and tokenizer are the student's."""
+@dataclass(frozen=True)
+class Teacher:
+    """A dense model to learn from. `hash`: the sha256 of the directory that it was loaded from."""
+
+    model: PreTrainedModel
+    hash: str
+
+
+def load_teacher(path: str | Path, student: Checkpoint) -> Teacher:
+    """Load the model at `path`; raises ConfigError unless its shape and its tokenizer are the student's."""
     teacher = Checkpoint.open(path)
     for field in ("num_layers", "hidden_size", "vocab_size"):
         theirs, ours = getattr(teacher.architecture, field), getattr(student.architecture, field)
@@ -124,7 +155,18 @@ def load_teacher(path: str | Path, student: Checkpoint) -> LlamaForCausalLM:
             f"--teacher {path} has another tokenizer (tokenizer.json sha256 {digests[0]}) than the model "
             f"{student.path} ({digests[1]}); expected the same file in both"
         )
-    return load_model(teacher)
+    return Teacher(load_model(teacher), teacher.hash())
+
+
+def _check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """Raise ConfigError unless every layer of the student has a counterpart of the same width."""
+    for field in ("num_hidden_layers", "hidden_size"):
+        theirs, ours = (getattr(model.config.get_text_config(), field) for model in (teacher, student))
+        if theirs != ours:
+            raise ConfigError(
+                f"SquareHead: the teacher has {field} {theirs}, the trainer's model has {ours}; they must be "
+                "equal: the teacher is the dense model that the student was pruned from"
+            )
 
 
 def _tokenizer_digest(path: Path) -> str:
@@ -138,6 +180,11 @@ def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _num_tokens(inputs: Mapping[str, Any]) -> int:
-    """Tokens that are not padding."""
+    """How many tokens of a micro-batch are not padding."""
+    if "input_ids" not in inputs:
+        raise UnsupportedError(
+            f"SquareHead: found a batch of {', '.join(inputs)}; expected input_ids too: the teacher is "
+            "given the tokens that the student is given"
+        )
     mask_BT = _token_mask(inputs)
     return inputs["input_ids"].numel() if mask_BT is None else int(mask_BT.count_nonzero())

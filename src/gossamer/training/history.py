@@ -1,15 +1,15 @@
-"""What a training run did, for its caller and for `gossamer.json`."""
+"""The outcome of a training run, for its caller and for `gossamer.json`."""
 
 from dataclasses import dataclass, fields
 from typing import Any
 
 from gossamer.job.report import Result
-from gossamer.training.kernel import KernelChoice
+from gossamer.training.kernel_choice import KernelChoice
 
 
 @dataclass(frozen=True)
 class TrainingResult(Result):
-    """What a training stage returns. `losses`: one per optimizer step, the teacher's part included."""
+    """What a training stage returns. `losses`: one for each optimizer step, the teacher's loss included."""
 
     output_dir: str
     sparsity: float
@@ -25,10 +25,10 @@ class TrainingResult(Result):
 
 @dataclass(frozen=True)
 class History:
-    """The loss of every optimizer step, and how fast it went, over all the runs that it took.
+    """The losses and the speed of a run, from its first step on however often it was interrupted.
 
-    `notes`: what happened on the way that the user should know; `optimizer_gradient_bytes`: None if no step
-    was left to measure at.
+    `notes`: what the user should know about how it went; `kernel`: the training kernel;
+    `optimizer_gradient_bytes`: None if a resumed run had no step left at which to measure it.
     """
 
     losses: tuple[float, ...]
@@ -41,7 +41,7 @@ class History:
     optimizer_gradient_bytes: int | None
 
     def metrics(self) -> dict[str, Any]:
-        """For `gossamer.json`: first and last loss are means over a twentieth of the steps (at least one)."""
+        """For `gossamer.json`. First and last loss are means over a twentieth of the steps (at least one)."""
         count = max(1, len(self.losses) // 20)
         held = self.optimizer_gradient_bytes
         return {

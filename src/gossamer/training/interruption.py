@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a model trains: finish nothing more than is safe, save, stop."""
+"""Ctrl-C and SIGTERM while a model trains: stop at the next safe moment, save, and end the run."""
 
 import contextlib
 import signal
@@ -17,14 +17,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption(TrainerCallback):
-    """Once asked to stop, saves the last finished step and ends training; asked again later, raises at once.
+    """On the first signal, saves the last finished step and ends training; on a second one, raises at once.
 
-    Later, because torchrun hands its processes the very Ctrl-C that they had from the terminal. All of them
-    stop after the same step. One under way is given up between two of its micro-batches: until the optimizer
-    runs, nothing of it has touched weights or moments.
+    A signal within a second of the first does not count as a second one, because torchrun passes on to its
+    processes the Ctrl-C that they have already received from the terminal. All processes stop after the same
+    step. A step that has begun is abandoned between two of its micro-batches: weights and moments do not
+    change before the optimizer runs.
 
-    torchrun kills its processes 30 s after it passed the signal on: where a micro-batch and a save take more,
-    `torchrun --shutdown-timeout SECONDS` (torch 2.13 has it) saves what was done since the last checkpoint.
+    torchrun kills its processes 30 s after it has passed the signal on. If a micro-batch and a save take
+    longer, `torchrun --shutdown-timeout SECONDS` (since torch 2.13) gives them the time to save.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -34,7 +35,10 @@ class Interruption(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take over the signals, where this thread may and they are not ignored (as under `nohup`)."""
+        """Handle the signals for the time of the block.
+
+        Only the main thread may set a handler, and an ignored signal (as under `nohup`) stays ignored.
+        """
         previous = {}
         if threading.current_thread() is threading.main_thread():
             previous = {number: signal.getsignal(number) for number in SIGNALS}

@@ -1,15 +1,16 @@
-"""Training under fixed masks: the zeros of the decoder's linear weights stay zero, exactly.
+"""Training under fixed masks: the zeros of the decoder's linear weights stay exactly zero.
 
-Three things keep them there. Gradients of pruned weights are zeroed as soon as they are accumulated, hence
-before any clipping, so that the clipped norm counts only weights that can move (arXiv 2405.03594). AdamW's
-moments of pruned weights are then zero too, and an update 0 / (0 + eps) plus weight decay of 0 moves nothing.
-After every optimizer step all three are looked at: one that is not zero all the same, or a gradient that
-never passed through its mask, fails the run.
+The gradient of a pruned weight is set to zero as soon as it has been accumulated, that is before clipping, so
+that the norm that is clipped counts only the weights that can change (arXiv 2405.03594). AdamW's moments of
+that weight are then zero too, and its update 0 / (0 + eps), with a weight decay of 0, leaves the weight
+alone. After every optimizer step gradients, moments and weights are checked: a pruned one that is not zero
+fails the run, and so does a gradient that was never masked.
 
-Who accumulates them: in one process and under DDP autograd, once a micro-batch (DDP then averages what is
-masked already); under FSDP2 the reduce-scatter after the last micro-batch, which calls the hooks of the
-sharded parameter (a DTensor, so masks are of local shards). Hooks that a parameter had before it was sharded
-never run: they are attached when training begins, which the Trainer says after `accelerator.prepare`.
+What accumulates a gradient: in one process and under DDP it is autograd, once a micro-batch (DDP then
+averages gradients that are already masked). Under FSDP2 it is the reduce-scatter after the last micro-batch,
+which calls the hooks of the sharded parameter; that is a DTensor, so each process masks its own shard. Hooks
+that were attached before the parameter was sharded never run. This callback therefore attaches its hooks in
+`on_train_begin`, which the Trainer calls after `accelerator.prepare` has wrapped the model.
 """
 
 import hashlib
@@ -36,7 +37,10 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 @dataclass
 class MaskedWeight:
-    """One weight, what this process holds of its zeros (bool), and how often its gradient was masked."""
+    """A weight, the part of its mask that this process holds, and how often its gradient was masked.
+
+    `zeros`: bool, true where the weight is pruned; `num_maskings`: since the last optimizer step.
+    """
 
     name: str
     weight: Tensor
@@ -44,7 +48,7 @@ class MaskedWeight:
     num_maskings: int = 0
 
     def mask_gradient(self, weight: Tensor) -> None:
-        """The hook that runs once a gradient has been added to `weight.grad`."""
+        """Zero the gradients of pruned weights: the hook that runs whenever `weight.grad` was added to."""
         assert weight.grad is not None
         local(weight.grad).masked_fill_(self.zeros, 0)
         self.num_maskings += 1
@@ -57,18 +61,21 @@ class MaskedWeight:
                 yield name, local(state[name])
 
     def count(self, values: Tensor) -> Tensor:
-        """How many of `values` are nonzero where the mask says zero; stays on its device."""
+        """How many of `values` are nonzero where the weight is pruned: a scalar on the device of `values`."""
         return torch.count_nonzero((values != 0) & self.zeros)
 
 
 class MaskCallback(TrainerCallback):
-    """Keeps the zeros that the decoder's linears have when training begins.
+    """Keeps the zeros that the decoder's linear weights have when training begins.
 
-    Works in any transformers `Trainer`, TRL's `SFTTrainer` included, alone, under DDP and under FSDP2:
-    `SFTTrainer(..., callbacks=[MaskCallback()])`. Given a `model` (sharded already, if it will be), the zeros
-    are those it has now: a weight that became exactly 0 in training is then free again after a resume.
+    Works in any transformers `Trainer`, including TRL's `SFTTrainer`, in one process, under DDP and under
+    FSDP2: `SFTTrainer(..., callbacks=[MaskCallback()])`.
 
-    Raises UnsupportedError under DeepSpeed and FSDP1, GossamerError when a zero does not hold.
+    Without `model`, the masks are the zeros that the weights have when training begins. With `model` (which
+    must already be sharded if it is to be), they are the zeros that it has now. A run that resumes needs
+    this: a weight that happened to become 0 in training is in the checkpoint, but it is not pruned.
+
+    Raises UnsupportedError under DeepSpeed and FSDP1, GossamerError when a pruned weight becomes nonzero.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
@@ -79,7 +86,7 @@ class MaskCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hook the gradients, and clear moments that a resumed optimizer may bring along."""
+        """Attach a hook to every gradient, and clear the moments of pruned weights of a resumed optimizer."""
         model: nn.Module = kwargs["model"]
         _refuse_unsupported(args, model)
         self._remove_hooks()
@@ -95,7 +102,7 @@ class MaskCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise if a gradient was not masked, or if anything that is pruned is not zero."""
+        """Raise if a gradient was not masked, or if a pruned weight, gradient or moment is not zero."""
         step, optimizer = state.global_step + 1, kwargs.get("optimizer")
         self._check_hooks(step)
         gradients, moments, weights = {}, {}, {}
@@ -114,16 +121,20 @@ class MaskCallback(TrainerCallback):
 
     @torch.no_grad()
     def broken(self, model: nn.Module) -> dict[str, int]:
-        """name -> how many of its weights are not zero though the mask in force prunes them, if any."""
+        """name -> how many of the weights that the enforced masks prune are not zero, where there are any."""
         counts = {m.name: int(m.count(local(m.weight))) for m in _paired(model, self._zeros)}
         return {name: count for name, count in counts.items() if count}
 
-    def mask_hash(self) -> str:
-        """`mask_hash` of the masks in force: unlike that of the model, the same from first to last step."""
+    def enforced_mask_hash(self) -> str:
+        """sha256 of the masks that this callback enforces.
+
+        It equals `model_mask_hash` of the model as training begins, and unlike that it stays the same when a
+        weight becomes 0 in training.
+        """
         return _hash(self._zeros)
 
     def _check_hooks(self, step: int) -> None:
-        """Every weight that is trained must have had its gradient masked since the last step."""
+        """Raise unless the gradient of every trained weight was masked since the last optimizer step."""
         trained = [masked for masked in self._masked if masked.weight.requires_grad]
         missed = [masked.name for masked in trained if masked.num_maskings == 0]
         if missed:
@@ -136,7 +147,7 @@ class MaskCallback(TrainerCallback):
             masked.num_maskings = 0
 
     def _check(self, step: int, what: str, counts: Mapping[str, Tensor]) -> None:
-        """Raise if a count is not 0; one transfer from the device for all of them."""
+        """Raise if a count is not 0. All counts are moved from the device in one transfer."""
         if not counts:
             return
         for name, count in zip(counts, torch.stack(list(counts.values())).tolist(), strict=True):
@@ -154,10 +165,10 @@ class MaskCallback(TrainerCallback):
 
 
 def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
-    """name -> where the weight is zero (bool [N, K]), for the decoder linears that have zeros.
+    """name -> where the weight is zero, for the linear layers of the decoder that have zeros.
 
-    A SparseLinear gives its pattern. Sharded weights give sharded answers, and are all there, since another
-    process may hold their zeros.
+    The value is bool [N, K], true where the weight is zero; of a SparseLinear it is the layer's Pattern. Of a
+    sharded weight it is a DTensor, and there is one even if this shard has no zeros: another's may.
     """
     zeros: dict[str, Tensor | Pattern] = {}
     for name, linear in _decoder_linears(model):
@@ -167,10 +178,11 @@ def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
     return zeros
 
 
-def mask_hash(source: nn.Module | Checkpoint) -> str:
-    """sha256 of the zeros of all sparse decoder linears: the same for a directory, a model and its shards.
+def model_mask_hash(source: nn.Module | Checkpoint) -> str:
+    """sha256 of the zeros in all linear weights of the decoder: one hash for a whole model.
 
-    Of a sharded model every process must call it (the masks are gathered, one at a time).
+    It is the same for a directory, for the model loaded from it, and for that model when it is sharded. If it
+    is sharded, every process must call this function: the masks are gathered, one at a time.
     """
     if isinstance(source, Checkpoint):
         names = [f"{linear}.weight" for linear in source.linears]
@@ -179,7 +191,7 @@ def mask_hash(source: nn.Module | Checkpoint) -> str:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of it: the shard of a DTensor, all of any other."""
+    """The part of the tensor that this process holds: the shard of a DTensor, any other tensor whole."""
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
@@ -187,7 +199,7 @@ def local(tensor: Tensor) -> Tensor:
 def _hash(zeros: Mapping[str, Tensor | Pattern]) -> str:
     """sha256 over name, shape and packed bits of every mask that is not empty, in the order of the names.
 
-    One for a whole run; `checkpoint.hash_mask`, which `gossamer.json` keeps, is of one matrix's bits alone.
+    The "mask_hash" that `gossamer.json` records is another one: of the bits of a single matrix.
     """
     digest = hashlib.sha256()
     for name in sorted(zeros):
@@ -201,9 +213,9 @@ def _hash(zeros: Mapping[str, Tensor | Pattern]) -> str:
 
 
 def _paired(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator[MaskedWeight]:
-    """The model's weights beside their zeros; raises GossamerError where the two do not fit.
+    """Each of the model's weights with its mask; raises GossamerError where the shapes differ.
 
-    A SparseLinear has no weights but those that live: there is nothing to mask.
+    A SparseLinear holds only its nonzero weights, so there is nothing to mask in it.
     """
     linears = dict(_decoder_linears(model))
     weights = {
@@ -229,7 +241,7 @@ def _decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Sparse
 
 
 def _refuse_unsupported(args: Any, model: nn.Module) -> None:
-    """DeepSpeed and FSDP1 keep gradients and weights in flat buffers of their own, where no mask reaches."""
+    """Refuse DeepSpeed and FSDP1: they keep weights and gradients in flat buffers that no mask fits."""
     if getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None):
         raise UnsupportedError(
             "found DeepSpeed; masks hold under DDP and FSDP2: leave out deepspeed= and "

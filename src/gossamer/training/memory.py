@@ -1,15 +1,19 @@
-"""What training will need of memory, beside what there is, before the first step.
+"""How much memory training will need, compared before the first step with how much is available.
 
-A run holds, beyond weights: a gradient and two moments of each weight that is trained (12 bytes), and what
-the backward pass of a micro-batch needs. The latter, in bytes a token (hidden width D, FFN width F, key and
-value width S, heads A, row length T; counted in transformers' own Llama, a test counts again):
+Beyond its weights, a run holds a gradient and two moments of each trained weight (12 bytes), and what the
+backward pass of a micro-batch needs. The latter, in bytes a token, with hidden width D, feed-forward width F,
+query width Q, key and value width S, query heads A and row length T:
 
-    f32    layer  40 D + 8 S + 16 F    + 4 A T where attention is eager
-    bf16   layer  40 D + 4 S +  8 F    + 6 A T ; and a copy of each weight of a dense product
-    head   12 V                        a teacher: 8 D a layer
+    f32    a layer  32 D + 8 Q + 8 S + 16 F, if attention is eager + 4 A T, if q and k are normed + 8 (Q + S)
+    bf16   a layer  32 D + 8 Q + 4 S +  8 F, if attention is eager + 6 A T, if q and k are normed + 6 (Q + S),
+                    and a copy of each weight of a dense product
+    the head        12 V
+    a teacher       8 D a layer
 
-A checkpoint is written when gradients and activations are gone: its first process writes out the sparse
-layers' weights dense, or holds all moments of a model that FSDP shards. What is more than they were counts.
+The numbers were counted in transformers' own models; a test counts them again. A checkpoint is written when
+gradients and activations have been freed. Its first process then writes out the sparse layers' weights as
+dense matrices, or holds all moments of a model that FSDP shards; what that needs beyond what was freed
+counts.
 """
 
 import os
@@ -19,18 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from gossamer.errors import ConfigError
 from gossamer.machine import available_memory_bytes
 from gossamer.training.masks import local
-from gossamer.training.parallel import is_first
+from gossamer.training.parallel import decoder_layers, is_first
 from gossamer.training.sparse_linear import SparseLinear
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a run will take of the memory that is still free."""
+    """Bytes that a run will take of the memory that is available now."""
 
     weights: int
     gradients: int
@@ -46,12 +50,12 @@ class MemoryEstimate:
 
     @property
     def micro_batch(self) -> int:
-        """The part that falls with the tokens of a micro-batch."""
+        """The part that is proportional to the tokens of a micro-batch."""
         return self.activations + self.logits + self.teacher
 
 
 def estimate_memory(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     num_rows: int,
     row_length: int,
     precision: str,
@@ -59,8 +63,12 @@ def estimate_memory(
     device: str = "cpu",
     teacher: nn.Module | None = None,
 ) -> MemoryEstimate:
-    """For micro-batches of `num_rows` rows; weights count where they are still to be moved to the device."""
-    config: LlamaConfig = model.config
+    """Estimate a run with micro-batches of `num_rows` rows.
+
+    The weights of model and teacher are in memory already, so they count only where they must still be moved
+    to another `device`.
+    """
+    config: Any = model.config.get_text_config()
     trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
     moved = [model] if teacher is None else [model, teacher]
     num_tokens, num_layers = num_rows * row_length, config.num_hidden_layers
@@ -68,7 +76,7 @@ def estimate_memory(
         weights=0 if device == "cpu" else sum(map(_bytes, moved)),
         gradients=4 * trained,
         moments=8 * trained,
-        activations=num_tokens * num_layers * _layer_bytes(config, row_length, precision)
+        activations=num_tokens * num_layers * _layer_bytes(model, row_length, precision)
         + _copied_weights(model, precision, device),
         logits=12 * num_tokens * config.vocab_size,
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * config.hidden_size,
@@ -78,9 +86,10 @@ def estimate_memory(
 
 
 def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, could_be_sparse: bool) -> None:
-    """Raise ConfigError, with the numbers and what to lower, if the estimate is above what is there.
+    """Raise ConfigError, with the numbers and what to lower, if more memory is needed than is available.
 
-    num_tokens: of a micro-batch; could_be_sparse: whether dense products run of weights that have zeros.
+    num_tokens: of a micro-batch; could_be_sparse: whether the dense training kernel multiplies weights that
+    have zeros, so that the sparse one would need less memory.
     """
     if estimate.total <= available:
         return
@@ -116,7 +125,7 @@ def available_bytes(device: str) -> int | None:
 
 
 def optimizer_gradient_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the gradients and optimizer states in this process now, scalars aside."""
+    """Bytes of the gradients and optimizer states that this process holds now, scalars not counted."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     states = [value for state in optimizer.state.values() for value in state.values()]
     held = [*gradients, *(value for value in states if isinstance(value, Tensor) and value.ndim)]
@@ -124,7 +133,7 @@ def optimizer_gradient_bytes(model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 class HeldBytes(TrainerCallback):
-    """Notes `optimizer_gradient_bytes` at the first step: `num_bytes`, None before."""
+    """Measures `optimizer_gradient_bytes` at the first step into `num_bytes`, which is None before."""
 
     num_bytes: int | None = None
 
@@ -133,18 +142,28 @@ class HeldBytes(TrainerCallback):
             self.num_bytes = optimizer_gradient_bytes(kwargs["model"], kwargs["optimizer"])
 
 
-def _layer_bytes(config: LlamaConfig, row_length: int, precision: str) -> int:
+def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int:
+    """Bytes a token that the backward pass of one decoder layer needs, as this module's head has it."""
+    config: Any = model.config.get_text_config()
     heads = config.num_attention_heads
-    head_dim: Any = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_value = config.num_key_value_heads * head_dim
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query = heads * head_dim
+    key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     wide = precision == "f32"
-    products = (8 if wide else 4) * key_value + (16 if wide else 8) * config.intermediate_size
-    eager = config._attn_implementation == "eager"
-    return 40 * config.hidden_size + products + eager * (4 if wide else 6) * heads * row_length
+    num_bytes = 32 * config.hidden_size + 8 * query
+    num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * config.intermediate_size
+    if config._attn_implementation == "eager":
+        num_bytes += (4 if wide else 6) * heads * row_length
+    if any(name.endswith("q_norm") for name, _ in decoder_layers(model)[0].named_modules()):
+        num_bytes += (8 if wide else 6) * (query + key_value)
+    return num_bytes
 
 
 def _copied_weights(model: nn.Module, precision: str, device: str) -> int:
-    """bfloat16 copies of weights, and sparse ones written out dense where products are not native."""
+    """Bytes of the bfloat16 copies that autocast makes of weights, and of sparse weights written out dense.
+
+    Sparse weights are written out where their products are not native, which is on every device but the CPU.
+    """
     size, copied = (2 if precision == "bf16" else 4), 0
     for module in model.modules():
         if isinstance(module, nn.Linear) and precision == "bf16":
@@ -155,7 +174,10 @@ def _copied_weights(model: nn.Module, precision: str, device: str) -> int:
 
 
 def _saved_bytes(model: nn.Module, device: str) -> int:
-    """Dense copies of sparse weights, where they are; and on the CPU, whole moments of sharded ones."""
+    """Bytes that the first process needs to write a checkpoint; 0 in the others.
+
+    These are dense copies of sparse weights and, on the CPU, the moments that FSDP shards, gathered.
+    """
     if not is_first():
         return 0
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
@@ -165,7 +187,7 @@ def _saved_bytes(model: nn.Module, device: str) -> int:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Of the weights; and of the places of a sparse layer's values, which torch's products use."""
+    """Bytes of the weights, and of the positions that torch needs to write a sparse layer's weight out."""
     sparse = [module for module in module.modules() if isinstance(module, SparseLinear)]
     places = sum(8 * module.values.numel() for module in sparse)
     return places + sum(local(weight).nbytes for weight in module.parameters())

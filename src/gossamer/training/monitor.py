@@ -1,7 +1,7 @@
-"""What is seen of a run while it trains: events for the bar, `metrics.jsonl`, `loss.png`, TensorBoard.
+"""What a run shows while it trains: events for the progress bar, `metrics.jsonl`, `loss.png`, TensorBoard.
 
-Every figure is put into the Trainer's own log, so that every reporter shows the same ones, and so that the
-log of a resumed run begins with that of the run it resumes.
+Every figure is put into the Trainer's own log. All reporters therefore show the same figures, and the log of
+a resumed run begins with that of the run that it resumes.
 """
 
 import json
@@ -39,9 +39,9 @@ def check_reporter(name: str) -> None:
 
 
 def reporters(name: str, run_dir: Path, first_step: int) -> list[TrainerCallback]:
-    """transformers' own callback; TensorBoard's files are put into the run's directory.
+    """transformers' own callback for the reporter `name`; TensorBoard writes into the run's directory.
 
-    Steps from `first_step` on that an interrupted run has already shown there are taken back.
+    TensorBoard forgets the steps from `first_step` on, which an interrupted run may already have written.
     """
     if name == "none" or not is_first():
         return []
@@ -54,7 +54,7 @@ def reporters(name: str, run_dir: Path, first_step: int) -> list[TrainerCallback
 
 
 class Monitor(TrainerCallback):
-    """Adds figures to the Trainer's log and passes it on. `notes` are said before the first step."""
+    """Adds figures to the Trainer's log and passes it on to the progress bar and the run's own files."""
 
     def __init__(self, stage: str, progress: Progress, run_dir: Path, sparsity: float) -> None:
         self.stage, self.progress, self.run_dir, self.sparsity = stage, progress, run_dir, sparsity
@@ -64,7 +64,7 @@ class Monitor(TrainerCallback):
         self._file: TextIO | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock where an earlier run's log ends, and write that log anew."""
+        """Start the clock at the time at which the resumed run's log ends, and write that log again."""
         earlier = training_log(state)
         self._earlier_s = earlier[-1]["seconds"] if earlier else 0.0
         self._start = self._drawn = time.perf_counter()
@@ -75,7 +75,7 @@ class Monitor(TrainerCallback):
             self._write(*earlier)
 
     def figures(self, step: int, max_steps: int, num_tokens: int) -> dict[str, float]:
-        """What the Trainer's log of `step` gets in addition; `num_tokens`: trained on up to here."""
+        """The figures to add to the Trainer's log of `step`; num_tokens: trained on up to that step."""
         seconds = self._earlier_s + time.perf_counter() - self._start
         self._recent.append((seconds, step, num_tokens))
         then_s, then_step, then_tokens = self._recent[0]
@@ -120,11 +120,11 @@ class Monitor(TrainerCallback):
 
 
 def training_log(state: Any) -> list[dict[str, Any]]:
-    """The Trainer's log, one entry an optimizer step, earlier runs included."""
+    """The Trainer's log, one entry for each optimizer step, those of the resumed run included."""
     return [entry for entry in state.log_history if "loss" in entry]
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Bytes of this process that are in physical memory."""
     pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

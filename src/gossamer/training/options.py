@@ -11,7 +11,7 @@ from gossamer.training.monitor import check_reporter
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What `Pretrain` and `Finetune` share; but for model and output, given by name."""
+    """The options that `Pretrain` and `Finetune` share; all but model and output are given by keyword."""
 
     model: str = option(help="checkpoint directory", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
@@ -50,7 +50,7 @@ PATHS = {"model", "dataset", "teacher"}
 
 
 def check_options(job: TrainingOptions) -> None:
-    """Raise ConfigError for numbers that mean nothing."""
+    """Raise ConfigError for a number outside of the range in which it has a meaning."""
     if job.max_length < 2 or job.batch_tokens < 1:
         raise ConfigError(
             f"--max-length {job.max_length}, --batch-tokens {job.batch_tokens}: expected at least 2 and 1"
@@ -66,5 +66,8 @@ def check_options(job: TrainingOptions) -> None:
 
 
 def deciding_options(job: TrainingOptions) -> dict[str, Any]:
-    """The options that change what is learned, but for paths: what lies there decides, not where."""
+    """The options that change what is learned.
+
+    Paths are left out: a run depends on the contents of a file, which are hashed, and not on its place.
+    """
     return {name: value for name, value in record(job).items() if name not in WITHOUT_EFFECT | PATHS}

@@ -1,20 +1,23 @@
 """Several processes, one run: `torchrun --nproc-per-node N -m gossamer pretrain ...`.
 
-Each process works on its share of every batch, so that N processes take the steps that one takes. `ddp` keeps
-the whole model in each and averages gradients. `fsdp` (torch's FSDP2) keeps 1/N of weights, gradients and
-moments in each, and gathers a layer while it is at work. The first process alone writes and reports.
+Each process works on its share of every batch, so that N processes take the same steps as one. `ddp` keeps
+the whole model in each process and averages the gradients. `fsdp` (torch's FSDP2) keeps 1/N of the weights,
+gradients and moments in each process and gathers a layer while it computes. Only the first process writes
+files and reports progress.
 
-accelerate 1.15 looks at its FSDP plugin only where there are accelerators: on CPU ranks the Trainer silently
-trains with DDP, and every test passes. So the model is sharded here, before the Trainer sees it, and marked
-the way transformers marks models that it sharded itself: the Trainer then leaves placement and gradients to
-the model. Embedding, last norm and head stay in the root's group, gathered until the backward pass is over:
-the loss uses the head after the model's own forward, and tied weights have to be in one group.
+The model is sharded here, before the Trainer sees it, because accelerate 1.15 consults its FSDP plugin only
+where there are accelerators: between processes on a CPU the Trainer would silently train with DDP. The
+sharded model is marked the way transformers marks models that it has sharded itself; the Trainer then leaves
+placement and gradients to the model. Embedding, last norm and head belong to the group of the model's root,
+which stays gathered until the backward pass is over: the loss uses the head after the model's own forward
+pass, and tied weights must belong to one group.
 
-DDP lays out its buckets anew after the first step of every process, and where a gradient lies in its bucket
-decides in which order three or more processes add it: a resumed run would round otherwise. It keeps them when
-it looks for unused parameters, so it is told to, though all are used (and warns once that it found none).
+DDP rebuilds its buckets after the first step of every process, and the position of a gradient in its bucket
+determines the order in which three or more processes are added up: a resumed run would round differently. DDP
+does not rebuild them when it looks for unused parameters, so it is told to, although all parameters are used
+(DDP warns once that it found none unused).
 
-A process that fails ends all: it leaves without waiting, and torchrun stops the others.
+If a process fails, it exits without waiting for the others, and torchrun stops them.
 """
 
 import contextlib
@@ -30,12 +33,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.job.report import Progress, quiet
+from gossamer.training.trainer_contract import unsupported_version
 
 Parallel = Literal["ddp", "fsdp"]
 Job = TypeVar("Job", contravariant=True)
@@ -43,13 +47,16 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Stage(Protocol[Job, Result]):
-    """A verb's function."""
+    """The function of a verb: it takes the options and a receiver of progress, and returns a result."""
 
     def __call__(self, job: Job, progress: Progress = quiet) -> Result: ...
 
 
-def together(stage: Stage[Job, Result]) -> Stage[Job, Result]:
-    """Run a stage in every process of the group; only the first one's progress is passed on."""
+def in_every_process(stage: Stage[Job, Result]) -> Stage[Job, Result]:
+    """Decorate a stage so that all processes of a torchrun run it as one group.
+
+    Only the progress of the first process is passed on.
+    """
 
     @functools.wraps(stage)
     def run(job: Job, progress: Progress = quiet) -> Result:
@@ -61,7 +68,10 @@ def together(stage: Stage[Job, Result]) -> Stage[Job, Result]:
 
 @contextlib.contextmanager
 def _joined() -> Iterator[None]:
-    """The group of all processes, the caller's or a new one; after an error torchrun is left to end it."""
+    """Join the group of all processes: the one that the caller made, else one for the time of the block.
+
+    After an error the group is not destroyed, which would wait for the others: torchrun ends them.
+    """
     if num_processes() == 1 or dist.is_initialized():
         yield
         return
@@ -74,7 +84,7 @@ def _joined() -> Iterator[None]:
 
 
 def from_first(result: Callable[[], Result]) -> Result:
-    """What `result` returns in the first process, in all of them; the others wait for it."""
+    """Call `result` in the first process alone and return what it returned in every process."""
     if num_processes() == 1:
         return result()
     found = [result() if is_first() else None]
@@ -83,7 +93,7 @@ def from_first(result: Callable[[], Result]) -> Result:
 
 
 def any_process(wish: bool) -> bool:
-    """Whether any process has the wish; all of them have to ask at the same time."""
+    """Whether `wish` is true in any process; every process must call this at the same point."""
     if num_processes() == 1:
         return wish
     wishes = torch.tensor([wish], dtype=torch.int, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -92,35 +102,41 @@ def any_process(wish: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Return when every process is here."""
+    """Return when every process has called this."""
     if num_processes() > 1:
         dist.barrier()
 
 
-def whole(tensor: Any) -> Any:
-    """Of a tensor whose shards lie in several processes all of it, on the CPU; of anything else itself."""
+def full_tensor_on_cpu(tensor: Any) -> Any:
+    """A DTensor gathered from all processes, on the CPU; anything else is returned as it is."""
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(named: Mapping[Any, Any]) -> dict[Any, Any]:
-    """`whole` of each, one at a time, in which all processes take part; kept by the first alone."""
+def gather_to_first(named: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`full_tensor_on_cpu` of each value, kept in the first process alone (empty in the others).
+
+    Every process must call this: the values are gathered one at a time.
+    """
     kept = {}
     for name, value in named.items():
-        found = whole(value)
+        found = full_tensor_on_cpu(value)
         if is_first():
             kept[name] = found
     return kept
 
 
-def share(tensor: Any, like: Tensor) -> Any:
-    """The inverse of `whole`: a tensor of the shape of `like`, sharded as that is; anything else itself."""
+def shard_like(tensor: Any, like: Tensor) -> Any:
+    """This process's shard of `tensor`, sharded as `like` is: the inverse of `full_tensor_on_cpu`.
+
+    If `like` is not sharded or has another shape, `tensor` is returned as it is.
+    """
     if not isinstance(like, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def share_of_rows(batch_rows: int, row_length: int) -> int:
-    """How many rows of a batch are this process's; raises ConfigError where all cannot have as many."""
+def rows_of_this_process(batch_rows: int, row_length: int) -> int:
+    """How many rows of a batch each process works on; raises ConfigError if the rows do not divide evenly."""
     count = num_processes()
     if batch_rows % count:
         raise ConfigError(
@@ -130,8 +146,12 @@ def share_of_rows(batch_rows: int, row_length: int) -> int:
     return batch_rows // count
 
 
-def distribute(model: LlamaForCausalLM, parallel: Parallel) -> None:
-    """Shard the model under `fsdp`; under `ddp` it stays whole, and the Trainer wraps it."""
+def distribute(model: PreTrainedModel, parallel: Parallel) -> None:
+    """Shard the model in place for `fsdp`. For `ddp` leave it whole: the Trainer wraps it.
+
+    Raises UnsupportedError for one process with several GPUs and for a transformers that does not know
+    sharded models, ConfigError for `fsdp` in one process.
+    """
     if num_processes() == 1 and torch.cuda.device_count() > 1:
         raise UnsupportedError(
             f"found {torch.cuda.device_count()} GPUs and one process; start one for each: torchrun "
@@ -141,19 +161,26 @@ def distribute(model: LlamaForCausalLM, parallel: Parallel) -> None:
         _shard(model)
 
 
-def _shard(model: LlamaForCausalLM) -> None:
-    """FSDP2: each layer a group, the rest in the root's."""
+def _shard(model: PreTrainedModel) -> None:
+    """Shard with FSDP2: each decoder layer is a group of its own, all other weights are the root's group."""
     if num_processes() == 1:
         raise ConfigError("--parallel fsdp found one process; start several with torchrun, or leave it out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (num_processes(),))
-    layers: nn.ModuleList = model.model.layers
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    warnings.filterwarnings(
-        "ignore", "FSDP2-wrapped module .* returned a view tensor"
-    )  # nothing writes to it
+    # A warning about writes to the view, and nothing writes to it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for mark in ("_is_distributed_loading_by_transformers", "_is_fsdp_managed_module"):
         setattr(model, mark, True)
     model.config.distributed_config = DistributedConfig(fsdp_size=num_processes())
+    if not getattr(model, "is_distributed_loading_by_transformers", False):
+        raise unsupported_version("PreTrainedModel: no property is_distributed_loading_by_transformers")
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of the model's decoder, in their order."""
+    layers = model.get_decoder().layers
+    assert isinstance(layers, nn.ModuleList)
+    return layers

@@ -1,11 +1,11 @@
-"""Before the first step: the kernel is chosen, and the run is known to fit into memory."""
+"""What is done before the first step: choose the training kernel and check that the run fits into memory."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from gossamer.training.kernel import Kernel, KernelChoice, choose_kernel, masked_linears
+from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, choose_kernel, masked_linears
 from gossamer.training.memory import available_bytes, check_memory, estimate_memory
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import from_first
@@ -14,7 +14,7 @@ from gossamer.training.sparse_linear import sparsify
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass works on, and how."""
+    """The rows of one forward and backward pass, and the device and precision of its products."""
 
     num_rows: int
     row_length: int
@@ -27,9 +27,12 @@ class MicroBatch:
 
 
 def decide_kernel(
-    job: TrainingOptions, model: LlamaForCausalLM, batch: MicroBatch, began_with: Kernel | None
+    job: TrainingOptions, model: PreTrainedModel, batch: MicroBatch, began_with: TrainingKernel | None
 ) -> KernelChoice:
-    """One for all processes; raises as `choose_kernel` does. `began_with`: what an interrupted run took."""
+    """Choose one training kernel for all processes; raises as `choose_kernel` does.
+
+    began_with: the training kernel of the interrupted run that is resumed, which is kept, or None.
+    """
     if began_with is not None:
         return KernelChoice(began_with, "as the run began")
     sharded = job.parallel == "fsdp"
@@ -42,14 +45,14 @@ def decide_kernel(
 
 def prepare(
     job: TrainingOptions,
-    model: LlamaForCausalLM,
-    teacher: LlamaForCausalLM | None,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     batch: MicroBatch,
-    kernel: Kernel,
+    kernel: TrainingKernel,
 ) -> None:
-    """Put the layers of the kernel into `model` (`sparse_linear.densify` takes them out).
+    """Replace layers of `model` as the training kernel needs it; `sparse_linear.densify` undoes it.
 
-    Raises ConfigError for too little memory.
+    Raises ConfigError if there is too little memory.
     """
     could_be_sparse = kernel == "dense" and job.parallel != "fsdp" and bool(masked_linears(model))
     if kernel == "sparse":

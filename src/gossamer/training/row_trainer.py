@@ -1,4 +1,7 @@
-"""transformers' Trainer over rows of tokens: its loss, its log and its checkpoints."""
+"""transformers' Trainer for rows of tokens, with a loss, a log and checkpoints of our own.
+
+Every method of the Trainer that is overridden here is in `trainer_contract.SIGNATURES`.
+"""
 
 import contextlib
 import math
@@ -14,34 +17,38 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.training.adamw import AdamW
 from gossamer.training.checkpoints import Checkpoints
-from gossamer.training.kernel import Kernel
+from gossamer.training.kernel_choice import TrainingKernel
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
-from gossamer.training.parallel import gathered, share, wait_for_all
+from gossamer.training.parallel import gather_to_first, shard_like, wait_for_all
 from gossamer.training.rows import IGNORED, Rows
 
 WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
 
 
 class RowTrainer(Trainer):
-    """Rows in their order; logits only where a label asks for them; checkpoints that are whole."""
+    """Trains on rows in their given order, and writes checkpoints that are complete or not there.
+
+    Logits, whose number would be that of the tokens times the vocabulary, are computed only for tokens that
+    have a label.
+    """
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: PreTrainedModel,
         args: TrainingArguments,
         rows: Rows,
         checkpoints: Checkpoints,
         monitor: Monitor,
         masks: MaskCallback,
         callbacks: list[TrainerCallback],
-        kernel: Kernel,
+        kernel: TrainingKernel,
     ) -> None:
         super().__init__(
             model=model,
@@ -51,13 +58,14 @@ class RowTrainer(Trainer):
             callbacks=[masks, *callbacks],
         )
         self.remove_callback(PrinterCallback)
-        self.llama, self.rows, self.checkpoints, self.monitor = model, rows, checkpoints, monitor
-        self.masks = masks
-        self.kernel: Kernel = kernel
+        self.causal_model, self.rows, self.checkpoints = model, rows, checkpoints
+        self.masks, self.monitor = masks, monitor
+        self.head: Any = model.get_output_embeddings()
+        self.kernel: TrainingKernel = kernel
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """torch's options, for our AdamW."""
+        """Our AdamW, with the options that the Trainer would give to torch's."""
         return AdamW, Trainer.get_optimizer_cls_and_kwargs(args, model)[1]
 
     def compute_loss(
@@ -67,9 +75,10 @@ class RowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Summed cross-entropy of the labelled tokens / their number in the accumulated batch.
+        """The sum of the labelled tokens' cross-entropy, divided by the number of them in the whole batch.
 
-        That batch is the one of all processes, whose gradients are then averaged: hence times their number.
+        The whole batch is what all processes accumulate for one optimizer step. Their gradients are averaged
+        afterwards, so the loss is multiplied by the number of processes.
         """
         ids_BT, labels_BT = inputs["input_ids"], inputs["labels"]
         outputs = model(
@@ -83,7 +92,7 @@ class RowTrainer(Trainer):
         kept_BT = targets_BT != IGNORED
         hidden = outputs.hidden_states[-1][:, :-1][kept_BT]
         with self.accelerator.autocast():
-            logits = self.llama.lm_head(hidden)
+            logits = self.head(hidden)
         loss = cross_entropy(logits.float(), targets_BT[kept_BT], reduction="sum")
         if num_items_in_batch is None:
             loss = loss / kept_BT.sum()
@@ -103,14 +112,14 @@ class RowTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Looked at before the optimizer steps, so that weights stay finite."""
+        """Raise ConfigError for a norm that is not finite, before the optimizer can spoil the weights."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not math.isfinite(norm):
             raise self._diverged(f"step {self.state.global_step + 1}: the gradient's norm is {float(norm)}")
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Every step's entry gets the monitor's figures, for all reporters alike."""
+        """Add the monitor's figures to the entry of every step, so that all reporters show the same."""
         if "loss" in logs:
             own_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             num_tokens = self.rows.num_tokens(self.state.global_step * own_rows * num_processes())
@@ -118,20 +127,19 @@ class RowTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Once a step, by all processes together.
+        """Write the checkpoint of this step, unless there is one; all processes take part.
 
-        Raises OSError when the disk does not take it, GossamerError unless all that the mask in
-        force prunes is zero.
+        Raises OSError if it cannot be written, GossamerError if a weight that the masks prune is not zero.
         """
         step = self.state.global_step
         if step in self.checkpoints.steps():
             return
-        for name, count in self.masks.broken(self.llama).items():
+        for name, count in self.masks.broken(self.causal_model).items():
             raise GossamerError(
                 f"checkpoint-{step} was not written: {count} pruned weights of {name} are not zero; expected "
                 "0: another callback writes to them; leave it out"
             )
-        mask = self.masks.mask_hash()
+        mask = self.masks.enforced_mask_hash()
         try:
             if is_first():
                 self.checkpoints.discard_staged()
@@ -146,23 +154,23 @@ class RowTrainer(Trainer):
         wait_for_all()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Weights and configuration, as a model directory has them: a tied head is not stored."""
+        """Write weights and configuration as a model directory has them: a tied weight is stored once."""
         assert output_dir is not None
-        sharded = any(isinstance(weight, DTensor) for weight in self.llama.parameters())
-        state = gathered(self.llama.state_dict() if sharded or is_first() else {})
+        sharded = any(isinstance(weight, DTensor) for weight in self.causal_model.parameters())
+        state = gather_to_first(self.causal_model.state_dict() if sharded or is_first() else {})
         if is_first():
-            if self.llama.config.tie_word_embeddings:
-                del state["lm_head.weight"]
+            for name in _tied_weights(self.causal_model):
+                del state[name]
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             with _writing(output_dir):
                 save_file(state, Path(output_dir) / WEIGHTS, {"format": "pt"})
-            self.llama.config.save_pretrained(output_dir)
+            self.causal_model.config.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Whole moments, whoever holds their shards: any number of processes can resume."""
+        """Write the moments gathered from all processes, so that another number of them can resume."""
         optimizer, schedule = self._optimizer_and_schedule()
         state = optimizer.state_dict()
-        state["state"] = {index: gathered(moments) for index, moments in state["state"].items()}
+        state["state"] = {index: gather_to_first(moments) for index, moments in state["state"].items()}
         if is_first():
             with _writing(output_dir):
                 torch.save(state, Path(output_dir) / OPTIMIZER)
@@ -173,20 +181,23 @@ class RowTrainer(Trainer):
             super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Raises CheckpointError unless the mask is that of the run and all that it prunes is zero."""
-        folder = Path(resume_from_checkpoint)
+        """Load the weights; raises CheckpointError if the masks are not the run's or one does not hold."""
+        folder, model = Path(resume_from_checkpoint), self.causal_model
         state = load_file(folder / WEIGHTS)
-        if self.llama.config.tie_word_embeddings:
-            state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        shards = self.llama.state_dict()
-        self.llama.load_state_dict({name: share(tensor, shards[name]) for name, tensor in state.items()})
-        found, expected = self.masks.mask_hash(), self.checkpoints.mask_hash(int(folder.name.split("-")[1]))
+        for name, stored in _tied_weights(model).items():
+            state[name] = state[stored]
+        shards = model.state_dict()
+        model.load_state_dict({name: shard_like(tensor, shards[name]) for name, tensor in state.items()})
+        found, expected = (
+            self.masks.enforced_mask_hash(),
+            self.checkpoints.recorded_mask_hash(int(folder.name.split("-")[1])),
+        )
         if found != expected:
             raise CheckpointError(
                 f"{folder}: its mask has sha256 {expected[:12]}, the run's has {found[:12]}; expected the "
                 "same: --overwrite starts anew"
             )
-        for name, count in self.masks.broken(self.llama).items():
+        for name, count in self.masks.broken(model).items():
             raise CheckpointError(
                 f"{folder}: {count} pruned weights of {name} are not zero; expected 0: the file was changed; "
                 "--overwrite starts anew"
@@ -200,7 +211,7 @@ class RowTrainer(Trainer):
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         for index, moments in state["state"].items():
             for name, value in moments.items():
-                moments[name] = share(value, weights[index])
+                moments[name] = shard_like(value, weights[index])
         optimizer.load_state_dict(state)
         schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
 
@@ -222,9 +233,19 @@ class RowTrainer(Trainer):
         )
 
 
+def _tied_weights(model: nn.Module) -> dict[str, str]:
+    """name -> the first name of the same parameter, for each parameter that the model has by two names."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in named if name != first[id(parameter)]}
+
+
 @contextlib.contextmanager
 def _writing(folder: str) -> Iterator[None]:
-    """Only around writes, whose failures (a full disk) are RuntimeErrors in torch: raises OSError instead."""
+    """Turn the RuntimeErrors by which torch reports failed writes (a full disk) into OSErrors.
+
+    Only writes belong into this block: other RuntimeErrors must not be taken for the disk's.
+    """
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
@@ -234,9 +255,9 @@ def _writing(folder: str) -> Iterator[None]:
 
 
 class SaveEvery(TrainerCallback):
-    """Asks for a checkpoint every `num_steps` and after the last one (0: never).
+    """Asks for a checkpoint every `num_steps` steps and after the last one (0: never).
 
-    The Trainer's own `save_steps` refuses models that are sharded already.
+    The Trainer's own `save_steps` cannot be used: it refuses models that are already sharded.
     """
 
     def __init__(self, num_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Token rows as arrays, ready for a trainer: nothing is tokenized or packed while it trains."""
+"""Rows of tokens as arrays. Tokenizing and packing is done before training begins."""
 
 import hashlib
 import random
@@ -17,10 +17,11 @@ Example = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Rows(Dataset[int]):
-    """S rows of T tokens. `positions` restart at 0 where an example begins; a token alone at 0 is padding.
+    """S rows of T tokens, in the order of training; all arrays are int32.
 
-    int32: input_ids_ST; labels_ST (-100: no loss); positions_ST, or None where each row is one sequence;
-    lengths_S: tokens of each row that are not padding.
+    input_ids_ST: the tokens; labels_ST: what is to be predicted (-100: no loss at this token); positions_ST:
+    of each token in its example, so that they restart at 0 where an example begins (None: each row is one
+    sequence); lengths_S: how many tokens of each row are not padding (None: all).
     """
 
     input_ids_ST: np.ndarray
@@ -39,7 +40,7 @@ class Rows(Dataset[int]):
         return index
 
     def padded(self, multiple: int) -> "Rows":
-        """With rows of padding at the end, without loss, so that their number is a multiple of `multiple`."""
+        """These rows, and behind them as many rows of padding (without loss) as make up a multiple."""
         count, row_length = self.input_ids_ST.shape
         if not (missing := -count % multiple):
             return self
@@ -52,13 +53,13 @@ class Rows(Dataset[int]):
         return Rows(ids, labels, positions, np.pad(lengths_S, (0, missing)))
 
     def num_tokens(self, num_rows: int) -> int:
-        """Tokens in the first `num_rows` rows, padding left out."""
+        """How many tokens of the first `num_rows` rows are not padding."""
         if self.lengths_S is None:
             return min(num_rows, len(self)) * self.row_length
         return int(self.lengths_S[:num_rows].sum())
 
     def hash(self) -> str:
-        """sha256 of every token and label in their order."""
+        """sha256 of all tokens, labels and positions in their order."""
         digest = hashlib.sha256()
         for array in (self.input_ids_ST, self.labels_ST, self.positions_ST):
             if array is not None:
@@ -67,7 +68,7 @@ class Rows(Dataset[int]):
         return digest.hexdigest()
 
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
-        """The rows of one micro-batch, cut to the longest of them."""
+        """The rows of one micro-batch as tensors, cut to the length of the longest one."""
         if self.positions_ST is None or self.lengths_S is None:
             return {
                 "input_ids": _tensor(self.input_ids_ST[indices]),
@@ -88,15 +89,15 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def next_token_rows(rows: Iterable[np.ndarray], num_rows: int) -> Rows:
-    """The first `num_rows` rows of text [T]; every token but a row's first is predicted."""
+    """The first `num_rows` rows [T] of a text, in which every token but a row's first is to be predicted."""
     ids_ST = np.stack([row.astype(np.int32) for row in islice(rows, num_rows)])
     return Rows(ids_ST, ids_ST)
 
 
 def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, seed: int) -> Rows:
-    """Each epoch's examples in a new order, several to a row, none split.
+    """Put the examples (input_ids, labels) of every epoch into rows: several to a row, and none is split.
 
-    Each example (input_ids, labels) takes the fullest open row in which it fits; rows are in training order.
+    Every epoch has a new order, in which each example goes to the fullest open row that has room for it.
     """
     shuffler = random.Random(seed)
     rows: list[list[Example]] = []
@@ -108,14 +109,14 @@ def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, s
         for example_ids, example_labels in members:
             end = start + len(example_ids)
             ids[row, start:end], labels[row, start:end] = example_ids, example_labels
-            labels[row, start] = IGNORED  # nothing predicts it: the token before belongs to another example
+            labels[row, start] = IGNORED  # the token before it belongs to another example
             positions[row, start:end] = np.arange(end - start)
             start = end
     return Rows(ids, labels, positions, np.array([sum(len(e[0]) for e in row) for row in rows]))
 
 
 def _pack(examples: Sequence[Example], row_length: int, num_open: int = 16) -> list[list[Example]]:
-    """Best fit over `num_open` rows; a row is closed when none fits and it is the fullest."""
+    """Best fit over `num_open` open rows. If an example fits in none, the fullest is closed."""
     closed: list[list[Example]] = []
     open_rows: list[tuple[int, list[Example]]] = []
     for example in examples:

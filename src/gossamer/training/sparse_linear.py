@@ -1,11 +1,12 @@
-"""Linear layers that keep, train and multiply nothing but their nonzero weights.
+"""Linear layers that store, train and multiply only their nonzero weights.
 
-    y = x W^T,   dx = dy W,   dW = dy^T x where W lives;   W [N, K], x [T, K], y [T, N]
+    y = x W^T + b,   dx = dy W,   dW = dy^T x at the nonzero weights;   W [N, K], x [T, K], y [T, N], b [N]
 
-`values` holds the weights that live, in the order of the native plan; gradients and moments are as short.
-On the CPU in float32 the products are native (`_native.SparsePlan`). Elsewhere, and in other types, torch
-multiplies W written out dense, and gathers its gradient. To everything that saves or loads, a layer has the
-`weight` [N, K] that an `nn.Linear` has.
+The parameter `values` holds the nonzero weights in the order of the native plan, so that its gradient and its
+moments are as short as it is. On the CPU in float32 the products are native (`_native.SparsePlan`). On other
+devices, and in other types, torch multiplies W written out as a dense matrix, and autograd gathers the
+gradient of `values` from that of W. Whatever saves or loads the layer sees the `weight` [N, K] of an
+`nn.Linear`.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from gossamer.errors import CheckpointError
 
 
 class Pattern:
-    """Where the weights of a matrix [N, K] live. Immutable: copies of a layer share it."""
+    """Where a matrix [N, K] has nonzero weights. It never changes, so copies of a layer share it."""
 
     def __init__(self, mask_NK: Tensor) -> None:
         self.shape = (mask_NK.shape[0], mask_NK.shape[1])
@@ -35,46 +36,49 @@ class Pattern:
         return torch.from_numpy(self.plan.positions())
 
     def positions_on(self, device: torch.device) -> Tensor:
-        """The same where torch's products need them, kept."""
+        """`positions` on `device`, where torch's products need them; copied once."""
         if device not in self._positions:
             self._positions[device] = self.positions().to(device)
         return self._positions[device]
 
     def mask_NK(self) -> Tensor:
-        """bool [N, K] on the CPU, true where a weight lives."""
+        """bool [N, K] on the CPU, true where the weight is nonzero."""
         mask = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.bool)
         return mask.index_fill_(0, self.positions(), True).view(self.shape)
 
 
 class SparseLinear(nn.Module):
-    """Takes the place of an `nn.Linear` without bias; its zeros are the mask, for good."""
+    """Takes the place of an `nn.Linear`. The zeros that its weight has now are its mask from here on."""
 
     def __init__(self, dense: nn.Linear) -> None:
         super().__init__()
-        assert dense.bias is None, "the decoder's linears have no bias"
         self.out_features, self.in_features = dense.out_features, dense.in_features
         weight_NK = dense.weight.detach()
         self.pattern = Pattern(weight_NK != 0)
         values = weight_NK.reshape(-1)[self.pattern.positions().to(weight_NK.device)]
         self.values = nn.Parameter(values, requires_grad=dense.weight.requires_grad)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", dense.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] of x [..., K]; under autocast in its type, as `nn.Linear`'s."""
+        """y [..., N] of x [..., K]; under autocast y has autocast's type, as that of `nn.Linear` has."""
         device = self.values.device.type
         autocast = torch.is_autocast_enabled(device)
         if not _is_native(self.values) or (x.dtype != torch.float32 and not autocast):
-            return linear(x, self._scattered(self.pattern.positions_on(self.values.device)))
+            return linear(x, self._scattered(self.pattern.positions_on(self.values.device)), self.bias)
         y: Any = _Product.apply(x, self.values, self.pattern.plan)
+        y = y if self.bias is None else y + self.bias
         return y.to(torch.get_autocast_dtype(device)) if autocast else y
 
     def dense_weight(self) -> Tensor:
-        """The matrix [N, K] with its zeros, without a gradient."""
+        """The matrix [N, K] with its zeros, detached from autograd."""
         return self._scattered(self.pattern.positions().to(self.values.device)).detach()
 
     def to_linear(self) -> nn.Linear:
-        """The `nn.Linear` with the same weight."""
+        """An `nn.Linear` with the same weight and bias."""
         with torch.device("meta"):
             dense = nn.Linear(self.in_features, self.out_features, bias=False)
+        dense.register_parameter("bias", self.bias)
         dense.weight = nn.Parameter(self.dense_weight(), requires_grad=self.values.requires_grad)
         return dense
 
@@ -88,6 +92,8 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.dense_weight()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(
         self,
@@ -99,15 +105,27 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        name = f"{prefix}weight"
-        if name in state_dict:
-            self._load(name, state_dict[name])
-        elif strict:
-            missing_keys.append(name)
+        loads = {"weight": self._load_weight} | ({} if self.bias is None else {"bias": self._load_bias})
+        for own_name, load in loads.items():
+            name = prefix + own_name
+            if name in state_dict:
+                load(name, state_dict[name])
+            elif strict:
+                missing_keys.append(name)
 
     @torch.no_grad()
-    def _load(self, name: str, weight_NK: Tensor) -> None:
-        """Take the values of a dense weight; raises CheckpointError unless it is zero where the mask is."""
+    def _load_bias(self, name: str, bias_N: Tensor) -> None:
+        assert self.bias is not None
+        if bias_N.shape != self.bias.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(bias_N.shape)}; the model in training has {list(self.bias.shape)}: "
+                "give the checkpoint of this model"
+            )
+        self.bias.copy_(bias_N)
+
+    @torch.no_grad()
+    def _load_weight(self, name: str, weight_NK: Tensor) -> None:
+        """Take the values of a dense weight; raises CheckpointError unless it is zero where it is pruned."""
         if tuple(weight_NK.shape) != self.pattern.shape:
             raise CheckpointError(
                 f"{name} has shape {list(weight_NK.shape)}; the mask of the model in training has "
@@ -125,7 +143,7 @@ class SparseLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """The native products, on rows of tokens; whatever the input's type, they are float32."""
+    """The native products over rows of tokens, computed in float32 whatever the type of the input is."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, plan: _native.SparsePlan) -> Tensor:
@@ -157,12 +175,15 @@ def _is_native(values: Tensor) -> bool:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """float32 [T, width], row after row."""
+    """The tensor as contiguous float32 [T, width]."""
     return tensor.detach().reshape(-1, tensor.shape[-1]).float().contiguous()
 
 
 def sparsify(model: nn.Module, names: Iterable[str]) -> None:
-    """Put a SparseLinear in the place of each named `nn.Linear`, in place; optimizers come after."""
+    """Replace each named `nn.Linear` of the model by a SparseLinear.
+
+    Do this before an optimizer is made: it replaces parameters.
+    """
     for name in list(names):
         dense = model.get_submodule(name)
         assert isinstance(dense, nn.Linear), name
@@ -170,9 +191,9 @@ def sparsify(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def densify(model: nn.Module) -> None:
-    """Undo `sparsify`: every SparseLinear becomes an `nn.Linear` of the same weight, zeros exact.
+    """Undo `sparsify`: replace every SparseLinear by an `nn.Linear` with the same weight, zeros included.
 
-    One after the other, and none is held here once it is replaced.
+    Layers are replaced one by one and released at once, so that memory holds one layer twice, never all.
     """
     for name in [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]:
         sparse: Any = model.get_submodule(name)

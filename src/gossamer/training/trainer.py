@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, fed with rows of tokens, under fixed masks and beside a teacher."""
+"""A training run: transformers' Trainer over rows of tokens, with fixed masks and perhaps a dense teacher."""
 
 import gc
 import math
@@ -8,27 +8,28 @@ from typing import Literal
 import torch
 import transformers
 from torch import nn
-from transformers import LlamaForCausalLM, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from gossamer import _native
-from gossamer.checkpoint.directory import Checkpoint, Derived
+from gossamer.checkpoint.directory import Derived
 from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
 from gossamer.training.checkpoints import Checkpoints, RunIdentity
-from gossamer.training.distillation import SquareHead
+from gossamer.training.distillation import SquareHead, Teacher
 from gossamer.training.history import History
 from gossamer.training.interruption import Interruption
-from gossamer.training.kernel import Kernel, KernelChoice, refuse_sharded
-from gossamer.training.masks import MaskCallback, mask_hash
+from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
+from gossamer.training.masks import MaskCallback, model_mask_hash
 from gossamer.training.memory import HeldBytes
 from gossamer.training.monitor import Monitor, reporters, training_log
 from gossamer.training.options import TrainingOptions, deciding_options
-from gossamer.training.parallel import Parallel, distribute, from_first, share_of_rows
+from gossamer.training.parallel import Parallel, distribute, from_first, rows_of_this_process
 from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
+from gossamer.training.trainer_contract import check_trainer
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 EAGER_ROW_LENGTH = 512
@@ -36,36 +37,39 @@ EAGER_ROW_LENGTH = 512
 
 def train(
     job: TrainingOptions,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     rows: Rows,
     target: Derived,
     progress: Progress,
-    teacher: LlamaForCausalLM | None = None,
+    teacher: Teacher | None = None,
 ) -> History:
     """Train `model` in place, on the GPU if there is one; its zeros stay zeros.
 
-    Checkpoints and logs go to `target.path`. Raises ConfigError when the loss is not finite, UnsupportedError
-    on several GPUs in one process and for the sparse kernel under FSDP, CheckpointError when there is no
-    sound checkpoint to resume from, and Interrupted after Ctrl-C, once the run is saved.
+    Checkpoints and logs go to `target.path`. Raises ConfigError if the loss or the gradient is not finite,
+    UnsupportedError for another transformers than this was written for, for several GPUs in one process and
+    for the sparse training kernel under FSDP, CheckpointError if there is no undamaged checkpoint to resume
+    from, and Interrupted after Ctrl-C, once the run is saved.
     """
+    check_trainer()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(job.precision, device)
-    checkpoints = Checkpoints(target.path, identify(job, model, rows, target, device, precision))
+    checkpoints = Checkpoints(target.path, identify(job, model, rows, target, device, precision, teacher))
     start = _find_start(job, checkpoints)
     _say(progress, target.stage, *start.notes)
     distribute(model, job.parallel)
-    _choose_attention(rows, device, precision, model, teacher)
+    teacher_model = None if teacher is None else teacher.model
+    _choose_attention(rows, device, precision, model, teacher_model)
     arguments = _arguments(job, rows, device, precision, checkpoints)
     batch = MicroBatch(arguments.per_device_train_batch_size, rows.row_length, device, precision)
     choice = decide_kernel(job, model, batch, start.kernel)
     _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}")
-    prepare(job, model, teacher, batch, choice.kernel)
+    prepare(job, model, teacher_model, batch, choice.kernel)
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
     shared = rows.padded(num_processes() * batch.num_rows)
     masks, kernel = MaskCallback(model), choice.kernel
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
-    _attach(teacher, trainer, precision)
+    _attach(teacher_model, trainer, precision)
     _run(trainer, start.step, job.save_steps)
     state = trainer.state
     del trainer
@@ -75,19 +79,25 @@ def train(
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a run begins: after `step` steps, with the kernel that it took (None: still to be chosen)."""
+    """Where a run begins: after `step` steps, with the training kernel that it began with.
+
+    `kernel` is None if it is still to be chosen; `notes` are for the user.
+    """
 
     step: int = 0
-    kernel: Kernel | None = None
+    kernel: TrainingKernel | None = None
     notes: tuple[str, ...] = ()
 
 
 def _find_start(job: TrainingOptions, checkpoints: Checkpoints) -> _Start:
-    """Refuses a kernel that cannot run, before anything is sharded for it."""
+    """Find the checkpoint to resume from, if asked to, and what the run began with.
+
+    Raises UnsupportedError for a training kernel that FSDP cannot have, before the model is sharded.
+    """
     start = _Start()
     if job.resume:
         step, notes = from_first(checkpoints.newest_sound)
-        start = _Start(step, checkpoints.kernel(step), tuple(notes))
+        start = _Start(step, checkpoints.recorded_kernel(step), tuple(notes))
     if job.parallel == "fsdp":
         refuse_sharded(start.kernel or job.kernel)
     return start
@@ -98,14 +108,17 @@ def _say(progress: Progress, stage: str, *lines: str) -> None:
         progress(Event(stage, line, lasting=True))
 
 
-def _attach(teacher: LlamaForCausalLM | None, trainer: RowTrainer, precision: str) -> None:
+def _attach(teacher: PreTrainedModel | None, trainer: RowTrainer, precision: str) -> None:
     if teacher is not None:
         nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
         SquareHead(teacher).attach(trainer)
 
 
 def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
-    """All steps that are left; Ctrl-C before the last one ends in Interrupted, no memory in MemoryError."""
+    """Train the steps that are left after `step`.
+
+    Raises Interrupted after Ctrl-C before the last step, MemoryError if torch finds no memory.
+    """
     monitor = trainer.monitor
     interruption = Interruption(lambda line: _say(monitor.progress, monitor.stage, line))
     for callback in (SaveEvery(save_steps), interruption):
@@ -121,8 +134,12 @@ def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
         raise _interrupted(trainer)
 
 
-def _take_back(model: LlamaForCausalLM, parallel: Parallel) -> None:
-    """The model as it was given, but trained. The Trainer, a cycle with moments and values, goes first."""
+def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
+    """Give the model the form in which it came: dense, without gradients and on the CPU.
+
+    The Trainer refers to itself, so it and the moments that it holds are collected first: only then is there
+    memory for the dense weights.
+    """
     model.zero_grad()
     gc.collect()
     if parallel == "ddp":
@@ -152,19 +169,25 @@ def _history(
 
 
 def identify(
-    job: TrainingOptions, model: LlamaForCausalLM, rows: Rows, target: Derived, device: str, precision: str
+    job: TrainingOptions,
+    model: PreTrainedModel,
+    rows: Rows,
+    target: Derived,
+    device: str,
+    precision: str,
+    teacher: Teacher | None,
 ) -> RunIdentity:
-    """What a checkpoint must have in common with this run."""
-    decides = {
+    """What a checkpoint of this run must have in common with it, and what it may have otherwise."""
+    must_match = {
         "stage": target.stage,
         **deciding_options(job),
         "precision": precision,
         "model": target.parent.hash(),
-        "teacher": job.teacher and Checkpoint.open(job.teacher).hash(),
+        "teacher": None if teacher is None else teacher.hash,
         "data": rows.hash(),
-        "mask": mask_hash(model),
+        "mask": model_mask_hash(model),
     }
-    rounds = {
+    may_differ = {
         "device": device,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "native_instructions": _native.isa(),
@@ -174,11 +197,14 @@ def identify(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return RunIdentity(decides, rounds)
+    return RunIdentity(must_match, may_differ)
 
 
 def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
-    """Says where the run was saved, if it was: before the first step there is nothing to save."""
+    """The exception for a run that was stopped: Interrupted, which names the checkpoint, if there is one.
+
+    There is none before the first step; then it is Python's own KeyboardInterrupt.
+    """
     state = trainer.state
     if state.global_step not in trainer.checkpoints.steps():
         return KeyboardInterrupt()
@@ -186,8 +212,8 @@ def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
     return Interrupted(f"interrupted after step {state.global_step} of {state.max_steps}, saved in {folder}")
 
 
-def _choose_attention(rows: Rows, device: str, precision: str, *models: LlamaForCausalLM | None) -> None:
-    """The faster of torch's two ways."""
+def _choose_attention(rows: Rows, device: str, precision: str, *models: PreTrainedModel | None) -> None:
+    """Choose the faster implementation of attention: eager for short bf16 rows on a CPU, else sdpa."""
     short = rows.row_length <= EAGER_ROW_LENGTH
     for model in models:
         if model is not None:
@@ -197,7 +223,7 @@ def _choose_attention(rows: Rows, device: str, precision: str, *models: LlamaFor
 
 
 def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Literal["f32", "bf16"]:
-    """`auto`: bf16 matrix products where the hardware has them (1.5 to 2 times faster), float32 elsewhere."""
+    """The precision of matrix products: for `auto` bf16 where hardware has it (1.5 to 2 times as fast)."""
     if wanted != "auto":
         return wanted
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
@@ -208,7 +234,7 @@ def _arguments(
     job: TrainingOptions, rows: Rows, device: str, precision: str, checkpoints: Checkpoints
 ) -> TrainingArguments:
     batch_rows = max(1, job.batch_tokens // rows.row_length)
-    own_rows = share_of_rows(batch_rows, rows.row_length)
+    own_rows = rows_of_this_process(batch_rows, rows.row_length)
     micro_rows = _micro_rows(own_rows, rows.row_length, MICRO_BATCH_TOKENS[device])
     num_steps = math.ceil(len(rows) / batch_rows)
     return TrainingArguments(
@@ -235,7 +261,7 @@ def _arguments(
         label_names=["labels"],
         train_sampling_strategy="sequential",
         dataloader_pin_memory=device == "cuda",
-        ddp_find_unused_parameters=True,  # see parallel.py: for buckets that stay as they are
+        ddp_find_unused_parameters=True,  # keeps DDP from rebuilding its buckets: see parallel.py
     )
 
 

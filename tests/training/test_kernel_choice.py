@@ -8,8 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.errors import ConfigError, UnsupportedError
-from gossamer.training import kernel
-from gossamer.training.kernel import choose_kernel, masked_linears
+from gossamer.training import kernel_choice
+from gossamer.training.kernel_choice import choose_kernel, masked_linears
 from gossamer.training.sparse_linear import SparseLinear, densify, sparsify
 
 
@@ -67,7 +67,7 @@ def test_auto_takes_what_is_faster_and_says_by_how_much(
         measured.append(tuple(layer.weight.shape))
         return dense_s, sparse_s
 
-    monkeypatch.setattr(kernel, "_seconds", seconds)
+    monkeypatch.setattr(kernel_choice, "_seconds", seconds)
     choice = choose_kernel("auto", llama(0.7), "cpu", "bf16", 2048)
     assert sorted(measured) == [(16, 32), (32, 32), (32, 64), (64, 32)]  # k v | q o | down | gate up
     assert choice.kernel == taken and choice.ratio == pytest.approx(dense_s / sparse_s)

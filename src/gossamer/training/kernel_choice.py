@@ -1,4 +1,9 @@
-"""Which products a run takes: dense ones of masked weights, or those of the nonzero weights alone."""
+"""The choice of a run's training kernel: how the decoder's linear layers multiply while the model trains.
+
+`dense`: torch multiplies whole matrices, whose zeros `masks` keeps. `sparse`: `SparseLinear` stores, updates
+and multiplies the nonzero weights alone. A training kernel is not to be confused with the kernels of
+`native/kernels/`, which are functions; the sparse training kernel calls some of them.
+"""
 
 import re
 import time
@@ -15,15 +20,18 @@ from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.training.masks import decoder_zeros
 from gossamer.training.sparse_linear import SparseLinear
 
-Kernel = Literal["dense", "sparse"]
+TrainingKernel = Literal["dense", "sparse"]
 SECONDS_A_SIDE = 0.15
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The kernel of a run and why. `ratio`: seconds of dense over those of sparse, None if not measured."""
+    """The training kernel of a run and the reason for it.
 
-    kernel: Kernel
+    `ratio`: the seconds that dense took over those of sparse, None if they were not measured.
+    """
+
+    kernel: TrainingKernel
     reason: str
     ratio: float | None = None
 
@@ -41,9 +49,11 @@ def choose_kernel(
     *,
     sharded: bool = False,
 ) -> KernelChoice:
-    """`auto` takes what is faster for micro-batches of `num_tokens`; measured on a block of the model itself.
+    """Choose the training kernel that is `wanted`, or for `auto` the faster one.
 
-    Raises ConfigError for `sparse` without zeros, UnsupportedError for `sparse` where FSDP shards weights.
+    What is faster is measured for micro-batches of `num_tokens` on one block of the model itself.
+    sharded: whether FSDP shards the weights. Raises ConfigError for `sparse` if the model has no zeros,
+    UnsupportedError for `sparse` with sharded weights.
     """
     if wanted == "dense":
         return KernelChoice("dense", "asked for")
@@ -66,7 +76,7 @@ def choose_kernel(
 
 
 def refuse_sharded(kernel: str) -> None:
-    """Raise UnsupportedError for a kernel that cannot work on shards."""
+    """Raise UnsupportedError for the training kernel that cannot work on sharded weights."""
     if kernel == "sparse":
         raise UnsupportedError(
             "kernel sparse: found weights sharded by FSDP; expected one process or --parallel ddp: give one "
@@ -75,14 +85,14 @@ def refuse_sharded(kernel: str) -> None:
 
 
 def masked_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """name -> decoder linear that has zeros, in the model's order."""
+    """name -> linear layer of the decoder that has zeros, in the model's order."""
     names = [name.removesuffix(".weight") for name in decoder_zeros(model)]
     modules = {name: model.get_submodule(name) for name in names}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 
 
 def _measured(linears: dict[str, nn.Linear], precision: str, num_tokens: int) -> KernelChoice:
-    """Compare both on the distinct shapes of the first block that has zeros."""
+    """Time both training kernels on the first block that has zeros, each distinct shape once."""
     block = _first_block(linears)
     by_shape = sorted(block, key=lambda dense: tuple(dense.weight.shape))
     dense_s = sparse_s = 0.0
@@ -104,7 +114,7 @@ def _first_block(linears: dict[str, nn.Linear]) -> list[nn.Linear]:
 
 
 def _seconds(dense: nn.Linear, precision: str, num_tokens: int) -> tuple[float, float]:
-    """Of a forward and backward pass over random tokens: dense, sparse."""
+    """Seconds of a forward and backward pass over random tokens: dense, sparse."""
     weight, sparse = dense.weight.detach().requires_grad_(), SparseLinear(dense)
     generator = torch.Generator().manual_seed(0)
     x_TK = torch.randn(num_tokens, dense.in_features, generator=generator).requires_grad_()
@@ -127,7 +137,7 @@ def _seconds(dense: nn.Linear, precision: str, num_tokens: int) -> tuple[float, 
 
 
 def _best(measure: Callable[[], float]) -> float:
-    """The least of at least two measurements, after one to warm up."""
+    """The shortest of at least two measurements, after one to warm up."""
     measure()
     found = [measure(), measure()]
     while sum(found) < SECONDS_A_SIDE:
