@@ -8,7 +8,6 @@
 
 #include "kernels/exponential.hpp"
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
 
 namespace gossamer::attention {
 

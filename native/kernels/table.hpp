@@ -1,10 +1,13 @@
 // The one table of kernels: dispatch, tests and benchmarks all go through it.
 //
+// It has a row for each function: what it computes, for which type and storage of weights, and at which level
+// of instructions. The rows are written in list.hpp, and nowhere else. A level need not have every function:
+// each is looked up by itself, at the level and then at those that it builds on.
+//
 // Kernels are single-threaded over the range they are given, allocate nothing and throw nothing.
 #pragma once
 
 #include <span>
-#include <vector>
 
 #include "base/isa.hpp"
 #include "base/view.hpp"
@@ -22,12 +25,11 @@ using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& 
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
+// The structs named ...Row hold the functions that a level runs, each from the nearest level that has it.
 struct MatmulRow {
-    Values values;
-    Storage storage;
-    Isa isa;
     Matmul matmul;
     Accumulate accumulate;  // i8 and i4 only
+    Isa isa;                // whose `matmul` it is
 };
 
 // New tokens of one sequence against its cached positions at one key/value head (attention.cpp). Token t sees
@@ -47,8 +49,6 @@ struct AttentionTask {
 };
 
 struct AttentionRow {
-    Values values;  // of keys and values
-    Isa isa;
     void (*attention)(const AttentionTask& task);
 };
 
@@ -58,9 +58,8 @@ std::size_t attention_scratch_floats(int num_rows, int head_dim);
 // out_E of one row from its states after chunks 0 .. num_chunks - 1, each `stride` floats behind the last.
 void merge_attention(const float* states, std::size_t stride, int num_chunks, int head_dim, float* out_E);
 
-// Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
+// Everything that surrounds the matrix products (vector.cpp, rope.cpp). All levels give the same bits.
 struct VectorRow {
-    Isa isa;
     // Both return max|y|, so that quantizing y reads it only once more.
     float (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
     float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
@@ -103,7 +102,6 @@ struct AdamwStep {
 
 // Every level gives the same bits.
 struct AdamwRow {
-    Isa isa;
     void (*adamw)(const AdamwStep& step, const float* gradient, std::size_t count, float* exp_avg,
                   float* exp_avg_sq, float* weight);
 };
@@ -123,14 +121,12 @@ constexpr int kTileTokens = 64, kStripInputs = 96;
 // delta are [rows][64], gradient has one number a value; all begin at multiples of 64 bytes but the
 // gradient.
 struct TrainingRow {
-    Isa isa;
     void (*multiply)(const Strip& strip, const float* in, float* out);
     void (*project)(const Strip& strip, const float* in, const float* delta, float* gradient);
 };
 
 // What the machine can do at best (probes.cpp).
 struct ProbeRow {
-    Isa isa;
     // Sums `count` bytes (a multiple of 256), touching each cache line once.
     std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
     // Multiply in registers; return how many multiply-adds that were.
@@ -138,19 +134,19 @@ struct ProbeRow {
     std::uint64_t (*multiply_f32)(std::uint64_t rounds);
 };
 
-std::vector<MatmulRow> matmul_table();
-std::span<const VectorRow> vector_table();
-std::vector<AttentionRow> attention_table();
-std::span<const SamplingRow> sampling_table();
-std::span<const AdamwRow> adamw_table();
-std::span<const TrainingRow> training_table();
-std::span<const ProbeRow> probe_table();
+// A row of the table.
+struct Kernel {
+    const char* family;  // what the function is called
+    Values values;       // of weights, or of cached keys and values; f32 where there are neither
+    Storage storage;
+    Isa isa;
+};
 
-// The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are
-// emulated.
-const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
+std::span<const Kernel> kernels();
+
+const MatmulRow& find_matmul(Storage storage, Values values, Isa isa);
+const AttentionRow& find_attention(Values values, Isa isa);
 const VectorRow& find_vector(Isa isa);
-const AttentionRow& find_attention(Values values, Isa isa, bool emulated = false);
 const SamplingRow& find_sampling(Isa isa);
 const AdamwRow& find_adamw(Isa isa);
 const TrainingRow& find_training(Isa isa);

@@ -12,7 +12,7 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Table, quiet
 from gossamer.measure.readers import Readers
 
-# What native/base/isa.cpp asks CPUID for on each level, beside the levels below, under Linux's names.
+# What native/base/processor_x86.cpp asks CPUID for on each level, beside the level below, by Linux names.
 LEVEL_FLAGS = {
     "avx2": ("fma", "popcnt", "avx", "bmi1", "avx2", "bmi2"),
     "avx512": (

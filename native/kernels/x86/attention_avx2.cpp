@@ -1,8 +1,10 @@
-// Attention by AVX2: see attention.cpp.
+// Attention by AVX2: see ../scalar/attention.cpp.
 
 #include <bit>
 
 #include "kernels/attention_task.hpp"
+#include "kernels/x86/exponential.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer {
 

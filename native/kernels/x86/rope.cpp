@@ -1,29 +1,9 @@
-// Rotary position embedding of the heads of one token, in place, as Hugging Face does it.
-//
-//   (a, b) -> (a cos - b sin, b cos + a sin)       a, b: element e of the first and of the second half
-//
-// Products and sums are rounded one by one: every level gives the same bits. Bound by the cache: 2 E floats a
-// head, once per token and layer.
+// Rotary position embedding by vectors: see ../scalar/rope.cpp.
 
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer {
-
-namespace scalar {
-
-void rope(float* x_HE, int num_heads, int head_dim, const float* cos_sin) {
-    const int half = head_dim / 2;
-    for (float* head = x_HE; head != x_HE + std::ptrdiff_t(num_heads) * head_dim; head += head_dim) {
-        for (int e = 0; e < half; ++e) {
-            const float a = head[e], b = head[half + e];
-            head[e] = a * cos_sin[e] - b * cos_sin[half + e];
-            head[half + e] = b * cos_sin[e] + a * cos_sin[half + e];
-        }
-    }
-}
-
-}  // namespace scalar
 
 GOSSAMER_BEGIN_AVX512
 namespace avx512 {

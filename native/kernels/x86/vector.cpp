@@ -1,84 +1,16 @@
-// What surrounds the products: RMSNorm, quantization of activations, SwiGLU.
-//
-//   rmsnorm    y = weight * (x / sqrt(mean(x^2) + eps)); squares summed in float64, in 16 lanes, then in
-//   order swiglu     y = gate / (1 + exp(-gate)) * up quantize   scale = max|x| / 127.5;  q = clamp(round(x /
-//   scale), -128, 127), stored as q + 128
-//              (compressed-tensors' dynamic symmetric per-token scheme; scale = 2^-23 when x is all zeros)
-//   split      x = high + low, the nearest bfloat16 and that of the rest: for products on the matrix unit
-//
-// Only correctly rounded operations in a stated order: every level gives the same bits, so that INT8 results
-// do not hang on which level ran.
+// What surrounds the products, by vectors: see ../vector.hpp.
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstring>
 
-#include "kernels/exponential.hpp"
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
+#include "kernels/vector.hpp"
+#include "kernels/x86/exponential.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer {
-namespace {
 
-constexpr int kLanes = 16;
-constexpr float kEpsilon = 1.1920929e-7f;  // 2^-23
-
-float inverse_rms(const double (&lanes)[kLanes], int count, float eps) {
-    double sum = 0;
-    for (double lane : lanes) sum += lane;
-    return 1.0f / std::sqrt(float(sum / count) + eps);
-}
-
-// The nearest bfloat16, halves to even.
-std::uint16_t to_bf16(float x) {
-    const auto bits = std::bit_cast<std::uint32_t>(x);
-    return std::uint16_t((bits + (bits >> 16 & 1) + 0x7FFF) >> 16);
-}
-
-float quantization_scale(float largest) {
-    const float scale = largest / 127.5f;
-    return scale == 0.0f ? kEpsilon : scale;
-}
-
-}  // namespace
-
-namespace scalar {
-
-float largest(const float* x, int count) {
-    float found = 0;
-    for (int i = 0; i < count; ++i) found = std::max(found, std::abs(x[i]));
-    return found;
-}
-
-float rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
-    double lanes[kLanes] = {};
-    for (int i = 0; i < count; ++i) lanes[i % kLanes] += double(x_D[i]) * double(x_D[i]);
-    const float inverse = inverse_rms(lanes, count, eps);
-    for (int i = 0; i < count; ++i) y_D[i] = weight_D[i] * (x_D[i] * inverse);
-    return largest(y_D, count);
-}
-
-float quantize(const float* x_K, int count, float largest_x, std::uint8_t* q_K) {
-    const float scale = quantization_scale(largest_x);
-    for (int i = 0; i < count; ++i)
-        q_K[i] = std::uint8_t(std::clamp(int(std::nearbyint(x_K[i] / scale)), -128, 127) + 128);
-    return scale;
-}
-
-void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
-    for (int i = 0; i < count; ++i) {
-        high_K[i] = to_bf16(x_K[i]);
-        low_K[i] = to_bf16(x_K[i] - std::bit_cast<float>(std::uint32_t(high_K[i]) << 16));
-    }
-}
-
-float swiglu(const float* gate, const float* up, int count, float* y) {
-    for (int i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + exponential_of(-gate[i])) * up[i];
-    return largest(y, count);
-}
-
-}  // namespace scalar
+using namespace vector;
 
 GOSSAMER_BEGIN_AVX512
 namespace avx512 {
