@@ -30,9 +30,11 @@ constexpr int kChunkVectors = 128;
 // Tokens that share one expansion of the weights.
 constexpr int kSuperBlock = 256;
 
+// A mask as a number.
 template <Values kValues>
-using Mask = std::conditional_t<kValues == Values::f32, std::uint16_t,
-                                std::conditional_t<kValues == Values::bf16, std::uint32_t, std::uint64_t>>;
+using Mask =
+    std::conditional_t<bytes_per_mask(kValues) == 2, std::uint16_t,
+                       std::conditional_t<bytes_per_mask(kValues) == 4, std::uint32_t, std::uint64_t>>;
 
 template <class T>
 T load_as(const std::uint8_t* bytes) {

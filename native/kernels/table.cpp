@@ -74,9 +74,10 @@ std::span<const Kernel> kernels() { return kKernels; }
 
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa) {
     static const auto rows = for_all_levels([](Isa level) {
-        std::array<std::array<MatmulRow, 2>, 4> all;
-        for (Values v : {Values::f32, Values::bf16, Values::i8, Values::i4}) {
-            for (Storage s : {Storage::dense, Storage::sparse}) all[int(v)][int(s)] = matmul_row(s, v, level);
+        std::array<std::array<MatmulRow, 2>, kNumValues> all;
+        for (int v = 0; v < kNumValues; ++v) {
+            for (Storage s : {Storage::dense, Storage::sparse})
+                all[v][int(s)] = matmul_row(s, Values(v), level);
         }
         return all;
     });
@@ -85,9 +86,9 @@ const MatmulRow& find_matmul(Storage storage, Values values, Isa isa) {
 
 const AttentionRow& find_attention(Values values, Isa isa) {
     static const auto rows = for_all_levels([](Isa level) {
-        std::array<AttentionRow, 4> all;
-        for (Values kv : {Values::f32, Values::bf16, Values::i8, Values::i4})
-            all[int(kv)] = resolve<AttentionRow>(level, [&](Values v, Storage) { return v == kv; });
+        std::array<AttentionRow, kNumValues> all;
+        for (int kv = 0; kv < kNumValues; ++kv)
+            all[kv] = resolve<AttentionRow>(level, [&](Values v, Storage) { return v == Values(kv); });
         return all;
     });
     return rows[int(isa)][int(values)];

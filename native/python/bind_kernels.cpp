@@ -27,20 +27,14 @@ Isa runnable(const std::string& level) {
     const Isa wanted = parse_isa(level);
     if (!runs(wanted)) {
         throw UnsupportedError("asked for " + level + "; this machine, capped by GOSSAMER_ISA, runs up to " +
-                               gossamer::name(isa()));
+                               name(isa()));
     }
     return wanted;
 }
 
 namespace {
 
-const char* name(Values values) {
-    return values == Values::f32    ? "f32"
-           : values == Values::bf16 ? "bf16"
-           : values == Values::i8   ? "i8"
-                                    : "i4";
-}
-const char* name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
+const char* storage_name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
 
 nb::list table() {
     nb::list rows;
@@ -48,8 +42,8 @@ nb::list table() {
         nb::dict row;
         row["family"] = kernel.family;
         row["values"] = name(kernel.values);
-        row["storage"] = name(kernel.storage);
-        row["isa"] = gossamer::name(kernel.isa);
+        row["storage"] = storage_name(kernel.storage);
+        row["isa"] = name(kernel.isa);
         rows.append(row);
     }
     return rows;
@@ -324,7 +318,7 @@ std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
-    m.def("isa", [] { return std::string(gossamer::name(isa())); });
+    m.def("isa", [] { return std::string(name(isa())); });
     m.def("kernels", &table);
     m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
     m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
