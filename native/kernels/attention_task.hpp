@@ -1,4 +1,4 @@
-// What every level of attention shares: the state of a row, and where a task's rows keep what they need.
+// What every level of attention shares: the state of a row, and where the rows of a task keep what they need.
 #pragma once
 
 #include <algorithm>

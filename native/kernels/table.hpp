@@ -25,15 +25,16 @@ using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& 
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
-// The structs named ...Row hold the functions that a level runs, each from the nearest level that has it.
+// What a level runs for weights of one type and storage. Here and in the structs below, each function is the
+// one of the nearest level that has it, from the level itself down those that it builds on.
 struct MatmulRow {
     Matmul matmul;
     Accumulate accumulate;  // i8 and i4 only
     Isa isa;                // whose `matmul` it is
 };
 
-// New tokens of one sequence against its cached positions at one key/value head (attention.cpp). Token t sees
-// positions 0 .. position + t.
+// New tokens of one sequence that attend to its cached positions at one key/value head (attention.cpp). Token
+// t sees the positions 0 to position + t.
 struct AttentionTask {
     KvLayout layout;
     const std::uint8_t* const* chunks;  // of the sequence
@@ -68,8 +69,8 @@ struct VectorRow {
     float (*quantize)(const float* x_K, int count, float largest, std::uint8_t* q_K);
     // x = high + low, two bfloat16.
     void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
-    // Rotates heads [head][E] of one token in place by cos_sin [2][E / 2]: (a, b) -> (a cos - b sin, b cos +
-    // a sin) of the halves.
+    // Rotates heads [head][E] of one token in place by cos_sin [2][E / 2]: the halves a and b of each head
+    // become a cos - b sin and b cos + a sin.
     void (*rope)(float* x_HE, int num_heads, int head_dim, const float* cos_sin);
 };
 
@@ -82,7 +83,6 @@ constexpr std::uint64_t kMassUnit = std::uint64_t(1) << 40;
 
 // What choosing a token reads of a row of logits (sampling.cpp); every level gives the same.
 struct SamplingRow {
-    Isa isa;
     float (*highest)(const float* x, int count);  // NaN when one is
     // The sum of round(kMassUnit softmax(x)) over the x that are at least `low`; none is above `highest`.
     std::uint64_t (*mass)(const float* x, int count, const Softmax& softmax, float low);
@@ -100,7 +100,7 @@ struct AdamwStep {
     float eps;
 };
 
-// Every level gives the same bits.
+// One step of AdamW (adamw.cpp), in place. Every level gives the same bits.
 struct AdamwRow {
     void (*adamw)(const AdamwStep& step, const float* gradient, std::size_t count, float* exp_avg,
                   float* exp_avg_sq, float* weight);
@@ -144,6 +144,7 @@ struct Kernel {
 
 std::span<const Kernel> kernels();
 
+// What a level runs. The references stay valid.
 const MatmulRow& find_matmul(Storage storage, Values values, Isa isa);
 const AttentionRow& find_attention(Values values, Isa isa);
 const VectorRow& find_vector(Isa isa);

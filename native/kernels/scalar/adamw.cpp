@@ -4,10 +4,13 @@
 //   v = v beta2 + (g g) (1 - beta2)
 //   w = w (1 - rate decay) - (m rate / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-// Layout: four arrays of `count` floats, elementwise; of a sparse weight only its values.
-// Numerics: float32, every operation correctly rounded and in the order written: all levels, and any split
+// There are four arrays of `count` floats, which meet element by element; of a sparse weight they have its
+// values only.
+//
+// Every operation is float32, correctly rounded and in the order written, so that all levels, and any split
 // over threads, give the same bits. The factors are rounded once from float64. g = m = v = w = 0 gives +-0.
-// Bound: memory, 16 bytes read and 12 written for each element.
+//
+// The bound is memory: 16 bytes are read and 12 written for each element.
 
 #include <cmath>
 

@@ -1,11 +1,18 @@
-// Products of float32 or bfloat16 weights, dense and sparse, and float32 activations.
+// Products of float32 or bfloat16 weights, dense and sparse, and float32 activations: the specification.
 //
-//   y[t, n] = sum_k w[n, k] x[t, k], in chains c[k mod 2 I] of fused multiply-adds in the order of k, where a
-//   vector has I inputs of 16 rows: f32 (I = 1) y = c0 + c1, bf16 (I = 2) y = (c0 + c1) + (c2 + c3)
+//   y[t, n] = sum_k w[n, k] x[t, k]
 //
-// The order is the same on every level but amx, for any number of tokens and threads, dense or sparse (a
-// product with 0 changes no sum). The bound is memory for one token: 64 bytes a dense vector; at 70% zeros 21
-// (f32) and 23 (bf16) bytes.
+// The sum is made of 2 I chains of fused multiply-adds, where a vector has I inputs of 16 rows. Input k
+// belongs to chain c[k mod 2 I], and each chain runs in the order of k:
+//
+//   f32   (I = 1)   y = c0 + c1
+//   bf16  (I = 2)   y = (c0 + c1) + (c2 + c3)
+//
+// The order is the same on every level but amx, for any number of tokens and threads, and for dense and
+// sparse weights, since a product with 0 changes no sum.
+//
+// For one token the bound is memory: a dense vector has 64 bytes; at 70% zeros a sparse one has 21 (f32) or
+// 23 (bf16).
 
 #include <algorithm>
 #include <bit>

@@ -1,10 +1,11 @@
-// Products of int8 or int4 weights and int8 activations, dense and sparse.
+// Products of int8 or int4 weights and int8 activations, dense and sparse: the specification.
 //
 //   y[t, n] = (sum_k w[n, k] (u[t, k] - 128)) * (x_scale[t] * w_scale[n])      u = q + 128, unsigned
 //           = (sum_k w[n, k] u[t, k] - 128 w_sum[n]) * ...
 //
-// An int4 weight is w = q4 * multiplier, the multiplier shared by a row's 128 inputs. The sum is an exact
-// int32 (K <= 65536 keeps |w u| sums below 2^31), so every level gives the same bits.
+// A vector of 64 bytes is 16 rows x 4 inputs. An int4 weight is w = q4 * multiplier, with one multiplier for
+// 128 inputs of a row. The sum is an exact int32 (K <= 65536 keeps sums of |w u| below 2^31), so every level
+// gives the same bits.
 
 #include <algorithm>
 #include <cstring>

@@ -2,8 +2,8 @@
 //
 //   (a, b) -> (a cos - b sin, b cos + a sin)       a, b: element e of the first and of the second half
 //
-// Products and sums are rounded one by one: every level gives the same bits. Bound by the cache: 2 E floats a
-// head, once per token and layer.
+// Products and sums are rounded one by one, so that every level gives the same bits. The bound is the cache:
+// 2 E floats are read for each head, token and layer.
 
 #include "kernels/kernels.hpp"
 

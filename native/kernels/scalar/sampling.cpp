@@ -1,9 +1,10 @@
-// What choosing a token reads of a row of logits: the highest, the probability mass of those from some value
-// up, and those between two values.
+// What choosing a token reads of a row of logits: the highest, the probability mass of those that are at
+// least some value, and those between two values.
 //
 //   mass of x = round(2^40 exp((x - highest) / temperature))
 //
-// An integer, so that sums are exact: any order and every level give the same, and sums of parts add up.
+// A mass is an integer, so that sums are exact: every order and every level give the same sum, and sums of
+// parts add up.
 
 #include <cmath>
 #include <limits>

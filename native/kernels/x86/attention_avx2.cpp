@@ -1,4 +1,7 @@
 // Attention by AVX2: see ../scalar/attention.cpp.
+//
+// Keys and values lie in vectors (../kv_layout.hpp) that are loaded once for all rows of a task. A bf16
+// widens by a shift or a mask.
 
 #include <bit>
 
