@@ -1,60 +1,54 @@
 #include "base/isa.hpp"
 
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <cstdint>
 #include <cstdlib>
 #include <string>
 
+#include "base/processor.hpp"
 #include "base/view.hpp"
 
 namespace gossamer {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "amx"};
-constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
-
-struct Registers {
-    unsigned a = 0, b = 0, c = 0, d = 0;
+struct Level {
+    const char* name;
+    Isa builds_on;
+    bool emulated = false;
 };
 
-Registers cpuid(unsigned leaf) {
-    Registers found;
-    if (!__get_cpuid_count(leaf, 0, &found.a, &found.b, &found.c, &found.d)) return {};
-    return found;
+// In the order of Isa.
+constexpr Level kLevels[kNumIsas] = {
+    {"scalar", Isa::scalar},
+    {"avx2", Isa::scalar},
+    {"avx512", Isa::avx2},
+    {"amx", Isa::avx512},
+    {"amx-emulated", Isa::avx512, true},
+};
+
+constexpr const Level& level_of(Isa level) { return kLevels[int(level)]; }
+
+[[noreturn]] void refuse(std::string_view name) {
+    std::string expected;
+    for (const Level& level : kLevels) {
+        if (!level.emulated) expected += (expected.empty() ? "" : ", ") + std::string(level.name);
+    }
+    throw ConfigError("found instruction set '" + std::string(name) + "' (GOSSAMER_ISA); expected one of " +
+                      expected);
 }
 
-bool all(unsigned word, std::initializer_list<int> bits) {
-    return std::all_of(bits.begin(), bits.end(), [&](int bit) { return (word >> bit) & 1; });
-}
-
-// Register files that the operating system saves.
-std::uint64_t enabled_states() {
-    std::uint32_t low = 0, high = 0;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return std::uint64_t(high) << 32 | low;
-}
-
-bool may_use_tiles() { return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0; }
-
-Isa best() {
-    const Registers basic = cpuid(1), extended = cpuid(7);
-    if (!all(basic.c, {12, 23, 27, 28})) return Isa::scalar;  // FMA, POPCNT, OSXSAVE, AVX
-    const std::uint64_t states = enabled_states();
-    const auto saves = [&](std::uint64_t mask) { return (states & mask) == mask; };
-    if (!saves(0x6) || !all(extended.b, {3, 5, 8})) return Isa::scalar;  // BMI1, AVX2, BMI2
-    const bool avx512 = all(extended.b, {16, 17, 30, 31}) && all(extended.c, {1, 6, 11});
-    if (!saves(0xE6) || !avx512) return Isa::avx2;
-    const bool amx = saves(0x60000) && all(extended.d, {22, 24, 25});  // BF16, TILE, INT8
-    return amx && may_use_tiles() ? Isa::amx : Isa::avx512;
+// Whether `level` is `other`, or builds on it.
+bool includes(Isa level, Isa other) {
+    while (level != other && level != Isa::scalar) level = builds_on(level);
+    return level == other;
 }
 
 Isa decide() {
-    const char* cap = std::getenv("GOSSAMER_ISA");
-    return cap == nullptr || *cap == '\0' ? best() : std::min(best(), parse_isa(cap));
+    Isa level = best_isa();
+    const char* name = std::getenv("GOSSAMER_ISA");
+    if (name == nullptr || *name == '\0') return level;
+    const Isa cap = parse_isa(name);
+    if (level_of(cap).emulated) refuse(name);
+    while (!includes(cap, level)) level = builds_on(level);
+    return level;
 }
 
 }  // namespace
@@ -64,14 +58,17 @@ Isa isa() {
     return decided;
 }
 
+bool runs(Isa level) { return includes(isa(), level_of(level).emulated ? builds_on(level) : level); }
+
+Isa builds_on(Isa level) { return level_of(level).builds_on; }
+
 Isa parse_isa(std::string_view name) {
-    for (int level = 0; level < 4; ++level) {
-        if (name == kNames[level]) return Isa(level);
+    for (int i = 0; i < kNumIsas; ++i) {
+        if (name == kLevels[i].name) return Isa(i);
     }
-    throw ConfigError("found instruction set '" + std::string(name) +
-                      "' (GOSSAMER_ISA); expected scalar, avx2, avx512 or amx");
+    refuse(name);
 }
 
-const char* name(Isa isa) { return kNames[int(isa)]; }
+const char* name(Isa level) { return level_of(level).name; }
 
 }  // namespace gossamer

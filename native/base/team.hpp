@@ -37,9 +37,9 @@ class Team {
         } call{this, &task};
         parallel_(
             [](void* data) {
-                const auto& [team, task] = *static_cast<Call*>(data);
+                const auto& [team, work] = *static_cast<Call*>(data);
                 // OpenMP may grant fewer threads than it was asked for.
-                for (int part = team->thread_(); part < team->size_; part += team->count_()) (*task)(part);
+                for (int part = team->thread_(); part < team->size_; part += team->count_()) (*work)(part);
             },
             &call, unsigned(size_), 0);
     }

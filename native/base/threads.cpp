@@ -1,8 +1,8 @@
 #include "base/threads.hpp"
 
-#include <emmintrin.h>
-
 #include <algorithm>
+
+#include "base/processor.hpp"
 
 namespace gossamer {
 namespace {
@@ -12,7 +12,7 @@ constexpr int kSpins = 4000;  // of about 40 cycles: some 50 microseconds
 void wait_for_change(const std::atomic<std::uint32_t>& word, std::uint32_t old) {
     for (int spin = 0; spin < kSpins; ++spin) {
         if (word.load(std::memory_order_acquire) != old) return;
-        _mm_pause();
+        pause_spinning();
     }
     while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }

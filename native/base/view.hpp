@@ -1,5 +1,5 @@
-// What everything native speaks of: panels of weights, blocks of activations, and the errors of the Python
-// side.
+// What everything native speaks of: types of numbers, panels of weights, blocks of activations, and the
+// errors of the Python side.
 //
 // A panel is 16 output rows; a vector is 64 bytes of it, 16 rows x I consecutive inputs in the order
 // [row][input] (I = 1 for f32, 2 for bf16, 4 for i8). docs/format.md has the whole layout.
@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -40,19 +41,44 @@ constexpr std::size_t round_up(std::size_t number, std::size_t multiple) {
     return (number + multiple - 1) / multiple * multiple;
 }
 
-constexpr bool is_integer(Values values) { return values == Values::i8 || values == Values::i4; }
+// What there is to know of a type of weights.
+struct NumberType {
+    const char* name;
+    const char* dtype;      // of a dense tensor in the file
+    int bits;               // of a weight; i4 is two to a byte
+    int inputs_per_vector;  // I: a vector is 16 rows x I inputs
+    int largest;            // magnitude of an integer; 0: the type has fractions
+};
 
-constexpr int inputs_per_vector(Values values) {
-    return values == Values::f32 ? 1 : values == Values::bf16 ? 2 : 4;
+// In the order of Values.
+inline constexpr NumberType kNumberTypes[] = {
+    {"f32", "F32", 32, 1, 0},
+    {"bf16", "BF16", 16, 2, 0},
+    {"i8", "I8", 8, 4, 128},
+    {"i4", "U8", 4, 4, 8},
+};
+constexpr int kNumValues = std::size(kNumberTypes);
+
+constexpr const NumberType& type_of(Values values) { return kNumberTypes[int(values)]; }
+constexpr const char* name(Values values) { return type_of(values).name; }
+constexpr bool is_integer(Values values) { return type_of(values).largest != 0; }
+constexpr int inputs_per_vector(Values values) { return type_of(values).inputs_per_vector; }
+
+// Of a stored weight in a sparse stream, where a pair of i4 vectors shares its bytes.
+constexpr int bytes_per_value(Values values) { return (type_of(values).bits + 7) / 8; }
+
+// Of a vector's mask, which has a bit for each of its weights.
+constexpr int bytes_per_mask(Values values) { return kPanelRows * inputs_per_vector(values) / 8; }
+
+// The type of that name; FormatError when there is none.
+inline Values parse_values(const std::string& name) {
+    std::string expected;
+    for (int i = 0; i < kNumValues; ++i) {
+        if (name == kNumberTypes[i].name) return Values(i);
+        expected += (i == 0 ? "" : i + 1 < kNumValues ? ", " : " or ") + std::string(kNumberTypes[i].name);
+    }
+    throw FormatError("found values '" + name + "'; expected " + expected);
 }
-
-// Of a stored weight in a sparse stream. A pair of i4 vectors shares its bytes.
-constexpr int bytes_per_value(Values values) {
-    return values == Values::f32 ? 4 : values == Values::bf16 ? 2 : 1;
-}
-
-// A bit for each weight of a vector.
-constexpr int bytes_per_mask(Values values) { return 2 * inputs_per_vector(values); }
 
 // One weight matrix w_NK, validated, in the mapped file.
 struct Linear {

@@ -242,9 +242,9 @@ Linear Packed::linear(const std::string& name) const {
         return w;
     }
     if (w.storage == Storage::dense) {
-        const char* dtype = w.values == Values::f32 ? "F32" : w.values == Values::bf16 ? "BF16" : "I8";
         const std::size_t inputs = inputs_per_vector(w.values);
-        w.data = tensor(name + ".weight", dtype, {panels, vectors, std::size_t(kPanelRows), inputs});
+        w.data = tensor(name + ".weight", type_of(w.values).dtype,
+                        {panels, vectors, std::size_t(kPanelRows), inputs});
         return w;
     }
     const std::string stream = name + ".weight.stream";
@@ -270,14 +270,6 @@ Storage parse_storage(const std::string& name) {
     if (name == "dense") return Storage::dense;
     if (name == "sparse") return Storage::sparse;
     throw FormatError("found storage '" + name + "'; expected dense or sparse");
-}
-
-Values parse_values(const std::string& name) {
-    if (name == "f32") return Values::f32;
-    if (name == "bf16") return Values::bf16;
-    if (name == "i8") return Values::i8;
-    if (name == "i4") return Values::i4;
-    throw FormatError("found values '" + name + "'; expected f32, bf16, i8 or i4");
 }
 
 void check_contents(const std::vector<std::pair<std::string, Linear>>& linears, ThreadPool& pool) {

@@ -48,7 +48,6 @@ struct Packed {
 };
 
 Storage parse_storage(const std::string& name);
-Values parse_values(const std::string& name);
 
 // Checks the contents of matrices on all threads; FormatError names the first (in order) that is damaged.
 void check_contents(const std::vector<std::pair<std::string, Linear>>& linears, ThreadPool& pool);

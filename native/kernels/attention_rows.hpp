@@ -1,5 +1,5 @@
-// The rows of an attention task on a level with vectors: attention.cpp includes this once in each such
-// level's namespace, after the level's 16-lane Floats and the types F32, Bf16 and I8.
+// The rows of an attention task on a level with vectors. The level's attention file includes this in its
+// namespace, after its 16-lane Floats and its types F32, Bf16 and I8; nothing here names an instruction.
 
 // Left operands of a product: rows of packed numbers; i8: with an offset and a step each.
 struct Rows {
@@ -29,8 +29,7 @@ inline void product(const Rows& a, const Block& b, int first, float* y, std::siz
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
             const std::uint8_t* vector = right + v * kVectorBytes;
-            _mm_prefetch(reinterpret_cast<const char*>(vector + kAheadBytes),
-                         R == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+            __builtin_prefetch(vector + kAheadBytes, 0, R == 1 ? 3 : 2);
             vectors[v] = T::vector(vector);
         }
 #pragma GCC unroll 8

@@ -1,4 +1,4 @@
-// What every level of attention shares: the state of a row, and where a task's rows keep what they need.
+// What every level of attention shares: the state of a row, and where the rows of a task keep what they need.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,6 @@
 
 #include "kernels/exponential.hpp"
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
 
 namespace gossamer::attention {
 

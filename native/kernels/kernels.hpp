@@ -1,83 +1,31 @@
-// Declarations of the rows that table.cpp lists. One file per family has their definitions.
+// Declarations of the functions in list.hpp, level::name, with the types that table.hpp gives them.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels/table.hpp"
 
 namespace gossamer {
 
-extern const MatmulRow kIntegerRows[16], kFloatRows[14];
-extern const AttentionRow kTileAttention, kEmulatedTileAttention;
-extern const MatmulRow kEmulatedIntegerRows[4], kEmulatedFloatRows[2];
+#define KERNEL(level, row, family, values, storage, name) \
+    namespace level {                                     \
+    std::remove_pointer_t<decltype(row::family)> name;    \
+    }
+#include "kernels/list.hpp"
+#undef KERNEL
 
-#define GOSSAMER_VECTOR(level)                                     \
-    namespace level {                                              \
-    float rmsnorm(const float*, const float*, float, int, float*); \
-    float swiglu(const float*, const float*, int, float*);         \
-    float largest(const float*, int);                              \
-    float quantize(const float*, int, float, std::uint8_t*);       \
-    void split(const float*, int, std::uint16_t*, std::uint16_t*); \
-    void rope(float*, int, int, const float*);                     \
+// Define matmul_<values>_<storage> and accumulate_<values>_<storage> of the list by the templates matmul and
+// accumulate of the file that uses this. What follows the storage are further arguments of the template.
+#define GOSSAMER_MATMUL(values, storage, ...)                                                                \
+    void matmul_##values##_##storage(const Linear& w, int begin, int end, const Activations& x, float* y_TN, \
+                                     std::size_t stride) {                                                   \
+        matmul<Values::values, Storage::storage __VA_OPT__(, ) __VA_ARGS__>(w, begin, end, x, y_TN, stride); \
     }
-#define GOSSAMER_ATTENTION(level)              \
-    namespace level {                          \
-    void attention_f32(const AttentionTask&);  \
-    void attention_bf16(const AttentionTask&); \
-    void attention_i8(const AttentionTask&);   \
+#define GOSSAMER_ACCUMULATE(values, storage, ...)                                                         \
+    void accumulate_##values##_##storage(const Linear& w, int begin, int end, const Activations& x,       \
+                                         std::int32_t* acc_TN, std::size_t stride) {                      \
+        accumulate<Values::values, Storage::storage __VA_OPT__(, ) __VA_ARGS__>(w, begin, end, x, acc_TN, \
+                                                                                stride);                  \
     }
-
-#define GOSSAMER_SAMPLING(level)                                  \
-    namespace level {                                             \
-    float highest(const float*, int);                             \
-    std::uint64_t mass(const float*, int, const Softmax&, float); \
-    int keep(const float*, int, float, float, float*);            \
-    }
-
-#define GOSSAMER_ADAMW(level)                                                        \
-    namespace level {                                                                \
-    void adamw(const AdamwStep&, const float*, std::size_t, float*, float*, float*); \
-    }
-
-#define GOSSAMER_TRAINING(level)                                    \
-    namespace level {                                               \
-    void multiply(const Strip&, const float*, float*);              \
-    void project(const Strip&, const float*, const float*, float*); \
-    }
-
-#define GOSSAMER_READ(level)                                           \
-    namespace level {                                                  \
-    std::uint64_t read(const std::uint8_t*, std::size_t, std::size_t); \
-    }
-#define GOSSAMER_MULTIPLY(level)                \
-    namespace level {                           \
-    std::uint64_t multiply_int8(std::uint64_t); \
-    }
-#define GOSSAMER_MULTIPLY_F32(level)           \
-    namespace level {                          \
-    std::uint64_t multiply_f32(std::uint64_t); \
-    }
-
-GOSSAMER_READ(scalar)
-GOSSAMER_READ(avx512)
-GOSSAMER_MULTIPLY(scalar)
-GOSSAMER_MULTIPLY(avx2)
-GOSSAMER_MULTIPLY(avx512)
-GOSSAMER_MULTIPLY(amx)
-GOSSAMER_MULTIPLY_F32(scalar)
-GOSSAMER_MULTIPLY_F32(avx2)
-GOSSAMER_MULTIPLY_F32(avx512)
-GOSSAMER_VECTOR(scalar)
-GOSSAMER_VECTOR(avx512)
-GOSSAMER_ATTENTION(scalar)
-GOSSAMER_ATTENTION(avx2)
-GOSSAMER_ATTENTION(avx512)
-GOSSAMER_SAMPLING(scalar)
-GOSSAMER_SAMPLING(avx2)
-GOSSAMER_SAMPLING(avx512)
-GOSSAMER_ADAMW(scalar)
-GOSSAMER_ADAMW(avx2)
-GOSSAMER_ADAMW(avx512)
-GOSSAMER_TRAINING(scalar)
-GOSSAMER_TRAINING(avx2)
-GOSSAMER_TRAINING(avx512)
 
 }  // namespace gossamer

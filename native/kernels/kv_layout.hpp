@@ -1,11 +1,15 @@
 // How the cached keys and values of one key/value head lie in memory: chunks of 256 positions.
 //
-// A chunk is, for i8, [key scales][value scales], then [keys][values] in vectors of 64 bytes like those of
-// weights, with I = 1 (f32), 2 (bf16) or 4 (i8) inputs, in blocks of 64 columns so that kernels read them
-// from the first to the last byte: keys [position / 64][E / I][64 positions][I], so that scores need no
-// horizontal sums; values [E / 64][position / I][64 of E][I], the last block only as wide as E, padded to 16,
-// needs. An i8 is stored as q + 128 with one scale a position, x = q * scale. What lies past the newest
-// position means nothing, except that the values of a begun group of I positions are finite.
+// A chunk has these parts, one after the other:
+//
+//   scales   [256 of keys][256 of values]               for i8 only: one float32 for each position
+//   keys     [position / 64][E / I][64 positions][I]    so that scores need no horizontal sums
+//   values   [E / 64][position / I][64 of E][I]         the last block only as wide as E, padded to 16, needs
+//
+// Keys and values are vectors of 64 bytes like those of weights, with I = 1 (f32), 2 (bf16) or 4 (i8) inputs,
+// in blocks of 64 columns, so that kernels read a chunk from its first byte to its last. An i8 is stored as q
+// + 128, and x = q * scale. What lies past the newest position means nothing, except that the values of a
+// begun group of I positions are finite.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +31,7 @@ struct KvLayout {
     int value_vectors() const { return (head_dim + kKvLanes - 1) / kKvLanes; }
     int num_value_blocks() const { return (head_dim + kKvBlock - 1) / kKvBlock; }
 
-    std::size_t keys_begin() const { return values == Values::i8 ? 2 * kChunkPositions * sizeof(float) : 0; }
+    std::size_t keys_begin() const { return is_integer(values) ? 2 * kChunkPositions * sizeof(float) : 0; }
     // Of a block: where it begins, and its bytes from one step (I elements; I positions) to the next.
     static constexpr std::size_t key_step_bytes() { return kKvBlock / kKvLanes * kVectorBytes; }
     std::size_t key_block(int block) const {
@@ -49,7 +53,7 @@ struct KvLayout {
     }
     // What attention reads of one position, padding aside.
     std::size_t position_bytes() const {
-        return std::size_t(head_dim) * 8 / inputs() + (values == Values::i8 ? 2 * sizeof(float) : 0);
+        return std::size_t(head_dim) * 8 / inputs() + (is_integer(values) ? 2 * sizeof(float) : 0);
     }
 };
 

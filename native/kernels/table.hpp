@@ -1,10 +1,13 @@
 // The one table of kernels: dispatch, tests and benchmarks all go through it.
 //
+// It has a row for each function: what it computes, for which type and storage of weights, and at which level
+// of instructions. The rows are written in list.hpp, and nowhere else. A level need not have every function:
+// each is looked up by itself, at the level and then at those that it builds on.
+//
 // Kernels are single-threaded over the range they are given, allocate nothing and throw nothing.
 #pragma once
 
 #include <span>
-#include <vector>
 
 #include "base/isa.hpp"
 #include "base/view.hpp"
@@ -22,16 +25,16 @@ using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& 
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
+// What a level runs for weights of one type and storage. Here and in the structs below, each function is the
+// one of the nearest level that has it, from the level itself down those that it builds on.
 struct MatmulRow {
-    Values values;
-    Storage storage;
-    Isa isa;
     Matmul matmul;
     Accumulate accumulate;  // i8 and i4 only
+    Isa isa;                // whose `matmul` it is
 };
 
-// New tokens of one sequence against its cached positions at one key/value head (attention.cpp). Token t sees
-// positions 0 .. position + t.
+// New tokens of one sequence that attend to its cached positions at one key/value head (attention.cpp). Token
+// t sees the positions 0 to position + t.
 struct AttentionTask {
     KvLayout layout;
     const std::uint8_t* const* chunks;  // of the sequence
@@ -47,8 +50,6 @@ struct AttentionTask {
 };
 
 struct AttentionRow {
-    Values values;  // of keys and values
-    Isa isa;
     void (*attention)(const AttentionTask& task);
 };
 
@@ -58,9 +59,8 @@ std::size_t attention_scratch_floats(int num_rows, int head_dim);
 // out_E of one row from its states after chunks 0 .. num_chunks - 1, each `stride` floats behind the last.
 void merge_attention(const float* states, std::size_t stride, int num_chunks, int head_dim, float* out_E);
 
-// Everything that is not a matrix product. Rows of each family give bit-equal results on every level.
+// Everything that surrounds the matrix products (vector.cpp, rope.cpp). All levels give the same bits.
 struct VectorRow {
-    Isa isa;
     // Both return max|y|, so that quantizing y reads it only once more.
     float (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
     float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
@@ -69,8 +69,8 @@ struct VectorRow {
     float (*quantize)(const float* x_K, int count, float largest, std::uint8_t* q_K);
     // x = high + low, two bfloat16.
     void (*split)(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K);
-    // Rotates heads [head][E] of one token in place by cos_sin [2][E / 2]: (a, b) -> (a cos - b sin, b cos +
-    // a sin) of the halves.
+    // Rotates heads [head][E] of one token in place by cos_sin [2][E / 2]: the halves a and b of each head
+    // become a cos - b sin and b cos + a sin.
     void (*rope)(float* x_HE, int num_heads, int head_dim, const float* cos_sin);
 };
 
@@ -83,7 +83,6 @@ constexpr std::uint64_t kMassUnit = std::uint64_t(1) << 40;
 
 // What choosing a token reads of a row of logits (sampling.cpp); every level gives the same.
 struct SamplingRow {
-    Isa isa;
     float (*highest)(const float* x, int count);  // NaN when one is
     // The sum of round(kMassUnit softmax(x)) over the x that are at least `low`; none is above `highest`.
     std::uint64_t (*mass)(const float* x, int count, const Softmax& softmax, float low);
@@ -101,9 +100,8 @@ struct AdamwStep {
     float eps;
 };
 
-// Every level gives the same bits.
+// One step of AdamW (adamw.cpp), in place. Every level gives the same bits.
 struct AdamwRow {
-    Isa isa;
     void (*adamw)(const AdamwStep& step, const float* gradient, std::size_t count, float* exp_avg,
                   float* exp_avg_sq, float* weight);
 };
@@ -123,14 +121,12 @@ constexpr int kTileTokens = 64, kStripInputs = 96;
 // delta are [rows][64], gradient has one number a value; all begin at multiples of 64 bytes but the
 // gradient.
 struct TrainingRow {
-    Isa isa;
     void (*multiply)(const Strip& strip, const float* in, float* out);
     void (*project)(const Strip& strip, const float* in, const float* delta, float* gradient);
 };
 
 // What the machine can do at best (probes.cpp).
 struct ProbeRow {
-    Isa isa;
     // Sums `count` bytes (a multiple of 256), touching each cache line once.
     std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
     // Multiply in registers; return how many multiply-adds that were.
@@ -138,19 +134,20 @@ struct ProbeRow {
     std::uint64_t (*multiply_f32)(std::uint64_t rounds);
 };
 
-std::vector<MatmulRow> matmul_table();
-std::span<const VectorRow> vector_table();
-std::vector<AttentionRow> attention_table();
-std::span<const SamplingRow> sampling_table();
-std::span<const AdamwRow> adamw_table();
-std::span<const TrainingRow> training_table();
-std::span<const ProbeRow> probe_table();
+// A row of the table.
+struct Kernel {
+    const char* family;  // what the function is called
+    Values values;       // of weights, or of cached keys and values; f32 where there are neither
+    Storage storage;
+    Isa isa;
+};
 
-// The row for `isa`, or the best below it. `emulated` takes rows of the amx level whose tiles are
-// emulated.
-const MatmulRow& find_matmul(Storage storage, Values values, Isa isa, bool emulated = false);
+std::span<const Kernel> kernels();
+
+// What a level runs. The references stay valid.
+const MatmulRow& find_matmul(Storage storage, Values values, Isa isa);
+const AttentionRow& find_attention(Values values, Isa isa);
 const VectorRow& find_vector(Isa isa);
-const AttentionRow& find_attention(Values values, Isa isa, bool emulated = false);
 const SamplingRow& find_sampling(Isa isa);
 const AdamwRow& find_adamw(Isa isa);
 const TrainingRow& find_training(Isa isa);

@@ -24,60 +24,29 @@ namespace gossamer {
 
 using namespace nb::literals;
 
-namespace {
-
-// The tiles of the amx level, computed instead of issued: for tests on machines without them.
-constexpr const char* kEmulated = "amx-emulated";
-
-}  // namespace
-
 Isa runnable(const std::string& level) {
-    const Isa wanted = level == kEmulated ? Isa::avx512 : parse_isa(level);
-    if (wanted > isa()) {
+    const Isa wanted = parse_isa(level);
+    if (!runs(wanted)) {
         throw UnsupportedError("asked for " + level + "; this machine, capped by GOSSAMER_ISA, runs up to " +
-                               gossamer::name(isa()));
+                               name(isa()));
     }
     return wanted;
 }
 
 namespace {
 
-const char* name(Values values) {
-    return values == Values::f32    ? "f32"
-           : values == Values::bf16 ? "bf16"
-           : values == Values::i8   ? "i8"
-                                    : "i4";
-}
-const char* name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
+const char* storage_name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
 
-nb::list kernels() {
+nb::list table() {
     nb::list rows;
-    const auto add = [&](const char* family, const char* values, const char* storage, Isa isa) {
+    for (const Kernel& kernel : kernels()) {
         nb::dict row;
-        row["family"] = family;
-        row["values"] = values;
-        row["storage"] = storage;
-        row["isa"] = gossamer::name(isa);
+        row["family"] = kernel.family;
+        row["values"] = name(kernel.values);
+        row["storage"] = storage_name(kernel.storage);
+        row["isa"] = name(kernel.isa);
         rows.append(row);
-    };
-    for (const MatmulRow& row : matmul_table()) add("matmul", name(row.values), name(row.storage), row.isa);
-    for (const VectorRow& row : vector_table()) {
-        for (const char* family : {"rmsnorm", "swiglu", "largest", "quantize", "split", "rope"})
-            add(family, "f32", "dense", row.isa);
     }
-    for (const SamplingRow& row : sampling_table()) {
-        for (const char* family : {"highest", "mass", "keep"}) add(family, "f32", "dense", row.isa);
-    }
-    for (const TrainingRow& row : training_table()) {
-        for (const char* family : {"multiply", "project"}) add(family, "f32", "sparse", row.isa);
-    }
-    for (const AdamwRow& row : adamw_table()) add("adamw", "f32", "dense", row.isa);
-    for (const ProbeRow& row : probe_table()) {
-        add("read", "i8", "dense", row.isa);
-        add("multiply_int8", "i8", "dense", row.isa);
-        add("multiply_f32", "f32", "dense", row.isa);
-    }
-    for (const AttentionRow& row : attention_table()) add("attention", name(row.values), "dense", row.isa);
     return rows;
 }
 
@@ -96,7 +65,7 @@ struct Matrix {
     Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict layers,
            const std::string& name)
         : w(read_packed(buffer, tensors, layers).linear(name)),
-          row(&find_matmul(w.storage, w.values, runnable(level), level == kEmulated)) {
+          row(&find_matmul(w.storage, w.values, runnable(level))) {
         ThreadPool pool(1);
         check_contents({{name, w}}, pool);
     }
@@ -142,7 +111,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const std::string& level, Byte
                                                   nb::dict layers, const std::string& name,
                                                   FloatMatrix x_TK) {
     const Matrix matrix(level, buffer, tensors, layers, name);
-    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const Inputs inputs(find_vector(runnable(level)), matrix.w, x_TK);
     const std::size_t stride = std::size_t(matrix.w.padded_rows());
     std::unique_ptr<float[]> y(new float[x_TK.shape(0) * stride]);
     matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.get(), stride);
@@ -155,23 +124,37 @@ nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>> accumulators(const std::string
     const Matrix matrix(level, buffer, tensors, layers, name);
     if (matrix.row->accumulate == nullptr)
         throw UnsupportedError(name + ": only int8 products have integer sums");
-    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const Inputs inputs(find_vector(runnable(level)), matrix.w, x_TK);
     const std::size_t stride = std::size_t(matrix.w.padded_rows());
     std::unique_ptr<std::int32_t[]> acc(new std::int32_t[x_TK.shape(0) * stride]);
     matrix.row->accumulate(matrix.w, 0, matrix.w.num_panels(), inputs.activations, acc.get(), stride);
     return to_numpy(std::move(acc), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
 }
 
-nb::ndarray<nb::numpy, float, nb::ndim<2>> rmsnorm(const std::string& level, FloatMatrix x_TD,
-                                                   Floats weight_D, float eps) {
+nb::tuple rmsnorm(const std::string& level, FloatMatrix x_TD, Floats weight_D, float eps) {
     const std::size_t T = x_TD.shape(0), D = x_TD.shape(1);
     if (weight_D.size() != D) throw EngineError("the weights do not fit the inputs");
-    std::unique_ptr<float[]> y(new float[T * D]);
+    std::unique_ptr<float[]> y(new float[T * D]), largest(new float[T]);
+    const VectorRow& row = find_vector(runnable(level));
+    for (std::size_t t = 0; t < T; ++t)
+        largest[t] = row.rmsnorm(x_TD.data() + t * D, weight_D.data(), eps, int(D), y.get() + t * D);
+    return nb::make_tuple(to_numpy(std::move(y), T, D, D), to_numpy(std::move(largest), T, 1, 1));
+}
+
+nb::tuple swiglu(const std::string& level, FloatMatrix gate_TN, FloatMatrix up_TN) {
+    const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
+    if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
+    std::unique_ptr<float[]> y(new float[T * N]), largest(new float[T]);
+    const VectorRow& row = find_vector(runnable(level));
     for (std::size_t t = 0; t < T; ++t) {
-        find_vector(runnable(level))
-            .rmsnorm(x_TD.data() + t * D, weight_D.data(), eps, int(D), y.get() + t * D);
+        const std::size_t begin = t * N;
+        largest[t] = row.swiglu(gate_TN.data() + begin, up_TN.data() + begin, int(N), y.get() + begin);
     }
-    return to_numpy(std::move(y), T, D, D);
+    return nb::make_tuple(to_numpy(std::move(y), T, N, N), to_numpy(std::move(largest), T, 1, 1));
+}
+
+float largest(const std::string& level, Floats x) {
+    return find_vector(runnable(level)).largest(x.data(), int(x.size()));
 }
 
 nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
@@ -186,16 +169,15 @@ nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
     return nb::make_tuple(to_numpy(std::move(q), T, K, K), to_numpy(std::move(scale), T, 1, 1));
 }
 
-nb::ndarray<nb::numpy, float, nb::ndim<2>> swiglu(const std::string& level, FloatMatrix gate_TN,
-                                                  FloatMatrix up_TN) {
-    const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
-    if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
-    std::unique_ptr<float[]> y(new float[T * N]);
+nb::tuple split(const std::string& level, FloatMatrix x_TK) {
+    const std::size_t T = x_TK.shape(0), K = x_TK.shape(1);
+    std::unique_ptr<std::uint16_t[]> high(new std::uint16_t[T * K]), low(new std::uint16_t[T * K]);
     for (std::size_t t = 0; t < T; ++t) {
+        const std::size_t begin = t * K;
         find_vector(runnable(level))
-            .swiglu(gate_TN.data() + t * N, up_TN.data() + t * N, int(N), y.get() + t * N);
+            .split(x_TK.data() + begin, int(K), high.get() + begin, low.get() + begin);
     }
-    return to_numpy(std::move(y), T, N, N);
+    return nb::make_tuple(to_numpy(std::move(high), T, K, K), to_numpy(std::move(low), T, K, K));
 }
 
 // Attention of new tokens q_TAE over keys and values of one key/value head, the tokens being the last of the
@@ -230,7 +212,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
                        .scale = float(1.0 / std::sqrt(double(E))),
                        .state = nullptr,
                        .scratch = scratch.data()};
-    const AttentionRow& row = find_attention(layout.values, runnable(level), level == kEmulated);
+    const AttentionRow& row = find_attention(layout.values, runnable(level));
     if (!split) row.attention(task);
     for (int c = 0; split && c < chunks; ++c) {
         task.begin = c, task.end = c + 1, task.state = states.data() + state * c;
@@ -250,8 +232,18 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> rope(const std::string& level, FloatM
     return to_numpy(std::move(y), H, E, E);
 }
 
+float highest(const std::string& level, Floats x) {
+    return find_sampling(runnable(level)).highest(x.data(), int(x.size()));
+}
+
 std::uint64_t mass(const std::string& level, Floats x, float highest, float inverse_temperature, float low) {
     return find_sampling(runnable(level)).mass(x.data(), int(x.size()), {highest, inverse_temperature}, low);
+}
+
+nb::ndarray<nb::numpy, float, nb::ndim<2>> keep(const std::string& level, Floats x, float low, float high) {
+    std::unique_ptr<float[]> kept(new float[x.size() + 1]);
+    const int count = find_sampling(runnable(level)).keep(x.data(), int(x.size()), low, high, kept.get());
+    return to_numpy(std::move(kept), 1, std::size_t(count), std::size_t(count));
 }
 
 int sample_token(const std::string& level, Floats logits_V, double temperature, int top_k, double top_p,
@@ -312,7 +304,7 @@ double f32_peak(const std::string& level, int num_threads, int repeats) {
 std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict tensors, nb::dict layers,
                                 const std::string& name, FloatMatrix x_TK, int repeats) {
     const Matrix matrix(level, buffer, tensors, layers, name);
-    const Inputs inputs(find_vector(matrix.row->isa), matrix.w, x_TK);
+    const Inputs inputs(find_vector(runnable(level)), matrix.w, x_TK);
     const std::size_t stride = std::size_t(matrix.w.padded_rows());
     std::vector<float> y(x_TK.shape(0) * stride);
     std::vector<double> seconds;
@@ -327,15 +319,19 @@ std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
-    m.def("isa", [] { return std::string(gossamer::name(isa())); });
-    m.def("kernels", &kernels);
+    m.def("isa", [] { return std::string(name(isa())); });
+    m.def("kernels", &table);
     m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
     m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
     m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
     m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
+    m.def("largest", &largest, "isa"_a, "x"_a);
+    m.def("split", &split, "isa"_a, "x_TK"_a);
     m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
     m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "split"_a = false);
     m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);
+    m.def("highest", &highest, "isa"_a, "x"_a);
+    m.def("keep", &keep, "isa"_a, "x"_a, "low"_a, "high"_a);
     m.def("mass", &mass, "isa"_a, "x"_a, "highest"_a, "inverse_temperature"_a, "low"_a);
     m.def("sample", &sample_token, "isa"_a, "logits_V"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
           "uniform"_a);

@@ -1,8 +1,7 @@
 #include "training/sparse_plan.hpp"
 
-#include <xmmintrin.h>
-
 #include <algorithm>
+#include <cstring>
 
 namespace gossamer {
 namespace {
@@ -11,15 +10,28 @@ constexpr int kRowTilesAtOnce = 16;  // sums of 1536 rows x 64 tokens (384 KB) s
 
 std::size_t tile_floats(int count) { return std::size_t(count) * kStripInputs * kTileTokens; }
 
+// Four numbers in a register, on every kind of processor.
+using Four [[gnu::vector_size(16)]] = float;
+
+inline Four load(const float* from) {
+    Four x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+inline void store(float* to, Four x) { std::memcpy(to, &x, sizeof x); }
+
 // to[c * to_stride + r] = from[r * from_stride + c] for 4 x 4 numbers.
 inline void transpose4(const float* from, std::size_t from_stride, float* to, std::size_t to_stride) {
-    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
-    __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
-    _MM_TRANSPOSE4_PS(a, b, c, d);
-    _mm_storeu_ps(to, a);
-    _mm_storeu_ps(to + to_stride, b);
-    _mm_storeu_ps(to + 2 * to_stride, c);
-    _mm_storeu_ps(to + 3 * to_stride, d);
+    const Four a = load(from), b = load(from + from_stride);
+    const Four c = load(from + 2 * from_stride), d = load(from + 3 * from_stride);
+    const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Four ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Four cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    store(to, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
+    store(to + to_stride, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
+    store(to + 2 * to_stride, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+    store(to + 3 * to_stride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
 }
 
 // to[c * to_stride + r] = from[r * from_stride + c]. The 64 x 64 numbers of a tile's side (16 KB) stay in L1;

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-_Isa = Literal["scalar", "avx2", "avx512", "amx"]
+_Isa = Literal["scalar", "avx2", "avx512", "amx", "amx-emulated"]
 _Tensors = Mapping[str, tuple[str, tuple[int, ...], int, int]]
 
 class _Kernel(TypedDict):
@@ -100,7 +100,10 @@ def isa() -> _Isa:
     """The instruction set in use: the best of this machine, capped by GOSSAMER_ISA."""
 
 def kernels() -> list[_Kernel]:
-    """The table of kernels, one row per family, values, storage and instruction set."""
+    """The table of kernels, a row for each function: family, values, storage and instruction set.
+
+    Rows of "amx-emulated" are those of amx with their tiles computed by avx512 code, for tests.
+    """
 
 def matmul(
     isa: str,
@@ -110,10 +113,7 @@ def matmul(
     name: str,
     x_TK: np.ndarray,
 ) -> np.ndarray:
-    """float32 y [T, N] of matrix `name` and inputs [T, K] (float32), by the row of the table for `isa`.
-
-    `isa` "amx-emulated" runs the amx kernels with their tiles computed by avx512 code, for tests.
-    """
+    """float32 y [T, N] of matrix `name` and inputs [T, K] (float32), by the row of the table for `isa`."""
 
 def accumulators(
     isa: str,
@@ -142,14 +142,20 @@ def int8_peak(isa: str, num_threads: int, repeats: int) -> float:
 def f32_peak(isa: str, num_threads: int, repeats: int) -> float:
     """Multiply-adds of float32 a second, in registers, at the level `isa`; best of `repeats`."""
 
-def rmsnorm(isa: str, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
-    """float32 weight * x / sqrt(mean(x^2) + eps)."""
+def rmsnorm(isa: str, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """float32 y = weight * x / sqrt(mean(x^2) + eps), and max|y| [T, 1]."""
+
+def largest(isa: str, x: np.ndarray) -> float:
+    """max|x| of float32 numbers."""
+
+def split(isa: str, x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint16 bits of two bfloat16, high + low = x (but for the last bits), each [T, K]."""
 
 def quantize(isa: str, x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 q + 128 [T, K] and float32 scales [T, 1] of dynamic symmetric quantization per token."""
 
-def swiglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> np.ndarray:
-    """float32 gate / (1 + exp(-gate)) * up."""
+def swiglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 y = gate / (1 + exp(-gate)) * up, and max|y| [T, 1]."""
 
 def attention(
     isa: str, kv: str, q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, split: bool = False
@@ -179,6 +185,12 @@ def sample(
 
 def log_probability(isa: str, logits_V: np.ndarray, index: int) -> float:
     """Natural logarithm of the softmax of float32 logits at `index`, within 1e-6."""
+
+def highest(isa: str, x: np.ndarray) -> float:
+    """The highest of float32 numbers; NaN when one is."""
+
+def keep(isa: str, x: np.ndarray, low: float, high: float) -> np.ndarray:
+    """float32 [1, kept]: the x with low <= x < high, in their order."""
 
 def mass(isa: str, x: np.ndarray, highest: float, inverse_temperature: float, low: float) -> int:
     """The sum of round(2^40 exp((x - highest) * inverse_temperature)) over the x that are at least `low`."""

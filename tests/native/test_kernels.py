@@ -18,6 +18,19 @@ RUNNABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
 EMULATED = ["amx-emulated"] if "avx512" in RUNNABLE else []  # its weights are expanded by avx512
 ROWS = _native.kernels()
 MATMUL = [row for row in ROWS if row["family"] == "matmul"]
+VECTORS = {  # inputs of one length [1, n] -> outputs that every level must give with the bits of scalar
+    "rmsnorm": lambda isa, a, b: _native.rmsnorm(isa, a, b[0], 1e-5),
+    "swiglu": lambda isa, a, b: _native.swiglu(isa, a, b),
+    "largest": lambda isa, a, b: _native.largest(isa, a[0]),
+    "quantize": lambda isa, a, b: _native.quantize(isa, a),
+    "split": lambda isa, a, b: _native.split(isa, a),
+    "highest": lambda isa, a, b: _native.highest(isa, a[0]),
+    "mass": lambda isa, a, b: _native.mass(isa, a[0], a.max(), 0.5, -1.0),
+    "keep": lambda isa, a, b: _native.keep(isa, a[0], -1.0, 1.0),
+}
+# What has tests of its own: below, test_attention.py, test_sparse_plan.py, test_adamw.py, test_bench.py.
+TESTED_APART = {"matmul", "accumulate", "attention", "rope", "multiply", "project", "adamw"}
+PROBES = {"read", "multiply_int8", "multiply_f32"}
 CELLS = sorted({(row["values"], row["storage"]) for row in MATMUL})
 ISAS = [isa for isa in RUNNABLE if isa in {row["isa"] for row in ROWS if row["family"] == "rmsnorm"}]
 EMPTY_PARTS = -0.5  # half zeros, and nothing in the first panel, every third row and the last columns
@@ -170,11 +183,33 @@ def test_rmsnorm_and_swiglu_equal_numpy_with_the_same_bits_on_every_level() -> N
         norm = weight_D * wide / np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + 1e-2)
         silu = wide / (1 + np.exp(-wide)) * up_TD
         for isa in ISAS:
-            found = _native.rmsnorm(isa, x_TD, weight_D, 1e-2), _native.swiglu(isa, x_TD, up_TD)
+            found = _native.rmsnorm(isa, x_TD, weight_D, 1e-2)[0], _native.swiglu(isa, x_TD, up_TD)[0]
             np.testing.assert_allclose(found[0], norm, rtol=1e-6)
             np.testing.assert_allclose(found[1], silu, rtol=1e-6, atol=1e-30)
-            np.testing.assert_array_equal(found[0], _native.rmsnorm("scalar", x_TD, weight_D, 1e-2))
-            np.testing.assert_array_equal(found[1], _native.swiglu("scalar", x_TD, up_TD))
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    assert {row["family"] for row in ROWS} == {*VECTORS, *TESTED_APART, *PROBES}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in ROWS if row["family"] in VECTORS and row["isa"] in RUNNABLE],
+    ids=lambda row: f"{row['family']}-{row['isa']}",
+)
+@pytest.mark.parametrize("spread", [0, 30])
+def test_vectors_have_the_bits_of_scalar(row: dict[str, str], spread: int) -> None:
+    """Every length to 70 and some long ones; magnitudes near 1, and from 1e-30 to 1e15; some zeros."""
+    rng, run = np.random.default_rng(7), VECTORS[row["family"]]
+    for width in (*range(1, 71), 127, 2048, 2053, 11008):
+        a, b = rng.standard_normal((2, 1, width)) * 10 ** rng.uniform(-spread, spread / 2, (2, 1, width))
+        a[rng.random((1, width)) < 0.05] = 0
+        a, b = a.astype(np.float32), b.astype(np.float32)
+        np.testing.assert_equal(as_bits(run(row["isa"], a, b)), as_bits(run("scalar", a, b)))
+
+
+def as_bits(found: object) -> list[bytes]:
+    return [np.asarray(array).tobytes() for array in (found if isinstance(found, tuple) else (found,))]
 
 
 def test_bandwidth_reads_every_byte_in_some_time() -> None:

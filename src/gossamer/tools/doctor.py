@@ -12,8 +12,8 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.measure.readers import Readers
 
-# What native/base/isa.cpp asks CPUID for on each level, under Linux's names; a level needs those of
-# the levels below it as well.
+# What native/base/processor_x86.cpp asks CPUID for on each level, under Linux's names; a level needs those
+# of the level that it builds on as well.
 LEVEL_FLAGS = {
     "avx2": ("fma", "popcnt", "avx", "bmi1", "avx2", "bmi2"),
     "avx512": (

@@ -1,80 +1,26 @@
-// Products of int8 or int4 weights and int8 activations, dense and sparse.
+// Products of int8 or int4 weights and int8 activations, by vectors and by tiles: see ../scalar/integers.cpp.
 //
-//   y[t, n] = (sum_k w[n, k] (u[t, k] - 128)) * (x_scale[t] * w_scale[n])      u = q + 128, unsigned
-//           = (sum_k w[n, k] u[t, k] - 128 w_sum[n]) * ...
+// `avx512`: `vpdpbusd` adds 4 products to each of 16 rows. Up to 16 tokens (4 beside a matrix unit) take
+// vectors straight from the stream: 3.3 cycles a vector on Zen 4, 3.0 on Emerald Rapids, and at 70% zeros a
+// vector is 27 bytes, so one core could read 30 GB/s at 3.7 GHz; software prefetch, 0.5 to 4 KiB ahead, made
+// it 5 to 20% slower. Their activations are one stream, interleaved: with one for each token the weights came
+// from memory at half the speed. int4 sums 16 q4 u over 128 inputs, then multiplies. For more tokens, 512
+// inputs of two panels are expanded once and serve blocks of 12: 24 products for 14 loads.
 //
-// An int4 weight is w = q4 * multiplier, the multiplier shared by a row's 128 inputs. The sum is an exact
-// int32 (K <= 65536 keeps |w u| sums below 2^31), so every level gives the same bits.
+// `avx2`: `vpmaddubsw` would saturate, so weights and activations are widened to 16 bits for `vpmaddwd`.
 //
-// 64 bytes of weights are one vector, 16 rows x 4 inputs. `avx512`: `vpdpbusd` adds 4 products to each of 16
-// rows. Up to 16 tokens (4 beside a matrix unit) take vectors straight from the stream: 3.3 cycles a vector
-// on Zen 4, 3.0 on Emerald Rapids, and at 70% zeros a vector is 27 bytes, so one core could read 30 GB/s
-// at 3.7 GHz; software prefetch, 0.5 to 4 KiB ahead, made it 5 to 20% slower. Their activations are one
-// stream, interleaved: with one for each token the weights came from memory at half the speed. int4 sums 16
-// q4 u over 128 inputs, then multiplies. For more tokens, 512 inputs of two panels are expanded once and
-// serve blocks of 12: 24 products for 14 loads. `avx2`: `vpmaddubsw` would saturate, so weights and
-// activations are widened to 16 bits for `vpmaddwd`. `amx`: see tiles.hpp; the expanded chunk is tiles of 16
-// vectors.
+// `amx`: see tiles.hpp; the expanded chunk is tiles of 16 vectors.
 
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/expand.hpp"
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
-#include "kernels/tiles.hpp"
+#include "kernels/x86/expand_avx2.hpp"
+#include "kernels/x86/expand_avx512.hpp"
+#include "kernels/x86/target.hpp"
+#include "kernels/x86/tiles.hpp"
 
 namespace gossamer {
-namespace scalar {
-namespace {
-
-// Calls sink(panel, token, sums of 16 rows) for each panel and token.
-template <Values kValues, Storage kStorage, class Sink>
-void product(const Linear& w, int begin, int end, const Activations& x, Sink sink) {
-    for (int panel = begin; panel < end; ++panel) {
-        for (int t = 0; t < x.num_tokens; ++t) {
-            std::int32_t sums[kPanelRows] = {};
-            const std::uint8_t* position = w.panel(panel);
-            const std::uint8_t* q = x.q + t * x.stride;
-            for (int first = 0; first < w.num_vectors(); first += kScaleVectors) {
-                const int count = std::min(kScaleVectors, w.num_vectors() - first);
-                std::uint8_t expanded[kScaleVectors * kVectorBytes];
-                position =
-                    expand<kValues, kStorage>(position, w.panel_multipliers(panel, first), count, expanded);
-                for (int i = 0; i < count * kVectorBytes; ++i) {
-                    const int row = i / 4 % kPanelRows, input = i / kVectorBytes * 4 + i % 4;
-                    sums[row] += std::int8_t(expanded[i]) * int(q[4 * first + input]);
-                }
-            }
-            sink(panel, t, sums);
-        }
-    }
-}
-
-}  // namespace
-
-template <Values kValues, Storage kStorage>
-void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
-    product<kValues, kStorage>(w, begin, end, x, [&](int panel, int token, const std::int32_t* sums) {
-        for (int row = 0; row < kPanelRows; ++row) {
-            const int n = panel * kPanelRows + row;
-            y_TN[token * stride + n] = float(sums[row] - 128 * w.sum[n]) * (x.scale[token] * w.scale[n]);
-        }
-    });
-}
-
-template <Values kValues, Storage kStorage>
-void accumulate(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
-                std::size_t stride) {
-    product<kValues, kStorage>(w, begin, end, x, [&](int panel, int token, const std::int32_t* sums) {
-        for (int row = 0; row < kPanelRows; ++row) {
-            const int n = panel * kPanelRows + row;
-            acc_TN[token * stride + n] = sums[row] - 128 * w.sum[n];
-        }
-    });
-}
-
-}  // namespace scalar
 
 GOSSAMER_BEGIN_AVX2
 namespace avx2 {
@@ -147,8 +93,6 @@ void product(const Linear& w, int begin, int end, const Activations& x, Sink sin
     }
 }
 
-}  // namespace
-
 template <Values kValues, Storage kStorage>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
     product<kValues, kStorage>(w, begin, end, x, [&](int row, int token, __m256i sums) {
@@ -164,6 +108,17 @@ void accumulate(const Linear& w, int begin, int end, const Activations& x, std::
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc_TN + token * stride + row), sums);
     });
 }
+
+}  // namespace
+
+GOSSAMER_MATMUL(i8, dense)
+GOSSAMER_MATMUL(i8, sparse)
+GOSSAMER_MATMUL(i4, dense)
+GOSSAMER_MATMUL(i4, sparse)
+GOSSAMER_ACCUMULATE(i8, dense)
+GOSSAMER_ACCUMULATE(i8, sparse)
+GOSSAMER_ACCUMULATE(i4, dense)
+GOSSAMER_ACCUMULATE(i4, sparse)
 
 }  // namespace avx2
 GOSSAMER_END
@@ -331,8 +286,6 @@ void accumulate_on(Unit&& unit, const Linear& w, int begin, int end, const Activ
     });
 }
 
-}  // namespace
-
 template <Values kValues, Storage kStorage>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
     matmul_on<kValues, kStorage>(VectorUnit(), w, begin, end, x, y_TN, stride);
@@ -343,6 +296,17 @@ void accumulate(const Linear& w, int begin, int end, const Activations& x, std::
                 std::size_t stride) {
     accumulate_on<kValues, kStorage>(VectorUnit(), w, begin, end, x, acc_TN, stride);
 }
+
+}  // namespace
+
+GOSSAMER_MATMUL(i8, dense)
+GOSSAMER_MATMUL(i8, sparse)
+GOSSAMER_MATMUL(i4, dense)
+GOSSAMER_MATMUL(i4, sparse)
+GOSSAMER_ACCUMULATE(i8, dense)
+GOSSAMER_ACCUMULATE(i8, sparse)
+GOSSAMER_ACCUMULATE(i4, dense)
+GOSSAMER_ACCUMULATE(i4, sparse)
 
 }  // namespace avx512
 GOSSAMER_END
@@ -403,8 +367,6 @@ class TileUnit {
     Tiles tiles_;
 };
 
-}  // namespace
-
 template <Values kValues, Storage kStorage, class Tiles>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
     if (x.num_tokens <= kVectorTokens)
@@ -420,31 +382,34 @@ void accumulate(const Linear& w, int begin, int end, const Activations& x, std::
     avx512::accumulate_on<kValues, kStorage>(TileUnit<Tiles>(), w, begin, end, x, acc_TN, stride);
 }
 
+}  // namespace
+
+GOSSAMER_MATMUL(i8, dense, Hardware)
+GOSSAMER_MATMUL(i8, sparse, Hardware)
+GOSSAMER_MATMUL(i4, dense, Hardware)
+GOSSAMER_MATMUL(i4, sparse, Hardware)
+GOSSAMER_ACCUMULATE(i8, dense, Hardware)
+GOSSAMER_ACCUMULATE(i8, sparse, Hardware)
+GOSSAMER_ACCUMULATE(i4, dense, Hardware)
+GOSSAMER_ACCUMULATE(i4, sparse, Hardware)
+
 }  // namespace amx
+
+namespace amx_emulated {
+
+using amx::accumulate;
+using amx::matmul;
+
+GOSSAMER_MATMUL(i8, dense, amx::Emulated)
+GOSSAMER_MATMUL(i8, sparse, amx::Emulated)
+GOSSAMER_MATMUL(i4, dense, amx::Emulated)
+GOSSAMER_MATMUL(i4, sparse, amx::Emulated)
+GOSSAMER_ACCUMULATE(i8, dense, amx::Emulated)
+GOSSAMER_ACCUMULATE(i8, sparse, amx::Emulated)
+GOSSAMER_ACCUMULATE(i4, dense, amx::Emulated)
+GOSSAMER_ACCUMULATE(i4, sparse, amx::Emulated)
+
+}  // namespace amx_emulated
 GOSSAMER_END
-
-#define GOSSAMER_ROWS(kValues, kStorage)                                             \
-    MatmulRow{kValues, kStorage, Isa::scalar, scalar::matmul<kValues, kStorage>,     \
-              scalar::accumulate<kValues, kStorage>},                                \
-        MatmulRow{kValues, kStorage, Isa::avx2, avx2::matmul<kValues, kStorage>,     \
-                  avx2::accumulate<kValues, kStorage>},                              \
-        MatmulRow{kValues, kStorage, Isa::avx512, avx512::matmul<kValues, kStorage>, \
-                  avx512::accumulate<kValues, kStorage>},                            \
-        MatmulRow {                                                                  \
-        kValues, kStorage, Isa::amx, amx::matmul<kValues, kStorage, amx::Hardware>,  \
-            amx::accumulate<kValues, kStorage, amx::Hardware>                        \
-    }
-#define GOSSAMER_EMULATED_ROW(kValues, kStorage)                                    \
-    MatmulRow {                                                                     \
-        kValues, kStorage, Isa::amx, amx::matmul<kValues, kStorage, amx::Emulated>, \
-            amx::accumulate<kValues, kStorage, amx::Emulated>                       \
-    }
-
-const MatmulRow kIntegerRows[16] = {
-    GOSSAMER_ROWS(Values::i8, Storage::dense), GOSSAMER_ROWS(Values::i8, Storage::sparse),
-    GOSSAMER_ROWS(Values::i4, Storage::dense), GOSSAMER_ROWS(Values::i4, Storage::sparse)};
-const MatmulRow kEmulatedIntegerRows[4] = {
-    GOSSAMER_EMULATED_ROW(Values::i8, Storage::dense), GOSSAMER_EMULATED_ROW(Values::i8, Storage::sparse),
-    GOSSAMER_EMULATED_ROW(Values::i4, Storage::dense), GOSSAMER_EMULATED_ROW(Values::i4, Storage::sparse)};
 
 }  // namespace gossamer

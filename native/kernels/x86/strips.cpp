@@ -1,53 +1,16 @@
-// Products of training with a fixed mask: out += W in at the mask's positions, and W's gradient at them
-// alone.
+// Products of training with a fixed mask, by vectors: see ../scalar/strips.cpp.
 //
-//   multiply   out[o, t]     += sum over the values of row o:  value x in[index, t]
-//   project    gradient[v]   += sum over 64 tokens:            delta[o, t] x in[index of v, t]
-//
-// Tokens are contiguous: a tile of 96 inputs x 64 tokens (24 KB) stays in the L1 cache while the rows of a
-// strip of W pass by. `multiply` holds a row's 64 sums in registers, `project` its 64 deltas; each value
-// costs one load of its input a vector either way, so that one multiply-add goes with one load: the bound is
-// the load port, about 85% of the peak on Zen 4 (dense products of torch reach 60% there). What sparsity adds
-// to a row is its sums or deltas coming from L2, and the end of a loop whose length nobody can predict.
-//
-// Numerics: float32. Sums over inputs run in the order of the indices on every level; sums over tokens in the
-// level's own. avx2 and avx512 fuse multiply and add, scalar rounds in between: |difference| <= 2 n eps
-// sum|a b| for n terms.
-//
-// The idea of training on the values alone, on CPUs: SparseProp (Nikdan et al., arXiv 2302.04852).
+// `multiply` holds a row's 64 sums in registers, `project` its 64 deltas. Each value costs one load of its
+// input for each vector either way, so that one multiply-add goes with one load: the bound is the load port,
+// about 85% of the peak on Zen 4 (dense products of torch reach 60% there). What sparsity adds to a row is
+// its sums or deltas coming from L2, and the end of a loop whose length nobody can predict.
 
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer {
 
 constexpr int T = kTileTokens;
-
-namespace scalar {
-
-void multiply(const Strip& strip, const float* in, float* out) {
-    std::size_t v = 0;
-    for (int row = 0; row < strip.rows; ++row, out += T) {
-        for (const std::size_t end = v + strip.counts[row]; v < end; ++v) {
-            const float* x = in + std::size_t(strip.index[v]) * T;
-            for (int t = 0; t < T; ++t) out[t] += strip.values[v] * x[t];
-        }
-    }
-}
-
-void project(const Strip& strip, const float* in, const float* delta, float* gradient) {
-    std::size_t v = 0;
-    for (int row = 0; row < strip.rows; ++row, delta += T) {
-        for (const std::size_t end = v + strip.counts[row]; v < end; ++v) {
-            const float* x = in + std::size_t(strip.index[v]) * T;
-            float sum = 0;
-            for (int t = 0; t < T; ++t) sum += delta[t] * x[t];
-            gradient[v] += sum;
-        }
-    }
-}
-
-}  // namespace scalar
 
 GOSSAMER_BEGIN_AVX2
 namespace avx2 {

@@ -1,61 +1,22 @@
-// Products of float32 or bfloat16 weights, dense and sparse, and float32 activations.
+// Products of float32 or bfloat16 weights by vectors and by tiles: see ../scalar/floats.cpp.
 //
-//   y[t, n] = sum_k w[n, k] x[t, k], in chains c[k mod 2 I] of fused multiply-adds in the order of k, where a
-//   vector has I inputs of 16 rows: f32 (I = 1) y = c0 + c1, bf16 (I = 2) y = (c0 + c1) + (c2 + c3)
-//
-// The order is the same on every level but amx, for any number of tokens and threads, dense or sparse (a
-// product with 0 changes no sum). A bf16 vector is widened by a shift and a mask (`vdpbf16ps` takes two
-// cycles and rounds x). A chain for each input of a pair of vectors hides the 4 cycles of a multiply-add.
-// Bound by memory for one token: 64 bytes a dense vector; at 70% zeros 21 (f32) and 23 (bf16) bytes. Above 4
-// tokens a run of vectors is expanded once for blocks of tokens. `amx` (bf16): x is split into two bfloat16,
-// x = high + low, a product each: y to about 2^-16 of sum |w x|.
+// A bf16 vector is widened by a shift and a mask (`vdpbf16ps` takes two cycles and rounds x). A chain for
+// each input of a pair of vectors hides the 4 cycles of a multiply-add. Above 4 tokens a run of vectors is
+// expanded once for blocks of tokens. `amx` (bf16): x is split into two bfloat16, x = high + low, a product
+// each: y to about 2^-16 of sum |w x|.
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
 
-#include "kernels/expand.hpp"
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
-#include "kernels/tiles.hpp"
+#include "kernels/x86/expand_avx2.hpp"
+#include "kernels/x86/expand_avx512.hpp"
+#include "kernels/x86/target.hpp"
+#include "kernels/x86/tiles.hpp"
 
 namespace gossamer {
-namespace scalar {
-
-template <Values kValues, Storage kStorage>
-void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
-    constexpr int kInputs = inputs_per_vector(kValues);
-    const auto widen = [](const std::uint8_t* weight) {
-        if (kValues == Values::f32) return load_as<float>(weight);
-        return std::bit_cast<float>(std::uint32_t(load_as<std::uint16_t>(weight)) << 16);
-    };
-    for (int panel = begin; panel < end; ++panel) {
-        for (int t = 0; t < x.num_tokens; ++t) {
-            float chains[2 * kInputs][kPanelRows] = {};
-            const std::uint8_t* position = w.panel(panel);
-            for (int first = 0; first < w.num_vectors(); first += kGroupVectors) {
-                const int count = std::min(kGroupVectors, w.num_vectors() - first);
-                std::uint8_t expanded[kGroupVectors * kVectorBytes];
-                position = expand<kValues, kStorage>(position, nullptr, count, expanded);
-                for (int i = 0; i < count * kPanelRows * kInputs; ++i) {
-                    const int row = i / kInputs % kPanelRows;
-                    const int k = (first + i / (kPanelRows * kInputs)) * kInputs + i % kInputs;
-                    float& sum = chains[k % (2 * kInputs)][row];
-                    sum =
-                        std::fma(widen(expanded + i * bytes_per_value(kValues)), x.x[t * x.stride + k], sum);
-                }
-            }
-            float* y = y_TN + t * stride + panel * kPanelRows;
-            for (int row = 0; row < kPanelRows; ++row) {
-                y[row] = chains[0][row] + chains[1][row];
-                if (kInputs == 2) y[row] += chains[2][row] + chains[3][row];
-            }
-        }
-    }
-}
-
-}  // namespace scalar
 
 GOSSAMER_BEGIN_AVX2
 namespace avx2 {
@@ -106,8 +67,6 @@ void add_tokens(const std::uint8_t* weights, int count, const float* x, std::siz
     }
 }
 
-}  // namespace
-
 template <Values kValues, Storage kStorage>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
     alignas(32) std::uint8_t expanded[kChunkVectors * kVectorBytes];
@@ -145,6 +104,13 @@ void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_
         }
     }
 }
+
+}  // namespace
+
+GOSSAMER_MATMUL(f32, dense)
+GOSSAMER_MATMUL(f32, sparse)
+GOSSAMER_MATMUL(bf16, dense)
+GOSSAMER_MATMUL(bf16, sparse)
 
 }  // namespace avx2
 GOSSAMER_END
@@ -306,12 +272,17 @@ void matmul_on(Unit&& unit, const Linear& w, int begin, int end, const Activatio
     }
 }
 
-}  // namespace
-
 template <Values kValues, Storage kStorage>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
     matmul_on<kValues, kStorage>(VectorUnit<kValues>(), w, begin, end, x, y_TN, stride);
 }
+
+}  // namespace
+
+GOSSAMER_MATMUL(f32, dense)
+GOSSAMER_MATMUL(f32, sparse)
+GOSSAMER_MATMUL(bf16, dense)
+GOSSAMER_MATMUL(bf16, sparse)
 
 }  // namespace avx512
 GOSSAMER_END
@@ -366,31 +337,28 @@ class TileUnit {
     Tiles tiles_;
 };
 
-}  // namespace
-
-template <Storage kStorage, class Tiles>
-void matmul_bf16(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
+template <Values kValues, Storage kStorage, class Tiles>
+void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
     if (x.num_tokens <= kVectorTokens)
-        return avx512::matmul<Values::bf16, kStorage>(w, begin, end, x, y_TN, stride);
-    avx512::matmul_on<Values::bf16, kStorage>(TileUnit<Tiles>(), w, begin, end, x, y_TN, stride);
+        return avx512::matmul<kValues, kStorage>(w, begin, end, x, y_TN, stride);
+    avx512::matmul_on<kValues, kStorage>(TileUnit<Tiles>(), w, begin, end, x, y_TN, stride);
 }
 
+}  // namespace
+
+GOSSAMER_MATMUL(bf16, dense, Hardware)
+GOSSAMER_MATMUL(bf16, sparse, Hardware)
+
 }  // namespace amx
+
+namespace amx_emulated {
+
+using amx::matmul;
+
+GOSSAMER_MATMUL(bf16, dense, amx::Emulated)
+GOSSAMER_MATMUL(bf16, sparse, amx::Emulated)
+
+}  // namespace amx_emulated
 GOSSAMER_END
-
-#define GOSSAMER_ROWS(kValues, kStorage)                                                               \
-    MatmulRow{kValues, kStorage, Isa::scalar, scalar::matmul<kValues, kStorage>, nullptr},             \
-        MatmulRow{kValues, kStorage, Isa::avx2, avx2::matmul<kValues, kStorage>, nullptr}, MatmulRow { \
-        kValues, kStorage, Isa::avx512, avx512::matmul<kValues, kStorage>, nullptr                     \
-    }
-#define GOSSAMER_TILE_ROW(kStorage, Tiles) \
-    MatmulRow { Values::bf16, kStorage, Isa::amx, amx::matmul_bf16<kStorage, amx::Tiles>, nullptr }
-
-const MatmulRow kFloatRows[14] = {
-    GOSSAMER_ROWS(Values::f32, Storage::dense),  GOSSAMER_ROWS(Values::f32, Storage::sparse),
-    GOSSAMER_ROWS(Values::bf16, Storage::dense), GOSSAMER_ROWS(Values::bf16, Storage::sparse),
-    GOSSAMER_TILE_ROW(Storage::dense, Hardware), GOSSAMER_TILE_ROW(Storage::sparse, Hardware)};
-const MatmulRow kEmulatedFloatRows[2] = {GOSSAMER_TILE_ROW(Storage::dense, Emulated),
-                                         GOSSAMER_TILE_ROW(Storage::sparse, Emulated)};
 
 }  // namespace gossamer

@@ -1,9 +1,20 @@
-// Attention by AVX-512 and, for many rows over bf16 keys and values, by tiles: see attention.cpp.
+// Attention by AVX-512 and, for many rows over bf16 keys and values, by tiles: see ../scalar/attention.cpp.
+//
+// Keys and values lie in vectors (../kv_layout.hpp) that are loaded once for all rows of a task. The bound is
+// memory for few rows, else 2 multiply-adds for each row and vector.
+//
+//   bf16  A number widens by a shift or a mask; `vdpbf16ps` would take as long.
+//   i8    A 16-bit integer of a row is two bytes, so that a row and vector take two `vpdpbusd`. That is as
+//         fast for 64 numbers as bf16 is for 32.
+//   amx   For bf16 and 16 rows or more, rows are split into two bfloat16, whose products with tiles have an
+//         error of 2^-16 of their size.
 
 #include <bit>
 
 #include "kernels/attention_task.hpp"
-#include "kernels/tiles.hpp"
+#include "kernels/x86/exponential.hpp"
+#include "kernels/x86/target.hpp"
+#include "kernels/x86/tiles.hpp"
 
 namespace gossamer {
 
@@ -143,8 +154,8 @@ GOSSAMER_BEGIN_AMX
 namespace amx {
 namespace {
 
-// bf16 keys and values against rows of numbers that are split into two bfloat16 each (see floats.cpp): 32
-// floats become [32 high][32 low].
+// bf16 keys and values against rows of numbers that are split into two bfloat16 each (see
+// ../scalar/floats.cpp): 32 floats become [32 high][32 low].
 template <class Tiles>
 struct Bf16 {
     static constexpr int kInputs = 2, kTileInputs = 32;
@@ -189,20 +200,25 @@ struct Bf16 {
     }
 };
 
-}  // namespace
-
 // Fewer rows than a tile has, and widths that do not fill one, are left to vectors.
 template <class Tiles>
-void attention_bf16(const AttentionTask& task) {
+void attention(const AttentionTask& task) {
     const bool fits = task.layout.head_dim % Bf16<Tiles>::kTileInputs == 0;
     if (fits && task.num_tokens * task.num_heads >= kTileRows) return avx512::attention<Bf16<Tiles>>(task);
     avx512::attention_bf16(task);
 }
 
-}  // namespace amx
-GOSSAMER_END
+}  // namespace
 
-const AttentionRow kTileAttention{Values::bf16, Isa::amx, amx::attention_bf16<amx::Hardware>};
-const AttentionRow kEmulatedTileAttention{Values::bf16, Isa::amx, amx::attention_bf16<amx::Emulated>};
+void attention_bf16(const AttentionTask& task) { attention<Hardware>(task); }
+
+}  // namespace amx
+
+namespace amx_emulated {
+
+void attention_bf16(const AttentionTask& task) { amx::attention<amx::Emulated>(task); }
+
+}  // namespace amx_emulated
+GOSSAMER_END
 
 }  // namespace gossamer

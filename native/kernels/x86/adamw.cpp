@@ -1,32 +1,12 @@
-// One step of AdamW (arXiv 1711.05101, decay decoupled from the gradient, as torch.optim.AdamW), in place.
+// One step of AdamW by vectors: see ../scalar/adamw.cpp.
 //
-//   m = m + (g - m) (1 - beta1)
-//   v = v beta2 + (g g) (1 - beta2)
-//   w = w (1 - rate decay) - (m rate / (1 - beta1^t)) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-//
-// Layout: four arrays of `count` floats, elementwise; of a sparse weight only its values.
-// Numerics: float32, every operation correctly rounded and in the order written: all levels, and any split
-// over threads, give the same bits. The factors are rounded once from float64. g = m = v = w = 0 gives +-0.
-// Bound: memory, 16 bytes read and 12 written an element; the two divisions and the root of 16 elements take
-// some 50 cycles on avx512, below what a core waits for 448 bytes.
-
-#include <cmath>
+// The two divisions and the root of 16 elements take some 50 cycles on avx512, below what a core waits for
+// 448 bytes.
 
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer {
-namespace scalar {
-
-void adamw(const AdamwStep& step, const float* g, std::size_t count, float* m, float* v, float* w) {
-    for (std::size_t i = 0; i < count; ++i) {
-        m[i] = m[i] + (g[i] - m[i]) * step.take1;
-        v[i] = v[i] * step.keep2 + (g[i] * g[i]) * step.take2;
-        w[i] = w[i] * step.shrink - (m[i] * step.rate) / (std::sqrt(v[i]) / step.correction2 + step.eps);
-    }
-}
-
-}  // namespace scalar
 
 GOSSAMER_BEGIN_AVX2
 namespace avx2 {

@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "base/view.hpp"
-#include "kernels/target.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer::amx {
 

@@ -1,29 +1,38 @@
-// Rotary position embedding of the heads of one token, in place, as Hugging Face does it.
-//
-//   (a, b) -> (a cos - b sin, b cos + a sin)       a, b: element e of the first and of the second half
-//
-// Products and sums are rounded one by one: every level gives the same bits. Bound by the cache: 2 E floats a
-// head, once per token and layer.
+// Rotary position embedding by vectors: see ../scalar/rope.cpp.
 
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer {
 
-namespace scalar {
+GOSSAMER_BEGIN_AVX2
+namespace avx2 {
 
 void rope(float* x_HE, int num_heads, int head_dim, const float* cos_sin) {
+    constexpr int kWidth = 8;
     const int half = head_dim / 2;
-    for (float* head = x_HE; head != x_HE + std::ptrdiff_t(num_heads) * head_dim; head += head_dim) {
-        for (int e = 0; e < half; ++e) {
-            const float a = head[e], b = head[half + e];
-            head[e] = a * cos_sin[e] - b * cos_sin[half + e];
-            head[half + e] = b * cos_sin[e] + a * cos_sin[half + e];
+    int e = 0;
+    for (; e + kWidth <= half; e += kWidth) {
+        const __m256 cosine = _mm256_loadu_ps(cos_sin + e), sine = _mm256_loadu_ps(cos_sin + half + e);
+        for (int h = 0; h < num_heads; ++h) {
+            float* first = x_HE + std::ptrdiff_t(h) * head_dim + e;
+            const __m256 a = _mm256_loadu_ps(first), b = _mm256_loadu_ps(first + half);
+            _mm256_storeu_ps(first, _mm256_sub_ps(_mm256_mul_ps(a, cosine), _mm256_mul_ps(b, sine)));
+            _mm256_storeu_ps(first + half, _mm256_add_ps(_mm256_mul_ps(b, cosine), _mm256_mul_ps(a, sine)));
+        }
+    }
+    for (; e < half; ++e) {
+        for (int h = 0; h < num_heads; ++h) {
+            float* first = x_HE + std::ptrdiff_t(h) * head_dim + e;
+            const float a = first[0], b = first[half];
+            first[0] = a * cos_sin[e] - b * cos_sin[half + e];
+            first[half] = b * cos_sin[e] + a * cos_sin[half + e];
         }
     }
 }
 
-}  // namespace scalar
+}  // namespace avx2
+GOSSAMER_END
 
 GOSSAMER_BEGIN_AVX512
 namespace avx512 {

@@ -1,6 +1,6 @@
 // Code between GOSSAMER_BEGIN_<LEVEL> and GOSSAMER_END is compiled for that instruction set, whatever the
-// rest of the build is. Code in it may only be reached through the table, after isa() has found the
-// instructions.
+// rest of the build is for. It may only be reached through the table, after isa() has found that the machine
+// has the instructions.
 #pragma once
 
 #include <immintrin.h>

@@ -1,8 +1,13 @@
-// Attention by AVX2: see attention.cpp.
+// Attention by AVX2: see ../scalar/attention.cpp.
+//
+// Keys and values lie in vectors (../kv_layout.hpp) that are loaded once for all rows of a task. A bf16
+// widens by a shift or a mask.
 
 #include <bit>
 
 #include "kernels/attention_task.hpp"
+#include "kernels/x86/exponential.hpp"
+#include "kernels/x86/target.hpp"
 
 namespace gossamer {
 

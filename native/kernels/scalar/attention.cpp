@@ -1,20 +1,18 @@
 // Attention of new tokens, for the query heads that share a key/value head, over the positions in the cache,
-// with online softmax over chunks of 256 positions.
+// with online softmax over chunks of 256 positions: the specification.
 //
 //   s[p] = sum_e (scale q[e]) k[p, e];   m = max s;   w[p] = exp(s[p] - m);   l = sum_p w[p]
 //   o[e] = sum_p w[p] v[p, e];   chunk after chunk (m, l, o) are merged;   out[e] = o[e] / l
 //
-// A row is one query head of one token. Keys and values lie in vectors (kv_layout.hpp) that are loaded once
-// for all rows of a task. Chunks are cut at multiples of 256 positions and merged in order, and sums run in
-// order over e and p, so a row's result depends neither on the other rows nor on how work was split.
+// A row is one query head of one token. Chunks are cut at multiples of 256 positions and merged in order, and
+// sums run in order over e and p, so a row's result depends neither on the other rows nor on how work was
+// split. The sum of weights l runs in 16 lanes, which are halved four times.
 //
-// f32, bf16: one fused chain a sum (a bf16 widens by a shift and by a mask; `vdpbf16ps` would take as long).
-// i8: a row of queries becomes 16-bit integers with one step, max / 32639, and so do the chunk's w times the
-// values' scales; both sums are exact int32. 16 bits are two bytes: two `vpdpbusd` a row and vector, which is
-// as fast for 64 numbers as bf16 is for 32. The sum of weights runs in 16 lanes, which are halved four times.
-// `amx`, bf16, 16 rows and more: rows are split into two bfloat16 for tiles, 2^-16 of the products' size.
-// Every other level gives the same bits. Bound by memory for few rows, else by 2 multiply-adds a row and
-// vector.
+//   f32, bf16  A sum is one chain of fused multiply-adds.
+//   i8         A row of queries becomes 16-bit integers with one step, max / 32639, and so do the chunk's w
+//              times the scales of the values; both sums are exact int32.
+//
+// Every level but amx gives the same bits.
 
 #include <bit>
 

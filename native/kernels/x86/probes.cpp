@@ -1,57 +1,13 @@
-// What this machine can do at best: reading memory, and multiplying in registers.
+// What this machine can do at best: see ../scalar/probes.cpp.
 //
-// Every speed claim stands beside one of these, measured in the same run. The products are those of the
-// level, in as many independent chains as hide the latency: `vpmaddwd` on 16-bit words (avx2), `vpdpbusd`
-// (avx512), `tdpbusd` (amx) for int8; fused multiply-adds, on scalar two instructions, for float32.
-
-#include <cstring>
+// int8 is multiplied by `vpmaddwd` on 16-bit words (avx2), `vpdpbusd` (avx512) or `tdpbusd` (amx), float32 by
+// fused multiply-adds.
 
 #include "kernels/kernels.hpp"
-#include "kernels/target.hpp"
-#include "kernels/tiles.hpp"
+#include "kernels/x86/target.hpp"
+#include "kernels/x86/tiles.hpp"
 
 namespace gossamer {
-
-namespace scalar {
-
-std::uint64_t read(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes) {
-    std::uint64_t sum = 0;
-    for (std::size_t i = 0; i < count; i += kVectorBytes) {
-        if (prefetch_bytes != 0) __builtin_prefetch(data + i + prefetch_bytes);
-        std::uint64_t words[8];
-        std::memcpy(words, data + i, sizeof words);
-        for (std::uint64_t word : words) sum += word;
-    }
-    return sum;
-}
-
-std::uint64_t multiply_int8(std::uint64_t rounds) {
-    std::int32_t chains[16] = {};
-    for (std::uint64_t i = 0; i < rounds; ++i) {
-        for (int c = 0; c < 16; ++c) {
-            std::int32_t weight = c;
-            __asm__ volatile("" : "+r"(weight));  // as if loaded
-            chains[c] += weight * int(i & 255);
-        }
-    }
-    __asm__ volatile("" : : "r"(chains) : "memory");
-    return rounds * 16;
-}
-
-std::uint64_t multiply_f32(std::uint64_t rounds) {
-    __m128 chains[8] = {};
-    __m128 weights = _mm_set1_ps(0.5f), inputs = _mm_set1_ps(0.25f);
-    for (std::uint64_t i = 0; i < rounds; ++i) {
-        for (__m128& chain : chains) {
-            __asm__ volatile("" : "+x"(weights), "+x"(inputs));
-            chain = _mm_add_ps(chain, _mm_mul_ps(weights, inputs));
-        }
-    }
-    for (__m128& chain : chains) __asm__ volatile("" : : "x"(chain));
-    return rounds * 8 * 4;
-}
-
-}  // namespace scalar
 
 GOSSAMER_BEGIN_AVX2
 namespace avx2 {

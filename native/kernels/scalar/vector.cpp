@@ -1,0 +1,61 @@
+// What surrounds the products, as the specification: see ../vector.hpp.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "kernels/exponential.hpp"
+#include "kernels/kernels.hpp"
+#include "kernels/vector.hpp"
+
+namespace gossamer {
+
+using namespace vector;
+
+namespace scalar {
+namespace {
+
+// The nearest bfloat16, halves to even.
+std::uint16_t to_bf16(float x) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    return std::uint16_t((bits + (bits >> 16 & 1) + 0x7FFF) >> 16);
+}
+
+}  // namespace
+
+float largest(const float* x, int count) {
+    float found = 0;
+    for (int i = 0; i < count; ++i) found = std::max(found, std::abs(x[i]));
+    return found;
+}
+
+float rmsnorm(const float* x_D, const float* weight_D, float eps, int count, float* y_D) {
+    double lanes[kLanes] = {};
+    for (int i = 0; i < count; ++i) lanes[i % kLanes] += double(x_D[i]) * double(x_D[i]);
+    const float inverse = inverse_rms(lanes, count, eps);
+    for (int i = 0; i < count; ++i) y_D[i] = weight_D[i] * (x_D[i] * inverse);
+    return largest(y_D, count);
+}
+
+float quantize(const float* x_K, int count, float largest_x, std::uint8_t* q_K) {
+    const float scale = quantization_scale(largest_x);
+    for (int i = 0; i < count; ++i)
+        q_K[i] = std::uint8_t(std::clamp(int(std::nearbyint(x_K[i] / scale)), -128, 127) + 128);
+    return scale;
+}
+
+void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
+    for (int i = 0; i < count; ++i) {
+        high_K[i] = to_bf16(x_K[i]);
+        low_K[i] = to_bf16(x_K[i] - std::bit_cast<float>(std::uint32_t(high_K[i]) << 16));
+    }
+}
+
+float swiglu(const float* gate, const float* up, int count, float* y) {
+    for (int i = 0; i < count; ++i) y[i] = gate[i] / (1.0f + exponential_of(-gate[i])) * up[i];
+    return largest(y, count);
+}
+
+}  // namespace scalar
+
+}  // namespace gossamer
