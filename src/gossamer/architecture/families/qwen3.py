@@ -1,0 +1,17 @@
+"""Qwen3: the standard block with an RMSNorm over each query and key head, whose width is set apart."""
+
+from gossamer.architecture import prenorm
+from gossamer.architecture.anatomy import Anatomy, Norm
+from gossamer.architecture.config import Config
+from gossamer.architecture.rope import Rope
+
+SUMMARY = "Qwen3ForCausalLM (Qwen3, dense: no biases, no sliding window)"
+
+
+def anatomy(config: Config) -> Anatomy:
+    """Every block alike."""
+    config.expect(hidden_act="silu", attention_bias=False, use_sliding_window=False)
+    heads = prenorm.attention(config, Rope.read(config), head_dim=128)
+    query, key = (Norm(f"self_attn.{name}_norm", heads.head_dim) for name in ("q", "k"))
+    block = prenorm.block(config, heads, norms={"query": query, "key": key})
+    return prenorm.model(config, "qwen3", [block] * config.num_layers())

@@ -1,0 +1,53 @@
+"""Qwen3 through every stage and the engine: norms of queries and keys, heads apart from the hidden size."""
+
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config
+
+from architecture import every_stage
+from gossamer.architecture.families import read_anatomy
+from gossamer.errors import UnsupportedError
+from llamas import save_random
+
+CONFIG = Qwen3Config(
+    vocab_size=320,
+    hidden_size=48,
+    intermediate_size=104,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=20,
+    max_position_embeddings=512,
+    bos_token_id=0,
+    eos_token_id=1,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(CONFIG, tmp_path_factory.mktemp("qwen3") / "model")
+
+
+def test_layers_equal_transformers(qwen3: Path) -> None:
+    every_stage.check_layers(qwen3)
+
+
+def test_the_engine_equals_transformers(qwen3: Path, tmp_path: Path) -> None:
+    every_stage.check_engine(qwen3, tmp_path / "model.goss")
+
+
+def test_every_stage(qwen3: Path, text_file: Path, tmp_path: Path) -> None:
+    packed = every_stage.check_stages(qwen3, text_file, tmp_path)
+    assert packed.metadata["version"] == "2"
+    assert packed.vector("model.layers.1.self_attn.q_norm.weight").shape == (20,)
+
+
+def test_what_is_not_supported_is_refused() -> None:
+    settings = CONFIG.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
+    assert read_anatomy(settings).attention.head_dim == 20
+    assert read_anatomy({k: v for k, v in settings.items() if k != "head_dim"}).attention.head_dim == 128
+    for change in ({"use_sliding_window": True}, {"attention_bias": True}, {"hidden_act": "gelu"}):
+        with pytest.raises(UnsupportedError, match=next(iter(change))):
+            read_anatomy(settings | change)
