@@ -21,7 +21,7 @@ from gossamer.training import masks
 from gossamer.training.masks import MaskCallback, decoder_zeros, model_mask_hash
 from gossamer.training.sparse_linear import sparsify
 
-ACCUMULATION, CLIP = 2, 0.05
+ACCUMULATION, CLIP, LEARNING_RATE = 2, 0.05, 1e-2
 
 
 def sparse_llama(path: Path) -> LlamaForCausalLM:
@@ -60,7 +60,7 @@ def arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
         "gradient_accumulation_steps": ACCUMULATION,
         "max_grad_norm": CLIP,
         "max_steps": 3,
-        "learning_rate": 1e-2,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.1,
         "logging_steps": 1,
@@ -121,7 +121,7 @@ def reference_run(
         {"params": decayed, "weight_decay": case.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), eps=1e-8)
     masked_norms, unmasked_norms = [], []
     per_step = 2 * case.accumulation
     for step in range(num_steps):
@@ -152,7 +152,9 @@ def norm_of(model: nn.Module) -> float:
 def test_trainer_equals_masked_adamw_written_out(tiny_llama: Any, tmp_path: Path, case: Case) -> None:
     """Accumulated and clipped gradients count only kept weights: same norms, then same weights.
 
-    In bf16 a difference in a weight's last bit may round to another bf16, in a step of 2 ** -9.
+    In bf16 a difference in a weight's last bit may round to another bf16, in a step of 2 ** -9. Which bits come
+    first depends on the processor's products. AdamW's first steps are as long as the learning rate however
+    small a gradient is, so where one is rounding noise its sign may differ, and with it the weight by twice that.
     """
     model = sparse_llama(tiny_llama(case.variant))
     data, zeros = RandomRows(12), zeros_of(model)
@@ -167,7 +169,12 @@ def test_trainer_equals_masked_adamw_written_out(tiny_llama: Any, tmp_path: Path
     assert min(masked_norms) > CLIP
     assert all(abs(m - u) > 0.01 * u for m, u in zip(masked_norms, unmasked_norms, strict=True))
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-3 if case.bf16 else 2e-5, msg=name)
+        if case.bf16:
+            far = ~torch.isclose(ours, theirs, rtol=1e-4, atol=2e-3)
+            assert int(far.sum()) <= ours.numel() / 1000, name
+            assert (ours - theirs).abs().max() <= 2 * 3 * LEARNING_RATE, name
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5, msg=name)
         if name in zeros:
             assert not ours[zeros[name]].any(), name
             assert isinstance(trainer.optimizer, AcceleratedOptimizer)
