@@ -153,8 +153,8 @@ def test_trainer_equals_masked_adamw_written_out(tiny_llama: Any, tmp_path: Path
     """Accumulated and clipped gradients count only kept weights: same norms, then same weights.
 
     In bf16 a difference in a weight's last bit may round to another bf16, in a step of 2 ** -9. AdamW's first
-    steps are as long as the learning rate however small a gradient is: where one is only rounding noise, which
-    depends on the processor, its sign may differ, and the weight by twice the learning rate a step.
+    steps are as long as the learning rate however small a gradient is: where one is only rounding noise,
+    which depends on the processor, its sign may differ, and the weight by twice the learning rate a step.
     """
     model = sparse_llama(tiny_llama(case.variant))
     data, zeros = RandomRows(12), zeros_of(model)

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from gossamer.architecture.anatomy import Anatomy
+from gossamer.architecture.families import read_anatomy
 from gossamer.errors import ConfigError
 from gossamer.machine import available_memory_bytes
 from gossamer.training.masks import local
-from gossamer.training.parallel import decoder_layers, is_first
+from gossamer.training.parallel import is_first
 from gossamer.training.sparse_linear import SparseLinear
 
 
@@ -68,18 +70,18 @@ def estimate_memory(
     The weights of model and teacher are in memory already, so they count only where they must still be moved
     to another `device`.
     """
-    config: Any = model.config.get_text_config()
+    anatomy = anatomy_of(model)
     trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
     moved = [model] if teacher is None else [model, teacher]
-    num_tokens, num_layers = num_rows * row_length, config.num_hidden_layers
+    num_tokens, num_layers = num_rows * row_length, anatomy.num_layers
     step = MemoryEstimate(
         weights=0 if device == "cpu" else sum(map(_bytes, moved)),
         gradients=4 * trained,
         moments=8 * trained,
         activations=num_tokens * num_layers * _layer_bytes(model, row_length, precision)
         + _copied_weights(model, precision, device),
-        logits=12 * num_tokens * config.vocab_size,
-        teacher=0 if teacher is None else 8 * num_tokens * num_layers * config.hidden_size,
+        logits=12 * num_tokens * anatomy.vocab_size,
+        teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )
     freed = step.gradients + step.micro_batch
     return replace(step, saving=max(0, _saved_bytes(model, device) - freed))
@@ -144,19 +146,21 @@ class HeldBytes(TrainerCallback):
 
 def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int:
     """Bytes a token that the backward pass of one decoder layer needs, as this module's head has it."""
-    config: Any = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    query = heads * head_dim
-    key_value = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    wide = precision == "f32"
-    num_bytes = 32 * config.hidden_size + 8 * query
-    num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * config.intermediate_size
-    if config._attn_implementation == "eager":
-        num_bytes += (4 if wide else 6) * heads * row_length
-    if any(name.endswith("q_norm") for name, _ in decoder_layers(model)[0].named_modules()):
+    anatomy, wide = anatomy_of(model), precision == "f32"
+    heads, norms = anatomy.attention, anatomy.blocks[0].norms
+    query, key_value = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+    num_bytes = 32 * anatomy.hidden_size + 8 * query
+    num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * anatomy.intermediate_size
+    if model.config._attn_implementation == "eager":
+        num_bytes += (4 if wide else 6) * heads.num_heads * row_length
+    if "query" in norms:
         num_bytes += (8 if wide else 6) * (query + key_value)
     return num_bytes
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """What a model of transformers is made of."""
+    return read_anatomy({**model.config.to_dict(), "architectures": [type(model).__name__]}, "the model")
 
 
 def _copied_weights(model: nn.Module, precision: str, device: str) -> int:
