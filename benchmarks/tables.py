@@ -7,6 +7,7 @@ They stand between <!-- results --> and <!-- /results -->.
 
 import json
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ README, ALL = RESULTS.parents[1] / "README.md", RESULTS / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 LEVELS = ("scalar", "avx2", "avx512", "amx")
 MAIN_JOBS = ("step-1b", "linears-7b", "batch-1b")  # of decode.py, for README
+SETTING = ("shape", "layers", "values", "sparsity", "batch", "prompt")  # what tells rows of decode.py apart
 
 Row = dict[str, Any]
 
@@ -45,9 +47,14 @@ def headed(what: str, rows: list[Row], table: Table) -> str:
 
 
 def decode(folder: Path, jobs: tuple[str, ...] = ()) -> str:
-    """Whole models, one line a setting; of all jobs unless some are named."""
-    keys = ("job", "shape", "layers", "values", "sparsity", "batch", "prompt")
-    rows = [row for row in newest(all_rows("decode", folder), keys) if not jobs or row["job"] in jobs]
+    """Whole models, one line for each setting that the named jobs (without names: all) have measured.
+
+    Jobs overlap: a sweep of batches begins with the batch of 1 that another job measures as well. The newest
+    row of a setting is shown, whichever job it comes from, so that no page has two figures for one setting.
+    """
+    setting, measured = itemgetter(*SETTING), all_rows("decode", folder)
+    wanted = {setting(row) for row in measured if not jobs or row["job"] in jobs}
+    rows = [row for row in newest(measured, SETTING) if setting(row) in wanted]
     if not rows:
         return ""
     columns = ("model", "weights", "batch", "context", "decode tokens/s", "GB/s")

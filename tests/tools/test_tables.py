@@ -56,6 +56,22 @@ def test_the_newest_row_of_a_measurement_counts(tables: ModuleType, tmp_path: Pa
     assert not any("5 / 70" in line for line in lines)
 
 
+def test_a_setting_that_two_jobs_measure_is_shown_once(tables: ModuleType, tmp_path: Path) -> None:
+    """By its newest row, on README's page of a few jobs as well as on the page of all."""
+    where = {"date": "2026-01-02 03:04:05", "cpu": "a CPU", "isa": "avx2", "impossible": ()}
+    what = {"shape": "s", "layers": None, "values": "i8", "sparsity": 0.7, "prompt": 64, "gb_per_s": 9.0}
+    shares = {"bandwidth_share": 0.5, "round_share": 0.5, "linears_speedup": None, "prompt_tokens_per_s": 7.0}
+    measured = [("step-1b", 1, 48.4), ("batch-1b", 1, 43.2), ("batch-1b", 4, 141.9), ("context-1b", 1, 45.5)]
+    rows = [
+        where | what | shares | {"job": job, "batch": batch, "decode_tokens_per_s": rate}
+        for job, batch, rate in measured
+    ]
+    (tmp_path / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for page in (tables.main_jobs(tmp_path), tables.decode(tmp_path)):
+        lines = [line for line in page.splitlines() if line.startswith("| s ")]
+        assert len(lines) == 2 and " 45.5 " in lines[0] and " 141.9 " in lines[1]
+
+
 def test_rows_of_the_benchmarks_are_understood(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
