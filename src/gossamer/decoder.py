@@ -1,4 +1,4 @@
-"""transformers' own modules, filled from a checkpoint: a whole model, or one block at a time."""
+"""A checkpoint's decoder, one block at a time: transformers' own modules, filled when they are needed."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from gossamer.architecture import anatomy as made_of
 from gossamer.architecture.anatomy import EMBEDDING, Anatomy, Place, Role
@@ -38,35 +37,6 @@ def model_config(anatomy: Anatomy, config: Mapping[str, Any]) -> PretrainedConfi
     return CONFIG_MAPPING[anatomy.model_type].from_dict(dict(config))
 
 
-def new_model(
-    anatomy: Anatomy, config: Mapping[str, Any], dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """transformers' model of a `config.json`, on the CPU, with weights that are still to be filled in."""
-    settings = model_config(anatomy, config)
-    settings.dtype = dtype
-    model = AutoModelForCausalLM.from_config(settings)
-    nn.Module.to(model, dtype)
-    return model.eval()
-
-
-def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The whole model in `dtype`, on the CPU; raises UnsupportedError for a quantized directory."""
-    refuse_quantized(source)
-    model = new_model(source.architecture, source.config, dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensor(source, name))
-    return model
-
-
-def write_model(model: PreTrainedModel, target: Derived) -> None:
-    """Store every weight under its Hugging Face name, in the parent's dtypes; shards are gathered."""
-    weights = model.state_dict()
-    for name in target.parent.names:
-        weight = weights[name]
-        write_tensor(target, name, weight.full_tensor() if isinstance(weight, DTensor) else weight)
-
-
 def refuse_quantized(source: Checkpoint) -> None:
     """Raise UnsupportedError if the directory's linears are already integers."""
     if "quantization_config" in source.config:
@@ -88,11 +58,6 @@ class Block:
     anatomy: made_of.Block
     layer: nn.Module
     rotary: nn.Module
-
-    @cached_property
-    def linears(self) -> dict[str, nn.Linear]:
-        """All linears by checkpoint name, in the order in which they are used."""
-        return {name: linear for group in self.groups for name, linear in group.items()}
 
     @cached_property
     def groups(self) -> list[dict[str, nn.Linear]]:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.decoder import blocks, embed, load_model
+from gossamer.decoder import blocks, embed
 from gossamer.engine import LLM, SamplingParams
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.packed.reader import Packed
@@ -23,6 +23,7 @@ from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
 from gossamer.tools.inspect import Inspect, inspect
 from gossamer.tools.verify import Verify, verify
+from gossamer.training.whole_model import load_model
 
 PROMPT = "Once upon a time"
 

@@ -12,10 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gossamer.architecture.families import read_anatomy
+from gossamer.architecture.frequencies import inverse_frequencies
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.decoder import blocks, embed, load_model, write_block
+from gossamer.decoder import blocks, embed, write_block
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.job.options import option
+from gossamer.training.whole_model import load_model
 from llamas import VARIANTS
 
 Tiny = Callable[[str], Path]
@@ -87,7 +89,7 @@ def test_rope_frequencies_equal_transformers(tiny_llama: Tiny, variant: str) -> 
     expected = AutoModelForCausalLM.from_pretrained(source.path).model.rotary_emb.inv_freq.numpy()
     heads = source.architecture.attention
     assert heads.rope is not None
-    np.testing.assert_allclose(heads.rope.inverse_frequencies(heads.head_dim), expected, rtol=1e-6)
+    np.testing.assert_allclose(inverse_frequencies(heads.rope, heads.head_dim), expected, rtol=1e-6)
 
 
 def test_old_style_rope_settings_are_read() -> None:

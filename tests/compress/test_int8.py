@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gossamer.compress.gptq import gptq
-from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
+from gossamer.compress.gptq import gptq, hessian, reconstruction_error
+from gossamer.compress.hessian import inverse_factor
 from gossamer.compress.int8 import fake_quantize_tokens, quantize_tokens, quantize_weights, row_scales
 from gossamer.compress.magnitude import magnitude
 from gossamer.compress.smooth import divide_norm, share_over_query_heads, smoothing_scales, value_rows

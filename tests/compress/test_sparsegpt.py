@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gossamer.compress.hessian import hessian, hessians, inverse_factor, reconstruction_error, towards
-from gossamer.compress.magnitude import magnitude, smallest
-from gossamer.compress.sparsegpt import sparsegpt, zeros_per_block
+from gossamer.compress.gptq import hessian, reconstruction_error
+from gossamer.compress.hessian import hessians, inverse_factor, towards
+from gossamer.compress.magnitude import magnitude
+from gossamer.compress.sparsegpt import smallest, sparsegpt, zeros_per_block
 from gossamer.errors import CalibrationError
 
 DAMPENING = 0.01

@@ -13,7 +13,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.calibration import calibration_ids
 from gossamer.decoder import blocks, embed
 from gossamer.stages.prune import Prune
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 TinyLlama = Callable[[str], Path]
 IDS_BT = torch.arange(2, 302).view(6, 50)

@@ -12,7 +12,7 @@ from gossamer.data.calibration import calibration_rows
 from gossamer.data.rows import evaluation_rows, token_rows
 from gossamer.data.supervised import Format, supervised_examples, write_completions
 from gossamer.errors import CalibrationError, ConfigError
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 TINY = Callable[[str], Path]
 TEXTS = ["def f(x):\n    return x\n", "import os\n", "print('hello, world')\n" * 5]

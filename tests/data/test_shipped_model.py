@@ -13,7 +13,7 @@ import gossamer
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data import doctests
 from gossamer.data.sources import documents
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 SHIPPED = Path(gossamer.__file__).parent / "models" / "python-llama"
 TOKENIZER = Tokenizer.open(SHIPPED)

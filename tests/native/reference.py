@@ -7,6 +7,7 @@ order that the kernels' headers state: rounding to int8 turns a sum's last bit i
 
 import numpy as np
 
+from gossamer.architecture.frequencies import inverse_frequencies
 from gossamer.packed.header import EMBEDDING
 from gossamer.packed.reader import Packed
 
@@ -66,7 +67,7 @@ class Reference:
     def rotate(self, x_HTE: np.ndarray) -> np.ndarray:
         """The rotate-half convention of Hugging Face."""
         rope, positions_T = self.anatomy.attention.rope, np.arange(x_HTE.shape[1], dtype=np.float32)
-        angles_TE = np.outer(positions_T, rope.inverse_frequencies(x_HTE.shape[2]))
+        angles_TE = np.outer(positions_T, inverse_frequencies(rope, x_HTE.shape[2]))
         halves = (f(angles_TE.astype(np.float64)).astype(np.float32) for f in (np.cos, np.sin))
         cosine, sine = (np.concatenate([half, half], axis=1) for half in halves)
         first, second = np.split(x_HTE, 2, axis=2)

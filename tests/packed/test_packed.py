@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import gossamer
 from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
-from gossamer.packed.header import EMBEDDING
+from gossamer.packed.header import EMBEDDING, vector_sizes
 from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter, smaller_storage
 from packed.matrices import VALUES, random_matrix
@@ -72,7 +72,7 @@ def test_any_model_reads_back(
         for (name, linear), values in zip(anatomy.linears(0).items(), types, strict=True):
             made.make(name, values, (linear.rows, linear.columns), sparsity, number)
             made.write(writer, name, storage)
-        for name, size in anatomy.vector_sizes.items():
+        for name, size in vector_sizes(anatomy).items():
             writer.vector(name, np.ones(size, np.float32))
     packed = Packed.open(made.path)
     packed.check()

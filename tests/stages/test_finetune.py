@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError, GossamerError
 from gossamer.stages.finetune import Finetune, finetune
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 from pruned import copy_with_zeros
 
 Llamas = Callable[[str], Path]

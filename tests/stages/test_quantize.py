@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.int8 import fake_quantize_tokens
-from gossamer.decoder import blocks, embed, load_model
+from gossamer.decoder import blocks, embed
 from gossamer.errors import CalibrationError, ConfigError, UnsupportedError
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, matching, quantize, smooth
+from gossamer.training.whole_model import load_model
 
 TinyLlama = Callable[[str], Path]
 IDS_BT = torch.arange(2, 102).view(2, 50)

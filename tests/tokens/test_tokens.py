@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from gossamer.engine.text import TextStream
 from gossamer.errors import CheckpointError, ConfigError
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 TEXTS = [
     "",

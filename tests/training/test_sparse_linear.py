@@ -13,7 +13,6 @@ from torch.nn.functional import linear
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.decoder import load_model, write_model
 from gossamer.errors import CheckpointError
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training import sparse_linear
@@ -22,6 +21,7 @@ from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.masks import MaskCallback, decoder_zeros
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.sparse_linear import SparseLinear, densify, sparsify
+from gossamer.training.whole_model import load_model, write_model
 
 SHAPES = [(1, 1), (7, 5), (48, 104), (200, 130)]
 

@@ -12,9 +12,9 @@ Shapes: D hidden_size, N outputs, K inputs, A query heads, G key/value heads, E 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from gossamer.architecture.rope import Rope
 
@@ -175,34 +175,3 @@ class Anatomy:
             shapes |= {f"{self.prefix(layer)}{name}": (size,) for name, size in block.vectors()}
         shapes[f"{self.final_norm.name}.weight"] = (self.final_norm.width,)
         return shapes if self.tie_word_embeddings else shapes | {f"{HEAD}.weight": vocabulary}
-
-    @cached_property
-    def matrix_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name without `.weight` -> (rows, columns): embedding, linears of all blocks, a head of its own."""
-        shapes = self.tensor_shapes.items()
-        return {name.removesuffix(".weight"): shape for name, shape in shapes if len(shape) == 2}
-
-    @cached_property
-    def vector_sizes(self) -> dict[str, int]:
-        """Tensor name -> length: the weights of all norms, and all biases."""
-        return {name: shape[0] for name, shape in self.tensor_shapes.items() if len(shape) == 1}
-
-    def summary(self) -> dict[str, Any]:
-        """The sizes that tell one model from another, as plain data."""
-        heads = self.attention
-        return {
-            "model_type": self.model_type,
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_heads": heads.num_heads,
-            "num_kv_heads": heads.num_kv_heads,
-            "head_dim": heads.head_dim,
-            "vocab_size": self.vocab_size,
-            "rms_norm_eps": self.norm_eps,
-            "rope": asdict(heads.rope) if heads.rope else None,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "max_position_embeddings": self.max_position_embeddings,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_ids": self.eos_token_ids,
-        }

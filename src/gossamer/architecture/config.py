@@ -1,6 +1,8 @@
-"""The fields of a `config.json`, read with the suspicion that a file from anywhere deserves."""
+"""A model's JSON files and the fields of its `config.json`, read with the suspicion that files deserve."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gossamer.errors import CheckpointError, UnsupportedError
@@ -8,6 +10,22 @@ from gossamer.errors import CheckpointError, UnsupportedError
 MAX_SIZE = 1 << 31
 MAX_NUMBER = 1e30  # in float32's range; its square is in float64's
 MAX_LAYERS = 10_000
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError for anything else."""
+    return json_object(file.read_bytes(), str(file))
+
+
+def json_object(content: bytes, source: str) -> dict[str, Any]:
+    """The JSON object in a text of UTF-8; CheckpointError for anything else, naming the source."""
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{source}: not readable as JSON ({error}); the file is damaged") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{source}: found a JSON {type(found).__name__}; expected an object")
+    return found
 
 
 class Config:

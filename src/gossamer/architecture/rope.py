@@ -1,13 +1,7 @@
-"""Rotary position embeddings: the angle that each pair of numbers turns by per position.
+"""What a model says of its rotary position embeddings; frequencies.py makes numbers of it."""
 
-inverse_e = theta^(-2 e / E)        stretched for longer contexts by `linear` or `llama3`
-"""
-
-import math
 from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
 
 from gossamer.architecture.config import Config
 from gossamer.errors import CheckpointError, UnsupportedError
@@ -49,24 +43,3 @@ class Rope:
                 f"{config.source}: low_freq_factor and high_freq_factor are equal; expected a range"
             )
         return rope
-
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """float32 [E/2]: the angle per position, as transformers computes it."""
-        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
-        inverse = (1.0 / np.float32(self.theta) ** exponents.astype(np.float32)).astype(np.float32)
-        if self.kind == "linear":
-            return inverse / np.float32(self.factor)
-        return self._llama3(inverse) if self.kind == "llama3" else inverse
-
-    def _llama3(self, inverse: np.ndarray) -> np.ndarray:
-        """Llama 3.1's stretch: long wavelengths divided by `factor`, short ones kept, a ramp between."""
-        wavelength = 2 * math.pi / inverse
-        low = self.original_max_position_embeddings / self.low_freq_factor
-        high = self.original_max_position_embeddings / self.high_freq_factor
-        ramp = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (
-            self.high_freq_factor - self.low_freq_factor
-        )
-        blended = (1 - ramp) * inverse / self.factor + ramp * inverse
-        return np.where(
-            wavelength > low, inverse / self.factor, np.where(wavelength < high, inverse, blended)
-        ).astype(np.float32)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.architecture.anatomy import HEAD
+from gossamer.architecture.config import read_json
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.partial import (
     CHECKPOINTS,
@@ -76,7 +77,7 @@ class Checkpoint:
     def manifest(self) -> dict[str, Any] | None:
         """The stage's record (`gossamer.json`), None in a directory that Gossamer did not write."""
         file = self.path / MANIFEST
-        return _read_json(file) if file.exists() else None
+        return read_json(file) if file.exists() else None
 
     def dtype(self, name: str) -> str:
         return self.entries[name].dtype
@@ -206,9 +207,6 @@ class Derived:
         if self.writes:
             self._shards.add(name, array, dtype)
 
-    def replace_config(self, config: Mapping[str, Any]) -> None:
-        self.config = dict(config)
-
     def copy_rest(self) -> None:
         """Copy every tensor of the parent that has not been written."""
         for name in self.parent.names:
@@ -291,40 +289,25 @@ def companions(directory: Path) -> list[Path]:
     return [file for pattern in COMPANIONS for file in directory.glob(pattern)]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}); the file is damaged") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: found a JSON {type(content).__name__}; expected an object")
-    return content
-
-
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
-        kind = (
-            "a directory without config.json"
-            if directory.is_dir()
-            else "a file"
-            if directory.exists()
-            else "nothing"
-        )
+        kind = "no directory, but a file" if directory.is_file() else "nothing"
+        kind = "a directory without config.json" if directory.is_dir() else kind
         raise CheckpointError(
             f"{directory}: found {kind}; expected a Hugging Face directory (config.json and *.safetensors)"
         )
-    return _read_json(directory / "config.json")
+    return read_json(directory / "config.json")
 
 
 def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files: one, or the shards that the index names."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map; the index is damaged")
         files = [directory / name for name in sorted(set(weight_map.values()))]

@@ -73,17 +73,12 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
 
 def write_safetensors(file: Path, tensors: Mapping[str, tuple[np.ndarray, str]]) -> None:
     """Write one safetensors file; a failing disk is an OSError."""
-    names = {
-        "F32": "float32",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "I8": "int8",
-        "I32": "int32",
-        "I64": "int64",
-    }
     views = {
         name: TensorSpec(
-            dtype=names[dtype], shape=list(array.shape), data_ptr=array.ctypes.data, data_len=array.nbytes
+            dtype="bfloat16" if dtype == "BF16" else array.dtype.name,
+            shape=list(array.shape),
+            data_ptr=array.ctypes.data,
+            data_len=array.nbytes,
         )
         for name, (array, dtype) in tensors.items()
     }

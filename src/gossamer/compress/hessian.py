@@ -31,12 +31,6 @@ from gossamer.errors import CalibrationError
 SLAB = 128
 
 
-def hessian(inputs: Iterable[Tensor]) -> Tensor:
-    """H = 2/n X X^T, float32 [K, K], over the n tokens in batches [..., K] of a linear's input."""
-    H_KK, _ = hessians((x, x) for x in inputs)
-    return H_KK
-
-
 def hessians(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """H = 2/n X X^T and C = 2/n X' X^T [K, K] from batches of a linear's input in two models, X and X'."""
     num_tokens, H_KK, C_KK = 0, torch.zeros(0, 0), torch.zeros(0, 0)
@@ -108,10 +102,3 @@ def fix_rows(w_BN: Tensor, u_BB: Tensor, fix: Callable[[int, Tensor], Tensor]) -
         w_BN[j + 1 :].addr_(u_BB[j, j + 1 :], error_BN[j], alpha=-1)
         w_BN[j] = fixed_N
     return error_BN
-
-
-def reconstruction_error(w_NK: Tensor, changed_NK: Tensor, H_KK: Tensor) -> float:
-    """Squared error of the layer's outputs over the squared outputs, both averaged over the tokens of H."""
-    delta_NK = changed_NK - w_NK
-    signal = ((w_NK @ H_KK) * w_NK).sum()
-    return (((delta_NK @ H_KK) * delta_NK).sum() / signal.clamp_min(torch.finfo(signal.dtype).tiny)).item()

@@ -1,17 +1,11 @@
 """Magnitude pruning: the weights nearest to zero go, whatever their inputs. The baseline of every paper."""
 
-import torch
 from torch import Tensor
+
+from gossamer.compress.sparsegpt import smallest
 
 
 def magnitude(w_NK: Tensor, sparsity: float) -> Tensor:
     """Return W [N, K] with round(sparsity N K) zeros, or as many as it came with where these are more."""
     count = max(round(sparsity * w_NK.numel()), int((w_NK == 0).sum()))
     return w_NK.masked_fill(smallest(w_NK.abs(), count), 0.0)
-
-
-def smallest(saliency: Tensor, count: int) -> Tensor:
-    """Boolean mask of exactly `count` True, at the smallest values."""
-    chosen = torch.zeros_like(saliency, dtype=torch.bool)
-    chosen.view(-1)[saliency.flatten().topk(count, largest=False, sorted=False).indices] = True
-    return chosen

@@ -8,10 +8,10 @@ Inputs are taken in blocks of 128. In a block, the weights of least saliency are
 Zeros that the weights come with, and all weights of inputs that are always zero, stay zero and count.
 """
 
+import torch
 from torch import Tensor
 
 from gossamer.compress.hessian import InverseFactor, fix_rows
-from gossamer.compress.magnitude import smallest
 
 
 def sparsegpt(
@@ -50,3 +50,10 @@ def zeros_per_block(zeros_KN: Tensor, sparsity: float, block_size: int) -> list[
         quotas[block] = max(existing[block], round(left * sizes[block] / left_size))
         left, left_size = left - quotas[block], left_size - sizes[block]
     return quotas
+
+
+def smallest(saliency: Tensor, count: int) -> Tensor:
+    """Boolean mask of exactly `count` True, at the smallest values."""
+    chosen = torch.zeros_like(saliency, dtype=torch.bool)
+    chosen.view(-1)[saliency.flatten().topk(count, largest=False, sorted=False).indices] = True
+    return chosen

@@ -11,7 +11,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.sources import documents, parse_weight
 from gossamer.errors import CalibrationError, ConfigError
 from gossamer.job.options import option
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +47,18 @@ def calibration_ids(source: Checkpoint, job: CalibrationOptions) -> Tensor:
 
     Every row begins with BOS, as every sequence does at inference: much attention goes to that one token.
     """
-    tokenizer = Tokenizer.open(source.path)
+    tokenizer = Encoder.open(source.path)
     length = min(job.max_seq_length, source.architecture.max_position_embeddings)
     ids_BT = torch.from_numpy(
         calibration_rows(job.dataset, tokenizer, job.num_calibration_samples, length, offline=job.offline)
     )
-    if tokenizer.bos_id is not None:
-        ids_BT[:, 0] = tokenizer.bos_id
+    ids_BT[:, 0] = tokenizer.required_bos()
     return ids_BT
 
 
 def calibration_rows(
     source: str | Sequence[str],
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     num_samples: int,
     max_seq_length: int,
     *,

@@ -13,7 +13,7 @@ import numpy as np
 from gossamer.data import doctests
 from gossamer.data.sources import END_OF_TEXT, documents, read_text
 from gossamer.errors import ConfigError
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 
 def token_rows(texts: Iterable[str], tokenizer: Tokenizer, max_length: int) -> Iterator[np.ndarray]:

@@ -4,7 +4,7 @@ A source `SRC` is one of
 
     path            .txt, .jsonl, .jsonl.zst, .parquet, a folder of .py/.txt, a .tar.gz of them
     python:stdlib   this interpreter's own library, without tests, tables and the held-out files
-    python:stdlib:held-out          the files of `HELD_OUT`, for evaluation only
+    python:stdlib:held-out          the files that `python:stdlib` leaves out, to evaluate on
     python:doctests[:NUM[:SEED]]    generated examples (`>>> sorted("bca")` and its answer); see doctests.py
     hf:repo[:config[:split]]        a Hugging Face dataset, streamed
 
@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sysconfig
-import tarfile
 import tokenize
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -27,13 +25,7 @@ from typing import Any
 from gossamer.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
-HELD_OUT = (
-    "bisect.py", "calendar.py", "colorsys.py", "fractions.py", "graphlib.py",
-    "heapq.py", "queue.py", "shlex.py", "string.py", "textwrap.py",
-)  # fmt: skip
-LEFT_OUT_FOLDERS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
-)
+STDLIB = ("python:stdlib", "python:stdlib:held-out")
 SUPPORTED = (
     "a .txt, .jsonl, .jsonl.zst or .parquet file, a folder or .tar.gz of .py/.txt files, "
     "python:stdlib, python:stdlib:held-out, python:doctests[:NUM[:SEED]] or hf:repo[:config[:split]]"
@@ -42,8 +34,6 @@ SUPPORTED = (
 
 def documents(source: str, *, offline: bool = False) -> Iterator[str]:
     """The texts of a source, in its order; `python:doctests` without a number never ends."""
-    if source == "python:stdlib" or source == "python:stdlib:held-out":
-        return (_read_python(path) for path in _stdlib_files(source.endswith("held-out")))
     if source.startswith("python:doctests"):
         from gossamer.data import doctests
 
@@ -54,8 +44,10 @@ def documents(source: str, *, offline: bool = False) -> Iterator[str]:
 
         return hub_documents(source, offline)
     path = Path(source)
-    if path.is_dir():
-        return (read_text(file) for file in _folder_files(path))
+    if source in STDLIB or path.is_dir():
+        from gossamer.data.trees import tree_files
+
+        return (read_text(file) for file in tree_files(source))
     if not path.is_file():
         raise ConfigError(f"dataset {source!r}: no such file or folder; a source is {SUPPORTED}")
     return _file_documents(path)
@@ -68,46 +60,20 @@ def _file_documents(path: Path) -> Iterator[str]:
 
         return table_documents(path)
     if path.name.endswith((".tar.gz", ".tgz")):
-        return _tar_documents(path)
+        from gossamer.data.trees import tar_documents
+
+        return tar_documents(path)
     if path.name.endswith((".txt", ".py")):
         pieces = read_text(path).split(END_OF_TEXT)
         return iter(pieces) if len(pieces) == 1 else (piece.strip("\n") for piece in pieces if piece.strip())
     raise ConfigError(f"dataset {str(path)!r}: unknown kind of file; a source is {SUPPORTED}")
 
 
-def _tar_documents(path: Path) -> Iterator[str]:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            file = archive.extractfile(member) if member.name.endswith((".py", ".txt")) else None
-            if file is not None:
-                yield _decode(file.read(), f"{path}:{member.name}", python=member.name.endswith(".py"))
-
-
-def _stdlib_files(held_out: bool) -> list[Path]:
-    library = Path(sysconfig.get_path("stdlib"))
-    if held_out:
-        return [library / name for name in HELD_OUT]
-    names = (path.relative_to(library) for path in library.rglob("*.py"))
-    kept = (name for name in names if not LEFT_OUT_FOLDERS & set(name.parts) and str(name) not in HELD_OUT)
-    return [library / name for name in sorted(kept)]
-
-
-def _folder_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".txt") and path.is_file())
-    if not files:
-        raise ConfigError(f"dataset {str(folder)!r}: no .py or .txt file in this folder")
-    return files
-
-
-def _read_python(path: Path) -> str:
-    return _decode(path.read_bytes(), str(path), python=True)
-
-
 def read_text(path: Path) -> str:
-    return _decode(path.read_bytes(), str(path), python=path.suffix == ".py")
+    return decode(path.read_bytes(), str(path), python=path.suffix == ".py")
 
 
-def _decode(raw: bytes, where: str, *, python: bool) -> str:
+def decode(raw: bytes, where: str, *, python: bool) -> str:
     """Text of a file: UTF-8, or what a Python file's coding line says."""
     try:
         encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0] if python else "utf-8"
@@ -139,13 +105,16 @@ def manifest(source: str) -> dict[str, Any]:
     if name.startswith("python:doctests"):
         digest = hashlib.sha256(Path(__file__).with_name("doctests.py").read_bytes()).hexdigest()
         return {**known, "kind": "doctests", "generator_sha256": digest}
-    if name.startswith("python:stdlib"):
-        return {**known, "kind": "stdlib", **_files_digest(_stdlib_files("held-out" in name))}
     path = Path(name)
-    if not path.exists():
+    if name in STDLIB or path.is_dir():
+        from gossamer.data.trees import tree_files
+
+        kind, files = "stdlib" if name in STDLIB else "folder", tree_files(name)
+    elif path.exists():
+        kind, files = "file", [path]
+    else:
         raise ConfigError(f"dataset {name!r}: no such file or folder; a source is {SUPPORTED}")
-    files = _folder_files(path) if path.is_dir() else [path]
-    return {**known, "kind": "folder" if path.is_dir() else "file", **_files_digest(files)}
+    return {**known, "kind": kind, **_files_digest(files)}
 
 
 def _files_digest(files: Sequence[Path]) -> dict[str, Any]:

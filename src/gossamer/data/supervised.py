@@ -12,7 +12,7 @@ from gossamer.data import doctests
 from gossamer.data.mixture import mixture, pieces
 from gossamer.data.tables import table_rows
 from gossamer.errors import ConfigError
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 DEFAULT_DOCTESTS = 20_000
 IGNORED = -100

@@ -12,7 +12,7 @@ from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
 from gossamer.job.report import Progress, quiet
-from gossamer.tokens import Message, Tokenizer
+from gossamer.tokens.tokenizer import Message, Tokenizer
 
 GREEDY = SamplingParams()
 

@@ -18,7 +18,7 @@ from gossamer.job.report import Progress, quiet
 from gossamer.machine import default_threads
 from gossamer.packed.cache import open_packed
 from gossamer.packed.reader import Packed
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 LOGITS_CHUNK = 256  # tokens whose logits are computed in one call
 

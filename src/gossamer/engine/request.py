@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gossamer import _native
 from gossamer.engine.sampling import Logits, Sampler, SamplingParams, log_probability
 from gossamer.engine.text import StopText, TextStream
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 

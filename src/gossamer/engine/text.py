@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no UTF-8 (yet)
 

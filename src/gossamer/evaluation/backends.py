@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, KvCacheDtype, SamplingParams
 from gossamer.errors import UnsupportedError
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_ROWS = 16
 

@@ -15,7 +15,7 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed import panels, streams
 from gossamer.packed.cache import cache_directory
-from gossamer.packed.header import Layer
+from gossamer.packed.header import Layer, matrix_shapes, vector_sizes
 from gossamer.packed.reader import native_config
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
 from gossamer.packed.writer import PackedWriter, smaller_storage
@@ -140,14 +140,14 @@ def synthetic_file(recipe: Recipe, progress: Progress = quiet) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, anatomy = np.random.default_rng(0), read_anatomy(recipe.config)
-    names = list(anatomy.matrix_shapes)
+    names = list(matrix_shapes(anatomy))
     if recipe.integer and HEAD not in names:
         names.append(HEAD)
     with PackedWriter(path, config=json.dumps(recipe.config)) as writer:
         for index, name in enumerate(names, start=1):
             progress(Event("write synthetic model", name, index, len(names)))
             _write(writer, anatomy, name, recipe, rng)
-        for name, size in anatomy.vector_sizes.items():
+        for name, size in vector_sizes(anatomy).items():
             writer.vector(name, plausible_vector(name, size))
     return path
 
@@ -160,7 +160,7 @@ def _write(
     if first in writer.layers:
         writer.repeat(name, first)
         return
-    rows, columns = anatomy.matrix_shapes[EMBEDDING if name == HEAD else name]
+    rows, columns = matrix_shapes(anatomy)[EMBEDDING if name == HEAD else name]
     values, sparsity = recipe.kind(name)
     block = random_weights(values, min(rows, BLOCK_ROWS), columns, sparsity, rng)
     w_NK, scale_N = np.resize(block, (rows, columns)), plausible_scales(rows, columns)
@@ -198,7 +198,7 @@ def synthetic_image(recipe: Recipe) -> Image:
     embedding = np.resize(block, (anatomy.vocab_size, anatomy.hidden_size))
     table[EMBEDDING] = Layer("dense", "f32", *embedding.shape, nonzeros=embedding.size)
     pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels("f32", embedding))
-    for name, size in anatomy.vector_sizes.items():
+    for name, size in vector_sizes(anatomy).items():
         pieces[name] = ("F32", plausible_vector(name, size))
     buffer, tensors = _lay_out(pieces)
     return Image(buffer, tensors, native_config(anatomy, table), num_bytes)

@@ -18,7 +18,7 @@ from gossamer.checkpoint.schemes import SCHEMES, Scheme, read_scheme
 from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import CheckpointError
 from gossamer.job.report import Event, Progress, quiet
-from gossamer.packed.header import Layer
+from gossamer.packed.header import Layer, matrix_shapes, vector_sizes
 from gossamer.packed.panels import panel_chunks
 from gossamer.packed.writer import PackedWriter
 
@@ -49,7 +49,7 @@ def pack_checkpoint(
     UnsupportedError for a quantization that we do not run.
     """
     round_head = head == "i8" or (head == "auto" and scheme_of(source) is not None)
-    names = [*source.architecture.matrix_shapes]
+    names = [*matrix_shapes(source.architecture)]
     if round_head and HEAD not in names:
         names.append(HEAD)
     error = None
@@ -62,7 +62,7 @@ def pack_checkpoint(
                 layer = _write_matrix(writer, source, name, int8)
             metrics = {"storage": layer.storage, "values": layer.values, "sparsity": round(layer.sparsity, 4)}
             progress(Event("pack", name, index, len(names), metrics))
-        for name in source.architecture.vector_sizes:
+        for name in vector_sizes(source.architecture):
             writer.vector(name, source.float32(name))
     return Packing(writer.layers, error)
 

@@ -104,9 +104,20 @@ class Layer:
         return streams.stream_bytes(*size, least), streams.stream_bytes(*size, most)
 
 
+def matrix_shapes(anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    """Name without `.weight` -> (rows, columns): embedding, linears of all blocks, a head of its own."""
+    shapes = anatomy.tensor_shapes.items()
+    return {name.removesuffix(".weight"): shape for name, shape in shapes if len(shape) == 2}
+
+
+def vector_sizes(anatomy: Anatomy) -> dict[str, int]:
+    """Tensor name -> length: the weights of all norms, and all biases."""
+    return {name: shape[0] for name, shape in anatomy.tensor_shapes.items() if len(shape) == 1}
+
+
 def vector_tensors(anatomy: Anatomy) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> (dtype, shape) of the weights of norms and of the biases, padded to 64 bytes."""
-    sizes = anatomy.vector_sizes
+    sizes = vector_sizes(anatomy)
     return {name: ("F32", (panels.round_up(size, ALIGNMENT // 4),)) for name, size in sizes.items()}
 
 
@@ -247,7 +258,7 @@ def read_model(
 
 def _check_shapes(layers: Mapping[str, Layer], anatomy: Anatomy, source: str) -> None:
     """The table has exactly the matrices of the model; a tied head may have been stored in int8 beside."""
-    shapes = dict(anatomy.matrix_shapes)
+    shapes = matrix_shapes(anatomy)
     if HEAD in layers:
         shapes[HEAD] = shapes[EMBEDDING]
     if different := sorted(shapes.keys() ^ layers.keys()):

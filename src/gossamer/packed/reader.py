@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Block
+from gossamer.architecture.frequencies import inverse_frequencies
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
@@ -23,6 +24,7 @@ from gossamer.packed.header import (
     check_tensors,
     read_header,
     read_model,
+    vector_sizes,
     vector_tensors,
 )
 from gossamer.packed.values import PANEL_ROWS
@@ -155,7 +157,7 @@ class Packed:
         """float32 weights of a norm, such as `model.norm.weight`, or a bias; FormatError unless finite."""
         if not np.isfinite(padded := self.array(name)).all():
             raise FormatError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
-        return padded[: self.architecture.vector_sizes[name]]
+        return padded[: vector_sizes(self.architecture)[name]]
 
     def check(self) -> None:
         """Decode everything; FormatError for the first matrix or vector that is not sound."""
@@ -210,7 +212,7 @@ def native_config(anatomy: Anatomy, layers: Mapping[str, Layer]) -> dict[str, An
         "head_dim": heads.head_dim,
         "intermediate_size": anatomy.intermediate_size,
         "norm_eps": anatomy.norm_eps,
-        "inverse_frequencies": rope.inverse_frequencies(heads.head_dim),
+        "inverse_frequencies": inverse_frequencies(rope, heads.head_dim),
         "embedding": EMBEDDING,
         "final_norm": f"{anatomy.final_norm.name}.weight",
         "head": HEAD if HEAD in layers else EMBEDDING,

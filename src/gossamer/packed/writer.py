@@ -29,7 +29,7 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
-from gossamer.packed.header import DTYPES, TOKENIZER, Layer, needed_version
+from gossamer.packed.header import DTYPES, TOKENIZER, Layer, matrix_shapes, needed_version, vector_sizes
 from gossamer.packed.panels import ALIGNMENT, count_nonzero, padded
 from gossamer.packed.reader import Packed
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
@@ -66,7 +66,7 @@ class PackedWriter:
         self._metadata |= dict(metadata or {})
         self._tokenizer = tokenizer
         self._entries: dict[str, dict[str, Any]] = {}
-        room = (len(anatomy.matrix_shapes) + 2) * _LAYER_BYTES + len(anatomy.vector_sizes) * _VECTOR_BYTES
+        room = (len(matrix_shapes(anatomy)) + 2) * _LAYER_BYTES + len(vector_sizes(anatomy)) * _VECTOR_BYTES
         self._data_begin = panels.round_up(len(json.dumps(self._metadata)) + room, ALIGNMENT)
         self._position = self._data_begin
         self._file: BinaryIO

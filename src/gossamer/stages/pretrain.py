@@ -7,17 +7,17 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.mixture import mixture
 from gossamer.data.rows import token_rows
 from gossamer.data.sources import manifest
-from gossamer.decoder import load_model, write_model
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
-from gossamer.tokens import Tokenizer
+from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.rows import Rows, next_token_rows
 from gossamer.training.trainer import train
+from gossamer.training.whole_model import load_model, write_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.hessian import hessians, inverse_factor, towards
-from gossamer.compress.magnitude import magnitude
 from gossamer.compress.sparsegpt import sparsegpt
 from gossamer.data.calibration import CalibrationOptions, calibration_ids, check_options
 from gossamer.data.sources import manifest
@@ -85,6 +84,8 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
 def prune_group(group: Mapping[str, nn.Linear], inputs: Iterable[tuple[Tensor, Tensor]], job: Prune) -> None:
     """Prune the linears that share an input, in place; `inputs` are pieces of ours and of the parent's."""
     if job.method == "magnitude":
+        from gossamer.compress.magnitude import magnitude
+
         for linear in group.values():
             linear.weight.data = magnitude(linear.weight.data, job.sparsity)
         return

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gossamer.architecture.anatomy import Group
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.checkpoint.schemes import SCHEMES
-from gossamer.compress.gptq import gptq
-from gossamer.compress.hessian import hessian, inverse_factor, reconstruction_error
+from gossamer.compress.gptq import gptq, hessian, reconstruction_error
+from gossamer.compress.hessian import inverse_factor
 from gossamer.compress.int8 import fake_quantize_tokens, row_scales
 from gossamer.compress.smooth import divide_norm, share_over_query_heads, smoothing_scales, value_rows
 from gossamer.data.calibration import CalibrationOptions, calibration_ids, check_options
@@ -83,7 +83,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
                 )
             write_unquantized(target, block, ignored)
         target.copy_rest()
-        target.replace_config({**source.config, "quantization_config": SCHEMES[job.scheme].config(ignored)})
+        target.config["quantization_config"] = SCHEMES[job.scheme].config(ignored)
         target.num_threads = torch.get_num_threads()
         target.metrics["mean_error"] = sum(errors) / len(errors)
     error, seconds = sum(errors) / len(errors), time.monotonic() - start
@@ -166,7 +166,8 @@ def quantize_group(
 
 def write_unquantized(target: Derived, block: Block, ignored: Collection[str]) -> None:
     """Store what stays floating point: the norms and the ignored linears, smoothed."""
+    rounded = {f"{name}.weight" for group in block.groups for name in group if name not in ignored}
     for name, parameter in block.layer.named_parameters():
         name = f"{block.prefix}{name}"
-        if name.removesuffix(".weight") not in block.linears or name.removesuffix(".weight") in ignored:
+        if name not in rounded:
             write_tensor(target, name, parameter)

@@ -1,7 +1,7 @@
 """`inspect`: what a checkpoint directory or a packed file holds, and where it comes from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.packed.header import matrix_shapes
 from gossamer.packed.reader import Packed
 
 
@@ -120,7 +121,7 @@ def _packed(packed: Packed) -> InspectResult:
 
 
 def _directory(source: Checkpoint, progress: Progress) -> InspectResult:
-    names = list(source.architecture.matrix_shapes)
+    names = list(matrix_shapes(source.architecture))
     matrices = []
     for index, name in enumerate(names, start=1):
         progress(Event("inspect", name, index, len(names)))
@@ -150,7 +151,7 @@ def _result(
     return InspectResult(
         model=model,
         kind=kind,
-        architecture=architecture.summary(),
+        architecture=_sizes(architecture),
         num_parameters=sum(int(np.prod(shape)) for shape in shapes),
         num_bytes=num_bytes,
         sparsity=_sparsity(decoder),
@@ -158,6 +159,27 @@ def _result(
         matrices=tuple(matrices),
         provenance=provenance,
     )
+
+
+def _sizes(anatomy: Anatomy) -> dict[str, Any]:
+    """The sizes that tell one model from another, as plain data."""
+    heads = anatomy.attention
+    return {
+        "model_type": anatomy.model_type,
+        "num_layers": anatomy.num_layers,
+        "hidden_size": anatomy.hidden_size,
+        "intermediate_size": anatomy.intermediate_size,
+        "num_heads": heads.num_heads,
+        "num_kv_heads": heads.num_kv_heads,
+        "head_dim": heads.head_dim,
+        "vocab_size": anatomy.vocab_size,
+        "rms_norm_eps": anatomy.norm_eps,
+        "rope": asdict(heads.rope) if heads.rope else None,
+        "tie_word_embeddings": anatomy.tie_word_embeddings,
+        "max_position_embeddings": anatomy.max_position_embeddings,
+        "bos_token_id": anatomy.bos_token_id,
+        "eos_token_ids": anatomy.eos_token_ids,
+    }
 
 
 def _sparsity(matrices: Sequence[Matrix]) -> float:

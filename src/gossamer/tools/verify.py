@@ -18,6 +18,7 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.cache import open_packed
 from gossamer.packed.from_checkpoint import round_rows, scheme_of, stored_scales
+from gossamer.packed.header import vector_sizes
 from gossamer.packed.reader import Packed
 
 # |engine - torch| / |torch| of all logits. The last bit of a float can send an INT8 activation to the other
@@ -170,7 +171,7 @@ def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
         same = np.array_equal(found_NK, expected_NK)
         if not same or (scale_N is not None and not np.array_equal(packed.scale(name), scale_N)):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
-    for name in parent.architecture.vector_sizes:
+    for name in vector_sizes(parent.architecture):
         if not np.array_equal(packed.vector(name), parent.float32(name)):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
     return Check("tensors", f"all decode to those of {parent.path}")
@@ -211,7 +212,7 @@ def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:
     import torch
 
     from gossamer.compress.int8 import fake_quantize_tokens
-    from gossamer.decoder import new_model
+    from gossamer.training.whole_model import new_model
 
     config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
     model = new_model(packed.architecture, config | {"tie_word_embeddings": False})

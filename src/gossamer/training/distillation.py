@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, Trainer
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.squarehead import squarehead_loss
-from gossamer.decoder import load_model
 from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.training.whole_model import load_model
 
 
 class SquareHead:

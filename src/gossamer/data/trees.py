@@ -1,0 +1,47 @@
+"""Texts that lie in many files: a folder, an archive of one, and this interpreter's own library."""
+
+from __future__ import annotations
+
+import sysconfig
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gossamer.data.sources import decode
+from gossamer.errors import ConfigError
+
+HELD_OUT = (
+    "bisect.py", "calendar.py", "colorsys.py", "fractions.py", "graphlib.py",
+    "heapq.py", "queue.py", "shlex.py", "string.py", "textwrap.py",
+)  # fmt: skip
+LEFT_OUT_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+)
+
+
+def tree_files(source: str) -> list[Path]:
+    """The files of a folder or of `python:stdlib`, in the order of their names."""
+    if source == "python:stdlib:held-out":
+        return [_library() / name for name in HELD_OUT]
+    if source == "python:stdlib":
+        names = (path.relative_to(_library()) for path in _library().rglob("*.py"))
+        kept = (it for it in names if not LEFT_OUT_FOLDERS & set(it.parts) and str(it) not in HELD_OUT)
+        return [_library() / name for name in sorted(kept)]
+    paths = Path(source).rglob("*")
+    files = sorted(path for path in paths if path.suffix in (".py", ".txt") and path.is_file())
+    if not files:
+        raise ConfigError(f"dataset {source!r}: no .py or .txt file in this folder")
+    return files
+
+
+def tar_documents(path: Path) -> Iterator[str]:
+    """The .py and .txt files of an archive, in its order."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.name.endswith((".py", ".txt")) else None
+            if file is not None:
+                yield decode(file.read(), f"{path}:{member.name}", python=member.name.endswith(".py"))
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))

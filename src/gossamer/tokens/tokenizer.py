@@ -1,0 +1,98 @@
+"""Text to token ids and back, and chats: what the engine, training and evaluation need of a tokenizer."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from gossamer.errors import CheckpointError
+from gossamer.tokens.encoder import Encoder, first_ids, read_files
+
+if TYPE_CHECKING:
+    from gossamer.tokens.chat import ChatTemplate
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer(Encoder):
+    """An encoder that also decodes, and that knows how a text ends and the model's chat template (chat.py).
+
+    `eos_ids` end a generation: those of the generation config (else the model's) and the tokenizer's own.
+    """
+
+    def __init__(
+        self,
+        content: bytes,
+        config: Mapping[str, Any] | None = None,
+        *,
+        chat_template: str | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        model_config: Mapping[str, Any] | None = None,
+        origin: str = "tokenizer.json",
+    ) -> None:
+        """As an `Encoder` is made; `chat_template` counts before the one in tokenizer_config.json."""
+        super().__init__(
+            content, config, generation_config=generation_config, model_config=model_config, origin=origin
+        )
+        self.chat_template = chat_template or _inline_template(config or {})
+        self._special_ids = frozenset(
+            index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self._byte_fallback = '"ByteFallback"' in json.dumps(self._document.get("decoder"))
+        own = self._token_id("eos_token")
+        ends = first_ids((generation_config or {}, model_config or {}), "eos_token_id")
+        self.eos_ids = frozenset(ends if own is None else [*ends, own])
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read a Hugging Face model directory; CheckpointError when it holds no usable tokenizer."""
+        file = Path(path) / "chat_template.jinja"
+        template = file.read_text(encoding="utf-8") if file.is_file() else None
+        return cls(**read_files(Path(path)), chat_template=template)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 come out as U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a chat: `[{"role": ..., "content": ...}, ...]` through the model's template.
+
+        ConfigError without a template, or when it objects to the messages.
+        """
+        text = self._chat.render(messages, self.special_tokens, add_generation_prompt)
+        return self.encode(text, bos=False)
+
+    def is_special(self, index: int) -> bool:
+        """Whether the id is a special token, which never shows in decoded text."""
+        return index in self._special_ids
+
+    def may_continue(self, index: int) -> bool:
+        """Whether the bytes of this id may be read differently once the next id is known."""
+        token = self._tokenizer.id_to_token(index) or ""
+        return self._byte_fallback and BYTE_TOKEN.fullmatch(token) is not None
+
+    @cached_property
+    def _chat(self) -> "ChatTemplate":
+        from gossamer.tokens.chat import ChatTemplate  # most callers never chat
+
+        return ChatTemplate(self.chat_template)
+
+
+def _inline_template(config: Mapping[str, Any]) -> str | None:
+    """tokenizer_config.json's template: one text, or a list of named ones of which "default" counts."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"tokenizer_config: chat_template is {template!r:.80}; expected a text.")
+    return template
