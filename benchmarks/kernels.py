@@ -60,9 +60,9 @@ class Bed:
         self.inputs = np.random.default_rng(0).standard_normal((max(TOKENS), COLUMNS)).astype(np.float32)
 
     def time(self, isa: str, rows: int, tokens: int, repeats: int) -> list[float]:
-        image, layers = self.images[rows], {NAME: self.images[rows].config["linears"][NAME]}
+        image, matrices = self.images[rows], {NAME: self.images[rows].config["linears"][NAME]}
         x_TK = self.inputs[:tokens]
-        return _native.time_matmul(isa, image.buffer, image.tensors, layers, NAME, x_TK, repeats)
+        return _native.time_matmul(isa, image.buffer, image.tensors, matrices, NAME, x_TK, repeats)
 
     def rows(self, isa: str, tokens: int) -> int:
         """The largest matrix that a pass gets through in SECONDS."""

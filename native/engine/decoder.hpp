@@ -99,8 +99,8 @@ class Decoder {
 
     const DecoderConfig config_;
     ThreadPool& pool_;
-    const VectorRow& kernels_;
-    const AttentionRow& attention_;
+    const VectorKernels& kernels_;
+    const AttentionKernels& attention_;
     const KvLayout kv_;
     const DecoderWeights weights_;
     // From one token's row to the next, in floats.

@@ -64,7 +64,7 @@ struct Share {
 // Matrices with the same input, multiplied in one parallel region.
 struct Group {
     std::vector<Affine> matrices;
-    std::vector<const MatmulRow*> kernels;
+    std::vector<const MatmulKernels*> kernels;
     std::vector<std::vector<Share>> shares;  // of each thread
     bool paired;
     bool needs_f32 = false, needs_i8 = false, needs_split = false;  // forms of the inputs, see Activations
@@ -151,7 +151,7 @@ class Linears {
     void make_up_inputs();
 
     ThreadPool& pool_;
-    const VectorRow& kernels_;
+    const VectorKernels& kernels_;
     const std::size_t stride_;  // from one input row to the next
     const std::size_t num_rows_;
     Scratch x_, x_i8_, x_block_, x_high_, x_low_, scales_;

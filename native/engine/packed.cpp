@@ -154,8 +154,8 @@ const char* check_sums(const Linear& w, int panel, const std::vector<std::uint8_
     }
     const Activations x{.num_tokens = 1, .stride = ones.size(), .q = ones.data(), .q_block = ones.data()};
     std::int32_t acc[kPanelRows];
-    const MatmulRow& row = find_matmul(w.storage, w.values, isa());
-    row.accumulate(w, panel, panel + 1, x, acc - panel * kPanelRows, 0);
+    const MatmulKernels& kernels = find_matmul(w.storage, w.values, isa());
+    kernels.accumulate(w, panel, panel + 1, x, acc - panel * kPanelRows, 0);
     for (int r = 0; r < kPanelRows; ++r) {
         if (acc[r] + 128 * stored[r] != stored[r]) return "its row sums are not the sums of its weights";
     }

@@ -23,7 +23,7 @@ using Numbers = std::span<const float>;
 // A row of logits at a temperature.
 class Scores {
   public:
-    Scores(const SamplingRow& kernels, Numbers logits, double temperature)
+    Scores(const SamplingKernels& kernels, Numbers logits, double temperature)
         : kernels_(kernels),
           temperature_(temperature),
           softmax_{check(kernels, logits), inverse(temperature)} {}
@@ -42,7 +42,7 @@ class Scores {
     }
 
   private:
-    static float check(const SamplingRow& kernels, Numbers logits) {
+    static float check(const SamplingKernels& kernels, Numbers logits) {
         if (logits.empty() || logits.size() > kMaxLogits) {
             throw EngineError("found " + std::to_string(logits.size()) + " logits; expected 1 .. " +
                               std::to_string(kMaxLogits));
@@ -60,7 +60,7 @@ class Scores {
         return float(std::clamp(1.0 / temperature, double(Limits::min()), double(Limits::max())));
     }
 
-    const SamplingRow& kernels_;
+    const SamplingKernels& kernels_;
     double temperature_;
     Softmax softmax_;
 };
@@ -142,7 +142,7 @@ std::size_t find(const Scores& scores, Numbers logits, float low, std::uint64_t 
 
 }  // namespace
 
-int sample(const SamplingRow& kernels, Numbers logits, const SamplingOptions& options, double uniform) {
+int sample(const SamplingKernels& kernels, Numbers logits, const SamplingOptions& options, double uniform) {
     const Scores scores(kernels, logits, options.temperature);
     Cut kept = top_k(scores, logits, options.top_k);
     kept = top_p(scores, logits, options.top_p, kept);
@@ -160,7 +160,7 @@ int sample(const SamplingRow& kernels, Numbers logits, const SamplingOptions& op
     return int(find(scores, logits, kept.low, std::min(std::uint64_t(uniform * double(all)), all - 1)));
 }
 
-double log_probability(const SamplingRow& kernels, Numbers logits, int index) {
+double log_probability(const SamplingKernels& kernels, Numbers logits, int index) {
     const Scores scores(kernels, logits, 1.0);
     if (index < 0 || std::size_t(index) >= logits.size()) {
         throw EngineError("found token " + std::to_string(index) + "; expected 0 .. " +

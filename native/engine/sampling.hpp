@@ -18,10 +18,10 @@ struct SamplingOptions {
 // transformers' filters in their order: top-k keeps the k highest and those equal to the k-th; top-p the
 // fewest highest whose probabilities reach p; min-p those at least p times as probable as the highest. Tokens
 // lie in the order of their ids. EngineError when a logit is NaN or +inf, or none is finite.
-int sample(const SamplingRow& kernels, std::span<const float> logits, const SamplingOptions& options,
+int sample(const SamplingKernels& kernels, std::span<const float> logits, const SamplingOptions& options,
            double uniform);
 
 // Natural logarithm of the softmax of logits at `index`, within 1e-6.
-double log_probability(const SamplingRow& kernels, std::span<const float> logits, int index);
+double log_probability(const SamplingKernels& kernels, std::span<const float> logits, int index);
 
 }  // namespace gossamer

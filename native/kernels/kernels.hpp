@@ -7,9 +7,9 @@
 
 namespace gossamer {
 
-#define KERNEL(level, row, family, values, storage, name) \
-    namespace level {                                     \
-    std::remove_pointer_t<decltype(row::family)> name;    \
+#define KERNEL(level, kernels, family, values, storage, name) \
+    namespace level {                                         \
+    std::remove_pointer_t<decltype(kernels::family)> name;    \
     }
 #include "kernels/list.hpp"
 #undef KERNEL

@@ -25,9 +25,10 @@ using Matmul = void (*)(const Linear& w, int begin, int end, const Activations& 
 using Accumulate = void (*)(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                             std::size_t stride);
 
-// What a level runs for weights of one type and storage. Here and in the structs below, each function is the
-// one of the nearest level that has it, from the level itself down those that it builds on.
-struct MatmulRow {
+// The products that a level runs for weights of one type and storage. Here and in the structs below, each
+// function is resolved by itself: it is the one of the nearest level that has it, from the level itself down
+// those that it builds on.
+struct MatmulKernels {
     Matmul matmul;
     Accumulate accumulate;  // i8 and i4 only
     Isa isa;                // whose `matmul` it is
@@ -49,7 +50,8 @@ struct AttentionTask {
     float* scratch;  // attention_scratch_floats
 };
 
-struct AttentionRow {
+// What a level runs for cached keys and values of one type.
+struct AttentionKernels {
     void (*attention)(const AttentionTask& task);
 };
 
@@ -60,8 +62,9 @@ std::size_t attention_scratch_floats(int num_rows, int head_dim);
 void merge_attention(const float* states, std::size_t stride, int num_chunks, int head_dim, float* out_E);
 
 // Everything that surrounds the matrix products (vector.cpp, rope.cpp). All levels give the same bits.
-struct VectorRow {
-    // Both return max|y|, so that quantizing y reads it only once more.
+struct VectorKernels {
+    // Both return max|y|, so that quantizing y reads it only once more. y may be x: the norms of queries and
+    // keys run in place.
     float (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
     float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
     float (*largest)(const float* x, int count);                               // max|x|
@@ -82,7 +85,7 @@ struct Softmax {
 constexpr std::uint64_t kMassUnit = std::uint64_t(1) << 40;
 
 // What choosing a token reads of a row of logits (sampling.cpp); every level gives the same.
-struct SamplingRow {
+struct SamplingKernels {
     float (*highest)(const float* x, int count);  // NaN when one is
     // The sum of round(kMassUnit softmax(x)) over the x that are at least `low`; none is above `highest`.
     std::uint64_t (*mass)(const float* x, int count, const Softmax& softmax, float low);
@@ -101,7 +104,7 @@ struct AdamwStep {
 };
 
 // One step of AdamW (adamw.cpp), in place. Every level gives the same bits.
-struct AdamwRow {
+struct AdamwKernels {
     void (*adamw)(const AdamwStep& step, const float* gradient, std::size_t count, float* exp_avg,
                   float* exp_avg_sq, float* weight);
 };
@@ -120,13 +123,13 @@ constexpr int kTileTokens = 64, kStripInputs = 96;
 // Products of training, over tiles in which tokens are contiguous (strips.cpp): in is [96][64], out and
 // delta are [rows][64], gradient has one number a value; all begin at multiples of 64 bytes but the
 // gradient.
-struct TrainingRow {
+struct TrainingKernels {
     void (*multiply)(const Strip& strip, const float* in, float* out);
     void (*project)(const Strip& strip, const float* in, const float* delta, float* gradient);
 };
 
 // What the machine can do at best (probes.cpp).
-struct ProbeRow {
+struct ProbeKernels {
     // Sums `count` bytes (a multiple of 256), touching each cache line once.
     std::uint64_t (*read)(const std::uint8_t* data, std::size_t count, std::size_t prefetch_bytes);
     // Multiply in registers; return how many multiply-adds that were.
@@ -145,12 +148,12 @@ struct Kernel {
 std::span<const Kernel> kernels();
 
 // What a level runs. The references stay valid.
-const MatmulRow& find_matmul(Storage storage, Values values, Isa isa);
-const AttentionRow& find_attention(Values values, Isa isa);
-const VectorRow& find_vector(Isa isa);
-const SamplingRow& find_sampling(Isa isa);
-const AdamwRow& find_adamw(Isa isa);
-const TrainingRow& find_training(Isa isa);
-const ProbeRow& find_probe(Isa isa);
+const MatmulKernels& find_matmul(Storage storage, Values values, Isa isa);
+const AttentionKernels& find_attention(Values values, Isa isa);
+const VectorKernels& find_vector(Isa isa);
+const SamplingKernels& find_sampling(Isa isa);
+const AdamwKernels& find_adamw(Isa isa);
+const TrainingKernels& find_training(Isa isa);
+const ProbeKernels& find_probe(Isa isa);
 
 }  // namespace gossamer

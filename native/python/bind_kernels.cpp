@@ -60,12 +60,12 @@ double time_of(Work work) {
 // One matrix of a packed buffer, checked, for the entries that run a single kernel.
 struct Matrix {
     Linear w;
-    const MatmulRow* row;
+    const MatmulKernels* kernels;
 
-    Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict layers,
+    Matrix(const std::string& level, const Bytes& buffer, nb::dict tensors, nb::dict matrices,
            const std::string& name)
-        : w(read_packed(buffer, tensors, layers).linear(name)),
-          row(&find_matmul(w.storage, w.values, runnable(level))) {
+        : w(read_packed(buffer, tensors, matrices).linear(name)),
+          kernels(&find_matmul(w.storage, w.values, runnable(level))) {
         ThreadPool pool(1);
         check_contents({{name, w}}, pool);
     }
@@ -78,7 +78,7 @@ struct Inputs {
     std::vector<std::uint16_t> high, low;
     Activations activations;
 
-    Inputs(const VectorRow& vectors, const Linear& w, const FloatMatrix& x_TK) {
+    Inputs(const VectorKernels& vectors, const Linear& w, const FloatMatrix& x_TK) {
         const int T = int(x_TK.shape(0)), K = int(x_TK.shape(1));
         if (K != w.columns || T < 1) throw EngineError("the inputs do not fit the matrix");
         const std::size_t stride = Activations::padded(K), size = round_up(std::size_t(T), 16) * stride;
@@ -108,26 +108,26 @@ struct Inputs {
 };
 
 nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul(const std::string& level, Bytes buffer, nb::dict tensors,
-                                                  nb::dict layers, const std::string& name,
+                                                  nb::dict matrices, const std::string& name,
                                                   FloatMatrix x_TK) {
-    const Matrix matrix(level, buffer, tensors, layers, name);
+    const Matrix matrix(level, buffer, tensors, matrices, name);
     const Inputs inputs(find_vector(runnable(level)), matrix.w, x_TK);
     const std::size_t stride = std::size_t(matrix.w.padded_rows());
     std::unique_ptr<float[]> y(new float[x_TK.shape(0) * stride]);
-    matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.get(), stride);
+    matrix.kernels->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.get(), stride);
     return to_numpy(std::move(y), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
 }
 
 nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>> accumulators(const std::string& level, Bytes buffer,
-                                                               nb::dict tensors, nb::dict layers,
+                                                               nb::dict tensors, nb::dict matrices,
                                                                const std::string& name, FloatMatrix x_TK) {
-    const Matrix matrix(level, buffer, tensors, layers, name);
-    if (matrix.row->accumulate == nullptr)
+    const Matrix matrix(level, buffer, tensors, matrices, name);
+    if (matrix.kernels->accumulate == nullptr)
         throw UnsupportedError(name + ": only int8 products have integer sums");
     const Inputs inputs(find_vector(runnable(level)), matrix.w, x_TK);
     const std::size_t stride = std::size_t(matrix.w.padded_rows());
     std::unique_ptr<std::int32_t[]> acc(new std::int32_t[x_TK.shape(0) * stride]);
-    matrix.row->accumulate(matrix.w, 0, matrix.w.num_panels(), inputs.activations, acc.get(), stride);
+    matrix.kernels->accumulate(matrix.w, 0, matrix.w.num_panels(), inputs.activations, acc.get(), stride);
     return to_numpy(std::move(acc), x_TK.shape(0), std::size_t(matrix.w.rows), stride);
 }
 
@@ -135,9 +135,9 @@ nb::tuple rmsnorm(const std::string& level, FloatMatrix x_TD, Floats weight_D, f
     const std::size_t T = x_TD.shape(0), D = x_TD.shape(1);
     if (weight_D.size() != D) throw EngineError("the weights do not fit the inputs");
     std::unique_ptr<float[]> y(new float[T * D]), largest(new float[T]);
-    const VectorRow& row = find_vector(runnable(level));
+    const VectorKernels& kernels = find_vector(runnable(level));
     for (std::size_t t = 0; t < T; ++t)
-        largest[t] = row.rmsnorm(x_TD.data() + t * D, weight_D.data(), eps, int(D), y.get() + t * D);
+        largest[t] = kernels.rmsnorm(x_TD.data() + t * D, weight_D.data(), eps, int(D), y.get() + t * D);
     return nb::make_tuple(to_numpy(std::move(y), T, D, D), to_numpy(std::move(largest), T, 1, 1));
 }
 
@@ -145,10 +145,10 @@ nb::tuple swiglu(const std::string& level, FloatMatrix gate_TN, FloatMatrix up_T
     const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
     if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
     std::unique_ptr<float[]> y(new float[T * N]), largest(new float[T]);
-    const VectorRow& row = find_vector(runnable(level));
+    const VectorKernels& kernels = find_vector(runnable(level));
     for (std::size_t t = 0; t < T; ++t) {
         const std::size_t begin = t * N;
-        largest[t] = row.swiglu(gate_TN.data() + begin, up_TN.data() + begin, int(N), y.get() + begin);
+        largest[t] = kernels.swiglu(gate_TN.data() + begin, up_TN.data() + begin, int(N), y.get() + begin);
     }
     return nb::make_tuple(to_numpy(std::move(y), T, N, N), to_numpy(std::move(largest), T, 1, 1));
 }
@@ -161,10 +161,10 @@ nb::tuple quantize(const std::string& level, FloatMatrix x_TK) {
     const std::size_t T = x_TK.shape(0), K = x_TK.shape(1);
     std::unique_ptr<std::uint8_t[]> q(new std::uint8_t[T * K]);
     std::unique_ptr<float[]> scale(new float[T]);
-    const VectorRow& row = find_vector(runnable(level));
+    const VectorKernels& kernels = find_vector(runnable(level));
     for (std::size_t t = 0; t < T; ++t) {
         const float* x = x_TK.data() + t * K;
-        scale[t] = row.quantize(x, int(K), row.largest(x, int(K)), q.get() + t * K);
+        scale[t] = kernels.quantize(x, int(K), kernels.largest(x, int(K)), q.get() + t * K);
     }
     return nb::make_tuple(to_numpy(std::move(q), T, K, K), to_numpy(std::move(scale), T, 1, 1));
 }
@@ -212,11 +212,11 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
                        .scale = float(1.0 / std::sqrt(double(E))),
                        .state = nullptr,
                        .scratch = scratch.data()};
-    const AttentionRow& row = find_attention(layout.values, runnable(level));
-    if (!split) row.attention(task);
+    const AttentionKernels& kernels = find_attention(layout.values, runnable(level));
+    if (!split) kernels.attention(task);
     for (int c = 0; split && c < chunks; ++c) {
         task.begin = c, task.end = c + 1, task.state = states.data() + state * c;
-        row.attention(task);
+        kernels.attention(task);
     }
     for (int a = 0; split && a < A; ++a)
         merge_attention(states.data() + attention_state_floats(E) * a, state, chunks, E, out.get() + a * E);
@@ -301,16 +301,16 @@ double f32_peak(const std::string& level, int num_threads, int repeats) {
 }
 
 // Seconds of a product with random inputs on one thread, `repeats` times.
-std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict tensors, nb::dict layers,
+std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict tensors, nb::dict matrices,
                                 const std::string& name, FloatMatrix x_TK, int repeats) {
-    const Matrix matrix(level, buffer, tensors, layers, name);
+    const Matrix matrix(level, buffer, tensors, matrices, name);
     const Inputs inputs(find_vector(runnable(level)), matrix.w, x_TK);
     const std::size_t stride = std::size_t(matrix.w.padded_rows());
     std::vector<float> y(x_TK.shape(0) * stride);
     std::vector<double> seconds;
     for (int i = 0; i < repeats; ++i) {
         seconds.push_back(time_of([&] {
-            matrix.row->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.data(), stride);
+            matrix.kernels->matmul(matrix.w, 0, matrix.w.num_panels(), inputs.activations, y.data(), stride);
         }));
     }
     return seconds;
@@ -321,8 +321,8 @@ std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict
 void bind_kernels(nb::module_& m) {
     m.def("isa", [] { return std::string(name(isa())); });
     m.def("kernels", &table);
-    m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
-    m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a);
+    m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);
+    m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);
     m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
     m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
     m.def("largest", &largest, "isa"_a, "x"_a);
@@ -336,7 +336,7 @@ void bind_kernels(nb::module_& m) {
     m.def("sample", &sample_token, "isa"_a, "logits_V"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
           "uniform"_a);
     m.def("log_probability", &token_log_probability, "isa"_a, "logits_V"_a, "index"_a);
-    m.def("time_matmul", &time_matmul, "isa"_a, "buffer"_a, "tensors"_a, "layers"_a, "name"_a, "x_TK"_a,
+    m.def("time_matmul", &time_matmul, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a,
           "repeats"_a);
     m.def("int8_peak", &int8_peak, "isa"_a, "num_threads"_a, "repeats"_a);
     m.def("f32_peak", &f32_peak, "isa"_a, "num_threads"_a, "repeats"_a);

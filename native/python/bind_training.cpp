@@ -52,7 +52,9 @@ void run_shared(int num_threads, Work&& work) {
     work(shared_workspace(num_threads));
 }
 
-const TrainingRow& kernels(const Level& level) { return find_training(level ? runnable(*level) : isa()); }
+const TrainingKernels& training_kernels(const Level& level) {
+    return find_training(level ? runnable(*level) : isa());
+}
 
 std::unique_ptr<SparsePlan> make_plan(const Mask& mask_NK) {
     const std::size_t N = mask_NK.shape(0), K = mask_NK.shape(1);
@@ -88,26 +90,27 @@ int check(const SparsePlan& plan, std::size_t num_values, const X& x_TK, const Y
 void forward(const SparsePlan& plan, Floats values, FloatMatrix x_TK, FloatMatrixOut y_TN, int num_threads,
              const Level& level) {
     const int T = check(plan, values.size(), x_TK, y_TN);
-    const TrainingRow& row = kernels(level);
-    run_shared(num_threads,
-               [&](Workspace& work) { plan.forward(work, row, values.data(), x_TK.data(), T, y_TN.data()); });
+    const TrainingKernels& kernels = training_kernels(level);
+    run_shared(num_threads, [&](Workspace& work) {
+        plan.forward(work, kernels, values.data(), x_TK.data(), T, y_TN.data());
+    });
 }
 
 void backward_input(const SparsePlan& plan, Floats values, FloatMatrix dy_TN, FloatMatrixOut dx_TK,
                     int num_threads, const Level& level) {
     const int T = check(plan, values.size(), dx_TK, dy_TN);
-    const TrainingRow& row = kernels(level);
+    const TrainingKernels& kernels = training_kernels(level);
     run_shared(num_threads, [&](Workspace& work) {
-        plan.backward_input(work, row, values.data(), dy_TN.data(), T, dx_TK.data());
+        plan.backward_input(work, kernels, values.data(), dy_TN.data(), T, dx_TK.data());
     });
 }
 
 void backward_values(const SparsePlan& plan, FloatMatrix x_TK, FloatMatrix dy_TN, FloatsOut dvalues,
                      int num_threads, const Level& level) {
     const int T = check(plan, dvalues.size(), x_TK, dy_TN);
-    const TrainingRow& row = kernels(level);
+    const TrainingKernels& kernels = training_kernels(level);
     run_shared(num_threads, [&](Workspace& work) {
-        plan.backward_values(work, row, x_TK.data(), dy_TN.data(), T, dvalues.data());
+        plan.backward_values(work, kernels, x_TK.data(), dy_TN.data(), T, dvalues.data());
     });
 }
 
@@ -126,15 +129,15 @@ void adamw(FloatsOut values, Floats gradient, FloatsOut exp_avg, FloatsOut exp_a
                             .rate = float(learning_rate / (1 - std::pow(beta1, step))),
                             .correction2 = float(std::sqrt(1 - std::pow(beta2, step))),
                             .eps = float(eps)};
-    const AdamwRow& row = find_adamw(level ? runnable(*level) : isa());
+    const AdamwKernels& kernels = find_adamw(level ? runnable(*level) : isa());
     const int pieces = int((count + kPiece - 1) / kPiece);
     run_shared(num_threads, [&](Workspace& work) {
         work.team.run([&](int thread) {
             const Part part(pieces, thread, work.team.size());
             const std::size_t begin = std::size_t(part.begin) * kPiece;
             const std::size_t end = std::min(count, std::size_t(part.end) * kPiece);
-            row.adamw(factors, gradient.data() + begin, end - begin, exp_avg.data() + begin,
-                      exp_avg_sq.data() + begin, values.data() + begin);
+            kernels.adamw(factors, gradient.data() + begin, end - begin, exp_avg.data() + begin,
+                          exp_avg_sq.data() + begin, values.data() + begin);
         });
     });
 }

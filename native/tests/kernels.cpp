@@ -50,61 +50,61 @@ struct Hash {
 
 constexpr int kLengths[] = {1, 2, 7, 16, 33, 100, 1031};
 
-void run_vectors(const VectorRow& row, Numbers& numbers) {
+void run_vectors(const VectorKernels& kernels, Numbers& numbers) {
     Hash rmsnorm("rmsnorm"), swiglu("swiglu"), largest("largest"), quantize("quantize"), split("split");
     for (const int count : kLengths) {
         const std::vector<float> x = numbers.floats(count, 20), w = numbers.floats(count);
         std::vector<float> y(x.size());
         std::vector<std::uint8_t> q(x.size());
         std::vector<std::uint16_t> high(x.size()), low(x.size());
-        rmsnorm.add_one(row.rmsnorm(x.data(), w.data(), 1e-5f, count, y.data()));
+        rmsnorm.add_one(kernels.rmsnorm(x.data(), w.data(), 1e-5f, count, y.data()));
         rmsnorm.add(y);
-        swiglu.add_one(row.swiglu(x.data(), w.data(), count, y.data()));
+        swiglu.add_one(kernels.swiglu(x.data(), w.data(), count, y.data()));
         swiglu.add(y);
-        const float most = row.largest(x.data(), count);
+        const float most = kernels.largest(x.data(), count);
         largest.add_one(most);
-        quantize.add_one(row.quantize(x.data(), count, most, q.data()));
+        quantize.add_one(kernels.quantize(x.data(), count, most, q.data()));
         quantize.add(q);
-        row.split(x.data(), count, high.data(), low.data());
+        kernels.split(x.data(), count, high.data(), low.data());
         split.add(high);
         split.add(low);
     }
 }
 
-void run_rope(const VectorRow& row, Numbers& numbers) {
+void run_rope(const VectorKernels& kernels, Numbers& numbers) {
     Hash hash("rope");
     for (const int width : {2, 6, 64, 80}) {
         std::vector<float> x = numbers.floats(5 * width);
-        row.rope(x.data(), 5, width, numbers.floats(width).data());
+        kernels.rope(x.data(), 5, width, numbers.floats(width).data());
         hash.add(x);
     }
 }
 
-void run_sampling(const SamplingRow& row, Numbers& numbers) {
+void run_sampling(const SamplingKernels& kernels, Numbers& numbers) {
     Hash highest("highest"), mass("mass"), keep("keep");
     for (const int count : kLengths) {
         const std::vector<float> x = numbers.floats(count, 12);
         std::vector<float> kept(x.size());
-        highest.add_one(row.highest(x.data(), count));
-        mass.add_one(row.mass(x.data(), count, {12, 0.7f}, -3));
-        keep.add_one(row.keep(x.data(), count, -3, 5, kept.data()));
+        highest.add_one(kernels.highest(x.data(), count));
+        mass.add_one(kernels.mass(x.data(), count, {12, 0.7f}, -3));
+        keep.add_one(kernels.keep(x.data(), count, -3, 5, kept.data()));
         keep.add(kept);
     }
 }
 
-void run_adamw(const AdamwRow& row, Numbers& numbers) {
+void run_adamw(const AdamwKernels& kernels, Numbers& numbers) {
     Hash hash("adamw");
     const AdamwStep step{0.1f, 0.999f, 0.001f, 0.9999f, 0.003f, 0.5f, 1e-8f};
     const std::vector<float> g = numbers.floats(1031);
     std::vector<float> m = numbers.floats(1031), v = numbers.floats(1031), w = numbers.floats(1031);
     for (float& x : v) x = std::abs(x);
-    row.adamw(step, g.data(), g.size(), m.data(), v.data(), w.data());
+    kernels.adamw(step, g.data(), g.size(), m.data(), v.data(), w.data());
     hash.add(m);
     hash.add(v);
     hash.add(w);
 }
 
-void run_training(const TrainingRow& row, Numbers& numbers) {
+void run_training(const TrainingKernels& kernels, Numbers& numbers) {
     constexpr int kRows = 19;
     Hash multiply("multiply"), project("project");
     std::vector<std::uint8_t> counts, index;
@@ -120,16 +120,16 @@ void run_training(const TrainingRow& row, Numbers& numbers) {
     for (float& x : in) x = numbers.floats(1)[0];
     for (float& x : delta) x = numbers.floats(1)[0];
     std::vector<float> gradient(values.size());
-    row.multiply(strip, in, out);
-    row.project(strip, in, delta, gradient.data());
+    kernels.multiply(strip, in, out);
+    kernels.project(strip, in, delta, gradient.data());
     multiply.add(out, kRows * kTileTokens);
     project.add(gradient);
 }
 
-void run_probes(const ProbeRow& row, Numbers& numbers) {
+void run_probes(const ProbeKernels& kernels, Numbers& numbers) {
     Hash hash("read");
     const std::vector<float> data = numbers.floats(1024);
-    hash.add_one(row.read(reinterpret_cast<const std::uint8_t*>(data.data()), 4096, 0));
+    hash.add_one(kernels.read(reinterpret_cast<const std::uint8_t*>(data.data()), 4096, 0));
 }
 
 }  // namespace

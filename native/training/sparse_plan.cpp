@@ -72,7 +72,7 @@ struct Tokens {
 };
 
 // out_TO = in_TI M^T for the masked matrix M [O, I] that `order` describes.
-void multiply(Workspace& work, const TrainingRow& kernels, const StripOrder& order, const float* values,
+void multiply(Workspace& work, const TrainingKernels& kernels, const StripOrder& order, const float* values,
               const Tokens& in, float* out_TO) {
     if (in.num_tokens == 0) return;
     const int num_threads = work.team.size(), row_tiles = order.num_row_tiles();
@@ -186,12 +186,12 @@ void SparsePlan::positions(std::int64_t* out) const {
     }
 }
 
-void SparsePlan::forward(Workspace& work, const TrainingRow& kernels, const float* values, const float* x_TK,
-                         int T, float* y_TN) const {
+void SparsePlan::forward(Workspace& work, const TrainingKernels& kernels, const float* values,
+                         const float* x_TK, int T, float* y_TN) const {
     multiply(work, kernels, forward_, values, {x_TK, T, columns()}, y_TN);
 }
 
-void SparsePlan::backward_input(Workspace& work, const TrainingRow& kernels, const float* values,
+void SparsePlan::backward_input(Workspace& work, const TrainingKernels& kernels, const float* values,
                                 const float* dy_TN, int T, float* dx_TK) const {
     work.reserve(0, num_values());
     float* reordered = work.shared();
@@ -210,7 +210,7 @@ void SparsePlan::backward_input(Workspace& work, const TrainingRow& kernels, con
 }
 
 // Threads share W out as a grid, so that no sum belongs to two of them.
-void SparsePlan::backward_values(Workspace& work, const TrainingRow& kernels, const float* x_TK,
+void SparsePlan::backward_values(Workspace& work, const TrainingKernels& kernels, const float* x_TK,
                                  const float* dy_TN, int T, float* dvalues) const {
     const Tokens x{x_TK, T, columns()}, dy{dy_TN, T, rows()};
     const int row_parts = std::min(work.team.size(), forward_.num_row_tiles());

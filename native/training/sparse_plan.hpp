@@ -63,12 +63,12 @@ class SparsePlan {
     void positions(std::int64_t* out) const;
 
     // Arrays are row-major; outputs are written whole. Sums do not depend on the number of threads.
-    void forward(Workspace& work, const TrainingRow& kernels, const float* values, const float* x_TK, int T,
-                 float* y_TN) const;
-    void backward_input(Workspace& work, const TrainingRow& kernels, const float* values, const float* dy_TN,
-                        int T, float* dx_TK) const;
-    void backward_values(Workspace& work, const TrainingRow& kernels, const float* x_TK, const float* dy_TN,
-                         int T, float* dvalues) const;
+    void forward(Workspace& work, const TrainingKernels& kernels, const float* values, const float* x_TK,
+                 int T, float* y_TN) const;
+    void backward_input(Workspace& work, const TrainingKernels& kernels, const float* values,
+                        const float* dy_TN, int T, float* dx_TK) const;
+    void backward_values(Workspace& work, const TrainingKernels& kernels, const float* x_TK,
+                         const float* dy_TN, int T, float* dvalues) const;
 
   private:
     void transpose();

@@ -1,7 +1,7 @@
 """The engine's core, in C++ (native/): kernels, decoder, threads. One call of `Model.forward` is one step.
 
 Buffers hold a whole .goss file and begin at a multiple of 64 bytes, as a memory map does. `tensors` says
-where each tensor lies, name -> (dtype, shape, byte offset, byte length); `layers` is the header's table of
+where each tensor lies, name -> (dtype, shape, byte offset, byte length); `matrices` is the header's table of
 matrices, name -> {"storage", "values", "rows", "columns"}. Contents are checked before a kernel touches them
 (FormatError).
 """
@@ -109,17 +109,17 @@ def matmul(
     isa: str,
     buffer: np.ndarray,
     tensors: _Tensors,
-    layers: Mapping[str, Mapping[str, Any]],
+    matrices: Mapping[str, Mapping[str, Any]],
     name: str,
     x_TK: np.ndarray,
 ) -> np.ndarray:
-    """float32 y [T, N] of matrix `name` and inputs [T, K] (float32), by the row of the table for `isa`."""
+    """float32 y [T, N] of matrix `name` and inputs [T, K] (float32), by the kernel that `isa` runs."""
 
 def accumulators(
     isa: str,
     buffer: np.ndarray,
     tensors: _Tensors,
-    layers: Mapping[str, Mapping[str, Any]],
+    matrices: Mapping[str, Mapping[str, Any]],
     name: str,
     x_TK: np.ndarray,
 ) -> np.ndarray:
@@ -129,7 +129,7 @@ def time_matmul(
     isa: str,
     buffer: np.ndarray,
     tensors: _Tensors,
-    layers: Mapping[str, Mapping[str, Any]],
+    matrices: Mapping[str, Mapping[str, Any]],
     name: str,
     x_TK: np.ndarray,
     repeats: int,

@@ -9,7 +9,7 @@ import pytest
 
 from gossamer.architecture.families import read_anatomy
 from gossamer.measure.synthetic import CONFIGS, Image, Recipe, synthetic_file, synthetic_image
-from gossamer.packed.header import EMBEDDING, HEAD, Layer, Stored
+from gossamer.packed.header import EMBEDDING, HEAD, Stored, StoredMatrix
 from gossamer.packed.reader import Packed
 from gossamer.packed.values import Values
 
@@ -43,17 +43,17 @@ def open_image(image: Image) -> Packed:
     """The image as if it had been read from a file."""
     config = CONFIGS["tinyllama-1.1b"] | {"num_hidden_layers": 1, "vocab_size": VOCABULARY}
     tensors = {name: Stored(*entry) for name, entry in image.tensors.items()}
-    layers = {name: Layer(**entry) for name, entry in image.config["linears"].items()}
-    return Packed(Path("image"), config, read_anatomy(config), {}, tensors, layers, image.buffer)
+    matrices = {name: StoredMatrix(**entry) for name, entry in image.config["linears"].items()}
+    return Packed(Path("image"), config, read_anatomy(config), {}, tensors, matrices, image.buffer)
 
 
 def bits_of(packed: Packed, beside: bool) -> float:
     """Bits per weight of the decoder: of scales, sums and multipliers, or of everything else."""
     total = 0
     for name in packed.decoder:
-        for tensor in packed.layers[name].tensors(name):
+        for tensor in packed.matrices[name].tensors(name):
             total += 8 * packed.tensors[tensor].nbytes * (tensor.endswith(BESIDE) == beside)
-    return total / sum(packed.layers[name].num_weights for name in packed.decoder)
+    return total / sum(packed.matrices[name].num_weights for name in packed.decoder)
 
 
 @every_type
@@ -64,7 +64,7 @@ def test_a_model_is_sound_and_has_its_size(values: Values, sparsity: float, form
     packed = Packed.open(synthetic_file(wanted)) if form == "file" else open_image(synthetic_image(wanted))
     packed.check()
     storage = "sparse" if sparsity else "dense"
-    assert {(packed.layers[n].storage, packed.layers[n].values) for n in packed.decoder} == {
+    assert {(packed.matrices[n].storage, packed.matrices[n].values) for n in packed.decoder} == {
         (storage, values)
     }
     assert packed.sparsity(packed.decoder) == pytest.approx(sparsity, abs=2e-3)
@@ -80,19 +80,19 @@ def test_a_model_is_sound_and_has_its_size(values: Values, sparsity: float, form
     [("f32", "f32", "f32"), ("bf16", "bf16", "bf16"), ("i8", "bf16", "i8"), ("i4", "bf16", "i8")],
 )
 def test_embedding_and_head_are_dense(values: Values, embedding: str, head: str) -> None:
-    layers = Packed.open(synthetic_file(recipe(values, 0.7))).layers
-    assert (layers[EMBEDDING].storage, layers[EMBEDDING].values) == ("dense", embedding)
-    assert (layers[HEAD].storage, layers[HEAD].values) == ("dense", head)
-    assert layers[HEAD].sparsity < 1e-3
+    matrices = Packed.open(synthetic_file(recipe(values, 0.7))).matrices
+    assert (matrices[EMBEDDING].storage, matrices[EMBEDDING].values) == ("dense", embedding)
+    assert (matrices[HEAD].storage, matrices[HEAD].values) == ("dense", head)
+    assert matrices[HEAD].sparsity < 1e-3
 
 
 def test_a_tied_head_of_integers_is_an_int8_copy() -> None:
-    def layers(values: Values) -> dict[str, Layer]:
+    def matrices(values: Values) -> dict[str, StoredMatrix]:
         wanted = Recipe.of("llama-3.2-1b", values, 0.9, layers=1, vocabulary=VOCABULARY)
-        return Packed.open(synthetic_file(wanted)).layers
+        return Packed.open(synthetic_file(wanted)).matrices
 
-    assert layers("i4")[HEAD].values == "i8"
-    assert HEAD not in layers("bf16")
+    assert matrices("i4")[HEAD].values == "i8"
+    assert HEAD not in matrices("bf16")
 
 
 @every_type

@@ -30,11 +30,11 @@ class Matrix:
 
     buffer: np.ndarray
     tensors: dict[str, tuple[str, tuple[int, ...], int, int]]
-    layers: dict[str, dict[str, Any]]
+    matrices: dict[str, dict[str, Any]]
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"buffer": self.buffer, "tensors": self.tensors, "layers": self.layers, "name": "w"}
+        return {"buffer": self.buffer, "tensors": self.tensors, "matrices": self.matrices, "name": "w"}
 
     def with_buffer(self, buffer: np.ndarray) -> "Matrix":
         copy = aligned(buffer.size)
@@ -76,8 +76,8 @@ def make_matrix(
     for name, (_, array) in arrays.items():
         begin = tensors[name][2]
         buffer[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
-    layer = {"storage": storage, "values": values, "rows": rows, "columns": columns}
-    return Matrix(buffer, tensors, {"w": layer})
+    entry = {"storage": storage, "values": values, "rows": rows, "columns": columns}
+    return Matrix(buffer, tensors, {"w": entry})
 
 
 @pytest.fixture(scope="session")

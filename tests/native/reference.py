@@ -17,7 +17,7 @@ class Reference:
 
     def __init__(self, packed: Packed, kv: str = "f32") -> None:
         self.packed, self.anatomy, self.kv = packed, packed.architecture, kv
-        self.cache = {name: packed.stored(name) for name in packed.layers}
+        self.cache = {name: packed.stored(name) for name in packed.matrices}
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
         hidden_TD = self.cache[EMBEDDING][ids_T]

@@ -60,10 +60,10 @@ def test_bytes_are_those_of_the_file_and_the_cache(row: BenchRow, int8_model: Pa
     """Keys and values of three sequences, at the middle of 8 steps that follow 9 tokens."""
     llama = int8_model.architecture
     assert row.kv_bytes == pytest.approx(3 * kv_bytes(llama, 9 + 4.5, "bf16"), abs=3)
-    position = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim
+    position = 2 * llama.num_layers * llama.attention.num_kv_heads * llama.attention.head_dim
     assert [kv_bytes(llama, 7, dtype) for dtype in ("f32", "bf16")] == [28 * position, 14 * position]
-    assert row.linears_bytes == sum(int8_model.layer_bytes(name) for name in int8_model.decoder)
-    assert row.linears_bytes + int8_model.layer_bytes(int8_model.head) < row.step_bytes - row.kv_bytes
+    assert row.linears_bytes == sum(int8_model.matrix_bytes(name) for name in int8_model.decoder)
+    assert row.linears_bytes + int8_model.matrix_bytes(int8_model.head) < row.step_bytes - row.kv_bytes
     assert row.step_bytes - row.kv_bytes < row.file_bytes == int8_model.path.stat().st_size
 
 

@@ -46,7 +46,7 @@ def run_damaged(sound, buffer: np.ndarray) -> None:
         found = run(sound.with_buffer(buffer))
     except FormatError:
         return
-    assert sound.layers["w"]["values"] == "i4"
+    assert sound.matrices["w"]["values"] == "i4"
     np.testing.assert_array_equal(found, run(sound))
 
 
@@ -123,10 +123,10 @@ def test_truncated_buffers_and_wild_tensors_are_refused(sound) -> None:
             ("F64", shape, offset, length),
         ]:
             with pytest.raises(FormatError):
-                run(sound.__class__(sound.buffer, sound.tensors | {name: wild}, sound.layers))
+                run(sound.__class__(sound.buffer, sound.tensors | {name: wild}, sound.matrices))
         with pytest.raises(FormatError, match=name):
             left = {other: entry for other, entry in sound.tensors.items() if other != name}
-            run(sound.__class__(sound.buffer, left, sound.layers))
+            run(sound.__class__(sound.buffer, left, sound.matrices))
 
 
 CHANGES = [{"rows": 44}, {"rows": 64}, {"columns": 149}, {"columns": 200}, {"rows": 0}, {"columns": -4}]
@@ -135,7 +135,7 @@ CHANGES = [{"rows": 44}, {"rows": 64}, {"columns": 149}, {"columns": 200}, {"row
 @pytest.mark.parametrize("change", [*CHANGES, {"values": "i2"}, {"storage": "coo"}], ids=str)
 def test_a_table_that_contradicts_the_tensors_is_refused(sound, change: dict) -> None:
     with pytest.raises(FormatError):
-        run(sound.__class__(sound.buffer, sound.tensors, {"w": sound.layers["w"] | change}))
+        run(sound.__class__(sound.buffer, sound.tensors, {"w": sound.matrices["w"] | change}))
 
 
 @pytest.mark.parametrize("values", ["f32", "bf16"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.packed.header import Layer
+from gossamer.packed.header import StoredMatrix
 from gossamer.packed.writer import PackedWriter, Storage
 from packed.matrices import random_matrix, random_multipliers
 
@@ -55,7 +55,7 @@ class Synthetic:
             factor_NK = np.repeat(multiplier_NG.astype(np.int32), 128, axis=1)[:, : shape[1]]
             self.stored[name] = (self.written[name] * factor_NK).astype(np.int8)
 
-    def write(self, writer: PackedWriter, name: str, storage: Storage = "auto") -> Layer:
+    def write(self, writer: PackedWriter, name: str, storage: Storage = "auto") -> StoredMatrix:
         w_NK = self.written[name]
         if self.values[name] == "i8":
             return writer.int8(name, w_NK, self.scales[name], storage)

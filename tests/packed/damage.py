@@ -24,7 +24,7 @@ def join(path: Path, header: Header | str, data: bytes) -> Path:
     return path
 
 
-def set_layer(header: Header, name: str = Q, **changes: Any) -> None:
+def set_entry(header: Header, name: str = Q, **changes: Any) -> None:
     metadata = header["__metadata__"]
     table = json.loads(metadata["layers"])
     table[name] = {**table[name], **changes}

@@ -11,13 +11,13 @@ import pytest
 
 from gossamer.errors import FormatError
 from gossamer.packed.reader import Packed
-from packed.damage import I4, Header, Q, join, set_layer, split
+from packed.damage import I4, Header, Q, join, set_entry, split
 
 
 def read_all(path: Path) -> None:
     """Open and decode every matrix."""
     packed = Packed.open(path)
-    for name in packed.layers:
+    for name in packed.matrices:
         packed.linear(name)
 
 
@@ -154,25 +154,25 @@ EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "bos negative": (lambda h: set_config(h, bos_token_id=-1), "token id -1"),
     "wider model": (lambda h: set_config(h, hidden_size=64), "the config says"),
     "larger vocabulary": (lambda h: set_config(h, vocab_size=102), "the config says 102 x 36"),
-    "no layer table": (lambda h: h["__metadata__"].pop("layers"), "lack layers"),
+    "no table of matrices": (lambda h: h["__metadata__"].pop("layers"), "lack layers"),
     "a matrix not in the table": (rename_in_table, "disagree about"),
     "a matrix too many": (lambda h: set_table(h, other={}), "'other' must have exactly"),
-    "unknown storage": (lambda h: set_layer(h, storage="zip"), "stored as 'zip' 'i8'"),
-    "unknown values": (lambda h: set_layer(h, values="i2"), "'i2'"),
-    "int8 called int4": (lambda h: set_layer(h, values="i4"), "lacks tensor .*weight_multiplier"),
-    "int4 called int8": (lambda h: set_layer(h, I4, values="i8"), "unknown tensor .*weight_multiplier"),
-    "values of another type": (lambda h: set_layer(h, values=["i8"]), "stored as 'sparse'"),
-    "int8 called bf16": (lambda h: set_layer(h, values="bf16"), "unknown tensor .*weight_scale"),
-    "sparse embedding": (lambda h: set_layer(h, "model.embed_tokens", storage="sparse"), "'sparse' 'bf16'"),
+    "unknown storage": (lambda h: set_entry(h, storage="zip"), "stored as 'zip' 'i8'"),
+    "unknown values": (lambda h: set_entry(h, values="i2"), "'i2'"),
+    "int8 called int4": (lambda h: set_entry(h, values="i4"), "lacks tensor .*weight_multiplier"),
+    "int4 called int8": (lambda h: set_entry(h, I4, values="i8"), "unknown tensor .*weight_multiplier"),
+    "values of another type": (lambda h: set_entry(h, values=["i8"]), "stored as 'sparse'"),
+    "int8 called bf16": (lambda h: set_entry(h, values="bf16"), "unknown tensor .*weight_scale"),
+    "sparse embedding": (lambda h: set_entry(h, "model.embed_tokens", storage="sparse"), "'sparse' 'bf16'"),
     "int4 stream not flat": (lambda h: split_shape(h[f"{I4}.weight.stream"]), "expected U8 .bytes."),
     "multipliers not flat": (lambda h: split_shape(h[f"{I4}.weight_multiplier"]), "expected U8 .128."),
-    "int8 embedding": (lambda h: set_layer(h, "model.embed_tokens", values="i8"), "stored as 'dense' 'i8'"),
-    "dense instead of sparse": (lambda h: set_layer(h, storage="dense"), "up_proj"),
-    "nonzeros too many": (lambda h: set_layer(h, nonzeros=10**9), "expected sizes"),
-    "nonzeros wrong": (lambda h: set_layer(h, nonzeros=1), "expected U8"),
-    "nonzeros true": (lambda h: set_layer(h, nonzeros=True), "expected sizes"),
-    "rows wrong": (lambda h: set_layer(h, rows=136), "the config says 137 x 36"),
-    "rows absurd": (lambda h: set_layer(h, rows=10**30), "expected sizes"),
+    "int8 embedding": (lambda h: set_entry(h, "model.embed_tokens", values="i8"), "stored as 'dense' 'i8'"),
+    "dense instead of sparse": (lambda h: set_entry(h, storage="dense"), "up_proj"),
+    "nonzeros too many": (lambda h: set_entry(h, nonzeros=10**9), "expected sizes"),
+    "nonzeros wrong": (lambda h: set_entry(h, nonzeros=1), "expected U8"),
+    "nonzeros true": (lambda h: set_entry(h, nonzeros=True), "expected sizes"),
+    "rows wrong": (lambda h: set_entry(h, rows=136), "the config says 137 x 36"),
+    "rows absurd": (lambda h: set_entry(h, rows=10**30), "expected sizes"),
     "a tensor missing": (lambda h: h.pop(list(h)[-1]), "the tensors end at"),
     "a tensor of another name": (lambda h: h.update(other=h.pop(list(h)[-1])), "lacks tensor|unknown tensor"),
     "wrong dtype": (lambda h: h[f"{Q}.weight_scale"].update(dtype="I32"), "is I32"),

@@ -9,13 +9,13 @@ import pytest
 from gossamer.errors import FormatError
 from gossamer.packed import streams
 from gossamer.packed.reader import Packed
-from packed.damage import I4, Q, join, set_layer, split, with_bytes
+from packed.damage import I4, Q, join, set_entry, split, with_bytes
 
 
 def tensors_of(synthetic: Any, kinds: tuple[str, ...]) -> list[tuple[str, str]]:
     """(matrix, tensor) for all tensors of matrices of these types."""
-    layers = Packed.open(synthetic.path).layers
-    return [(n, t) for n, layer in layers.items() if layer.values in kinds for t in layer.tensors(n)]
+    matrices = Packed.open(synthetic.path).matrices
+    return [(n, t) for n, matrix in matrices.items() if matrix.values in kinds for t in matrix.tensors(n)]
 
 
 def test_every_flipped_bit_of_an_integer_matrix_is_found(synthetic: Any, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_flipped_bits_of_sparse_floats_are_found_or_give_another_matrix(
     """Floats have no sums. What is not refused is what the writer would make of the weights that are read."""
     packed, rng, refused = Packed.open(synthetic.path), np.random.default_rng(14), 0
     for matrix, tensor in tensors_of(synthetic, ("f32", "bf16")):
-        if packed.layers[matrix].storage == "dense":
+        if packed.matrices[matrix].storage == "dense":
             continue
         bits, stored = packed.array(tensor).reshape(-1).view(np.uint8), packed.tensors[tensor]
         for _ in range(60):
@@ -56,7 +56,7 @@ def test_flipped_bits_of_sparse_floats_are_found_or_give_another_matrix(
             except FormatError:
                 refused += 1
                 continue
-            stream, _ = streams.encode(packed.layers[matrix].values, w_NK)
+            stream, _ = streams.encode(packed.matrices[matrix].values, w_NK)
             assert tensor.endswith("stream") and np.array_equal(stream, damaged.array(tensor))
     assert refused > 100
 
@@ -66,7 +66,7 @@ def test_sparse_floats_that_are_nan_or_infinite_are_refused(synthetic: Any, tmp_
     for matrix, tensor in tensors_of(synthetic, ("f32", "bf16")):
         if not tensor.endswith("stream"):
             continue
-        values = packed.layers[matrix].values
+        values = packed.matrices[matrix].values
         masks = 16 * (2 if values == "f32" else 4)
         for bits in (0x7F80_0000, 0x7FC0_0000, 0xFF80_0000):
             weight = (bits if values == "f32" else bits >> 16).to_bytes(4 if values == "f32" else 2, "little")
@@ -94,15 +94,15 @@ def test_multipliers_in_the_padding_are_refused(synthetic: Any, tmp_path: Path) 
 
 def test_an_int4_matrix_has_as_many_nonzeros_as_the_table_says(synthetic: Any, tmp_path: Path) -> None:
     header, data = split(synthetic.path)
-    nonzeros = Packed.open(synthetic.path).layers[I4].nonzeros
-    set_layer(header, I4, nonzeros=nonzeros + 1)
+    nonzeros = Packed.open(synthetic.path).matrices[I4].nonzeros
+    set_entry(header, I4, nonzeros=nonzeros + 1)
     packed = Packed.open(join(tmp_path / "few.goss", header, data))
     with pytest.raises(
-        FormatError, match=rf"{nonzeros} nonzero weights; the layer table says {nonzeros + 1}"
+        FormatError, match=rf"{nonzeros} nonzero weights; the table of matrices says {nonzeros + 1}"
     ):
         packed.stored(I4)
     for wild in (200, 36 * 137):
-        set_layer(header, I4, nonzeros=wild)
+        set_entry(header, I4, nonzeros=wild)
         with pytest.raises(
             FormatError, match=rf"is a stream of \d+ bytes; {wild} nonzero weights of i4 take"
         ):

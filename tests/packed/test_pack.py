@@ -80,9 +80,9 @@ def packed_from(source: Path, output: Path, **options: Any) -> Packed:
 def test_dense_directories(variant: str, tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
     source = Checkpoint.open(tiny_llama(variant))
     packed = packed_from(source.path, tmp_path / "model.goss")
-    for name in packed.layers:
-        assert packed.layers[name].values == ("bf16" if variant == "bf16" else "f32")
-        assert packed.layers[name].storage == "dense"
+    for name in packed.matrices:
+        assert packed.matrices[name].values == ("bf16" if variant == "bf16" else "f32")
+        assert packed.matrices[name].storage == "dense"
         assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
     for name, shape in source.architecture.tensor_shapes.items():
         if len(shape) == 1:
@@ -99,8 +99,8 @@ def test_pruned_directory_keeps_its_zeros(tiny_llama: Callable[[str], Path], tmp
     result = pack(Pack(str(source.path), str(tmp_path / "model.goss")))
     packed = Packed.open(tmp_path / "model.goss")
     assert result.sparsity == pytest.approx(source.sparsity()) and 0.65 < result.sparsity < 0.75
-    assert {packed.layers[name].storage for name in packed.decoder} == {"sparse"}
-    assert packed.layers["lm_head"].storage == packed.layers[EMBEDDING].storage == "dense"
+    assert {packed.matrices[name].storage for name in packed.decoder} == {"sparse"}
+    assert packed.matrices["lm_head"].storage == packed.matrices[EMBEDDING].storage == "dense"
     assert ("q_proj", "sparse", "f32", 2) in [tuple(asdict(group).values())[:4] for group in result.stored]
     for name in packed.decoder:
         assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
@@ -112,16 +112,16 @@ def test_quantized_directory(quantized: Path, tmp_path: Path) -> None:
     result = pack(Pack(str(quantized), str(tmp_path / "model.goss"), storage="smallest"), events.append)
     packed = Packed.open(tmp_path / "model.goss")
     for name in packed.decoder:
-        layer = packed.layers[name]
+        matrix = packed.matrices[name]
         if name == "model.layers.1.mlp.down_proj":
-            assert (layer.storage, layer.values) == ("sparse", "f32")
+            assert (matrix.storage, matrix.values) == ("sparse", "f32")
             assert np.array_equal(packed.linear(name), source.float32(f"{name}.weight"))
         else:
-            assert (layer.storage, layer.values) == ("sparse", "i8")
+            assert (matrix.storage, matrix.values) == ("sparse", "i8")
             assert np.array_equal(packed.stored(name), source.raw(f"{name}.weight"))
             assert np.array_equal(packed.scale(name), source.float32(f"{name}.weight_scale")[:, 0])
-    assert {event.message for event in events} == set(packed.layers)
-    assert all(event.metrics["storage"] == packed.layers[event.message].storage for event in events)
+    assert {event.message for event in events} == set(packed.matrices)
+    assert all(event.metrics["storage"] == packed.matrices[event.message].storage for event in events)
     assert result.head == "i8" and "stored" in asdict(result)
 
 
@@ -160,10 +160,10 @@ def test_head_of_float_models(
 
 
 def test_head_of_quantized_models(quantized: Path, tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
-    assert packed_from(quantized, tmp_path / "kept.goss", head="keep").layers["lm_head"].values == "f32"
+    assert packed_from(quantized, tmp_path / "kept.goss", head="keep").matrices["lm_head"].values == "f32"
     tied = quantize_by_hand(tiny_llama("llama3"), tmp_path / "tied")
     packed = packed_from(tied, tmp_path / "tied.goss")
-    assert packed.layers["lm_head"].values == "i8" and packed.layers[EMBEDDING].values == "f32"
+    assert packed.matrices["lm_head"].values == "i8" and packed.matrices[EMBEDDING].values == "f32"
     assert packed_from(tied, tmp_path / "kept-tied.goss", head="keep").head == EMBEDDING
 
 
@@ -211,7 +211,7 @@ def test_settings_left_out_have_their_usual_values(quantized: Path, tmp_path: Pa
     for part in ("weights", "input_activations"):
         del config["quantization_config"]["config_groups"]["group_0"][part]["symmetric"]
     (tmp_path / "terse" / "config.json").write_text(json.dumps(config))
-    assert packed_from(tmp_path / "terse", tmp_path / "model.goss").layers["lm_head"].values == "i8"
+    assert packed_from(tmp_path / "terse", tmp_path / "model.goss").matrices["lm_head"].values == "i8"
 
 
 def test_int8_without_a_quantization_config(quantized: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_output_that_exists(tiny_llama: Callable[[str], Path], tmp_path: Path) -
     with pytest.raises(ConfigError, match="--overwrite"):
         pack(Pack(str(tiny_llama("llama2")), str(output)))
     assert output.read_bytes() == b"mine"
-    assert packed_from(tiny_llama("llama2"), output, overwrite=True).layers
+    assert packed_from(tiny_llama("llama2"), output, overwrite=True).matrices
     with pytest.raises(ConfigError, match="is a directory"):
         pack(Pack(str(tiny_llama("llama2")), str(tmp_path), overwrite=True))
 
@@ -269,7 +269,7 @@ def test_cache(tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: p
     written = first.stat().st_mtime_ns
     assert cached_pack(source, events.append) == first and first.stat().st_mtime_ns == written
     first.write_bytes(first.read_bytes()[:-64])
-    assert cached_pack(source) == first and Packed.open(first).layers
+    assert cached_pack(source) == first and Packed.open(first).matrices
     (source / "generation_config.json").write_text('{"eos_token_id": 7}')
     second = cached_pack(source)
     assert second != first and Packed.open(second).generation_config == {"eos_token_id": 7}
@@ -295,5 +295,5 @@ def test_int8_stays_dense_where_that_is_faster(
     arguments = ["pack", str(quantized), "-o", str(tmp_path / "m.goss"), "--storage", storage]
     environment = os.environ | {"GOSSAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-m", "gossamer", *arguments], env=environment, check=True)
-    layers = Packed.open(tmp_path / "m.goss").layers
-    assert layers["model.layers.0.mlp.up_proj"].storage == expected
+    matrices = Packed.open(tmp_path / "m.goss").matrices
+    assert matrices["model.layers.0.mlp.up_proj"].storage == expected

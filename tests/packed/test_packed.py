@@ -28,11 +28,11 @@ from packed.matrices import VALUES, random_matrix
 
 def test_everything_reads_back(synthetic: Any) -> None:
     packed = Packed.open(synthetic.path)
-    assert set(packed.layers) == set(synthetic.stored)
+    assert set(packed.matrices) == set(synthetic.stored)
     for name, w_NK in synthetic.stored.items():
         assert np.array_equal(packed.stored(name), w_NK) and packed.stored(name).dtype == w_NK.dtype
-        assert packed.layers[name].nonzeros == np.count_nonzero(w_NK)
-        assert packed.layers[name].values == synthetic.values[name]
+        assert packed.matrices[name].nonzeros == np.count_nonzero(w_NK)
+        assert packed.matrices[name].values == synthetic.values[name]
     for name, scale_N in synthetic.scales.items():
         assert np.array_equal(packed.scale(name), scale_N)
         assert np.array_equal(packed.linear(name), synthetic.stored[name] * scale_N[:, None])
@@ -97,7 +97,7 @@ def test_what_is_said_about_the_model(synthetic: Any) -> None:
     assert packed.generation_config == {} and len(packed.decoder) == 14
     linears = [synthetic.stored[name] for name in packed.decoder]
     zeros = sum(int((w_NK == 0).sum()) for w_NK in linears)
-    assert {(layer.storage, layer.values) for layer in packed.layers.values()} == {
+    assert {(matrix.storage, matrix.values) for matrix in packed.matrices.values()} == {
         (storage, values) for storage in ("dense", "sparse") for values in VALUES
     }
     assert packed.sparsity(packed.decoder) == pytest.approx(zeros / sum(w_NK.size for w_NK in linears))
@@ -122,15 +122,15 @@ def test_padding_makes_no_matrix_without_zeros_sparse(values: str, rows: int) ->
 def test_the_bytes_of_a_layer_are_all_that_belong_to_it(synthetic: Any) -> None:
     packed = Packed.open(synthetic.path)
     for name, w_NK in synthetic.written.items():
-        layer = packed.layers[name]
-        num_bytes = sum(array.nbytes for array in streams.encode(layer.values, w_NK))
-        if layer.storage == "dense":
-            num_bytes = panels.to_panels(layer.values, w_NK).nbytes
-        if layer.values in ("i8", "i4"):
-            num_bytes += 2 * 4 * layer.padded_rows
-        if layer.values == "i4":
+        matrix = packed.matrices[name]
+        num_bytes = sum(array.nbytes for array in streams.encode(matrix.values, w_NK))
+        if matrix.storage == "dense":
+            num_bytes = panels.to_panels(matrix.values, w_NK).nbytes
+        if matrix.values in ("i8", "i4"):
+            num_bytes += 2 * 4 * matrix.padded_rows
+        if matrix.values == "i4":
             num_bytes += panels.to_multipliers(synthetic.multipliers[name]).nbytes
-        assert packed.layer_bytes(name) == num_bytes
+        assert packed.matrix_bytes(name) == num_bytes
 
 
 def test_the_embedding_is_never_sparse(tmp_path: Path, make_synthetic: Callable, synthetic: Any) -> None:
@@ -213,7 +213,7 @@ def test_a_repeated_matrix_has_bytes_of_its_own(synthetic: Any, tmp_path: Path) 
 def test_tied_head_is_the_embedding(make_synthetic: Callable, tmp_path: Path, synthetic: Any) -> None:
     config = Packed.open(synthetic.path).config | {"tie_word_embeddings": True}
     packed = Packed.open(make_synthetic(tmp_path / "tied.goss", config).path)
-    assert packed.head == EMBEDDING and "lm_head" not in packed.layers
+    assert packed.head == EMBEDDING and "lm_head" not in packed.matrices
 
 
 def test_native_views_describe_the_same_file(synthetic: Any) -> None:

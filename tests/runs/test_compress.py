@@ -106,7 +106,7 @@ def test_another_head_is_packed_again_and_nothing_else_runs(job: Compress, tmp_p
         *("stood", "stood", "ran")
     ]
     packed = Packed.open(tmp_path / "out" / "model.goss")
-    assert packed.layers[packed.head].values == "i8"
+    assert packed.matrices[packed.head].values == "i8"
 
 
 def test_an_interrupted_training_goes_on(job: Compress, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def cached_type(packed: Packed, kv_cache_dtype: KvCacheDtype) -> Literal["f32", 
         raise ConfigError(f"kv_cache_dtype is {kv_cache_dtype!r}; expected auto, f32, bf16 or i8.")
     if kv_cache_dtype != "auto":
         return kv_cache_dtype
-    return "f32" if any(packed.layers[name].values == "f32" for name in packed.decoder) else "bf16"
+    return "f32" if any(packed.matrices[name].values == "f32" for name in packed.decoder) else "bf16"
 
 
 def _tokenizer(packed: Packed) -> Tokenizer:

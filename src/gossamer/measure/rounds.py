@@ -146,10 +146,10 @@ def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
     packed, best, peak = subject.packed, max(samples.reads), 2 * max(samples.products)
     kv = setting.batch * kv_bytes(packed.architecture, setting.mean_context, subject.kv)
     step_bytes, step_s = subject.model.bytes_per_step + kv, median(samples.steps)
-    linears_bytes = sum(map(packed.layer_bytes, packed.decoder))
+    linears_bytes = sum(map(packed.matrix_bytes, packed.decoder))
     linears_s, prompt_s = median(samples.linears), median(samples.prompts)
     baseline_s = median(samples.baseline) if samples.baseline else None
-    operations = 2 * sum(packed.layers[name].num_weights for name in packed.decoder)
+    operations = 2 * sum(packed.matrices[name].num_weights for name in packed.decoder)
     prompt_tokens = setting.batch * setting.prompt
     prompt_rate = operations * prompt_tokens / prompt_s
     linears_rate = operations * setting.linears_tokens / median(samples.prompt_linears)

@@ -15,7 +15,7 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed import panels, streams
 from gossamer.packed.cache import cache_directory
-from gossamer.packed.header import Layer, matrix_shapes, vector_sizes
+from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.reader import native_config
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
 from gossamer.packed.writer import PackedWriter, smaller_storage
@@ -157,7 +157,7 @@ def _write(
 ) -> None:
     """One matrix; of a decoder's, all but the first layer's repeat that one in bytes of their own."""
     first = ".".join(["model.layers.0", *name.split(".")[3:]]) if ".layers." in name else name
-    if first in writer.layers:
+    if first in writer.matrices:
         writer.repeat(name, first)
         return
     rows, columns = matrix_shapes(anatomy)[EMBEDDING if name == HEAD else name]
@@ -186,17 +186,17 @@ def synthetic_image(recipe: Recipe) -> Image:
     """The recipe in memory with float32 for embedding and head, its panels copies of 16 random ones."""
     rng, anatomy = np.random.default_rng(0), read_anatomy(recipe.config)
     pieces: dict[str, tuple[str, np.ndarray]] = {}
-    table: dict[str, Layer] = {}
+    table: dict[str, StoredMatrix] = {}
     for name, linear in anatomy.linears(0).items():
-        layer, arrays = _matrix(recipe, linear.rows, linear.columns, rng)
+        matrix, arrays = _matrix(recipe, linear.rows, linear.columns, rng)
         for index in range(anatomy.num_layers):
             other = name.replace(".0.", f".{index}.", 1)
-            table[other] = layer
+            table[other] = matrix
             pieces |= {f"{other}.{suffix}": array for suffix, array in arrays.items()}
     num_bytes = sum(array.nbytes for _, array in pieces.values())
     block = random_weights("f32", PANEL_ROWS, anatomy.hidden_size, 0.0, rng)
     embedding = np.resize(block, (anatomy.vocab_size, anatomy.hidden_size))
-    table[EMBEDDING] = Layer("dense", "f32", *embedding.shape, nonzeros=embedding.size)
+    table[EMBEDDING] = StoredMatrix("dense", "f32", *embedding.shape, nonzeros=embedding.size)
     pieces[f"{EMBEDDING}.weight"] = ("F32", panels.to_panels("f32", embedding))
     for name, size in vector_sizes(anatomy).items():
         pieces[name] = ("F32", plausible_vector(name, size))
@@ -206,7 +206,7 @@ def synthetic_image(recipe: Recipe) -> Image:
 
 def _matrix(
     recipe: Recipe, rows: int, columns: int, rng: np.random.Generator
-) -> tuple[Layer, dict[str, tuple[str, np.ndarray]]]:
+) -> tuple[StoredMatrix, dict[str, tuple[str, np.ndarray]]]:
     """A matrix of `rows` (a multiple of 256) and the tensors that hold it, by suffix."""
     values, (repeats, rest) = recipe.values, divmod(rows, BLOCK_ROWS)
     assert rest == 0, f"{rows} rows are no multiple of {BLOCK_ROWS}"
@@ -231,7 +231,7 @@ def _matrix(
         sum_N = np.tile(block.sum(axis=1, dtype=np.int32), repeats)
         arrays["weight_scale"] = ("F32", plausible_scales(rows, columns))
         arrays["weight_sum"] = ("I32", sum_N)
-    return Layer(storage, values, rows, columns, nonzeros), arrays
+    return StoredMatrix(storage, values, rows, columns, nonzeros), arrays
 
 
 def _lay_out(

@@ -18,7 +18,7 @@ from gossamer.checkpoint.schemes import SCHEMES, Scheme, read_scheme
 from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import CheckpointError
 from gossamer.job.report import Event, Progress, quiet
-from gossamer.packed.header import Layer, matrix_shapes, vector_sizes
+from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.panels import panel_chunks
 from gossamer.packed.writer import PackedWriter
 
@@ -30,7 +30,7 @@ Storage = Literal["auto", "smallest"]
 class Packing:
     """What was written: every matrix, and the relative error of a head that was rounded to int8 here."""
 
-    layers: dict[str, Layer]
+    matrices: dict[str, StoredMatrix]
     head_error: float | None
 
 
@@ -57,14 +57,18 @@ def pack_checkpoint(
     with PackedWriter(path, **packed_companions(source)) as writer:
         for index, name in enumerate(names, start=1):
             if name == HEAD and round_head:
-                layer, error = _write_rounded(writer, source, int8)
+                matrix, error = _write_rounded(writer, source, int8)
             else:
-                layer = _write_matrix(writer, source, name, int8)
-            metrics = {"storage": layer.storage, "values": layer.values, "sparsity": round(layer.sparsity, 4)}
+                matrix = _write_matrix(writer, source, name, int8)
+            metrics = {
+                "storage": matrix.storage,
+                "values": matrix.values,
+                "sparsity": round(matrix.sparsity, 4),
+            }
             progress(Event("pack", name, index, len(names), metrics))
         for name in vector_sizes(source.architecture):
             writer.vector(name, source.float32(name))
-    return Packing(writer.layers, error)
+    return Packing(writer.matrices, error)
 
 
 def expands_int8_fast() -> bool:
@@ -121,7 +125,7 @@ def _text(file: Path) -> str:
 
 def _write_matrix(
     writer: PackedWriter, source: Checkpoint, name: str, int8: Literal["auto", "dense"]
-) -> Layer:
+) -> StoredMatrix:
     dtype = source.dtype(f"{name}.weight")
     if dtype == "I8":
         return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name), int8)
@@ -140,7 +144,7 @@ def stored_scales(source: Checkpoint, name: str) -> np.ndarray:
 
 def _write_rounded(
     writer: PackedWriter, source: Checkpoint, int8: Literal["auto", "dense"]
-) -> tuple[Layer, float]:
+) -> tuple[StoredMatrix, float]:
     """Store the head in int8, some rows at a time; returns |w - rounded w| / |w| too."""
     tensor = f"{EMBEDDING if source.architecture.tie_word_embeddings else HEAD}.weight"
     raw_NK, dtype = source.raw(tensor), source.dtype(tensor)

@@ -2,8 +2,8 @@
 
 Three questions in order: is this a safetensors file in our stricter layout (`read_header`), is it a packed
 model of a version and an architecture that we know (`read_model`), and does it hold exactly the tensors that
-its layer table calls for (`check_tensors`)? Every no is a FormatError that names the file, what was found and
-what was expected.
+its table of matrices calls for (`check_tensors`)? Every no is a FormatError that names the file, what was
+found and what was expected.
 """
 
 import json
@@ -33,7 +33,8 @@ DTYPES = {
     "I32": np.dtype("<i4"),
     "U64": np.dtype("<u8"),
 }
-_REQUIRED = ("config", "layers", "parent")
+TABLE = "layers"  # metadata key of the table of matrices: the format's word, kept for files written so far
+_REQUIRED = ("config", TABLE, "parent")
 _METADATA = {"format", "version", *_REQUIRED, "chat_template", "tokenizer_config", "generation_config"}
 
 
@@ -47,7 +48,7 @@ class Stored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
+class StoredMatrix:
     """One weight matrix [rows, columns]: how it is stored, the type of its values, how many are not zero."""
 
     storage: Literal["sparse", "dense"]
@@ -75,7 +76,7 @@ class Layer:
         return NUMBER_TYPES[self.values]
 
     def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-        """Name -> (dtype, shape) of the tensors that hold the layer.
+        """Name -> (dtype, shape) of the tensors that hold the matrix.
 
         An int4 stream has no shape: its length depends on where the nonzero weights lie (`stream_range`).
         """
@@ -236,7 +237,7 @@ def _is_size(number: Any) -> bool:
 
 def read_model(
     metadata: Mapping[str, str], num_tensors: int, source: str
-) -> tuple[dict[str, Any], Anatomy, dict[str, Layer]]:
+) -> tuple[dict[str, Any], Anatomy, dict[str, StoredMatrix]]:
     """The model's config.json, what it is made of, and the table of its matrices."""
     config = _json_object(metadata["config"], "model config", source)
     try:
@@ -250,36 +251,36 @@ def read_model(
         )
     if anatomy.num_layers * len(anatomy.blocks[0].linears) > num_tensors:
         raise FormatError(f"{source}: {num_tensors} tensors cannot hold {anatomy.num_layers} layers")
-    table = _json_object(metadata["layers"], "layer table", source)
-    layers = {name: _layer(name, entry, source) for name, entry in table.items()}
-    _check_shapes(layers, anatomy, source)
-    return config, anatomy, layers
+    table = _json_object(metadata[TABLE], "table of matrices", source)
+    matrices = {name: _matrix(name, entry, source) for name, entry in table.items()}
+    _check_shapes(matrices, anatomy, source)
+    return config, anatomy, matrices
 
 
-def _check_shapes(layers: Mapping[str, Layer], anatomy: Anatomy, source: str) -> None:
+def _check_shapes(matrices: Mapping[str, StoredMatrix], anatomy: Anatomy, source: str) -> None:
     """The table has exactly the matrices of the model; a tied head may have been stored in int8 beside."""
     shapes = matrix_shapes(anatomy)
-    if HEAD in layers:
+    if HEAD in matrices:
         shapes[HEAD] = shapes[EMBEDDING]
-    if different := sorted(shapes.keys() ^ layers.keys()):
-        raise FormatError(f"{source}: the layer table and the config disagree about {different[0]!a}")
+    if different := sorted(shapes.keys() ^ matrices.keys()):
+        raise FormatError(f"{source}: the table of matrices and the config disagree about {different[0]!a}")
     for name, (rows, columns) in shapes.items():
-        layer = layers[name]
-        if (layer.rows, layer.columns) != (rows, columns):
+        matrix = matrices[name]
+        if (matrix.rows, matrix.columns) != (rows, columns):
             raise FormatError(
-                f"{source}: {name} is {layer.rows} x {layer.columns}; the config says {rows} x {columns}"
+                f"{source}: {name} is {matrix.rows} x {matrix.columns}; the config says {rows} x {columns}"
             )
 
 
-def _layer(name: str, entry: Any, source: str) -> Layer:
-    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(Layer)}:
+def _matrix(name: str, entry: Any, source: str) -> StoredMatrix:
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(StoredMatrix)}:
         raise FormatError(
-            f"{source}: layer {name!a} must have exactly storage, values, rows, columns, nonzeros"
+            f"{source}: matrix {name!a} must have exactly storage, values, rows, columns, nonzeros"
         )
     sizes = [entry["rows"], entry["columns"], entry["nonzeros"]]
     if not all(map(_is_size, sizes)) or not 0 <= sizes[2] <= sizes[0] * sizes[1]:
         raise FormatError(
-            f"{source}: layer {name!a} has rows, columns, nonzeros {sizes!a:.80}; expected sizes"
+            f"{source}: matrix {name!a} has rows, columns, nonzeros {sizes!a:.80}; expected sizes"
         )
     storage, values = entry["storage"], entry["values"]
     storages, types = ("sparse", "dense"), get_args(Values)
@@ -287,19 +288,19 @@ def _layer(name: str, entry: Any, source: str) -> Layer:
         storages, types = ("dense",), ("f32", "bf16")
     if storage not in storages or values not in types:
         raise FormatError(
-            f"{source}: layer {name!a} is stored as {storage!a} {values!a}; "
+            f"{source}: matrix {name!a} is stored as {storage!a} {values!a}; "
             f"expected {' or '.join(storages)} {', '.join(types)} there"
         )
-    return Layer(**entry)
+    return StoredMatrix(**entry)
 
 
 def check_tensors(
-    tensors: Mapping[str, Stored], anatomy: Anatomy, layers: Mapping[str, Layer], source: str
+    tensors: Mapping[str, Stored], anatomy: Anatomy, matrices: Mapping[str, StoredMatrix], source: str
 ) -> None:
-    """The file holds what its layers and norms call for, and nothing else (the tokenizer may be absent)."""
+    """The file holds what its matrices and vectors call for and nothing else; the tokenizer may be absent."""
     expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**vector_tensors(anatomy)}
-    for name, layer in layers.items():
-        expected |= layer.tensors(name)
+    for name, matrix in matrices.items():
+        expected |= matrix.tensors(name)
     if TOKENIZER in tensors:
         expected[TOKENIZER] = ("U8", tensors[TOKENIZER].shape[:1])
     if different := sorted(expected.keys() ^ tensors.keys()):
@@ -312,10 +313,10 @@ def check_tensors(
                 f"{source}: tensor {name} is {found.dtype} {list(found.shape)}; "
                 f"expected {dtype} {list(shape) if shape else '[bytes]'}"
             )
-    for name, layer in layers.items():
-        stream, (least, most) = tensors.get(f"{name}.weight.stream"), layer.stream_range()
+    for name, matrix in matrices.items():
+        stream, (least, most) = tensors.get(f"{name}.weight.stream"), matrix.stream_range()
         if stream is not None and not least <= stream.nbytes <= most:
             raise FormatError(
-                f"{source}: {name} is a stream of {stream.nbytes} bytes; {layer.nonzeros} nonzero weights of "
-                f"{layer.values} take {least} to {most}"
+                f"{source}: {name} is a stream of {stream.nbytes} bytes; {matrix.nonzeros} nonzero weights "
+                f"of {matrix.values} take {least} to {most}"
             )

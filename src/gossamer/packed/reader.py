@@ -19,8 +19,8 @@ from gossamer.packed import panels, streams
 from gossamer.packed.header import (
     DTYPES,
     TOKENIZER,
-    Layer,
     Stored,
+    StoredMatrix,
     check_tensors,
     read_header,
     read_model,
@@ -35,8 +35,8 @@ class Packed:
     """An open .goss file, memory-mapped and read-only.
 
     `config` is the model's config.json, `tensors` says where everything lies (offsets from the beginning of
-    `buffer`, the whole file as uint8), `layers` lists the matrices: the embedding, every decoder linear and,
-    unless the head is the embedding itself, `lm_head`.
+    `buffer`, the whole file as uint8), `matrices` is the header's table of them: the embedding, every decoder
+    linear and, unless the head is the embedding itself, `lm_head`.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class Packed:
     architecture: Anatomy
     metadata: dict[str, str]
     tensors: dict[str, Stored]
-    layers: dict[str, Layer]
+    matrices: dict[str, StoredMatrix]
     buffer: np.ndarray
 
     @classmethod
@@ -58,9 +58,9 @@ class Packed:
                 raise FormatError(f"{path}: the file is empty; expected a packed model (.goss)")
             mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
         metadata, tensors = read_header(memoryview(mapped), str(path))
-        config, architecture, layers = read_model(metadata, len(tensors), str(path))
-        check_tensors(tensors, architecture, layers, str(path))
-        return cls(path, config, architecture, metadata, tensors, layers, np.frombuffer(mapped, np.uint8))
+        config, architecture, matrices = read_model(metadata, len(tensors), str(path))
+        check_tensors(tensors, architecture, matrices, str(path))
+        return cls(path, config, architecture, metadata, tensors, matrices, np.frombuffer(mapped, np.uint8))
 
     @property
     def file_bytes(self) -> int:
@@ -69,7 +69,7 @@ class Packed:
     @property
     def head(self) -> str:
         """Name of the matrix that makes the logits: `lm_head`, or the embedding where they are tied."""
-        return HEAD if HEAD in self.layers else EMBEDDING
+        return HEAD if HEAD in self.matrices else EMBEDDING
 
     @property
     def tokenizer_json(self) -> bytes | None:
@@ -110,36 +110,36 @@ class Packed:
         streams, and raises FormatError where they contradict the header.
         """
         w_NK = self._weights(name)
-        if self.layers[name].type.paired:
+        if self.matrices[name].type.paired:
             return panels.multiply_groups(w_NK, self.multiplier(name))
         return w_NK
 
     def _weights(self, name: str) -> np.ndarray:
         """What the panels of `name` hold, [N, K]."""
-        layer, source = self.layers[name], f"{self.path}: {name}"
-        if layer.storage == "sparse":
+        matrix, source = self.matrices[name], f"{self.path}: {name}"
+        if matrix.storage == "sparse":
             stream, offsets = self.array(f"{name}.weight.stream"), self.array(f"{name}.weight.offsets")
-            w_NK = streams.decode(layer.values, stream, offsets, layer.rows, layer.columns, source)
+            w_NK = streams.decode(matrix.values, stream, offsets, matrix.rows, matrix.columns, source)
         else:
             w_NK = panels.from_panels(
-                layer.values, self.array(f"{name}.weight"), layer.rows, layer.columns, source
+                matrix.values, self.array(f"{name}.weight"), matrix.rows, matrix.columns, source
             )
-        if (nonzeros := panels.count_nonzero(w_NK)) != layer.nonzeros:
+        if (nonzeros := panels.count_nonzero(w_NK)) != matrix.nonzeros:
             raise FormatError(
-                f"{source}: found {nonzeros} nonzero weights; the layer table says {layer.nonzeros}"
+                f"{source}: found {nonzeros} nonzero weights; the table of matrices says {matrix.nonzeros}"
             )
-        if not is_finite(w_NK, self.layers[name].type.stored):
+        if not is_finite(w_NK, self.matrices[name].type.stored):
             raise FormatError(f"{source} holds NaN or infinite weights; the file is damaged")
         return w_NK
 
     def multiplier(self, name: str) -> np.ndarray:
         """uint8 [N, G] multipliers of an int4 matrix: groups of 128 inputs; FormatError unless 1..16."""
-        stored, layer = self.array(f"{name}.weight_multiplier"), self.layers[name]
-        return panels.from_multipliers(stored, layer.rows, layer.columns, f"{self.path}: {name}")
+        stored, matrix = self.array(f"{name}.weight_multiplier"), self.matrices[name]
+        return panels.from_multipliers(stored, matrix.rows, matrix.columns, f"{self.path}: {name}")
 
     def scale(self, name: str) -> np.ndarray:
         """float32 [N] scales of an int8 or int4 matrix; FormatError unless finite and not negative."""
-        padded, rows = self.array(f"{name}.weight_scale"), self.layers[name].rows
+        padded, rows = self.array(f"{name}.weight_scale"), self.matrices[name].rows
         if not np.isfinite(padded).all() or (padded < 0).any() or padded[rows:].any():
             raise FormatError(
                 f"{self.path}: {name}: scales must be finite, not negative, and 0 in the padding"
@@ -149,9 +149,9 @@ class Packed:
     def linear(self, name: str) -> np.ndarray:
         """Matrix `name` as float32 [N, K]."""
         w_NK = self.stored(name)
-        if self.layers[name].type.integer:
+        if self.matrices[name].type.integer:
             return w_NK * self.scale(name)[:, None]
-        return to_float32(w_NK, self.layers[name].type.stored)
+        return to_float32(w_NK, self.matrices[name].type.stored)
 
     def vector(self, name: str) -> np.ndarray:
         """float32 weights of a norm, such as `model.norm.weight`, or a bias; FormatError unless finite."""
@@ -161,9 +161,9 @@ class Packed:
 
     def check(self) -> None:
         """Decode everything; FormatError for the first matrix or vector that is not sound."""
-        for name, layer in self.layers.items():
+        for name, matrix in self.matrices.items():
             w_NK = self.stored(name)
-            if not layer.type.integer:
+            if not matrix.type.integer:
                 continue
             self.scale(name)
             sum_N = self.array(f"{name}.weight_sum")
@@ -172,24 +172,26 @@ class Packed:
         for name in vector_tensors(self.architecture):
             self.vector(name)
 
-    def layer_bytes(self, name: str) -> int:
+    def matrix_bytes(self, name: str) -> int:
         """Bytes in the file of matrix `name`: values, masks, offsets, multipliers, scales and sums."""
-        return sum(self.tensors[tensor].nbytes for tensor in self.layers[name].tensors(name))
+        return sum(self.tensors[tensor].nbytes for tensor in self.matrices[name].tensors(name))
 
     @property
     def decoder(self) -> list[str]:
         """Names of the decoder's linears: every matrix but the embedding and the head."""
-        return [name for name in self.layers if name not in (EMBEDDING, HEAD)]
+        return [name for name in self.matrices if name not in (EMBEDDING, HEAD)]
 
     def sparsity(self, names: Iterable[str]) -> float:
         """Fraction of zeros over all of the named matrices."""
-        layers = [self.layers[name] for name in names]
-        return 1 - sum(layer.nonzeros for layer in layers) / sum(layer.num_weights for layer in layers)
+        matrices = [self.matrices[name] for name in names]
+        return 1 - sum(matrix.nonzeros for matrix in matrices) / sum(
+            matrix.num_weights for matrix in matrices
+        )
 
     def bits_per_weight(self, names: Iterable[str]) -> float:
         """Bits in the file per weight of the named matrices, all that belongs to them included."""
         names = list(names)
-        return 8 * sum(map(self.layer_bytes, names)) / sum(self.layers[name].num_weights for name in names)
+        return 8 * sum(map(self.matrix_bytes, names)) / sum(self.matrices[name].num_weights for name in names)
 
     def native_tensors(self) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
         """Name -> (dtype, shape, byte offset in `buffer`, byte length), for `_native.Model`."""
@@ -197,10 +199,10 @@ class Packed:
 
     def native_config(self) -> dict[str, Any]:
         """What the model is made of and the table of its matrices, as `_native.Model` wants them."""
-        return native_config(self.architecture, self.layers)
+        return native_config(self.architecture, self.matrices)
 
 
-def native_config(anatomy: Anatomy, layers: Mapping[str, Layer]) -> dict[str, Any]:
+def native_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dict[str, Any]:
     """What `_native.Model` wants to know of a model: its sizes, and what each tensor of the file is for."""
     heads = anatomy.attention
     rope = next((block.attention.rope for block in anatomy.blocks if block.attention.rope), Rope(1.0))
@@ -215,9 +217,9 @@ def native_config(anatomy: Anatomy, layers: Mapping[str, Layer]) -> dict[str, An
         "inverse_frequencies": inverse_frequencies(rope, heads.head_dim),
         "embedding": EMBEDDING,
         "final_norm": f"{anatomy.final_norm.name}.weight",
-        "head": HEAD if HEAD in layers else EMBEDDING,
+        "head": HEAD if HEAD in matrices else EMBEDDING,
         "blocks": [_native_block(anatomy.prefix(i), block) for i, block in enumerate(anatomy.blocks)],
-        "linears": {name: asdict(layer) for name, layer in layers.items()},
+        "linears": {name: asdict(matrix) for name, matrix in matrices.items()},
     }
 
 

@@ -29,7 +29,15 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
-from gossamer.packed.header import DTYPES, TOKENIZER, Layer, matrix_shapes, needed_version, vector_sizes
+from gossamer.packed.header import (
+    DTYPES,
+    TABLE,
+    TOKENIZER,
+    StoredMatrix,
+    matrix_shapes,
+    needed_version,
+    vector_sizes,
+)
 from gossamer.packed.panels import ALIGNMENT, count_nonzero, padded
 from gossamer.packed.reader import Packed
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
@@ -37,7 +45,7 @@ from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
 Storage = Literal["auto", "sparse", "dense"]
 
 _COPY_BYTES = 1 << 24
-_VECTOR_BYTES, _LAYER_BYTES = 256, 1024  # room in the header: more than the entry of either takes
+_VECTOR_BYTES, _MATRIX_BYTES = 256, 1024  # room in the header: more than the entry of either takes
 
 
 class PackedWriter:
@@ -59,14 +67,14 @@ class PackedWriter:
     ) -> None:
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
-        self.layers: dict[str, Layer] = {}
+        self.matrices: dict[str, StoredMatrix] = {}
         anatomy = read_anatomy(json.loads(config))
         version = needed_version(anatomy)
         self._metadata = {"format": "gossamer", "version": version, "config": config, "parent": parent}
         self._metadata |= dict(metadata or {})
         self._tokenizer = tokenizer
         self._entries: dict[str, dict[str, Any]] = {}
-        room = (len(matrix_shapes(anatomy)) + 2) * _LAYER_BYTES + len(vector_sizes(anatomy)) * _VECTOR_BYTES
+        room = (len(matrix_shapes(anatomy)) + 2) * _MATRIX_BYTES + len(vector_sizes(anatomy)) * _VECTOR_BYTES
         self._data_begin = panels.round_up(len(json.dumps(self._metadata)) + room, ALIGNMENT)
         self._position = self._data_begin
         self._file: BinaryIO
@@ -95,7 +103,7 @@ class PackedWriter:
         """Add a norm's weight or a bias, as float32, under its tensor name, such as `model.norm.weight`."""
         self._tensor(name, "F32", [padded(vector.astype("<f4"), ALIGNMENT // 4)])
 
-    def floats(self, name: str, w_NK: np.ndarray, storage: Storage = "auto") -> Layer:
+    def floats(self, name: str, w_NK: np.ndarray, storage: Storage = "auto") -> StoredMatrix:
         """Add a matrix of float32, or of bfloat16 bit patterns (uint16), under its name without `.weight`.
 
         "auto" stores every matrix sparse where that takes fewer bytes, but the embedding, whose rows are
@@ -108,12 +116,14 @@ class PackedWriter:
             "dense" if name == EMBEDDING else storage,
         )
 
-    def int8(self, name: str, q_NK: np.ndarray, scale_N: np.ndarray, storage: Storage = "auto") -> Layer:
+    def int8(
+        self, name: str, q_NK: np.ndarray, scale_N: np.ndarray, storage: Storage = "auto"
+    ) -> StoredMatrix:
         """Add an int8 matrix with its row scales."""
         assert scale_N.shape == q_NK.shape[:1]
-        layer = self._matrix(name, "i8", q_NK, storage)
+        matrix = self._matrix(name, "i8", q_NK, storage)
         self._rows(name, scale_N, q_NK)
-        return layer
+        return matrix
 
     def int4(
         self,
@@ -122,7 +132,7 @@ class PackedWriter:
         multiplier_NG: np.ndarray,
         scale_N: np.ndarray,
         storage: Storage = "auto",
-    ) -> Layer:
+    ) -> StoredMatrix:
         """Add a matrix of weights q x multiplier x scale: q from -8 to 7, as int8.
 
         A multiplier, 1 to 16, is for a row and group of 128 inputs; a scale for a row. q times multiplier is
@@ -130,10 +140,10 @@ class PackedWriter:
         """
         assert scale_N.shape == q_NK.shape[:1] and q_NK.min() >= -8 and q_NK.max() <= 7
         assert multiplier_NG.min() >= 1 and multiplier_NG.max() <= panels.MAX_MULTIPLIER
-        layer = self._matrix(name, "i4", q_NK, storage)
+        matrix = self._matrix(name, "i4", q_NK, storage)
         self._tensor(f"{name}.weight_multiplier", "U8", [panels.to_multipliers(multiplier_NG)])
         self._rows(name, scale_N, panels.multiply_groups(q_NK, multiplier_NG))
-        return layer
+        return matrix
 
     def _rows(self, name: str, scale_N: np.ndarray, w_NK: np.ndarray) -> None:
         """The scales and sums of a matrix of int8 weights."""
@@ -141,29 +151,31 @@ class PackedWriter:
         self._tensor(f"{name}.weight_scale", "F32", [padded(scale_N.astype("<f4"), PANEL_ROWS)])
         self._tensor(f"{name}.weight_sum", "I32", [padded(sum_N, PANEL_ROWS)])
 
-    def repeat(self, name: str, written: str) -> Layer:
+    def repeat(self, name: str, written: str) -> StoredMatrix:
         """Add a matrix equal to one already written, as other bytes of the file: for synthetic models."""
-        layer = self.layers[name] = self.layers[written]
-        for tensor, former in zip(layer.tensors(name), layer.tensors(written), strict=True):
+        matrix = self.matrices[name] = self.matrices[written]
+        for tensor, former in zip(matrix.tensors(name), matrix.tensors(written), strict=True):
             entry = self._entries[former]
             self._tensor(tensor, entry["dtype"], self._read(*entry["data_offsets"]), tuple(entry["shape"]))
-        return layer
+        return matrix
 
     def _read(self, begin: int, end: int) -> Iterable[np.ndarray]:
         for at in range(begin, end, _COPY_BYTES):
             data = os.pread(self._file.fileno(), min(_COPY_BYTES, end - at), self._data_begin + at)
             yield np.frombuffer(data, np.uint8)
 
-    def _matrix(self, name: str, values: Values, w_NK: np.ndarray, storage: Storage) -> Layer:
+    def _matrix(self, name: str, values: Values, w_NK: np.ndarray, storage: Storage) -> StoredMatrix:
         if storage == "auto":
             storage = smaller_storage(values, w_NK)
-        layer = self.layers[name] = Layer(storage, values, *w_NK.shape, nonzeros=count_nonzero(w_NK))
+        matrix = self.matrices[name] = StoredMatrix(
+            storage, values, *w_NK.shape, nonzeros=count_nonzero(w_NK)
+        )
         spans = panels.panel_chunks(*w_NK.shape)
         if storage == "dense":
             pieces = (panels.to_panels(values, w_NK[i:j]) for i, j in spans)
-            dtype, shape = layer.tensors(name)[f"{name}.weight"]
+            dtype, shape = matrix.tensors(name)[f"{name}.weight"]
             self._tensor(f"{name}.weight", dtype, pieces, shape)
-            return layer
+            return matrix
         lengths: list[np.ndarray] = []
 
         def stream() -> Iterable[np.ndarray]:
@@ -175,7 +187,7 @@ class PackedWriter:
 
         self._tensor(f"{name}.weight.stream", "U8", stream())
         self._tensor(f"{name}.weight.offsets", "U64", [streams.panel_offsets(np.concatenate(lengths))])
-        return layer
+        return matrix
 
     def _tensor(
         self, name: str, dtype: str, pieces: Iterable[np.ndarray], shape: tuple[int, ...] | None = None
@@ -200,8 +212,8 @@ class PackedWriter:
             raise OSError(error.errno, reason, str(self.path)) from error
 
     def _finish(self) -> None:
-        layers = json.dumps({name: asdict(layer) for name, layer in self.layers.items()})
-        header = {"__metadata__": self._metadata | {"layers": layers}} | self._entries
+        table = json.dumps({name: asdict(matrix) for name, matrix in self.matrices.items()})
+        header = {"__metadata__": self._metadata | {TABLE: table}} | self._entries
         text = json.dumps(header, separators=(",", ":")).encode()
         room = self._data_begin - 8
         assert len(text) <= room, f"the header takes {len(text)} bytes; {room} were set aside"

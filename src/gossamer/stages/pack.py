@@ -100,7 +100,7 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
     output.parent.mkdir(parents=True, exist_ok=True)
     packing = pack_checkpoint(source, output, job.head, progress, job.storage)
     packed = Packed.open(output)
-    head = packed.layers[packed.head]
+    head = packed.matrices[packed.head]
     return PackResult(
         output_file=str(output),
         num_bytes=packed.file_bytes,
@@ -116,14 +116,14 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
 def stored_as(packed: Packed) -> tuple[StoredAs, ...]:
     """The file's matrices grouped by kind (q_proj, ..., lm_head) and storage."""
     groups: dict[tuple[str, str, str], list[str]] = {}
-    for name, layer in packed.layers.items():
-        groups.setdefault((name.rpartition(".")[2], layer.storage, layer.values), []).append(name)
+    for name, matrix in packed.matrices.items():
+        groups.setdefault((name.rpartition(".")[2], matrix.storage, matrix.values), []).append(name)
     return tuple(
         StoredAs(
             *key,
             num_matrices=len(names),
             sparsity=packed.sparsity(names),
-            num_bytes=sum(map(packed.layer_bytes, names)),
+            num_bytes=sum(map(packed.matrix_bytes, names)),
             bits_per_weight=packed.bits_per_weight(names),
         )
         for key, names in groups.items()

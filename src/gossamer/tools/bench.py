@@ -121,7 +121,7 @@ def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progres
     """Each model, open; a synthetic one is written when its turn comes."""
     if job.model is not None:
         packed = open_packed(job.model, progress)
-        values = "+".join(sorted({packed.layers[name].values for name in packed.decoder}))
+        values = "+".join(sorted({packed.matrices[name].values for name in packed.decoder}))
         yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, job.kv_cache_dtype, dense)
         return
     made = recipes(job)

@@ -106,14 +106,14 @@ def _packed(packed: Packed) -> InspectResult:
     matrices = [
         Matrix(
             name,
-            layer.rows,
-            layer.columns,
-            layer.storage,
-            layer.values,
-            layer.nonzeros,
-            packed.layer_bytes(name),
+            matrix.rows,
+            matrix.columns,
+            matrix.storage,
+            matrix.values,
+            matrix.nonzeros,
+            packed.matrix_bytes(name),
         )
-        for name, layer in packed.layers.items()
+        for name, matrix in packed.matrices.items()
     ]
     kind = f"packed file, format version {packed.metadata['version']}"
     provenance = (Step("pack", packed.metadata["parent"]),) if packed.metadata["parent"] else ()

@@ -99,7 +99,7 @@ def _checks(source: Checkpoint, parent: Checkpoint | None) -> Iterator[Check]:
 
 def _packed_checks(packed: Packed, parent: Checkpoint | None) -> Iterator[Check]:
     packed.check()
-    storages = [packed.layers[name].storage for name in packed.decoder]
+    storages = [packed.matrices[name].storage for name in packed.decoder]
     yield Check(
         "contents", f"{storages.count('sparse')} sparse and {storages.count('dense')} dense linears decode"
     )
@@ -165,9 +165,9 @@ def _zeros_kept(
 
 def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
     """The file decodes to the directory's numbers, bit for bit (a head rounded here: to its rounding)."""
-    for name, layer in packed.layers.items():
-        expected_NK, scale_N = _expected(parent, name, layer.values == "i8")
-        found_NK = packed.stored(name) if layer.values == "i8" else packed.linear(name)
+    for name, matrix in packed.matrices.items():
+        expected_NK, scale_N = _expected(parent, name, matrix.values == "i8")
+        found_NK = packed.stored(name) if matrix.values == "i8" else packed.linear(name)
         same = np.array_equal(found_NK, expected_NK)
         if not same or (scale_N is not None and not np.array_equal(packed.scale(name), scale_N)):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
@@ -198,7 +198,7 @@ def _backends(packed: Packed) -> Check:
     expected_TV = _torch_logits(packed, ids)
     found_TV = LLM(packed.path, kv_cache_dtype="f32").logits(ids)
     error = float(np.linalg.norm(found_TV - expected_TV) / np.linalg.norm(expected_TV))
-    integer = any(layer.type.integer for layer in packed.layers.values())
+    integer = any(matrix.type.integer for matrix in packed.matrices.values())
     tolerance = INT8_TOLERANCE if integer else FLOAT_TOLERANCE
     if not error <= tolerance:
         raise EngineError(
@@ -219,9 +219,9 @@ def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             matrix = packed.head if name == f"{HEAD}.weight" else name.removesuffix(".weight")
-            values = packed.linear(matrix) if matrix in packed.layers else packed.vector(name)
+            values = packed.linear(matrix) if matrix in packed.matrices else packed.vector(name)
             parameter.copy_(torch.from_numpy(values.copy()))
         for name, module in model.named_modules():
-            if name in packed.layers and packed.layers[name].type.integer:
+            if name in packed.matrices and packed.matrices[name].type.integer:
                 module.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
         return model(torch.tensor([ids])).logits[0].numpy()
