@@ -26,7 +26,7 @@ from rich.text import Text
 
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.job.processes import is_first, num_processes, refuse_several
-from gossamer.job.report import Event, Progress, Result, Table, number
+from gossamer.job.report import Event, Progress, Result, Table
 
 LOGGED = ("learning_rate", "grad_norm")  # only in the log files of training; a bar has no room for them
 LINE_S = 30.0  # between two lines of progress where stderr is no terminal
@@ -300,8 +300,8 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def show(result: Result) -> None:
-    """Draw the result's tables, then say what it suggests to do next."""
-    for table in result.tables():
+    """Draw the result's tables, or its plain fields, then say what it suggests to do next."""
+    for table in result.tables() or [plain_fields(result)]:
         if table.to_paste:
             out.print(f"{table.title}\n\n{markdown(table)}", soft_wrap=True, markup=False)
         else:
@@ -331,6 +331,24 @@ def justified(line: Sequence[str], widths: Sequence[int]) -> list[str]:
     """Words of one line, the first to the left and the others to the right."""
     pairs = list(zip(line, widths, strict=True))
     return [pairs[0][0].ljust(pairs[0][1]), *(cell.rjust(width) for cell, width in pairs[1:])]
+
+
+def number(value: Any) -> str:
+    """A figure as a person reads it."""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def plain_fields(result: Result) -> Table:
+    """The texts and numbers of a result that has no tables of its own, a line each."""
+    fields = vars(result).items()
+    rows = [
+        (name.replace("_", " "), number(value))
+        for name, value in fields
+        if isinstance(value, str | int | float)
+    ]
+    return Table("", ("", ""), rows)
 
 
 def figure(name: str, value: Any) -> str:

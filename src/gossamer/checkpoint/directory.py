@@ -34,18 +34,10 @@ from gossamer.job.options import record
 from gossamer.job.processes import is_first, refuse_several
 
 COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "LICENSE*", "NOTICE*",
+)  # fmt: skip
 MANIFEST = "gossamer.json"
 SHARD_BYTES = 2 << 30
 

@@ -40,7 +40,7 @@ class Table:
 
 
 class Result:
-    """What a verb returns: a dataclass that knows how it is shown, plainly where it overrides nothing.
+    """What a verb returns: a dataclass that knows how it is shown.
 
     `closing`: lines below the tables, such as the command to go on with.
     """
@@ -48,21 +48,9 @@ class Result:
     closing: Sequence[str] = ()
 
     def tables(self) -> list[Table]:
-        """What a person sees: the plain fields, a line each."""
-        plain = [
-            (name.replace("_", " "), number(value))
-            for name, value in vars(self).items()
-            if isinstance(value, str | int | float)
-        ]
-        return [Table("", ("", ""), plain)]
+        """What a person sees; without any, the plain fields are shown."""
+        return []
 
     def objects(self) -> Sequence[Any]:
         """What a program sees: the dataclasses that --json prints, one a line."""
         return (self,)
-
-
-def number(value: Any) -> str:
-    """A figure as a person reads it."""
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
