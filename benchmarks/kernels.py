@@ -23,7 +23,6 @@ from gossamer.measure.report import GIGA, Spread
 from gossamer.measure.synthetic import BLOCK_ROWS, Image, Recipe, synthetic_image
 from gossamer.packed.values import Values
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
 TOKENS = (1, 4, 16, 256)
 SPARSITY = {"dense": 0.0, "sparse": 0.7}
 COLUMNS, NAME = 4096, "model.layers.0.mlp.gate_proj"
@@ -114,7 +113,7 @@ def measure(bed: Bed, values: str, isa: str, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or LEVELS[: LEVELS.index(_native.isa()) + 1]
+    wanted = sys.argv[1:] or [level for level, runs in _native.levels().items() if runs]
     table = [row for row in _native.kernels() if row["family"] == "matmul" and row["isa"] in wanted]
     for values, storage in product(get_args(Values), SPARSITY):
         bed = Bed(values, storage)

@@ -37,6 +37,15 @@ namespace {
 
 const char* storage_name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
 
+// Name -> whether this machine, capped by GOSSAMER_ISA, runs it, of all levels that can be chosen.
+nb::dict levels() {
+    nb::dict found;
+    for (int i = 0; i < kNumIsas; ++i) {
+        if (Isa(i) != Isa::amx_emulated) found[name(Isa(i))] = runs(Isa(i));
+    }
+    return found;
+}
+
 nb::list table() {
     nb::list rows;
     for (const Kernel& kernel : kernels()) {
@@ -320,6 +329,7 @@ std::vector<double> time_matmul(const std::string& level, Bytes buffer, nb::dict
 
 void bind_kernels(nb::module_& m) {
     m.def("isa", [] { return std::string(name(isa())); });
+    m.def("levels", &levels);
     m.def("kernels", &table);
     m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);
     m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);

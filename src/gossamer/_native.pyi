@@ -96,6 +96,9 @@ class Model:
     @property
     def num_threads(self) -> int: ...
 
+def levels() -> dict[str, bool]:
+    """Level -> whether this machine, capped by GOSSAMER_ISA, runs it; each after the one it builds on."""
+
 def isa() -> _Isa:
     """The instruction set in use: the best of this machine, capped by GOSSAMER_ISA."""
 

@@ -47,7 +47,15 @@ def test_every_stage(qwen3: Path, text_file: Path, tmp_path: Path) -> None:
 def test_what_is_not_supported_is_refused() -> None:
     settings = CONFIG.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     assert read_anatomy(settings).attention.head_dim == 20
-    assert read_anatomy({k: v for k, v in settings.items() if k != "head_dim"}).attention.head_dim == 128
+    left_out = ("head_dim", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+    config = {key: value for key, value in settings.items() if key not in left_out} | {
+        "num_attention_heads": 64
+    }
+    anatomy, theirs = read_anatomy(config), Qwen3Config()
+    assert anatomy.attention.head_dim == theirs.head_dim
+    assert anatomy.attention.num_kv_heads == theirs.num_key_value_heads
+    assert anatomy.max_position_embeddings == theirs.max_position_embeddings
+    assert anatomy.norm_eps == theirs.rms_norm_eps
     for change in ({"use_sliding_window": True}, {"attention_bias": True}, {"hidden_act": "gelu"}):
         with pytest.raises(UnsupportedError, match=next(iter(change))):
             read_anatomy(settings | change)

@@ -14,8 +14,8 @@ from gossamer import _native
 from gossamer.engine.sampling import Sampler, SamplingParams, log_probability
 from gossamer.errors import EngineError
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
-RUNNABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
+LEVELS = tuple(_native.levels())
+RUNNABLE = tuple(level for level, runs in _native.levels().items() if runs)
 ISAS = [row["isa"] for row in _native.kernels() if row["family"] == "mass" and row["isa"] in RUNNABLE]
 CLOSE = 1e-6  # nearer to a boundary than this, float32 may fall on its other side
 LAST = float(np.nextafter(1.0, 0.0))

@@ -9,8 +9,7 @@ from gossamer import _native
 from gossamer.errors import ConfigError, EngineError
 from native.reference import cached
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
-ISAS = LEVELS[: LEVELS.index(_native.isa()) + 1]
+ISAS = tuple(level for level, runs in _native.levels().items() if runs)
 ROWS = [row for row in _native.kernels() if row["family"] == "attention" and row["isa"] in ISAS]
 KVS = ("f32", "bf16", "i8")
 POSITIONS = (1, 2, 3, 5, 15, 16, 17, 31, 63, 100, 255, 256, 257, 511, 700)

@@ -8,8 +8,7 @@ import pytest
 from gossamer import _native
 from gossamer.errors import FormatError
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
-ISAS = LEVELS[: LEVELS.index(_native.isa()) + 1]
+ISAS = tuple(level for level, runs in _native.levels().items() if runs)
 X_TK = np.ones((2, 150), np.float32)
 INTEGERS = [(values, storage) for values in ("i8", "i4") for storage in ("sparse", "dense")]
 

@@ -13,8 +13,8 @@ from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import ConfigError, UnsupportedError
 from native.conftest import Matrix, make_matrix
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
-RUNNABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
+LEVELS = tuple(_native.levels())
+RUNNABLE = tuple(level for level, runs in _native.levels().items() if runs)
 EMULATED = ["amx-emulated"] if "avx512" in RUNNABLE else []  # its weights are expanded by avx512
 ROWS = _native.kernels()
 MATMUL = [row for row in ROWS if row["family"] == "matmul"]
@@ -82,7 +82,7 @@ def exact_sums(w_NK: np.ndarray, x_TK: np.ndarray) -> np.ndarray:
 
 def test_levels_that_this_machine_lacks() -> None:
     """Says in the summary what the tests below leave out."""
-    if missing := LEVELS[len(RUNNABLE) :]:
+    if missing := [level for level in LEVELS if level not in RUNNABLE]:
         pytest.skip(
             f"no {' and no '.join(missing)} here; tiles are {'emulated' if EMULATED else 'not tested'}"
         )

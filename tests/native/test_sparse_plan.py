@@ -11,8 +11,8 @@ import pytest
 from gossamer import _native
 from gossamer.errors import EngineError
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
-RUNNABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
+LEVELS = tuple(_native.levels())
+RUNNABLE = tuple(level for level, runs in _native.levels().items() if runs)
 ISAS = [row["isa"] for row in _native.kernels() if row["family"] == "project" and row["isa"] in RUNNABLE]
 EPS = float(np.finfo(np.float32).eps)
 

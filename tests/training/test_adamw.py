@@ -13,8 +13,8 @@ from gossamer import _native
 from gossamer.errors import EngineError, UnsupportedError
 from gossamer.training.adamw import AdamW
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
-RUNNABLE = LEVELS[: LEVELS.index(_native.isa()) + 1]
+LEVELS = tuple(_native.levels())
+RUNNABLE = tuple(level for level, runs in _native.levels().items() if runs)
 ISAS = [row["isa"] for row in _native.kernels() if row["family"] == "adamw" and row["isa"] in RUNNABLE]
 FACTORS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 UNIT = 2.0**-24

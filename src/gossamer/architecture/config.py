@@ -34,6 +34,13 @@ class Config:
     def __init__(self, fields: Mapping[str, Any], source: str) -> None:
         self._fields, self.source = fields, source
 
+    def with_defaults(self, **fields: Any) -> "Config":
+        """The same, with what transformers' own class takes these fields to be where they are absent.
+
+        A field that is there keeps what it says, null included.
+        """
+        return Config({**fields, **self._fields}, self.source)
+
     def get(self, key: str) -> Any:
         """The field as it stands in the file; None where it is absent."""
         return self._fields.get(key)

@@ -32,10 +32,10 @@ MODULES: dict[Role, str] = {
 }
 
 
-def attention(config: Config, rope: Rope | None, head_dim: int | None = None) -> Attention:
+def attention(config: Config, rope: Rope | None) -> Attention:
     """Heads as the configuration has them; CheckpointError where they do not fit together.
 
-    `head_dim` is their width where the file does not say; None: the hidden size shared out among them.
+    Where it does not say, there are as many key/value heads as query heads, which share out the hidden size.
     """
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
@@ -43,10 +43,10 @@ def attention(config: Config, rope: Rope | None, head_dim: int | None = None) ->
         raise CheckpointError(
             f"{config.source}: {num_heads} query heads do not divide by {num_kv_heads} key heads"
         )
-    width = config.size("head_dim", head_dim or config.size("hidden_size") // num_heads)
-    if width % 2:
-        raise UnsupportedError(f"{config.source}: head_dim {width} is odd; rotary embeddings need pairs")
-    return Attention(num_heads, num_kv_heads, width, rope)
+    head_dim = config.size("head_dim", config.size("hidden_size") // num_heads)
+    if head_dim % 2:
+        raise UnsupportedError(f"{config.source}: head_dim {head_dim} is odd; rotary embeddings need pairs")
+    return Attention(num_heads, num_kv_heads, head_dim, rope)
 
 
 def block(

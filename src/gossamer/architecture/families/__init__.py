@@ -1,4 +1,4 @@
-"""The families of models that are understood: one file each, named as transformers names its `model_type`.
+"""The families of models that are understood: one file each, named by the class without `ForCausalLM`.
 
 A family's file has `SUMMARY`, a line for people that says what of it is supported, and
 `anatomy(config) -> Anatomy`, which raises UnsupportedError for what is not. There is no list of families: a

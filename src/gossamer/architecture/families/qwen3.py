@@ -10,8 +10,9 @@ SUMMARY = "Qwen3ForCausalLM (Qwen3, dense: no biases, no sliding window)"
 
 def anatomy(config: Config) -> Anatomy:
     """Every block alike."""
+    config = config.with_defaults(head_dim=128, num_key_value_heads=32, max_position_embeddings=32768)
     config.expect(hidden_act="silu", attention_bias=False, use_sliding_window=False)
-    heads = prenorm.attention(config, Rope.read(config), head_dim=128)
+    heads = prenorm.attention(config, Rope.read(config))
     query, key = (Norm(f"self_attn.{name}_norm", heads.head_dim) for name in ("q", "k"))
     block = prenorm.block(config, heads, norms={"query": query, "key": key})
     return prenorm.model(config, "qwen3", [block] * config.num_layers())
