@@ -9,7 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
-from gossamer.runs.recovery import SHIPPED, recover
+from gossamer.runs.recovery import SHIPPED, Recovery, recover
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 NUM_DOCTESTS = 1000
@@ -23,7 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     for seed in options.seeds:
         start = time.monotonic()
-        models = recover(options.model, options.output_dir / str(seed), seed)
+        models = recover(Recovery(seed=seed), options.model, options.output_dir / str(seed))
         print(f"seed {seed}: {time.monotonic() - start:.0f} s of pruning and training", flush=True)
         dense = 0.0
         for name in ("dense", "control", "one_shot", "recovered", "packed"):

@@ -8,7 +8,8 @@ import pytest
 
 from gossamer import cli
 from gossamer.job.options import inherited, option
-from gossamer.runs.compress import DECIDED, STAGES, Compress
+from gossamer.runs import recovery
+from gossamer.runs.compress import DECIDED, STAGES
 from gossamer.runs.options import options_for, options_of
 
 
@@ -69,18 +70,22 @@ def test_an_inherited_option_changes_its_default_alone() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_compress_takes_every_flag_of_its_stages(stage: str) -> None:
+@pytest.mark.parametrize("run", ["compress", "demo"])
+def test_a_run_takes_every_flag_of_its_stages(run: str, stage: str) -> None:
     """With any value that the stage takes, and it arrives there."""
     kind = STAGES[stage]
+    decided, given = {
+        "compress": (DECIDED, ["model", "-o", "out", "--dataset", "text"]),
+        "demo": (recovery.DECIDED, []),
+    }[run]
     for name, hint in typing.get_type_hints(kind).items():
-        if name in DECIDED or name not in {field.name for field in dataclasses.fields(kind)}:
+        if name in decided or name not in {field.name for field in dataclasses.fields(kind)}:
             continue
         flag = f"--{name.replace('_', '-')}"
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
         value = choices[-1] if choices else {bool: True, int: 7, float: 0.25, str: "none"}.get(hint, ("x",))
         words = [flag] if hint is bool else [flag, *(value if isinstance(value, tuple) else [str(value)])]
-        job, _ = cli.parse("compress", ["model", "-o", "out", "--dataset", "text", *words])
-        assert isinstance(job, Compress)
+        job, _ = cli.parse(run, [*given, *words])
         assert options_for(job, stage, kind)[name] == value
 
 

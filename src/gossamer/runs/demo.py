@@ -24,15 +24,14 @@ REPORT = "report.json"
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(recovery.Recovery):
     """Measure this CPU, then prune, win back, quantize, pack and run a small model (at most 8 minutes).
 
-    The options of its stages are fixed: they are tuned to this one model and these minutes, and only so can
-    the figures be compared with those of the README. `compress` takes all of them, for any model.
+    The data and the measurements are fixed. The stages take all their options, whose defaults are tuned to
+    this one model and these minutes: only with them can the figures be compared with those of the README.
     """
 
     output_dir: str = option("gossamer-demo", help="directory for models, report and picture", short="-o")
-    seed: int = option(0, help="order of the training data and choice of the test instances")
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     (output / REPORT).write_text("{}\n", encoding="utf-8")  # an interrupted demo may be run again
     cpu = cpu_tour(progress, cpu_seconds)
-    models = recovery.recover(recovery.SHIPPED, output / "models", job.seed, progress, size)
+    models = recovery.recover(job, recovery.SHIPPED, output / "models", progress, size)
     rows = measure(models, job.seed, progress)
     result = DemoResult(
         cpu=cpu,

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from gossamer.data.supervised import write_completions
 from gossamer.errors import GossamerError
+from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
+from gossamer.runs.options import options_for, options_of
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
@@ -28,22 +30,40 @@ SHIPPED = Path(__file__).parents[1] / "models" / "python-llama"
 CALIBRATION = ("python:doctests@3", "python:stdlib@1")
 TEXT = ("python:doctests@3", "python:stdlib@1")
 REPLAY_CHARACTERS = 300
-ROW_TOKENS = 128
-BATCH_TOKENS = 2048
-# How training multiplies (training/kernel.py): with all weights. "auto" takes what is faster at the moment,
-# and the two ways round differently, so two runs of the demo would not give the same model.
-KERNEL = "dense"
-PRETRAIN_RATE, FINETUNE_RATE = 5e-4, 5e-4
+STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
+# What the path decides: its data and their fields, its two sparsities, where a stage reads and writes, who
+# teaches, and that all is done again. It runs in one process, so `parallel` has nothing to choose.
+DECIDED = (
+    *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
+    *("resume", "overwrite", "parallel", "seed"),
+)
+DEFAULTS = {
+    "num_calibration_samples": 256,
+    "max_seq_length": 128,
+    "max_length": 128,
+    "batch_tokens": 2048,
+    "learning_rate": 5e-4,
+    "num_tokens": 300_000,
+    "num_train_epochs": 1,
+    # With all weights. "auto" takes what is faster at the moment, and the two ways round differently, so two
+    # runs of the demo would not give the same model.
+    "kernel": "dense",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery(options_of(STAGES, without=DECIDED, defaults=DEFAULTS)):
+    """Every option of the stages that the path leaves open; the defaults win the accuracy back in minutes."""
+
+    seed: int = option(0, help="order of the training data and choice of the examples")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much data each step sees; the defaults win the accuracy back in about three minutes."""
+    """How many examples fine-tuning sees; the defaults go with those of `Recovery`."""
 
-    num_tokens: int = 300_000
     num_examples: int = 14_000
     num_replay_pieces: int = 1000
-    num_calibration_samples: int = 256
 
 
 WHOLE = Size()
@@ -60,88 +80,92 @@ class Models:
     quantized: Path
     packed: Path
 
+    @classmethod
+    def under(cls, output: Path, dense: Path) -> Self:
+        names = ("control", "one-shot-70", "recovered-70", "quantized-70", "model.goss")
+        return cls(dense, *(output / name for name in names))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of the stages: the path's in their order, then the two of the control beside it."""
+
+    one_shot: Prune
+    prune_50: Prune
+    pretrain_50: Pretrain
+    prune_70: Prune
+    finetune: Finetune
+    quantize: Quantize
+    pack: Pack
+    control_pretrain: Pretrain
+    control_finetune: Finetune
+
+
+def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Plan:
+    """What `recover` runs, every stage with the options that `job` gives it."""
+
+    def options(kind: type, model: Path, made: Path, **decided: Any) -> dict[str, Any]:
+        place = {"model": str(model), "output_file" if kind is Pack else "output_dir": str(made)}
+        return options_for(job, kind.__name__.lower(), kind) | {"overwrite": True} | place | decided
+
+    def pruned(model: Path, made: Path, sparsity: float) -> Prune:
+        return Prune(**options(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity))
+
+    def pretrained(model: Path, made: Path) -> Pretrain:
+        return Pretrain(**options(Pretrain, model, made, dataset=TEXT))
+
+    def finetuned(model: Path, made: Path, teacher: Path | None) -> Finetune:
+        """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""
+        data = (f"python:doctests:{size.num_examples}:{job.seed}", str(made.with_suffix(".jsonl")))
+        taught = {"teacher": str(teacher)} if teacher and job.distill != "none" else {"distill": "none"}
+        return Finetune(**options(Finetune, model, made, dataset=data, **taught))
+
+    pruned_50, pretrained_50, pruned_70, control = (
+        output / name for name in ("pruned-50", "pretrained-50", "pruned-70", "control-pretrained")
+    )
+    return Plan(
+        one_shot=pruned(models.dense, models.one_shot, 0.7),
+        prune_50=pruned(models.dense, pruned_50, 0.5),
+        pretrain_50=pretrained(pruned_50, pretrained_50),
+        prune_70=pruned(pretrained_50, pruned_70, 0.7),
+        finetune=finetuned(pruned_70, models.recovered, models.dense),
+        quantize=Quantize(**options(Quantize, models.recovered, models.quantized, dataset=CALIBRATION)),
+        pack=Pack(**options(Pack, models.quantized, models.packed)),
+        control_pretrain=pretrained(models.dense, control),
+        control_finetune=finetuned(control, models.control, None),
+    )
+
 
 def recover(
-    dense: Path, output: Path, seed: int = 0, progress: Progress = quiet, size: Size = WHOLE
+    job: Recovery, dense: Path, output: Path, progress: Progress = quiet, size: Size = WHOLE
 ) -> Models:
     """Run the whole path and its control; existing outputs are replaced."""
-    names = ("control", "one-shot-70", "recovered-70", "quantized-70", "model.goss")
-    models = Models(dense, *(output / name for name in names))
-    pruned_50, pretrained_50, pruned_70 = (
-        output / name for name in ("pruned-50", "pretrained-50", "pruned-70")
-    )
-    with _beside(train_control, dense, output, seed, size), _one_thread():
-        _prune(dense, models.one_shot, 0.7, size, progress)
-        _prune(dense, pruned_50, 0.5, size, progress)
-        _pretrain(pruned_50, pretrained_50, seed, size, progress)
-        _prune(pretrained_50, pruned_70, 0.7, size, progress)
-        _finetune(pruned_70, models.recovered, dense, seed, size, progress)
-    quantize(Quantize(str(models.recovered), str(models.quantized), **_calibration(size)), progress)
-    pack(Pack(str(models.quantized), str(models.packed), overwrite=True), progress)
+    models = Models.under(output, dense)
+    jobs = plan(job, models, output, size)
+    with _beside(train_control, jobs.control_pretrain, jobs.control_finetune, size), _one_thread():
+        prune(jobs.one_shot, progress)
+        prune(jobs.prune_50, progress)
+        pretrain(jobs.pretrain_50, progress)
+        prune(jobs.prune_70, progress)
+        _finetune(jobs.finetune, size, progress)
+    quantize(jobs.quantize, progress)
+    pack(jobs.pack, progress)
     return models
 
 
-def train_control(dense: Path, output: Path, seed: int, size: Size) -> None:
+def train_control(first: Pretrain, second: Finetune, size: Size) -> None:
     """The dense model through the same pretraining and fine-tuning: what the extra tokens alone are worth."""
     with _one_thread():
-        _pretrain(dense, output / "control-pretrained", seed, size, quiet)
-        _finetune(output / "control-pretrained", output / "control", None, seed, size, quiet)
+        pretrain(first, quiet)
+        _finetune(second, size, quiet)
 
 
-def _calibration(size: Size) -> dict[str, Any]:
-    return {
-        "dataset": CALIBRATION,
-        "num_calibration_samples": size.num_calibration_samples,
-        "max_seq_length": ROW_TOKENS,
-        "overwrite": True,
-    }
-
-
-def _prune(model: Path, output: Path, sparsity: float, size: Size, progress: Progress) -> None:
-    prune(Prune(str(model), str(output), sparsity=sparsity, **_calibration(size)), progress)
-
-
-def _pretrain(model: Path, output: Path, seed: int, size: Size, progress: Progress) -> None:
-    pretrain(
-        Pretrain(
-            str(model),
-            str(output),
-            dataset=TEXT,
-            num_tokens=size.num_tokens,
-            max_length=ROW_TOKENS,
-            batch_tokens=BATCH_TOKENS,
-            learning_rate=PRETRAIN_RATE,
-            kernel=KERNEL,
-            seed=seed,
-            overwrite=True,
-        ),
-        progress,
+def _finetune(job: Finetune, size: Size, progress: Progress) -> None:
+    """Write the pieces of the library that the job's second source names, and train."""
+    write_completions(
+        Path(job.dataset[1]), "python:stdlib", size.num_replay_pieces, job.seed, REPLAY_CHARACTERS
     )
-
-
-def _finetune(
-    model: Path, output: Path, teacher: Path | None, seed: int, size: Size, progress: Progress
-) -> None:
-    """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""
-    replay = output.with_suffix(".jsonl")
-    write_completions(replay, "python:stdlib", size.num_replay_pieces, seed, REPLAY_CHARACTERS)
-    finetune(
-        Finetune(
-            str(model),
-            str(output),
-            dataset=(f"python:doctests:{size.num_examples}:{seed}", str(replay)),
-            teacher=str(teacher) if teacher else None,
-            distill="squarehead" if teacher else "none",
-            num_train_epochs=1,
-            max_length=ROW_TOKENS,
-            batch_tokens=BATCH_TOKENS,
-            learning_rate=FINETUNE_RATE,
-            kernel=KERNEL,
-            seed=seed,
-            overwrite=True,
-        ),
-        progress,
-    )
+    finetune(job, progress)
 
 
 @contextmanager
