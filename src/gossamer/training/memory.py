@@ -159,8 +159,8 @@ def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
-    """What a model of transformers is made of."""
-    return read_anatomy({**model.config.to_dict(), "architectures": [type(model).__name__]}, "the model")
+    """What a model of transformers is made of; FSDP gives its class another name, so the configuration says."""
+    return read_anatomy({**model.config.to_dict(), "architectures": None}, "the model")
 
 
 def _copied_weights(model: nn.Module, precision: str, device: str) -> int:
