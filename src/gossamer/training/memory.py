@@ -159,7 +159,7 @@ def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
-    """What a model of transformers is made of; FSDP gives its class another name, so the configuration says."""
+    """What a model of transformers is made of, by its configuration: FSDP gives its class another name."""
     return read_anatomy({**model.config.to_dict(), "architectures": None}, "the model")
 
 
