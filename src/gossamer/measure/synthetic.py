@@ -160,7 +160,7 @@ def _write(
     if first in writer.matrices:
         writer.repeat(name, first)
         return
-    rows, columns = matrix_shapes(anatomy)[EMBEDDING if name == HEAD else name]
+    rows, columns = anatomy.tensor_shapes[f"{EMBEDDING if name == HEAD else name}.weight"]
     values, sparsity = recipe.kind(name)
     block = random_weights(values, min(rows, BLOCK_ROWS), columns, sparsity, rng)
     w_NK, scale_N = np.resize(block, (rows, columns)), plausible_scales(rows, columns)

@@ -24,7 +24,6 @@ from gossamer.packed.header import (
     check_tensors,
     read_header,
     read_model,
-    vector_sizes,
     vector_tensors,
 )
 from gossamer.packed.values import PANEL_ROWS
@@ -157,7 +156,7 @@ class Packed:
         """float32 weights of a norm, such as `model.norm.weight`, or a bias; FormatError unless finite."""
         if not np.isfinite(padded := self.array(name)).all():
             raise FormatError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
-        return padded[: vector_sizes(self.architecture)[name]]
+        return padded[: self.architecture.tensor_shapes[name][0]]
 
     def check(self) -> None:
         """Decode everything; FormatError for the first matrix or vector that is not sound."""

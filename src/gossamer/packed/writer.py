@@ -10,8 +10,8 @@ begin at a multiple of 64 bytes, then the tensors, contiguous and each a multipl
     packed = Packed.open(path)
     packed.linear("model.layers.0.self_attn.q_proj")   # float32 [N, K]
 
-The writer is here, the reader in `packed_reader`; `panels` and `streams` lay out the weights, `packed_header`
-checks the header. None of them needs torch, and all hold one tensor at a time. Opening checks everything that
+The writer is here, the reader in `reader`; `panels` and `streams` lay out the weights, `header` checks the
+header. None of them needs torch, and all hold one tensor at a time. Opening checks everything that
 the header says; streams are checked when they are decoded, by `Packed.stored` and in the engine before the
 first kernel runs.
 """
