@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from gossamer.decoder import Block
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -27,6 +29,13 @@ VARIANTS = {
     "bf16": {"num_key_value_heads": 2},
     "fp16": {"num_key_value_heads": 2},
 }
+
+
+def walk_through(block: Block, hidden_BTD: torch.Tensor) -> torch.Tensor:
+    """The layer's output, which takes the place of its input."""
+    for _ in block.walk(hidden_BTD):
+        pass
+    return hidden_BTD
 
 
 def save_tiny(variant: str, path: Path) -> Path:

@@ -12,25 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer.checkpoint.directory import Checkpoint
-    from gossamer.engine import LLM, Generation, SamplingParams
-    from gossamer.errors import GossamerError
-    from gossamer.packed.reader import Packed
-    from gossamer.training.distillation import SquareHead
-    from gossamer.training.masks import MaskCallback
+    from gossamer.checkpoint.directory import Checkpoint as Checkpoint
+    from gossamer.engine import LLM as LLM
+    from gossamer.engine import Generation as Generation
+    from gossamer.engine import SamplingParams as SamplingParams
+    from gossamer.errors import GossamerError as GossamerError
+    from gossamer.packed.reader import Packed as Packed
+    from gossamer.training.distillation import SquareHead as SquareHead
+    from gossamer.training.masks import MaskCallback as MaskCallback
 
-__all__ = [
-    "LLM",
-    "Checkpoint",
-    "Generation",
-    "GossamerError",
-    "MaskCallback",
-    "Packed",
-    "SamplingParams",
-    "SquareHead",
-]
-
-_HOMES = {
+HOMES = {
     "LLM": "gossamer.engine",
     "Checkpoint": "gossamer.checkpoint.directory",
     "Generation": "gossamer.engine",
@@ -41,8 +32,10 @@ _HOMES = {
     "SquareHead": "gossamer.training.distillation",
 }
 
+__all__ = list(HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in HOMES:
         raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(HOMES[name]), name)

@@ -77,15 +77,10 @@ class Block:
         """The module of one norm."""
         return self.layer.get_submodule(self.anatomy.norms[place].name)
 
-    @torch.no_grad()
-    def __call__(self, hidden_BTD: Tensor) -> Tensor:
-        """The layer's output [B, T, D] under causal attention, positions 0..T-1."""
-        positions_1T = torch.arange(hidden_BTD.shape[1]).unsqueeze(0)
-        position_embeddings = self.rotary(hidden_BTD, positions_1T)
-        return self.layer(hidden_BTD, position_embeddings=position_embeddings, position_ids=positions_1T)
-
     def walk(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterable[Tensor]]]:
         """Go through the layer group by group: yields each group and its input [rows, T, K] in pieces.
+
+        Attention is causal, over positions 0..T-1.
 
         What the caller does to a group's weights before it asks for the next one counts from there on, so
         later groups see the changed earlier ones (GPTQ's "true sequential") for about one forward pass.

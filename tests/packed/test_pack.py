@@ -89,7 +89,7 @@ def test_dense_directories(variant: str, tiny_llama: Callable[[str], Path], tmp_
             assert np.array_equal(packed.vector(name), source.float32(name))
     tied = source.architecture.tie_word_embeddings
     assert packed.head == (EMBEDDING if tied else "lm_head") and tied == (variant == "llama3")
-    assert packed.architecture == source.architecture and packed.metadata["parent"] == source.hash()
+    assert packed.architecture == source.architecture and packed.metadata["parent"] == source.hash
     assert packed.tokenizer_json == (source.path / "tokenizer.json").read_bytes()
     assert packed.tokenizer_config == json.loads((source.path / "tokenizer_config.json").read_text())
 

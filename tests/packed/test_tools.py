@@ -41,7 +41,7 @@ def test_inspect_a_directory(tiny_llama: Callable[[str], Path], tmp_path: Path) 
     result = inspect(Inspect(str(directory)))
     assert result.sparsity == pytest.approx(0.5) and result.bits_per_weight == 16
     assert [step.stage for step in result.provenance] == ["prune"]
-    assert result.provenance[0].parent == Checkpoint.open(tiny_llama("bf16")).hash()
+    assert result.provenance[0].parent == Checkpoint.open(tiny_llama("bf16")).hash
     assert {matrix.values for matrix in result.matrices} == {"bf16"} and len(result.matrices) == 16
     assert result.num_parameters == sum(tensor.size for tensor in load_file_bits(directory).values())
     text = "\n".join(cli.markdown(table) for table in result.tables())

@@ -42,9 +42,7 @@ def model(tiny_llama: Any) -> LlamaForCausalLM:
 @pytest.fixture
 def target(tiny_llama: Any, tmp_path: Path) -> Derived:
     """A place for runs; each begins anew."""
-    return Derived(
-        Checkpoint.open(tiny_llama("llama3")), tmp_path / "out", tmp_path, record(JOB), "test", False
-    )
+    return Derived(Checkpoint.open(tiny_llama("llama3")), tmp_path / "out", tmp_path, record(JOB), "test")
 
 
 def examples(count: int) -> list[Example]:

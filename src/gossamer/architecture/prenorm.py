@@ -21,16 +21,6 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.errors import CheckpointError, UnsupportedError
 
-MODULES: dict[Role, str] = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-
 
 def attention(config: Config, rope: Rope | None) -> Attention:
     """Heads as the configuration has them; CheckpointError where they do not fit together.
@@ -59,18 +49,20 @@ def block(
         "q": (q, D), "k": (kv, D), "v": (kv, D), "o": (D, q), "gate": (F, D), "up": (F, D), "down": (D, F)
     }  # fmt: skip
 
-    def linears(*roles: Role) -> tuple[Linear, ...]:
-        return tuple(Linear(role, MODULES[role], *shapes[role], bias=role in biases) for role in roles)
+    def linears(module: str, *roles: Role) -> tuple[Linear, ...]:
+        return tuple(
+            Linear(role, f"{module}.{role}_proj", *shapes[role], bias=role in biases) for role in roles
+        )
 
     before: dict[Place, Norm] = {
         "attention": Norm("input_layernorm", D),
         "feed_forward": Norm("post_attention_layernorm", D),
     }
     groups = (
-        Group(linears("q", "k", "v"), "input_layernorm", "norm"),
-        Group(linears("o"), MODULES["v"], "value rows"),
-        Group(linears("gate", "up"), "post_attention_layernorm", "norm"),
-        Group(linears("down"), MODULES["up"], "rows"),
+        Group(linears("self_attn", "q", "k", "v"), "input_layernorm", "norm"),
+        Group(linears("self_attn", "o"), "self_attn.v_proj", "value rows"),
+        Group(linears("mlp", "gate", "up"), "post_attention_layernorm", "norm"),
+        Group(linears("mlp", "down"), "mlp.up_proj", "rows"),
     )
     return Block(groups, before | dict(norms or {}), heads, FeedForward(F))
 

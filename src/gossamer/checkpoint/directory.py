@@ -31,7 +31,6 @@ from gossamer.checkpoint.partial import (
 from gossamer.checkpoint.weights import STORAGE, Entry, is_finite, read_header, to_float32, write_safetensors
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.job.options import record
-from gossamer.job.processes import is_first, refuse_several
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -106,7 +105,8 @@ class Checkpoint:
         return self.architecture.linear_names()
 
     @cached_property
-    def _hash(self) -> str:
+    def hash(self) -> str:
+        """sha256 of configuration, tokenizer and every tensor: the directory's identity as a parent."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         tokenizer = self.path / "tokenizer.json"
         digest.update(tokenizer.read_bytes() if tokenizer.exists() else b"")
@@ -116,37 +116,19 @@ class Checkpoint:
             digest.update(entry.array().data.cast("B"))
         return digest.hexdigest()
 
-    def hash(self) -> str:
-        """sha256 of configuration, tokenizer and every tensor: the directory's identity as a parent."""
-        return self._hash
-
     @contextlib.contextmanager
     def derive(
-        self,
-        output_dir: str | Path,
-        job: object,
-        *,
-        stage: str,
-        overwrite: bool = False,
-        resume: bool = False,
-        shared: bool = False,
+        self, output: str | Path, job: object, stage: str, *, overwrite: bool = False, resume: bool = False
     ) -> Iterator["Derived"]:
         """Write a child directory: whole and renamed into place, or not there at all.
 
         Only a run that left checkpoints stays in `OUT.partial/` when it fails, for `resume` to go on with.
-        Where all processes of torchrun have a `shared` child, the first one writes it; the others go through
-        the same motions and touch no file.
-        `job` is the stage's dataclass of options. Raises ConfigError if `output_dir` exists without
-        `overwrite`, UnsupportedError if there are several processes and the child is not `shared`,
-        CheckpointError if it lost one of its parent's zeros or tensors.
+        `job` is the stage's dataclass of options. Raises ConfigError if `output` exists without
+        `overwrite` or another process is writing it, CheckpointError if the child lost one of its parent's
+        zeros or tensors.
         """
-        output = Path(output_dir)
+        output = Path(output)
         partial = output.with_name(output.name + ".partial")
-        if not shared:
-            refuse_several(stage)
-        if not is_first():
-            yield Derived(self, output, partial, record(job), stage, writes=False)
-            return
         refuse_existing(output, overwrite)
         if output.exists() and output.resolve() == self.path.resolve():
             raise ConfigError(f"{output} is the input directory; give another --output-dir")
@@ -163,22 +145,14 @@ class Checkpoint:
 
 
 class Derived:
-    """A child directory in the making, at `path` (`OUT.partial`), unless another process `writes` it.
+    """A child directory in the making, at `path` (`OUT.partial`).
 
-    `sparsity`: the fraction of zeros over all decoder linears, once the child is whole; NaN before, and in
-    processes that do not write.
+    `sparsity`: the fraction of zeros over all decoder linears, once the child is whole; NaN before.
     """
 
     def __init__(
-        self,
-        parent: Checkpoint,
-        output: Path,
-        partial: Path,
-        job: dict[str, Any],
-        stage: str,
-        writes: bool = True,
+        self, parent: Checkpoint, output: Path, partial: Path, job: dict[str, Any], stage: str
     ) -> None:
-        self.writes = writes
         self.parent, self.output, self.path, self.job, self.stage = parent, output, partial, job, stage
         self.config = dict(parent.config)
         self.metrics: dict[str, Any] = {}
@@ -196,8 +170,7 @@ class Derived:
 
     def write(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Store one tensor: `array` in storage form (uint16 bit patterns for BF16)."""
-        if self.writes:
-            self._shards.add(name, array, dtype)
+        self._shards.add(name, array, dtype)
 
     def copy_rest(self) -> None:
         """Copy every tensor of the parent that has not been written."""
@@ -220,11 +193,11 @@ class Derived:
 
     def _record(self, tensors: dict[str, Any]) -> dict[str, Any]:
         parent_manifest = self.parent.manifest or {}
-        lineage = [*parent_manifest.get("lineage", []), {"stage": self.stage, "parent": self.parent.hash()}]
+        lineage = [*parent_manifest.get("lineage", []), {"stage": self.stage, "parent": self.parent.hash}]
         return {
             "stage": self.stage,
             "job": self.job,
-            "parent": {"path": str(self.parent.path), "hash": self.parent.hash()},
+            "parent": {"path": str(self.parent.path), "hash": self.parent.hash},
             "lineage": lineage,
             "data": self.data,
             "versions": _library_versions(),

@@ -52,7 +52,8 @@ def locked(partial: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"{partial} is being written by another run; wait for its end, or give another --output-dir"
+                f"{partial} is being written by another process; wait for its end, or give another "
+                "--output-dir (only pretrain and finetune run under torchrun)"
             ) from error
         yield
     finally:

@@ -52,16 +52,12 @@ def read_header(file: Path) -> dict[str, Entry]:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_bytes))
     header.pop("__metadata__", None)
-    return {
-        name: Entry(
-            file,
-            info["dtype"],
-            tuple(info["shape"]),
-            8 + header_bytes + info["data_offsets"][0],
-            info["data_offsets"][1] - info["data_offsets"][0],
-        )
-        for name, info in header.items()
-    }
+    entries = {}
+    for name, info in header.items():
+        begin, end = info["data_offsets"]
+        shape = tuple(info["shape"])
+        entries[name] = Entry(file, info["dtype"], shape, 8 + header_bytes + begin, end - begin)
+    return entries
 
 
 def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Calibration text for the stages that look at activations, and the options of these stages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,49 +47,32 @@ def calibration_ids(source: Checkpoint, job: CalibrationOptions) -> Tensor:
 
     Every row begins with BOS, as every sequence does at inference: much attention goes to that one token.
     """
-    tokenizer = Encoder.open(source.path)
+    tokenizer, num_rows = Encoder.open(source.path), job.num_calibration_samples
     length = min(job.max_seq_length, source.architecture.max_position_embeddings)
-    ids_BT = torch.from_numpy(
-        calibration_rows(job.dataset, tokenizer, job.num_calibration_samples, length, offline=job.offline)
-    )
-    ids_BT[:, 0] = tokenizer.required_bos()
+    bos_id, needed = tokenizer.required_bos(), num_rows * length
+    pieces: list[np.ndarray] = []
+    num_tokens = 0
+    for text in _texts(job):
+        ids = [bos_id, *tokenizer.encode(text, bos=False)][: needed - num_tokens]
+        pieces.append(np.array(ids, dtype=np.int64))
+        num_tokens += len(ids)
+        if num_tokens == needed:
+            break
+    if num_tokens < needed:
+        raise CalibrationError(
+            f"calibration text {', '.join(job.dataset)} holds {num_tokens} tokens, {needed} are needed "
+            f"({num_rows} samples of {length}); give a longer text or lower "
+            "--num-calibration-samples or --max-seq-length"
+        )
+    ids_BT = torch.from_numpy(np.concatenate(pieces).reshape(num_rows, length))
+    ids_BT[:, 0] = bos_id
     return ids_BT
 
 
-def calibration_rows(
-    source: str | Sequence[str],
-    tokenizer: Encoder,
-    num_samples: int,
-    max_seq_length: int,
-    *,
-    offline: bool = False,
-) -> np.ndarray:
-    """int64 [num_samples, max_seq_length] from the head of one source, or from a mixture of several.
+def _texts(job: CalibrationOptions) -> Iterator[str]:
+    """The head of one source, or a mixture of several."""
+    if len(job.dataset) == 1:
+        return documents(parse_weight(job.dataset[0])[0], offline=job.offline)
+    from gossamer.data.mixture import mixture
 
-    Raises CalibrationError where the text is too short.
-    """
-    names = [source] if isinstance(source, str) else list(source)
-    if len(names) == 1:
-        texts = documents(parse_weight(names[0])[0], offline=offline)
-    else:
-        from gossamer.data.mixture import mixture
-
-        texts = mixture(names, 0, offline=offline)
-    bos_id = tokenizer.required_bos()
-    rows: list[np.ndarray] = []
-    num_tokens = 0
-    for text in texts:
-        rows_left = num_samples * max_seq_length - num_tokens
-        if rows_left <= 0:
-            break
-        ids = [bos_id, *tokenizer.encode(text, bos=False)]
-        rows.append(np.array(ids[:rows_left], dtype=np.int64))
-        num_tokens += len(rows[-1])
-    needed = num_samples * max_seq_length
-    if num_tokens < needed:
-        raise CalibrationError(
-            f"calibration text {', '.join(names)} holds {num_tokens} tokens, {needed} are needed "
-            f"({num_samples} samples of {max_seq_length}); give a longer text or lower "
-            "--num-calibration-samples or --max-seq-length"
-        )
-    return np.concatenate(rows).reshape(num_samples, max_seq_length)
+    return mixture(job.dataset, 0, offline=job.offline)

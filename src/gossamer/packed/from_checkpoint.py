@@ -111,7 +111,7 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
     return {
         "config": _text(source.path / "config.json"),
         "tokenizer": tokenizer.read_bytes(),
-        "parent": source.hash(),
+        "parent": source.hash,
         "metadata": metadata,
     }
 

@@ -109,7 +109,7 @@ def claim(output: Path, job: Compress) -> Left:
         raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
     data = [manifest(name) for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)]
-    inputs = {"model_hash": Checkpoint.open(job.model).hash(), "data": data}
+    inputs = {"model_hash": Checkpoint.open(job.model).hash, "data": data}
     begun, finished = (
         json.dumps({**deciding(record(job)), **inputs, "finished": whole}, indent=2) + "\n"
         for whole in (False, True)
@@ -178,7 +178,7 @@ def is_up_to_date(step: Step, left: Left) -> bool:
     """
     if not step.output.exists():
         return False
-    parent = Checkpoint.open(step.job.model).hash()
+    parent = Checkpoint.open(step.job.model).hash
     try:
         if step.stage == "pack":
             return left.whole and Packed.open(step.output).metadata["parent"] == parent

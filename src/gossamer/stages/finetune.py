@@ -16,7 +16,7 @@ from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.trainer import train
-from gossamer.training.whole_model import load_model, write_model
+from gossamer.training.whole_model import derive_in_first, load_model, write_model
 
 ROW_LENGTH = 128
 
@@ -45,9 +45,7 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     _check(job)
     source = Checkpoint.open(job.model)
     teacher = None if job.teacher is None else load_teacher(job.teacher, source)
-    with source.derive(
-        job.output_dir, job, stage="finetune", overwrite=job.overwrite, resume=job.resume, shared=True
-    ) as target:
+    with derive_in_first(source, job, "finetune") as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)
         examples = _examples(job, source, progress)

@@ -106,7 +106,7 @@ def _packed_checks(packed: Packed, parent: Checkpoint | None) -> Iterator[Check]
     yield _no_sparsity_config(packed.config, packed.path)
     if parent is None:
         return
-    if packed.metadata["parent"] == parent.hash():
+    if packed.metadata["parent"] == parent.hash:
         yield _same_tensors(packed, parent)
     else:
         yield Check("tensors", "not the directory that was packed: only zeros are compared", skipped=True)

@@ -155,7 +155,7 @@ def load_teacher(path: str | Path, student: Checkpoint) -> Teacher:
             f"--teacher {path} has another tokenizer (tokenizer.json sha256 {digests[0]}) than the model "
             f"{student.path} ({digests[1]}); expected the same file in both"
         )
-    return Teacher(load_model(teacher), teacher.hash())
+    return Teacher(load_model(teacher), teacher.hash)
 
 
 def _check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:

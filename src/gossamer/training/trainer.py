@@ -182,7 +182,7 @@ def identify(
         "stage": target.stage,
         **deciding_options(job),
         "precision": precision,
-        "model": target.parent.hash(),
+        "model": target.parent.hash,
         "teacher": None if teacher is None else teacher.hash,
         "data": rows.hash(),
         "mask": model_mask_hash(model),

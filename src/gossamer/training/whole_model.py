@@ -1,8 +1,11 @@
 """A whole model as transformers has it: made of a checkpoint to be trained, and written to another."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -11,6 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.decoder import model_config, refuse_quantized, tensor, write_tensor
+from gossamer.job.options import record
+from gossamer.job.processes import is_first
+from gossamer.training.options import TrainingOptions
 
 
 def new_model(
@@ -32,6 +38,29 @@ def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTra
         for name, parameter in model.named_parameters():
             parameter.copy_(tensor(source, name))
     return model
+
+
+@contextlib.contextmanager
+def derive_in_first(source: Checkpoint, job: TrainingOptions, stage: str) -> Iterator[Derived]:
+    """The child directory that all processes of a run share: the first one writes it.
+
+    The others go through the same motions with one that stores nothing. Raises what `Checkpoint.derive` does.
+    """
+    if is_first():
+        with source.derive(
+            job.output_dir, job, stage=stage, overwrite=job.overwrite, resume=job.resume
+        ) as target:
+            yield target
+    else:
+        output = Path(job.output_dir)
+        yield WrittenElsewhere(source, output, output.with_name(output.name + ".partial"), record(job), stage)
+
+
+class WrittenElsewhere(Derived):
+    """A child directory as the processes see it that do not write it."""
+
+    def write(self, name: str, array: np.ndarray, dtype: str) -> None:
+        """Store nothing."""
 
 
 def write_model(model: PreTrainedModel, target: Derived) -> None:
