@@ -154,7 +154,7 @@ def test_two_runs_do_not_write_the_same_directory(tiny_llama: Tiny, tmp_path: Pa
     source = Checkpoint.open(tiny_llama("llama2"))
     with source.derive(tmp_path / "out", Copy(), stage="copy") as target:
         with (
-            pytest.raises(ConfigError, match=r"out\.partial is being written by another run"),
+            pytest.raises(ConfigError, match=r"out\.partial is being written by another process"),
             source.derive(tmp_path / "out", Copy(), stage="copy"),
         ):
             pass

@@ -1,6 +1,7 @@
 """The walk through a layer that `prune` and `quantize` share, and the tokens they calibrate on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import gossamer.decoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.calibration import calibration_ids
 from gossamer.decoder import blocks, embed
+from gossamer.errors import CalibrationError
 from gossamer.stages.prune import Prune
 from gossamer.tokens.tokenizer import Tokenizer
+from llamas import walk_through
 
 TinyLlama = Callable[[str], Path]
 IDS_BT = torch.arange(2, 302).view(6, 50)
@@ -53,7 +56,7 @@ def test_a_changed_group_counts_for_the_later_ones(tiny_llama: TinyLlama) -> Non
     block, other = next(blocks(source)), next(blocks(source))
     other.layer.self_attn.v_proj.weight.data.zero_()
     hidden_BTD = embed(source, IDS_BT)
-    expected = other(hidden_BTD)
+    expected = walk_through(other, hidden_BTD.clone())
     for index, (_, inputs) in enumerate(block.walk(hidden_BTD)):
         if index == 0:
             block.layer.self_attn.v_proj.weight.data.zero_()
@@ -73,3 +76,28 @@ def test_calibration_rows_begin_with_bos_and_fit_the_context(
     assert (ids_BT[:, 0] == tokenizer.bos_id).all()
     head = tokenizer.encode(text_file.read_text(encoding="utf-8"))[: ids_BT.numel()]
     assert ids_BT[0].tolist() == head[: ids_BT.shape[1]]
+
+
+def test_calibration_takes_the_head_and_says_how_much_is_missing(
+    tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    source, texts = Checkpoint.open(tiny_llama("llama2")), ["def f(x):\n    return x\n", "import os\n" * 9]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    names = (f"{tmp_path / 'a.txt'}@2",)
+    job = Prune("in", "out", dataset=names, num_calibration_samples=2, max_seq_length=8)
+    tokenizer = Tokenizer.open(source.path)
+    head = [tokenizer.bos_id, *tokenizer.encode(texts[0].strip("\n"), bos=False)]
+    head += [tokenizer.bos_id, *tokenizer.encode(texts[1].strip("\n"), bos=False)]
+    ids_BT = calibration_ids(source, job)
+    assert ids_BT.shape == (2, 8) and ids_BT.dtype == torch.int64
+    assert ids_BT[0].tolist() == head[:8] and ids_BT[1].tolist() == [tokenizer.bos_id, *head[9:16]]
+    more = replace(job, num_calibration_samples=50, max_seq_length=100)
+    with pytest.raises(CalibrationError, match=r"holds \d+ tokens, 5000 are needed \(50 samples of 100\)"):
+        calibration_ids(source, more)
+
+
+def test_calibration_from_several_sources_mixes_them(tiny_llama: TinyLlama) -> None:
+    source, names = Checkpoint.open(tiny_llama("llama2")), ("python:stdlib@0.5", "python:doctests@0.5")
+    job = Prune("in", "out", dataset=names, num_calibration_samples=64, max_seq_length=256)
+    text = Tokenizer.open(source.path).decode(calibration_ids(source, job).flatten().tolist())
+    assert ">>> " in text and "return " in text

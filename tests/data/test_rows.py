@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from gossamer.data.calibration import calibration_rows
 from gossamer.data.rows import evaluation_rows, token_rows
 from gossamer.data.supervised import Format, supervised_examples, write_completions
-from gossamer.errors import CalibrationError, ConfigError
+from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 
 TINY = Callable[[str], Path]
@@ -33,24 +32,6 @@ def test_rows_are_the_documents_joined_each_after_bos(tokenizer: Tokenizer) -> N
     rows = list(token_rows(iter(TEXTS), tokenizer, 16))
     assert len(rows) == len(joined) // 16 and rows[0].dtype == np.int64
     np.testing.assert_array_equal(np.concatenate(rows), joined[: len(rows) * 16])
-
-
-def test_calibration_takes_the_head_and_says_how_much_is_missing(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(TEXTS))
-    rows = calibration_rows(f"{tmp_path / 'a.txt'}@2", tokenizer, 2, 8)
-    head = [tokenizer.bos_id, *tokenizer.encode(TEXTS[0].strip("\n"), bos=False)][:16]
-    assert rows.shape == (2, 8) and rows.dtype == np.int64
-    np.testing.assert_array_equal(rows.reshape(-1)[: len(head)], head)
-    with pytest.raises(CalibrationError, match=r"holds \d+ tokens, 5000 are needed \(50 samples of 100\)"):
-        calibration_rows(str(tmp_path / "a.txt"), tokenizer, 50, 100)
-
-
-def test_calibration_from_several_sources_mixes_them(tokenizer: Tokenizer) -> None:
-    rows = calibration_rows(("python:stdlib@0.5", "python:doctests@0.5"), tokenizer, 64, 256)
-    text = tokenizer.decode(rows.reshape(-1).tolist())
-    assert ">>> " in text and "return " in text
 
 
 def test_evaluation_rows_cut_the_whole_text(tokenizer: Tokenizer, tiny_llama: TINY, tmp_path: Path) -> None:
