@@ -16,7 +16,7 @@ demo: $(VENV)/.built
 	$(BIN)/gossamer demo
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

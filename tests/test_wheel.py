@@ -12,6 +12,7 @@ import pytest
 from gossamer.engine import LLM, SamplingParams
 from gossamer.stages.pack import Pack, pack
 
+pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import json, sys, time
@@ -40,7 +41,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: list[str], **options: str) -> str:
     completed = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | options, timeout=280, check=False
+        command, capture_output=True, text=True, env=os.environ | options, timeout=600, check=False
     )
     assert completed.returncode == 0, completed.stderr
     return completed.stdout

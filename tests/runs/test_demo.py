@@ -20,6 +20,7 @@ from gossamer.stages.quantize import Quantize
 LITTLE = Size(num_examples=200, num_replay_pieces=10)
 
 
+@pytest.mark.timeout(900)
 def test_the_tour_measures_prunes_trains_packs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

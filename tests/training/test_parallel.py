@@ -23,7 +23,7 @@ from gossamer.training.rows import next_token_rows
 from two_processes import job, watched
 
 WORKER = Path(__file__).parents[1] / "two_processes.py"
-LIMIT_S = 120
+LIMIT_S = 240
 
 
 def torchrun(what: str, folder: Path) -> subprocess.CompletedProcess[str]:
