@@ -42,6 +42,7 @@ $(VENV)/.venv: constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.venv pyproject.toml $(NATIVE)
+	@echo 'Installing and building into $(VENV): some minutes the first time, without a word.'
 	$(PIP) --no-build-isolation -e '.[compress]'
 	touch $@
 

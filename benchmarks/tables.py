@@ -38,10 +38,14 @@ def newest(rows: Iterable[Row], keys: Iterable[str]) -> list[Row]:
 
 
 def headed(what: str, rows: list[Row], table: Table) -> str:
-    """A table under what, where and when; and whether a row contradicts itself."""
+    """A table under what, where and when; and how many rows contradict themselves."""
     places = ", ".join(dict.fromkeys(f"{row['cpu']} ({row['isa']})" for row in rows))
-    wrong = any(row["impossible"] for row in rows)
-    warning = "**Some shares are above 100%: a bug in the benchmark.**\n\n" if wrong else ""
+    wrong = sum(1 for row in rows if row["impossible"])
+    warning = (
+        f"**Shares of {wrong} of {len(rows)} rows are above 100%: their yardstick is too short.**\n\n"
+        if wrong
+        else ""
+    )
     date = max(row["date"] for row in rows)[:10]
     return f"*{what}; {places}, {date}.*\n\n{warning}{markdown(table)}"
 

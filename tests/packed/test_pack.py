@@ -18,6 +18,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.packed.cache import cached_pack
+from gossamer.packed.from_checkpoint import expands_int8_fast
 from gossamer.packed.header import EMBEDDING
 from gossamer.packed.reader import Packed
 from gossamer.stages.pack import Pack, pack
@@ -137,6 +138,10 @@ def test_rounded_head_and_its_reported_error(quantized: Path, tmp_path: Path) ->
         np.linalg.norm(w_VD - rounded_VD) / np.linalg.norm(w_VD), rel=1e-5
     )
     assert any("head is int8" in line for line in result.closing)
+    smallest = pack(Pack(str(quantized), str(tmp_path / "smallest.goss"), storage="smallest"))
+    assert result.dense_for_speed == (not expands_int8_fast()) and not smallest.dense_for_speed
+    assert any("--storage smallest" in line for line in result.closing) == result.dense_for_speed
+    assert smallest.num_bytes < result.num_bytes or not result.dense_for_speed
 
 
 @pytest.mark.parametrize(

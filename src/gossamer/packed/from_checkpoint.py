@@ -22,16 +22,21 @@ from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.panels import panel_chunks
 from gossamer.packed.writer import PackedWriter
 
+SMALLER_SPARSE = 1 / 8  # a mask bit a weight against the 8 bits of each zero
 Head = Literal["auto", "keep", "i8"]
 Storage = Literal["auto", "smallest"]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What was written: every matrix, and the relative error of a head that was rounded to int8 here."""
+    """What was written: every matrix, and the relative error of a head that was rounded to int8 here.
+
+    `dense_for_speed`: whether int8 was left dense for this machine though zeros would have made it smaller.
+    """
 
     matrices: dict[str, StoredMatrix]
     head_error: float | None
+    dense_for_speed: bool
 
 
 def pack_checkpoint(
@@ -68,7 +73,9 @@ def pack_checkpoint(
             progress(Event("pack", name, index, len(names), metrics))
         for name in vector_sizes(source.architecture):
             writer.vector(name, source.float32(name))
-    return Packing(writer.matrices, error)
+    integers = [matrix for matrix in writer.matrices.values() if matrix.values == "i8"]
+    dense = int8 == "dense" and any(matrix.sparsity > SMALLER_SPARSE for matrix in integers)
+    return Packing(writer.matrices, error, dense)
 
 
 def expands_int8_fast() -> bool:

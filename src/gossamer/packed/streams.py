@@ -29,7 +29,7 @@ from gossamer.packed.panels import (
     split_nibbles,
     to_vectors,
 )
-from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS
+from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, NumberType
 
 GROUP_VECTORS = 16
 SLACK_BYTES = 64
@@ -48,11 +48,11 @@ def stream_bytes(values: str, rows: int, columns: int, value_bytes: int) -> int:
 
 def count_value_bytes(values: str, w_NK: np.ndarray) -> int:
     """Bytes that the nonzero weights of a matrix take in its stream."""
-    total = 0
+    total, kind = 0, NUMBER_TYPES[values]
     for begin, end in panel_chunks(*w_NK.shape):
         vectors = to_vectors(values, w_NK[begin:end])
-        nonzero = _is_nonzero(values, vectors.reshape(*vectors.shape[:2], -1).view(NUMBER_TYPES[values].word))
-        total += int(_value_bytes(values, np.count_nonzero(nonzero, axis=2)).sum())
+        nonzero = _is_nonzero(kind, vectors.reshape(*vectors.shape[:2], -1).view(kind.word))
+        total += int(_value_bytes(kind, np.count_nonzero(nonzero, axis=2)).sum())
     return total
 
 
@@ -71,17 +71,17 @@ def slack(num_bytes: int) -> np.ndarray:
 
 def encode_panels(values: str, w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bytes (uint8, no slack) of the sparse panels of weights [N, K], and the length of each panel [P]."""
-    vectors = to_vectors(values, w_NK)
+    kind, vectors = NUMBER_TYPES[values], to_vectors(values, w_NK)
     panels, num = vectors.shape[:2]
-    groups, weights = -(-num // GROUP_VECTORS), NUMBER_TYPES[values].vector_weights
-    words = np.zeros((panels, groups * GROUP_VECTORS, weights), NUMBER_TYPES[values].word)
-    words[:, :num] = vectors.reshape(panels, num, weights).view(NUMBER_TYPES[values].word)
+    groups, weights = -(-num // GROUP_VECTORS), kind.vector_weights
+    words = np.zeros((panels, groups * GROUP_VECTORS, weights), kind.word)
+    words[:, :num] = vectors.reshape(panels, num, weights).view(kind.word)
     words = words.reshape(panels, groups, GROUP_VECTORS, weights)
-    nonzero = _is_nonzero(values, words)
+    nonzero = _is_nonzero(kind, words)
     masks = np.packbits(nonzero, axis=3, bitorder="little").reshape(panels, groups, -1)
-    packed = _pair(words, nonzero) if NUMBER_TYPES[values].paired else words.view(np.uint8)
+    packed = _pair(words, nonzero) if kind.paired else words.view(np.uint8)
     items = np.concatenate([masks, packed.reshape(panels, groups, -1)], axis=2)
-    kept = _kept(values, nonzero, num)
+    kept = _kept(kind, nonzero, num)
     return items[kept], np.count_nonzero(kept.reshape(panels, -1), axis=1)
 
 
@@ -93,30 +93,28 @@ def panel_offsets(lengths_P: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _is_nonzero(values: str, words: np.ndarray) -> np.ndarray:
-    return words & NUMBER_TYPES[values].word.type(NUMBER_TYPES[values].magnitude) != 0
+def _is_nonzero(kind: NumberType, words: np.ndarray) -> np.ndarray:
+    return words & kind.word.type(kind.magnitude) != 0
 
 
-def _value_bytes(values: str, counts: np.ndarray) -> np.ndarray:
+def _value_bytes(kind: NumberType, counts: np.ndarray) -> np.ndarray:
     """Bytes [...] of the weights of vectors that have `counts` [..., vectors] nonzero ones."""
-    if not NUMBER_TYPES[values].paired:
-        return counts.sum(axis=-1, dtype=np.int64) * NUMBER_TYPES[values].dtype.itemsize
+    if not kind.paired:
+        return counts.sum(axis=-1, dtype=np.int64) * kind.dtype.itemsize
     odd = [(0, 0)] * (counts.ndim - 1) + [(0, counts.shape[-1] % 2)]
     pairs = np.pad(counts, odd).reshape(*counts.shape[:-1], -1, 2)
     return pairs.max(axis=-1).sum(axis=-1, dtype=np.int64)
 
 
-def _kept(values: str, nonzero: np.ndarray, num: int) -> np.ndarray:
+def _kept(kind: NumberType, nonzero: np.ndarray, num: int) -> np.ndarray:
     """Which bytes of whole groups [P, S, masks then weights] the stream has; `nonzero` is [P, S, 16, L]."""
     panels, groups = nonzero.shape[:2]
-    real = np.repeat(np.arange(groups * GROUP_VECTORS) < num, NUMBER_TYPES[values].mask_bytes).reshape(
-        1, groups, -1
-    )
-    if NUMBER_TYPES[values].paired:
+    real = np.repeat(np.arange(groups * GROUP_VECTORS) < num, kind.mask_bytes).reshape(1, groups, -1)
+    if kind.paired:
         lengths = _num_first(nonzero).reshape(panels, groups, GROUP_VECTORS // 2, 2).max(axis=3)
         packed = np.arange(VECTOR_BYTES) < lengths[..., None]
     else:
-        packed = np.repeat(nonzero, NUMBER_TYPES[values].dtype.itemsize, axis=3)
+        packed = np.repeat(nonzero, kind.dtype.itemsize, axis=3)
     masks = np.broadcast_to(real, (panels, *real.shape[1:]))
     return np.concatenate([masks, packed.reshape(panels, groups, -1)], axis=2)
 
@@ -173,25 +171,19 @@ def _decode_panels(
 ) -> np.ndarray:
     """Weights of the panels that lie in `stream` at byte offsets bounds [P + 1]."""
     kind, num = NUMBER_TYPES[values], num_vectors(values, columns)
-    masks = _walk(values, stream, bounds, num, source)
+    masks = _walk(kind, stream, bounds, num, source)
     panels, groups, group_mask_bytes = masks.shape
     bits = np.unpackbits(masks, axis=2, bitorder="little").view(np.bool_)
     nonzero = bits.reshape(panels, groups, GROUP_VECTORS, kind.vector_weights)
-    kept = _kept(values, nonzero, num)
+    kept = _kept(kind, nonzero, num)
     items = np.zeros(kept.shape, np.uint8)
     items[kept] = stream
     packed = np.ascontiguousarray(items[..., group_mask_bytes:])
-    words = (
-        _unpair(packed, nonzero, source)
-        if NUMBER_TYPES[values].paired
-        else packed.view(NUMBER_TYPES[values].word)
-    )
+    words = _unpair(packed, nonzero, source) if kind.paired else packed.view(kind.word)
     words = words.reshape(nonzero.shape)
-    if (_is_nonzero(values, words) != nonzero).any():
+    if (_is_nonzero(kind, words) != nonzero).any():
         raise FormatError(f"{source}: a mask announces a weight whose value is 0; the file is damaged")
-    vectors = words.view(NUMBER_TYPES[values].dtype).reshape(
-        panels, -1, PANEL_ROWS, NUMBER_TYPES[values].inputs_per_vector
-    )
+    vectors = words.view(kind.dtype).reshape(panels, -1, PANEL_ROWS, kind.inputs_per_vector)
     return from_vectors(vectors[:, :num], rows, columns, source)
 
 
@@ -207,9 +199,9 @@ def _unpair(packed: np.ndarray, nonzero: np.ndarray, source: str) -> np.ndarray:
     return words
 
 
-def _walk(values: str, stream: np.ndarray, bounds: np.ndarray, num: int, source: str) -> np.ndarray:
+def _walk(kind: NumberType, stream: np.ndarray, bounds: np.ndarray, num: int, source: str) -> np.ndarray:
     """The masks [P, S, bytes] of all panels: each group's masks say where the next group begins."""
-    position, ends, width = bounds[:-1].copy(), bounds[1:], NUMBER_TYPES[values].mask_bytes
+    position, ends, width = bounds[:-1].copy(), bounds[1:], kind.mask_bytes
     masks = np.zeros((position.size, -(-num // GROUP_VECTORS), GROUP_VECTORS * width), np.uint8)
     for group in range(masks.shape[1]):
         num_bytes = min(GROUP_VECTORS, num - group * GROUP_VECTORS) * width
@@ -218,7 +210,7 @@ def _walk(values: str, stream: np.ndarray, bounds: np.ndarray, num: int, source:
         found = stream[position[:, None] + np.arange(num_bytes)]
         masks[:, group, :num_bytes] = found
         counts = np.bitwise_count(found).reshape(position.size, -1, width).sum(axis=2, dtype=np.int64)
-        position += num_bytes + _value_bytes(values, counts)
+        position += num_bytes + _value_bytes(kind, counts)
     if (position != ends).any():
         panel = int(np.flatnonzero(position != ends)[0])
         raise FormatError(

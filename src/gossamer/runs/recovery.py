@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from gossamer.data.supervised import write_completions
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, Interrupted
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
 from gossamer.runs.options import options_for, options_of
@@ -139,15 +139,21 @@ def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Pla
 def recover(
     job: Recovery, dense: Path, output: Path, progress: Progress = quiet, size: Size = WHOLE
 ) -> Models:
-    """Run the whole path and its control; existing outputs are replaced."""
+    """Run the whole path and its control; existing outputs are replaced.
+
+    An interrupted run begins anew (KeyboardInterrupt), so no stage's own word of how to resume is passed on.
+    """
     models = Models.under(output, dense)
     jobs = plan(job, models, output, size)
-    with _beside(train_control, jobs.control_pretrain, jobs.control_finetune, size), _one_thread():
-        prune(jobs.one_shot, progress)
-        prune(jobs.prune_50, progress)
-        pretrain(jobs.pretrain_50, progress)
-        prune(jobs.prune_70, progress)
-        _finetune(jobs.finetune, size, progress)
+    try:
+        with _beside(train_control, jobs.control_pretrain, jobs.control_finetune, size), _one_thread():
+            prune(jobs.one_shot, progress)
+            prune(jobs.prune_50, progress)
+            pretrain(jobs.pretrain_50, progress)
+            prune(jobs.prune_70, progress)
+            _finetune(jobs.finetune, size, progress)
+    except Interrupted as error:
+        raise KeyboardInterrupt from error
     quantize(jobs.quantize, progress)
     pack(jobs.pack, progress)
     return models
@@ -155,9 +161,12 @@ def recover(
 
 def train_control(first: Pretrain, second: Finetune, size: Size) -> None:
     """The dense model through the same pretraining and fine-tuning: what the extra tokens alone are worth."""
-    with _one_thread():
-        pretrain(first, quiet)
-        _finetune(second, size, quiet)
+    try:
+        with _one_thread():
+            pretrain(first, quiet)
+            _finetune(second, size, quiet)
+    except KeyboardInterrupt:  # the parent says so
+        raise SystemExit(130) from None
 
 
 def _finetune(job: Finetune, size: Size, progress: Progress) -> None:

@@ -72,7 +72,8 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             for (group, inputs), (_, parent_inputs) in walks:
                 prune_group(group, zip(inputs, parent_inputs, strict=True), job)
                 done += len(group)
-                progress(Event("prune", next(iter(group)), done, total, {"error": (errors or [0.0])[-1]}))
+                metrics = {"error": errors[-1]} if errors else {}
+                progress(Event("prune", next(iter(group)), done, total, metrics))
             errors.append(((hidden_BTD - parent_BTD).square().mean() / parent_BTD.square().mean()).item())
             write_block(target, block)
         target.copy_rest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from gossamer import plots
+from gossamer.architecture.families import read_anatomy
 from gossamer.engine import EngineOptions, KvCacheDtype, cached_type, native_model
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
@@ -182,10 +183,8 @@ def most_bytes(recipe: Recipe) -> float:
 
 def layer_weights(shape: Shape) -> int:
     """Weights in the linears of one decoder layer."""
-    config = CONFIGS[shape]
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    return hidden * (2 * hidden + 2 * keys + 3 * inner)
+    linears = read_anatomy(CONFIGS[shape] | {"num_hidden_layers": 1, "vocab_size": 1}).linears(0)
+    return sum(linear.rows * linear.columns for linear in linears.values())
 
 
 def baseline(job: Bench, threads: int, progress: Progress) -> Baseline | None:

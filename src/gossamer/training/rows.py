@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORED = -100
+from gossamer.data.supervised import IGNORED
+
 Example = tuple[Sequence[int], Sequence[int]]
 
 
