@@ -41,10 +41,11 @@ class Verb:
     job: str
     summary: str
     in_several: bool = False  # whether it may run in the several processes that torchrun starts
+    function: str = ""  # its name, where it is not the verb's (`import` is a word of Python's own)
 
     def load(self, name: str) -> tuple[type, Callable[..., Any]]:
         module = importlib.import_module(self.module)
-        return getattr(module, self.job), getattr(module, name)
+        return getattr(module, self.job), getattr(module, self.function or name)
 
 
 VERBS = {
@@ -52,6 +53,9 @@ VERBS = {
         "gossamer.runs.demo", "Demo", "the tour: this CPU, and a small model made sparse and won back"
     ),
     "compress": Verb("gossamer.runs.compress", "Compress", "prune, train, quantize and pack in one go"),
+    "import": Verb(
+        "gossamer.stages.import_model", "Import", "a GGUF file to a model directory", function="import_model"
+    ),
     "prune": Verb("gossamer.stages.prune", "Prune", "set weights to zero with SparseGPT"),
     "pretrain": Verb("gossamer.stages.pretrain", "Pretrain", "train on text, zeros fixed", in_several=True),
     "finetune": Verb(

@@ -2,7 +2,7 @@
 
 GossamerError
 ├── ConfigError        an option, a file of settings or a data row is not usable
-├── CheckpointError    a model directory is damaged or incomplete
+├── CheckpointError    a model directory or a GGUF file is damaged or incomplete
 ├── CalibrationError   the calibration data or the Hessian built from it will not do
 ├── FormatError        a .goss file is damaged, hostile or newer than this program
 ├── UnsupportedError   understood, but not something this version can do
@@ -24,7 +24,7 @@ class ConfigError(GossamerError):
 
 
 class CheckpointError(GossamerError):
-    """A model directory is damaged or incomplete."""
+    """A model directory or a GGUF file is damaged or incomplete."""
 
 
 class CalibrationError(GossamerError):

@@ -200,7 +200,7 @@ class Derived:
             "parent": {"path": str(self.parent.path), "hash": self.parent.hash},
             "lineage": lineage,
             "data": self.data,
-            "versions": _library_versions(),
+            "versions": library_versions(),
             "num_threads": self.num_threads,
             "metrics": self.metrics,
             "tensors": tensors,
@@ -259,6 +259,10 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
+    if directory.is_file():
+        from gossamer.checkpoint.gguf import refuse_gguf
+
+        refuse_gguf(directory)
     if not (directory / "config.json").is_file():
         kind = "no directory, but a file" if directory.is_file() else "nothing"
         kind = "a directory without config.json" if directory.is_dir() else kind
@@ -350,7 +354,7 @@ def _check_zeros(parent: Checkpoint, child: Checkpoint) -> tuple[dict[str, Any],
     return tensors, num_zeros / num_weights
 
 
-def _library_versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     versions = {}
     for package in ("gossamer", "numpy", "torch", "transformers"):
         with contextlib.suppress(PackageNotFoundError):

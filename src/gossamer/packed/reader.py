@@ -13,6 +13,7 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Block
 from gossamer.architecture.frequencies import inverse_frequencies, rotary_scale
 from gossamer.architecture.rope import Rope
+from gossamer.checkpoint.gguf import refuse_gguf
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
 from gossamer.packed import panels, streams
@@ -52,6 +53,7 @@ class Packed:
         path = Path(path)
         if not path.is_file():
             raise FormatError(f"{path}: no such file; expected a packed model (.goss)")
+        refuse_gguf(path)
         with path.open("rb") as file:
             if not (num_bytes := os.fstat(file.fileno()).st_size):
                 raise FormatError(f"{path}: the file is empty; expected a packed model (.goss)")

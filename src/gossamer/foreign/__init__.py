@@ -1,0 +1,1 @@
+"""Other programs' formats, read into what a Hugging Face directory holds."""

@@ -1,0 +1,32 @@
+"""Tokenizers out of GGUF files give llama.cpp's ids, which golden_ids.py got from llama.cpp built apart."""
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foreign.golden_ids import FEWER, GOLDEN, write_vocabulary
+from foreign.texts import texts
+from gossamer.foreign.gguf_file import GgufFile
+from gossamer.foreign.gguf_tokenizer import GgufTokenizer
+from gossamer.tokens.tokenizer import Tokenizer
+
+PEER = json.loads(lzma.decompress(GOLDEN.read_bytes()))
+VOCABULARIES = PEER["vocabularies"]
+
+
+def write_tokenizer(metadata: dict[str, Any], folder: Path) -> Path:
+    """The tokenizer's files, as `import` writes them from a GGUF file with this metadata."""
+    found = GgufTokenizer(GgufFile.open(write_vocabulary(folder / "vocabulary.gguf", metadata)))
+    for name, text in found.files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.open(write_tokenizer(VOCABULARIES[name]["tokenizer"], tmp_path))
+    for text, ids in zip(texts()[::FEWER], VOCABULARIES[name]["ids"], strict=True):
+        assert tokenizer.encode(text) == ids, text
