@@ -105,8 +105,8 @@ void Decoder::rotary_angles(const Pass& pass, int thread) {
         float* rotary = rotary_.floats() + std::size_t(t) * config_.head_dim;
         for (int e = 0; e < half; ++e) {
             const float angle = float(pass.tokens[t].position) * config_.inverse_frequencies[e];
-            rotary[e] = float(std::cos(double(angle)));
-            rotary[half + e] = float(std::sin(double(angle)));
+            rotary[e] = float(std::cos(double(angle))) * config_.rotary_scale;
+            rotary[half + e] = float(std::sin(double(angle))) * config_.rotary_scale;
         }
     }
 }

@@ -28,10 +28,11 @@ void check_config(const DecoderConfig& c) {
         throw FormatError("the model's config: heads, key/value heads and head width do not fit together");
     }
     const auto finite = [](float number) { return std::isfinite(number); };
-    if (!finite(c.norm_eps) || c.norm_eps < 0 ||
+    if (!finite(c.norm_eps) || c.norm_eps < 0 || !finite(c.rotary_scale) ||
         !std::all_of(c.inverse_frequencies.begin(), c.inverse_frequencies.end(), finite)) {
         throw FormatError(
-            "the model's config: norm_eps and frequencies must be finite, norm_eps not negative");
+            "the model's config: norm_eps, frequencies and rotary_scale must be finite, norm_eps not "
+            "negative");
     }
     if (c.blocks.empty()) throw FormatError("the model's config has no blocks; expected at least one");
 }

@@ -29,6 +29,7 @@ struct DecoderConfig {
     int hidden_size, vocab_size, num_heads, num_kv_heads, head_dim, intermediate_size;
     float norm_eps;
     std::vector<float> inverse_frequencies;   // of rotary embedding, [E / 2]
+    float rotary_scale;                       // multiplies the cosines and sines of rotary embedding
     std::string embedding, final_norm, head;  // the head may be the embedding
     std::vector<BlockConfig> blocks;
 };

@@ -51,6 +51,7 @@ DecoderConfig read_decoder_config(nb::dict config) {
                         .intermediate_size = fields.integer("intermediate_size"),
                         .norm_eps = fields.number("norm_eps"),
                         .inverse_frequencies = fields.floats("inverse_frequencies"),
+                        .rotary_scale = fields.number("rotary_scale"),
                         .embedding = fields.text("embedding"),
                         .final_norm = fields.text("final_norm"),
                         .head = fields.text("head"),

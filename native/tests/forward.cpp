@@ -43,6 +43,7 @@ struct Description {
                 .intermediate_size = number("intermediate_size"),
                 .norm_eps = float(sizes.at("norm_eps")),
                 .inverse_frequencies = frequencies,
+                .rotary_scale = float(sizes.at("rotary_scale")),
                 .embedding = names.at("embedding"),
                 .final_norm = names.at("final_norm"),
                 .head = names.at("head"),

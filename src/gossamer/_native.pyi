@@ -44,6 +44,7 @@ class Model:
         hidden_size, vocab_size, num_heads, num_kv_heads, head_dim, intermediate_size: int, of all blocks.
         norm_eps: float, of every RMSNorm.
         inverse_frequencies: float32 [E / 2], the angle that each pair of a head turns by per position.
+        rotary_scale: float, what cosines and sines of these angles are multiplied by.
         embedding, head: names of matrices (the same one where they are tied).
         final_norm: name of a tensor.
         blocks: a list, in order, of {

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.architecture.frequencies import inverse_frequencies
+from gossamer.architecture.frequencies import Linear, inverse_frequencies
+from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.decoder import blocks, embed, write_block
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
@@ -80,15 +81,13 @@ def test_old_style_rope_settings_are_read() -> None:
     }
     rope = read_anatomy(config).attention.rope
     assert rope is not None
-    assert (rope.theta, rope.kind, rope.factor) == (500000.0, "linear", 4.0)
-    with pytest.raises(UnsupportedError, match="yarn"):
-        read_anatomy(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert rope == Rope(500000.0, Linear(4.0))
     with pytest.raises(CheckpointError, match="num_key_value_heads is '2'"):
         read_anatomy(config | {"num_key_value_heads": "2"})
     with pytest.raises(CheckpointError, match="rms_norm_eps"):
         read_anatomy(config | {"rms_norm_eps": "tiny"})
-    with pytest.raises(UnsupportedError, match="attention_bias"):
-        read_anatomy(config | {"attention_bias": True})
+    with pytest.raises(UnsupportedError, match="hidden_act"):
+        read_anatomy(config | {"hidden_act": "gelu"})
 
 
 def test_manifest_records_stage_job_parent_and_lineage(tiny_llama: Tiny, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ BLOCKS: list[dict[str, Any]] = [
 ]
 IDS = np.random.default_rng(7).integers(0, V, 40).astype(np.int32)
 LONG = np.random.default_rng(8).integers(0, V, 700).astype(np.int32)
+SCALE = 1.25  # of cosines and sines
 INVERSE = (100.0 ** -(np.arange(0, E, 2) / E)).astype(np.float32)
 
 
@@ -99,6 +100,7 @@ def make_model(values: str, storage: str) -> Model:
     config = {
         "hidden_size": D, "vocab_size": V, "num_heads": A, "num_kv_heads": G, "head_dim": E,
         "intermediate_size": F, "norm_eps": EPS, "inverse_frequencies": INVERSE,
+        "rotary_scale": SCALE,
         "embedding": matrix("words", (V, D), "f32", "dense"), "final_norm": vector("last", D, 1.0),
         "head": "words", "blocks": [block(index, anatomy) for index, anatomy in enumerate(BLOCKS)],
         "linears": table,
@@ -147,7 +149,7 @@ def rmsnorm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def rotate(x_THE: np.ndarray) -> np.ndarray:
     angles_T1E = np.outer(np.arange(len(x_THE)), INVERSE)[:, None]
-    cosine, sine = np.cos(angles_T1E), np.sin(angles_T1E)
+    cosine, sine = SCALE * np.cos(angles_T1E), SCALE * np.sin(angles_T1E)
     a, b = np.split(x_THE, 2, axis=2)
     return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=2)
 
@@ -336,6 +338,8 @@ def test_a_block_that_contradicts_the_file_is_refused(model: Model, change: dict
         {"inverse_frequencies": INVERSE.astype(np.float64)},
         {"inverse_frequencies": INVERSE[:3]},
         {"inverse_frequencies": np.full(E // 2, np.inf, np.float32)},
+        {"rotary_scale": float("inf")},
+        {"rotary_scale": 1},
         {"linears": {"words": {"storage": "dense", "values": "f32", "rows": V}}},
         {"linears": {"words": {"storage": 1, "values": "f32", "rows": V, "columns": D}}},
     ],

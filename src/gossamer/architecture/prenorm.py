@@ -39,6 +39,13 @@ def attention(config: Config, rope: Rope | None) -> Attention:
     return Attention(num_heads, num_kv_heads, head_dim, rope)
 
 
+def biases(config: Config) -> list[Role]:
+    """The linears that have a bias, by the two flags of Llama's configuration."""
+    attention: list[Role] = ["q", "k", "v", "o"]
+    feed_forward: list[Role] = ["gate", "up", "down"]
+    return attention * config.flag("attention_bias") + feed_forward * config.flag("mlp_bias")
+
+
 def block(
     config: Config, heads: Attention, biases: Collection[Role] = (), norms: Mapping[Place, Norm] | None = None
 ) -> Block:

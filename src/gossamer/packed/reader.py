@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Block
-from gossamer.architecture.frequencies import inverse_frequencies
+from gossamer.architecture.frequencies import inverse_frequencies, rotary_scale
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
@@ -214,6 +214,7 @@ def native_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dic
         "intermediate_size": anatomy.intermediate_size,
         "norm_eps": anatomy.norm_eps,
         "inverse_frequencies": inverse_frequencies(rope, heads.head_dim),
+        "rotary_scale": rotary_scale(rope),
         "embedding": EMBEDDING,
         "final_norm": f"{anatomy.final_norm.name}.weight",
         "head": HEAD if HEAD in matrices else EMBEDDING,

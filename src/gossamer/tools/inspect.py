@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
+from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
@@ -174,12 +175,20 @@ def _sizes(anatomy: Anatomy) -> dict[str, Any]:
         "head_dim": heads.head_dim,
         "vocab_size": anatomy.vocab_size,
         "rms_norm_eps": anatomy.norm_eps,
-        "rope": asdict(heads.rope) if heads.rope else None,
+        "rope": _rope(heads.rope),
         "tie_word_embeddings": anatomy.tie_word_embeddings,
         "max_position_embeddings": anatomy.max_position_embeddings,
         "bos_token_id": anatomy.bos_token_id,
         "eos_token_ids": anatomy.eos_token_ids,
     }
+
+
+def _rope(rope: Rope | None) -> dict[str, Any] | None:
+    """Its kind, base, and what else that kind says."""
+    if rope is None:
+        return None
+    settings = {"kind": rope.stretch.kind, **asdict(rope.stretch)} if rope.stretch else {"kind": "default"}
+    return {"theta": rope.theta, **settings}
 
 
 def _sparsity(matrices: Sequence[Matrix]) -> float:
