@@ -30,8 +30,10 @@ KvCache Decoder::new_cache(int capacity) const {
     return KvCache(kv_, num_blocks(), config_.num_kv_heads, capacity);
 }
 
-std::size_t Decoder::position_bytes() const {
-    return kv_.position_bytes() * std::size_t(num_blocks()) * std::size_t(config_.num_kv_heads);
+std::size_t Decoder::attention_bytes(int context) const {
+    std::size_t positions = 0;
+    for (const Block& block : weights_.blocks) positions += std::size_t(std::min(context, block.window));
+    return kv_.position_bytes() * positions * std::size_t(config_.num_kv_heads);
 }
 
 std::size_t Decoder::attention_scratch_floats_of_a_thread() const {
@@ -39,34 +41,44 @@ std::size_t Decoder::attention_scratch_floats_of_a_thread() const {
     return round_up(attention_scratch_floats(heads * item_tokens(heads), config_.head_dim), kPanelRows);
 }
 
-// Cuts a pass into items and splits them among the threads.
+// Cuts a pass into items and splits them among the threads, for each window that blocks have.
 void Decoder::plan_attention(Pass& pass) {
+    pass.plans.clear();
+    for (const Block& block : weights_.blocks) {
+        if (!pass.plans.contains(block.window)) pass.plans[block.window] = plan_window(pass, block.window);
+    }
+}
+
+// The tokens of an item begin in the same chunk, as kernels want it.
+Decoder::AttentionPlan Decoder::plan_window(const Pass& pass, int window) {
     const int heads = config_.num_heads / config_.num_kv_heads, tokens = item_tokens(heads);
     const std::size_t state = attention_state_floats(config_.head_dim) * std::size_t(heads);
     std::size_t states = 0;
-    pass.items.clear();
+    AttentionPlan plan{.window = window, .items = {}, .shares = {}};
     for (int r = 0; r < int(pass.runs.size()); ++r) {
         const Run& run = pass.runs[r];
-        const int chunks = num_chunks(run.position + run.count);
-        const bool split_chunks = run.count == 1 && chunks > 1;
-        for (int c = 0; split_chunks && c < chunks; ++c) {  // in the order of memory
+        const int begin = first_chunk(run.position, window), end = num_chunks(run.position + run.count);
+        const bool split_chunks = run.count == 1 && end - begin > 1;
+        for (int c = begin; split_chunks && c < end; ++c) {  // in the order of memory
             for (int head = 0; head < config_.num_kv_heads; ++head, states += state)
-                pass.items.push_back({r, head, 0, 1, c, c + 1, std::ptrdiff_t(states)});
+                plan.items.push_back({r, head, 0, 1, c, c + 1, std::ptrdiff_t(states)});
         }
         for (int head = 0; !split_chunks && head < config_.num_kv_heads; ++head) {
-            for (int first = 0; first < run.count; first += tokens) {
-                const int count = std::min(tokens, run.count - first);
-                const int end = num_chunks(run.position + first + count);
-                pass.items.push_back({r, head, first, count, 0, end, -1});
+            for (int first = 0, count; first < run.count; first += count) {
+                const int position = run.position + first;
+                count = std::min({tokens, run.count - first, same_first_chunk(position, window)});
+                plan.items.push_back(
+                    {r, head, first, count, first_chunk(position, window), num_chunks(position + count), -1});
             }
         }
     }
     if (attention_states_.size() < states) attention_states_.resize(states);
-    split(pass);
+    split(pass, plan);
+    return plan;
 }
 
 // Gives every thread consecutive items with about as many products of a query and a key as any other's.
-void Decoder::split(Pass& pass) const {
+void Decoder::split(const Pass& pass, AttentionPlan& plan) const {
     const auto cost = [&](const AttentionItem& item) {
         const Run& run = pass.runs[item.run];
         const int last = std::min(item.end * kChunkPositions, run.position + item.first + item.count);
@@ -74,13 +86,13 @@ void Decoder::split(Pass& pass) const {
     };
     const std::size_t threads = std::size_t(pool_.size());
     std::size_t total = 0, before = 0;
-    for (const AttentionItem& item : pass.items) total += cost(item);
-    pass.shares.assign(threads + 1, pass.items.size());
-    pass.shares[0] = 0;
-    for (std::size_t i = 0, thread = 0; i < pass.items.size(); ++i) {
-        const std::size_t mine = cost(pass.items[i]);
+    for (const AttentionItem& item : plan.items) total += cost(item);
+    plan.shares.assign(threads + 1, plan.items.size());
+    plan.shares[0] = 0;
+    for (std::size_t i = 0, thread = 0; i < plan.items.size(); ++i) {
+        const std::size_t mine = cost(plan.items[i]);
         const std::size_t owner = std::min((before + mine / 2) * threads / total, threads - 1);
-        while (thread < owner) pass.shares[++thread] = i;
+        while (thread < owner) plan.shares[++thread] = i;
         before += mine;
     }
 }
@@ -100,11 +112,12 @@ void Decoder::rotary_angles(const Pass& pass, int thread) {
 }
 
 void Decoder::attend(const Pass& pass, int index, int thread) {
+    const AttentionPlan& plan = pass.plans.at(weights_.blocks[std::size_t(index)].window);
     store(pass, index, thread);
     pool_.barrier();
-    for (std::size_t i = pass.shares[thread]; i < pass.shares[thread + 1]; ++i)
-        attend_item(pass, pass.items[i], index, thread);
-    merge_states(pass, thread);
+    for (std::size_t i = plan.shares[thread]; i < plan.shares[thread + 1]; ++i)
+        attend_item(pass, plan.items[i], index, thread);
+    merge_states(pass, plan, thread);
 }
 
 // What happens to the heads of one token between their product and attention: RMSNorm of each head by itself
@@ -156,6 +169,7 @@ void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int index
          .num_tokens = item.count,
          .num_heads = heads,
          .position = run.position + item.first,
+         .window = weights_.blocks[std::size_t(index)].window,
          .scale = float(1.0 / std::sqrt(double(config_.head_dim))),
          .state = item.state < 0 ? nullptr : attention_states_.data() + item.state,
          .scratch = attention_scratch_.floats() + thread * attention_scratch_floats_of_a_thread()});
@@ -163,20 +177,21 @@ void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int index
 
 // Writes the outputs of the tokens whose positions were split among items. The states of one chunk's rows, of
 // all heads, follow each other; those of the next chunk come after them.
-void Decoder::merge_states(const Pass& pass, int thread) {
+void Decoder::merge_states(const Pass& pass, const AttentionPlan& plan, int thread) {
     const int heads = config_.num_heads / config_.num_kv_heads, E = config_.head_dim;
     const std::size_t row = attention_state_floats(E);
     const auto is_split = [](const AttentionItem& item) { return item.state >= 0; };
-    if (std::none_of(pass.items.begin(), pass.items.end(), is_split)) return;
+    if (std::none_of(plan.items.begin(), plan.items.end(), is_split)) return;
     pool_.barrier();
     int index = 0;
-    for (const AttentionItem& item : pass.items) {
-        if (!is_split(item) || item.begin != 0 || index++ % pool_.size() != thread) continue;
+    for (const AttentionItem& item : plan.items) {
         const Run& run = pass.runs[item.run];
+        const int begin = first_chunk(run.position, plan.window);
+        if (!is_split(item) || item.begin != begin || index++ % pool_.size() != thread) continue;
         for (int h = 0; h < heads; ++h) {
             merge_attention(
                 attention_states_.data() + item.state + h * row, std::size_t(config_.num_heads) * row,
-                num_chunks(run.position + run.count), E,
+                num_chunks(run.position + run.count) - begin, E,
                 attended_.floats() + run.first * q_stride_ + std::size_t(item.head * heads + h) * E);
         }
     }

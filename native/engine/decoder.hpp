@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -52,8 +53,8 @@ class Decoder {
     // Bytes of weights that a step of one token reads.
     std::size_t bytes_per_step() const;
 
-    // Bytes of the cached keys and values of one position, in all blocks.
-    std::size_t position_bytes() const;
+    // Bytes of the cached keys and values that the last token of `context` positions attends to.
+    std::size_t attention_bytes(int context) const;
 
     int padded_vocab() const { return weights_.head.matrices[0].w.padded_rows(); }
     const DecoderConfig& config() const { return config_; }
@@ -71,19 +72,24 @@ class Decoder {
         int run, head, first, count, begin, end;
         std::ptrdiff_t state;  // where its rows' states go, or -1: it has all chunks and writes the output
     };
+    struct AttentionPlan {
+        int window;
+        std::vector<AttentionItem> items;
+        std::vector<std::size_t> shares;  // items of thread i: shares[i] .. shares[i + 1]
+    };
     struct Pass {
         std::vector<Token> tokens;
         std::vector<Run> runs;
-        std::vector<AttentionItem> items;
-        std::vector<std::size_t> shares;  // items of thread i: shares[i] .. shares[i + 1]
-        std::vector<int> outputs;         // tokens whose logits are wanted
+        std::map<int, AttentionPlan> plans;  // by the window of the blocks that go by it
+        std::vector<int> outputs;            // tokens whose logits are wanted
         float* logits;
     };
 
     int num_blocks() const { return int(config_.blocks.size()); }
     void run(Pass& pass);
     void plan_attention(Pass& pass);
-    void split(Pass& pass) const;
+    AttentionPlan plan_window(const Pass& pass, int window);
+    void split(const Pass& pass, AttentionPlan& plan) const;
     std::size_t attention_scratch_floats_of_a_thread() const;
     void rotary_angles(const Pass& pass, int thread);
     void embed(const Pass& pass, int thread);
@@ -92,7 +98,7 @@ class Decoder {
     void store(const Pass& pass, int index, int thread);
     void prepare_heads(const Block& block, float* x_HE, const float* norm, int num_heads, int token) const;
     void attend_item(const Pass& pass, const AttentionItem& item, int index, int thread);
-    void merge_states(const Pass& pass, int thread);
+    void merge_states(const Pass& pass, const AttentionPlan& plan, int thread);
     void head(const Pass& pass, int thread);
     void normalize(const float* weight, const Group& group, int num_tokens, const int* rows, int thread);
     void add_to_hidden(const Group& group, int num_tokens, int thread);

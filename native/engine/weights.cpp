@@ -49,10 +49,6 @@ void check_block(const BlockConfig& block, const std::string& where) {
     if (block.linears.size() != std::size(kRoles))
         throw FormatError(where + ": a linear is missing; expected " + kRoleList);
     if (block.window < 0) throw FormatError(where + ": found a negative attention window");
-    if (block.window > 0) {
-        throw UnsupportedError(where + " attends to the last " + std::to_string(block.window) +
-                               " positions; attention windows are not supported by the engine yet");
-    }
 }
 
 // Finds a decoder's weights in a file and checks their shapes; remembers the matrices for check_contents.
@@ -93,6 +89,7 @@ class Reader {
                 .query_norm = head_norm(block.query_norm),
                 .key_norm = head_norm(block.key_norm),
                 .rope = block.rope,
+                .window = block.window == 0 ? kNoWindow : std::min(block.window, kNoWindow),
                 .qkv = Group({q, k, v}, false, num_threads_),
                 .o = Group({o}, false, num_threads_),
                 .gate_up = Group({gate, up}, true, num_threads_),

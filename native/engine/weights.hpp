@@ -22,7 +22,7 @@ struct BlockConfig {
     std::string attention_norm, feed_forward_norm;
     std::string query_norm, key_norm;  // of width E, over each head; "" where there is none
     bool rope;                         // whether queries and keys are rotated by their position
-    int window;  // how many positions a token attends to, or 0: all before it, the only one supported
+    int window;  // how many positions a token attends to, its own included, or 0: all before it
 };
 
 struct DecoderConfig {
@@ -40,6 +40,7 @@ struct Block {
     const float* query_norm;  // or null, like key_norm
     const float* key_norm;
     bool rope;
+    int window;  // or kNoWindow
     Group qkv, o, gate_up, down;
 };
 
@@ -51,7 +52,7 @@ struct DecoderWeights {
 };
 
 // The weights that `config` names, with shapes and contents checked. FormatError says what is missing, or
-// contradicts the config, or is damaged; UnsupportedError which block the decoder cannot compute.
+// contradicts the config, or is damaged.
 DecoderWeights read_weights(const Packed& packed, const DecoderConfig& config, ThreadPool& pool);
 
 }  // namespace gossamer

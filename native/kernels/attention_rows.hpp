@@ -86,33 +86,35 @@ void pack(float* x, int count, float largest, std::int32_t* offset, float* step)
     }
 }
 
-// The largest of the `count` scores that a row sees (i8: after the keys' scales).
+// The largest of the scores that a row sees (i8: after the keys' scales).
 template <class T>
-float largest_score(float* scores, int count, const float* scales) {
+float largest_score(float* scores, Seen seen, const float* scales) {
     constexpr float kLowest = -std::numeric_limits<float>::infinity();
     Floats most = fill(kLowest);
-    for (int p = 0; p < count; p += kLanes) {
+    for (int p = seen.begin / kLanes * kLanes; p < seen.end; p += kLanes) {
         Floats s = load(scores + p);
         if (T::kInputs == 4) {
             s = multiply(s, load(scales + p));
             store(scores + p, s);
         }
-        most = larger(most, keep(s, count - p, kLowest));
+        most = larger(most, keep(s, seen.begin - p, seen.end - p, kLowest));
     }
     return largest_of(most);
 }
 
-// Scores -> weights (i8: times the values' scales), zero past the `count` that the row sees, and their sum;
-// returns the largest.
+// Scores -> weights (i8: times the values' scales), zero at the positions that the row does not see, and
+// their sum; returns the largest.
 template <class T>
-float weigh(float* scores, int count, int width, float largest, const float* scales, float* sum) {
+float weigh(float* scores, Seen seen, int width, float largest, const float* scales, float* sum) {
     Floats sums = fill(0), most = fill(0);
     int p = 0;
-    for (; p < count; p += kLanes) {
-        Floats w = keep(exponential_of(subtract(load(scores + p), fill(largest))), count - p, 0);
+    for (; p + kLanes <= seen.begin; p += kLanes) store(scores + p, fill(0));
+    for (; p < seen.end; p += kLanes) {
+        const int begin = seen.begin - p, end = seen.end - p;
+        Floats w = keep(exponential_of(subtract(load(scores + p), fill(largest))), begin, end, 0);
         sums = add(sums, w);
         if (T::kInputs == 4) {
-            w = keep(multiply(w, load(scales + kChunkPositions + p)), count - p, 0);
+            w = keep(multiply(w, load(scales + kChunkPositions + p)), begin, end, 0);
             most = larger(most, w);
         }
         store(scores + p, w);
@@ -128,12 +130,12 @@ void attend(const AttentionTask& task, const Area& area, int chunk, int first, f
     const KvLayout& layout = task.layout;
     const std::uint8_t* data = task.chunks[chunk] + task.head_begin;
     const float* scales = reinterpret_cast<const float*>(data);
-    const int rows = task.num_tokens * task.num_heads, most = visible(task, chunk, task.num_tokens - 1);
+    const int rows = task.num_tokens * task.num_heads, most = seen(task, chunk, task.num_tokens - 1).end;
     const int vectors = (most + kLanes - 1) / kLanes, width = padded(layout.head_dim);
     const std::size_t row_floats = std::size_t(padded(layout.head_dim)), stride = area.state_stride;
     const Rows queries{reinterpret_cast<const std::uint8_t*>(area.queries), row_floats * sizeof(float),
                        area.offsets, area.steps};
-    for (int p = 0; p < most; p += kKvBlock) {
+    for (int p = seen(task, chunk, 0).begin / kKvBlock * kKvBlock; p < most; p += kKvBlock) {
         const int wanted = std::min(kKvBlock, vectors * kLanes - p) / kLanes;
         products<T>(
             queries, first, rows,
@@ -143,14 +145,14 @@ void attend(const AttentionTask& task, const Area& area, int chunk, int first, f
     const auto each = [&](auto work) {
         for (int row = first; row < rows; ++row) {
             work(row, area.scores + std::size_t(row) * kChunkPositions,
-                 visible(task, chunk, row / task.num_heads), states + row * stride + width);
+                 seen(task, chunk, row / task.num_heads), states + row * stride + width);
         }
     };
-    each([&](int, float* scores, int count, float* sums) {
-        sums[0] = largest_score<T>(scores, count, scales);
+    each([&](int, float* scores, Seen seen, float* sums) {
+        sums[0] = largest_score<T>(scores, seen, scales);
     });
-    each([&](int row, float* scores, int count, float* sums) {
-        const float largest = weigh<T>(scores, count, vectors * kLanes, sums[0], scales, sums + 1);
+    each([&](int row, float* scores, Seen seen, float* sums) {
+        const float largest = weigh<T>(scores, seen, vectors * kLanes, sums[0], scales, sums + 1);
         pack<T>(scores, vectors * kLanes, largest, area.offsets + rows + row, area.steps + rows + row);
     });
     const Rows weights{reinterpret_cast<const std::uint8_t*>(area.scores), kChunkPositions * sizeof(float),

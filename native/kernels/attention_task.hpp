@@ -32,9 +32,14 @@ inline void finish(const float* state, int head_dim, float* out_E) {
     for (int e = 0; e < head_dim; ++e) out_E[e] = state[e] / sum;
 }
 
-// Positions of a chunk that a token sees; none or less: the token comes before the chunk.
-inline int visible(const AttentionTask& task, int chunk, int token) {
-    return std::min(kChunkPositions, task.position + token + 1 - chunk * kChunkPositions);
+// The positions of a chunk that a token sees, [begin, end); an end of 0 or less: the token comes before it.
+struct Seen {
+    int begin, end;
+};
+
+inline Seen seen(const AttentionTask& task, int chunk, int token) {
+    const int end = task.position + token + 1 - chunk * kChunkPositions;
+    return {std::max(0, end - task.window), std::min(kChunkPositions, end)};
 }
 
 // What the wider levels keep for each row of a task.

@@ -7,6 +7,7 @@
 // Kernels are single-threaded over the range they are given, allocate nothing and throw nothing.
 #pragma once
 
+#include <algorithm>
 #include <span>
 
 #include "base/isa.hpp"
@@ -34,17 +35,30 @@ struct MatmulKernels {
     Isa isa;                // whose `matmul` it is
 };
 
+constexpr int kNoWindow = 1 << 30;  // a window that holds every position of every sequence
+
+// The first chunk of positions of which a token sees something, `window` positions up to its own.
+inline int first_chunk(int position, int window) {
+    return std::max(0, position + 1 - window) / kChunkPositions;
+}
+
+// How many tokens from `position` on have the same first chunk.
+inline int same_first_chunk(int position, int window) {
+    return (first_chunk(position, window) + 1) * kChunkPositions + window - 1 - position;
+}
+
 // New tokens of one sequence that attend to its cached positions at one key/value head (attention.cpp). Token
-// t sees the positions 0 to position + t.
+// t sees `window` positions, or as many as there are, up to position + t.
 struct AttentionTask {
     KvLayout layout;
     const std::uint8_t* const* chunks;  // of the sequence
     std::size_t head_begin;             // of the key/value head in each chunk
-    int begin, end;                     // chunks
-    const float* q;  // rotated; row (t, h) is q[t * stride + h * head_dim], and out likewise
-    float* out;      // written if `state` is null: then begin is 0, and end covers what the last token sees
-    std::size_t stride;                   // floats between tokens
+    int begin, end;                     // chunks; every token sees something of the first
+    const float* q;      // rotated; row (t, h) is q[t * stride + h * head_dim], and out likewise
+    float* out;          // written if `state` is null: then the chunks hold all that the tokens see
+    std::size_t stride;  // floats between tokens
     int num_tokens, num_heads, position;  // heads: those that share the key/value head
+    int window;
     float scale;
     float* state;    // of each row (attention_state_floats), for merge_attention; one token, one chunk
     float* scratch;  // attention_scratch_floats

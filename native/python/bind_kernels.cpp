@@ -190,21 +190,22 @@ nb::tuple split(const std::string& level, FloatMatrix x_TK) {
 }
 
 // Attention of new tokens q_TAE over keys and values of one key/value head, the tokens being the last of the
-// S positions; `split`: chunk by chunk, merged afterwards, as a long decode step does it.
+// S positions, each of which sees `window` positions; `split`: chunk by chunk, merged afterwards, as a long
+// decode step does it.
 nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, const std::string& kv,
                                                      FloatCube q_TAE, FloatMatrix k_SE, FloatMatrix v_SE,
-                                                     bool split) {
+                                                     int window, bool split) {
     const int T = int(q_TAE.shape(0)), A = int(q_TAE.shape(1)), E = int(q_TAE.shape(2));
     const int S = int(k_SE.shape(0)), chunks = (S + kChunkPositions - 1) / kChunkPositions;
     const bool fits = int(k_SE.shape(1)) == E && int(v_SE.shape(1)) == E && int(v_SE.shape(0)) == S;
-    if (!fits || T < 1 || T > S || (split && T != 1))
+    if (!fits || T < 1 || T > S || (split && T != 1) || window < 1 || window > kNoWindow)
         throw EngineError("queries, keys and values do not fit together");
     const KvLayout layout{parse_kv(kv), E};
     KvCache cache(layout, 1, 1, S);
     cache.reserve(S);
     for (int s = 0; s < S; ++s)
         cache.store(0, 0, s, k_SE.data() + std::size_t(s) * E, v_SE.data() + std::size_t(s) * E, s + 1 == S);
-    const std::size_t state = attention_state_floats(E) * std::size_t(A);
+    const std::size_t state = attention_state_floats(E) * std::size_t(A), stride = std::size_t(A) * E;
     std::vector<float> scratch(attention_scratch_floats(T * A, E)), states(split ? state * chunks : 0);
     std::unique_ptr<float[]> out(new float[std::size_t(T) * A * E]);
     AttentionTask task{.layout = layout,
@@ -214,21 +215,30 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
                        .end = chunks,
                        .q = q_TAE.data(),
                        .out = out.get(),
-                       .stride = std::size_t(A) * E,
+                       .stride = stride,
                        .num_tokens = T,
                        .num_heads = A,
                        .position = S - T,
+                       .window = window,
                        .scale = float(1.0 / std::sqrt(double(E))),
                        .state = nullptr,
                        .scratch = scratch.data()};
     const AttentionKernels& kernels = find_attention(layout.values, runnable(level));
-    if (!split) kernels.attention(task);
-    for (int c = 0; split && c < chunks; ++c) {
+    for (int t = 0; !split && t < T; t += task.num_tokens) {  // those that begin in one chunk
+        task.position = S - T + t, task.begin = first_chunk(task.position, window);
+        task.num_tokens = std::min(T - t, same_first_chunk(task.position, window));
+        task.q = q_TAE.data() + t * stride, task.out = out.get() + t * stride;
+        kernels.attention(task);
+    }
+    const int begin = first_chunk(S - 1, window);
+    for (int c = begin; split && c < chunks; ++c) {
         task.begin = c, task.end = c + 1, task.state = states.data() + state * c;
         kernels.attention(task);
     }
-    for (int a = 0; split && a < A; ++a)
-        merge_attention(states.data() + attention_state_floats(E) * a, state, chunks, E, out.get() + a * E);
+    for (int a = 0; split && a < A; ++a) {
+        merge_attention(states.data() + state * begin + attention_state_floats(E) * a, state, chunks - begin,
+                        E, out.get() + a * E);
+    }
     return to_numpy(std::move(out), std::size_t(T) * A, std::size_t(E), std::size_t(E));
 }
 
@@ -338,7 +348,8 @@ void bind_kernels(nb::module_& m) {
     m.def("largest", &largest, "isa"_a, "x"_a);
     m.def("split", &split, "isa"_a, "x_TK"_a);
     m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
-    m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "split"_a = false);
+    m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "window"_a = kNoWindow,
+          "split"_a = false);
     m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);
     m.def("highest", &highest, "isa"_a, "x"_a);
     m.def("keep", &keep, "isa"_a, "x"_a, "low"_a, "high"_a);

@@ -95,7 +95,7 @@ class Model {
     // Bytes of keys and values, more than caches hold, and the seconds of every repeat.
     nb::tuple time_attention(int context, int repeats) {
         if (context < 1 || repeats < 1) throw EngineError("expected a context and repeats of at least 1");
-        const std::size_t sequence = decoder_->position_bytes() * std::size_t(context);
+        const std::size_t sequence = decoder_->attention_bytes(context);
         const int sequences =
             int(std::clamp<std::size_t>(kUncachedBytes / sequence + 1, 1, Decoder::kMaxTokens));
         std::vector<double> seconds;

@@ -4,7 +4,7 @@
 // it):
 //
 //   kv f32 | size FIELD NUMBER | name FIELD TENSOR | frequencies COUNT NUMBER... | ids COUNT ID...
-//   block ROPE, and of this block: is ROLE MATRIX | bias ROLE TENSOR | norm FIELD TENSOR
+//   block ROPE WINDOW, and of this block: is ROLE MATRIX | bias ROLE TENSOR | norm FIELD TENSOR
 //   tensor NAME DTYPE OFFSET BYTES COUNT EXTENT... | matrix NAME STORAGE VALUES ROWS COLUMNS
 //
 // LOGITS gets the float32 logits of all ids, and then those of the last id once more, as a step by itself.
@@ -63,7 +63,7 @@ struct Description {
             file >> name;
             file >> names[name];
         } else if (word == "block") {
-            file >> blocks.emplace_back(BlockConfig{.window = 0}).rope;
+            file >> blocks.emplace_back().rope >> blocks.back().window;
         } else if (word == "is") {
             file >> name;
             file >> blocks.back().linears[name];

@@ -54,10 +54,10 @@ class Model:
             query_norm, key_norm: names of the weights [E] of an RMSNorm over each head, after the product and
                 its bias and before the rotary embedding, or "" where there is none;
             rope: bool, whether queries and keys are rotated by their position;
-            window: int, 0: every token attends to all before it; others are not supported yet}.
+            window: int, how many positions a token attends to, its own included, or 0: all before it}.
         linears: the header's table of matrices, name -> {"storage", "values", "rows", "columns"}.
     Vectors are stored with zeros up to a multiple of 16. FormatError names what is missing, has a wrong type
-    or shape, or contradicts the file; UnsupportedError what the engine cannot compute.
+    or shape, or contradicts the file.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Model:
         """Bytes of cached keys and values, and the seconds that attending to all takes, `repeats` times.
 
         One new token of each of as many sequences of `context` tokens as no processor's cache holds, in all
-        blocks: rotation, storing and merging included, matrix products not.
+        blocks, whose windows count: rotation, storing and merging included, matrix products not.
         """
 
     @property
@@ -162,11 +162,17 @@ def swiglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> tuple[np.ndarray
     """float32 y = gate / (1 + exp(-gate)) * up, and max|y| [T, 1]."""
 
 def attention(
-    isa: str, kv: str, q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, split: bool = False
+    isa: str,
+    kv: str,
+    q_TAE: np.ndarray,
+    k_SE: np.ndarray,
+    v_SE: np.ndarray,
+    window: int = 1 << 30,
+    split: bool = False,
 ) -> np.ndarray:
     """float32 [T * A, E]: softmax(q k^T / sqrt(E)) v of the last T of S positions at one key/value head.
 
-    Each token sees the positions up to its own. `split` (one token): by chunks of positions, then merged.
+    Each token sees `window` positions up to its own. `split` (one token): by chunks, which are merged then.
     """
 
 def rope(isa: str, x_HE: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:

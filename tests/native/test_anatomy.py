@@ -1,4 +1,4 @@
-"""What a decoder may be made of: biases, norms of queries and keys, blocks without rope; against NumPy.
+"""What a decoder may be made of: biases, norms of queries and keys, no rope, windows; against NumPy.
 
 Models are written into memory by hand, with names of no family, so that nothing but the config tells the
 engine what a tensor is for.
@@ -6,18 +6,19 @@ engine what a tensor is for.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from gossamer import _native
-from gossamer.errors import FormatError, UnsupportedError
+from gossamer.errors import FormatError
 from gossamer.packed import panels, streams
 from gossamer.packed.from_checkpoint import round_rows
 from native.conftest import aligned
 
+Kv = Literal["f32", "bf16", "i8"]
 D, F, V, EPS = 40, 56, 67, 1e-5  # hidden size, width of the feed-forward network, vocabulary
 A, G, E = 6, 2, 12  # query heads, key/value heads, head width
 SHAPES = {
@@ -25,12 +26,13 @@ SHAPES = {
     "gate": (F, D), "up": (F, D), "down": (D, F),
 }  # fmt: skip
 BLOCKS: list[dict[str, Any]] = [
-    {"biases": list(SHAPES), "head_norms": True, "rope": True},
-    {"biases": ["q", "k", "v"], "head_norms": False, "rope": False},
-    {"biases": [], "head_norms": True, "rope": False},
-    {"biases": ["o", "down"], "head_norms": False, "rope": True},
+    {"biases": list(SHAPES), "head_norms": True, "rope": True, "window": 0},
+    {"biases": ["q", "k", "v"], "head_norms": False, "rope": False, "window": 7},
+    {"biases": [], "head_norms": True, "rope": False, "window": 0},
+    {"biases": ["o", "down"], "head_norms": False, "rope": True, "window": 19},
 ]
 IDS = np.random.default_rng(7).integers(0, V, 40).astype(np.int32)
+LONG = np.random.default_rng(8).integers(0, V, 700).astype(np.int32)
 SCALE = 1.25  # of cosines and sines
 INVERSE = (100.0 ** -(np.arange(0, E, 2) / E)).astype(np.float32)
 
@@ -44,8 +46,8 @@ class Model:
     config: dict[str, Any]
     weights: dict[str, np.ndarray]
 
-    def open(self, num_threads: int = 1, **changes: Any) -> _native.Model:
-        return _native.Model(self.buffer, self.tensors, self.config | changes, num_threads, "f32")
+    def open(self, num_threads: int = 1, kv: Kv = "f32", **changes: Any) -> _native.Model:
+        return _native.Model(self.buffer, self.tensors, self.config | changes, num_threads, kv)
 
 
 def make_model(values: str, storage: str) -> Model:
@@ -92,7 +94,7 @@ def make_model(values: str, storage: str) -> Model:
             "query_norm": vector(f"{name}.query", E, 1.0) if head_norms else "",
             "key_norm": vector(f"{name}.key", E, 1.0) if head_norms else "",
             "rope": anatomy["rope"],
-            "window": 0,
+            "window": anatomy["window"],
         }
 
     config = {
@@ -128,7 +130,7 @@ def reference(model: Model, ids_T: np.ndarray) -> np.ndarray:
             k_TGE = rmsnorm(k_TGE, weights[block["key_norm"]])
         if block["rope"]:
             q_TAE, k_TGE = rotate(q_TAE), rotate(k_TGE)
-        x_TD = x_TD + linear(model, block, "o", attention(q_TAE, k_TGE, v_TGE))
+        x_TD = x_TD + linear(model, block, "o", attention(q_TAE, k_TGE, v_TGE, block["window"]))
         hidden_TD = rmsnorm(x_TD, weights[block["feed_forward_norm"]])
         gate_TF, up_TF = (linear(model, block, role, hidden_TD) for role in ("gate", "up"))
         x_TD = x_TD + linear(model, block, "down", gate_TF / (1 + np.exp(-gate_TF)) * up_TF)
@@ -152,11 +154,13 @@ def rotate(x_THE: np.ndarray) -> np.ndarray:
     return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=2)
 
 
-def attention(q_TAE: np.ndarray, k_TGE: np.ndarray, v_TGE: np.ndarray) -> np.ndarray:
+def attention(q_TAE: np.ndarray, k_TGE: np.ndarray, v_TGE: np.ndarray, window: int) -> np.ndarray:
+    """Every token sees itself and all before it, or the last `window` of these."""
     T = len(q_TAE)
+    seen_TT = np.tri(T, dtype=bool) & ~np.tri(T, k=-(window or T), dtype=bool)
     k_TAE, v_TAE = (x.repeat(A // G, axis=1) for x in (k_TGE, v_TGE))
     scores_ATT = np.einsum("tae,sae->ats", q_TAE, k_TAE) / np.sqrt(E)
-    scores_ATT = np.where(np.tri(T, dtype=bool), scores_ATT, -np.inf)
+    scores_ATT = np.where(seen_TT, scores_ATT, -np.inf)
     weights_ATT = np.exp(scores_ATT - scores_ATT.max(axis=2, keepdims=True))
     weights_ATT /= weights_ATT.sum(axis=2, keepdims=True)
     return np.einsum("ats,sae->tae", weights_ATT, v_TAE).reshape(T, A * E)
@@ -176,10 +180,10 @@ def test_every_ability_equals_numpy(storage: str) -> None:
     assert np.abs(found_TV - expected_TV).max() <= 1e-4 * np.abs(expected_TV).max()
 
 
-@pytest.mark.parametrize("name", ["biases", "query_norm", "key_norm", "rope"])
+@pytest.mark.parametrize("name", ["biases", "query_norm", "key_norm", "rope", "window"])
 def test_every_ability_changes_the_logits(model: Model, name: str) -> None:
     """Without one of them, in all blocks at once, logits are others: the comparison with NumPy sees each."""
-    without = {"biases": {}, "query_norm": "", "key_norm": "", "rope": False}[name]
+    without = {"biases": {}, "query_norm": "", "key_norm": "", "rope": False, "window": 0}[name]
     blocks = [block | {name: without} for block in model.config["blocks"]]
     with_it, without_it = model.open(), model.open(blocks=blocks)
     found = [native.forward([native.new_sequence(40)], [IDS]) for native in (with_it, without_it)]
@@ -210,13 +214,62 @@ def test_a_step_counts_the_bytes_of_biases_and_head_norms(model: Model) -> None:
     assert difference == 4 * (num_floats + 2 * 2 * E)
 
 
-def test_an_attention_window_is_refused(model: Model) -> None:
-    blocks = copy.deepcopy(model.config["blocks"])
-    blocks[2]["window"] = 16
-    with pytest.raises(
-        UnsupportedError, match=r"block 2 attends to the last 16 .* not supported by the engine"
-    ):
-        model.open(blocks=blocks)
+def with_windows(model: Model, *windows: int) -> list[dict[str, Any]]:
+    blocks = zip(model.config["blocks"], windows, strict=True)
+    return [block | {"window": window} for block, window in blocks]
+
+
+def pieces_of(ids: np.ndarray, native: _native.Model, *lengths: int) -> np.ndarray:
+    """Logits of all ids, given to the model in pieces of these lengths."""
+    sequence = native.new_sequence(ids.size)
+    pieces = np.split(ids, np.cumsum(lengths)[:-1])
+    return np.concatenate([native.forward([sequence], [piece], True) for piece in pieces])
+
+
+def test_windows_over_several_chunks_of_the_cache_equal_numpy(model: Model) -> None:
+    """Windows that begin in any chunk of 256 positions; 700 tokens are three passes through the layers."""
+    for windows in ((300, 0, 5, 256), (1, 600, 257, 255)):
+        blocks = with_windows(model, *windows)
+        changed = replace(model, config=model.config | {"blocks": blocks})
+        expected_TV = reference(changed, LONG)
+        found_TV = pieces_of(LONG, changed.open(2), LONG.size)
+        assert np.abs(found_TV - expected_TV).max() <= 1e-4 * np.abs(expected_TV).max()
+
+
+@pytest.mark.parametrize("kv", ["f32", "bf16", "i8"])
+def test_windows_give_the_same_bits_however_the_tokens_come(model: Model, kv: Kv) -> None:
+    """At once, in pieces, token by token, beside another sequence; with any number of threads."""
+    blocks = with_windows(model, 300, 0, 5, 256)
+    expected = pieces_of(LONG, model.open(1, kv, blocks=blocks), LONG.size)
+    for num_threads in (1, 2, 3):
+        native = model.open(num_threads, kv, blocks=blocks)
+        by_token = [250, *[1] * 14, 38, *[1] * 4, 206, *[1] * 8, 160, *[1] * 20]
+        for lengths in (by_token, [299, 2, 255, 1, 1, 142]):
+            np.testing.assert_array_equal(pieces_of(LONG, native, *lengths), expected)
+        one, other = native.new_sequence(700), native.new_sequence(700)
+        native.forward([other, one], [LONG[::-1][:390], LONG[:555]])
+        together = native.forward([other, one], [LONG[:3], LONG[555:560]], True)
+        np.testing.assert_array_equal(together[3:], expected[555:560])
+        np.testing.assert_array_equal(
+            native.forward([one, other], [LONG[560:561], IDS[:1]])[0], expected[560]
+        )
+
+
+def test_windows_that_hold_the_whole_sequence_change_no_bit(model: Model) -> None:
+    expected = pieces_of(LONG, model.open(2, blocks=with_windows(model, 0, 0, 0, 0)), 697, 1, 2)
+    native = model.open(2, blocks=with_windows(model, 700, 701, 2**31 - 1, 2**30))
+    np.testing.assert_array_equal(pieces_of(LONG, native, 697, 1, 2), expected)
+
+
+def test_attention_is_timed_over_the_windows(model: Model) -> None:
+    """Bytes are those of the positions that a token sees: of 500, in four blocks."""
+    sizes = []
+    for windows in ((0, 0, 0, 0), (300, 0, 5, 1000)):
+        num_bytes, seconds = model.open(2, blocks=with_windows(model, *windows)).time_attention(500, 2)
+        sizes.append(num_bytes)
+        assert len(seconds) == 2 and min(seconds) > 0
+    position = 2 * 4 * G * E
+    assert sizes == [256 * position * 2000, 256 * position * 1305]
 
 
 def changed(model: Model, change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:

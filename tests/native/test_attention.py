@@ -12,6 +12,8 @@ from native.reference import cached
 ISAS = tuple(level for level, runs in _native.levels().items() if runs)
 ROWS = [row for row in _native.kernels() if row["family"] == "attention" and row["isa"] in ISAS]
 KVS = ("f32", "bf16", "i8")
+NO_WINDOW = 1 << 30
+WINDOWS = (1, 2, 15, 16, 17, 63, 64, 100, 255, 256, 257, 300, 512, 513)
 POSITIONS = (1, 2, 3, 5, 15, 16, 17, 31, 63, 100, 255, 256, 257, 511, 700)
 cell = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['values']}-{row['isa']}")
 
@@ -26,11 +28,12 @@ def draw(
     return q_TAE, k_SE * rng.uniform(0.1, 2, (positions, 1)).astype(np.float32), v_SE
 
 
-def attention(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
-    """softmax(q k^T / sqrt(E)) v in float64, every token seeing the positions up to its own."""
+def attention(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, window: int = NO_WINDOW) -> np.ndarray:
+    """softmax(q k^T / sqrt(E)) v in float64, every token seeing `window` positions up to its own."""
     T, S = len(q_TAE), len(k_SE)
     scores_TAS = q_TAE.astype(np.float64) @ k_SE.T.astype(np.float64) / np.sqrt(q_TAE.shape[2])
-    seen_T1S = np.arange(S) <= np.arange(S - T, S)[:, None, None]
+    own_T11 = np.arange(S - T, S)[:, None, None]
+    seen_T1S = (np.arange(S) <= own_T11) & (np.arange(S) > own_T11 - window)
     scores_TAS = np.where(seen_T1S, scores_TAS, -np.inf)
     weights_TAS = np.exp(scores_TAS - scores_TAS.max(axis=2, keepdims=True))
     return (weights_TAS @ v_SE / weights_TAS.sum(axis=2, keepdims=True)).reshape(-1, q_TAE.shape[2])
@@ -42,10 +45,12 @@ def bound(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> float:
     return 1e-5 + (score + np.sqrt(len(v_SE)) / 65278) * np.abs(v_SE).max()
 
 
-def check(row: dict[str, str], q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> np.ndarray:
-    found = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE)
+def check(
+    row: dict[str, str], q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, window: int = NO_WINDOW
+) -> np.ndarray:
+    found = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE, window)
     (k, k_scale), (v, v_scale) = cached(k_SE, row["values"]), cached(v_SE, row["values"])
-    expected = attention(q_TAE, k.astype(np.float64) * k_scale, v.astype(np.float64) * v_scale)
+    expected = attention(q_TAE, k.astype(np.float64) * k_scale, v.astype(np.float64) * v_scale, window)
     unit = 3e-4 if row["isa"] == "amx" else 1e-5  # tiles: see below
     atol = unit if row["values"] != "i8" else bound(q_TAE, k_SE, v_SE)
     np.testing.assert_allclose(found, expected, rtol=unit, atol=atol)
@@ -66,35 +71,60 @@ def test_new_tokens_see_what_came_before_them(row: dict[str, str], tokens: int) 
         check(row, *draw(tokens, heads, before + tokens, width))
 
 
+@cell
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_hides_what_lies_before_it(row: dict[str, str], window: int) -> None:
+    for tokens, heads, before, width in ((1, 3, 0, 16), (1, 4, 700, 20), (24, 2, 500, 6), (530, 1, 11, 16)):
+        q_TAE, k_SE, v_SE = draw(tokens, heads, before + tokens, width)
+        found = check(row, q_TAE, k_SE, v_SE, window)
+        hidden = max(0, before + 1 - window)  # from all of the tokens
+        k_SE[:hidden], v_SE[:hidden] = 1000, -1000
+        again = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE, window)
+        np.testing.assert_array_equal(again, found)
+
+
+@pytest.mark.parametrize("kv", KVS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_window_that_holds_everything_changes_no_bit(isa: str, kv: str) -> None:
+    for tokens, positions in ((1, 300), (300, 300), (24, 700)):
+        arrays = draw(tokens, 2, positions, 20)
+        expected = _native.attention(isa, kv, *arrays)
+        for window in (positions, positions + 1, NO_WINDOW):
+            np.testing.assert_array_equal(_native.attention(isa, kv, *arrays, window), expected)
+        assert not np.array_equal(_native.attention(isa, kv, *arrays, positions - 1), expected)
+
+
 @pytest.mark.skipif("avx512" not in ISAS, reason="the emulation of tiles packs its rows with AVX-512")
 @pytest.mark.parametrize("width", [32, 64, 96, 128])
 def test_tiles_equal_numpy(width: int) -> None:
     """Queries and weights in two bfloat16 each: 2^-16 of their products. Blocks of every size."""
-    for tokens, heads, before in ((16, 1, 0), (5, 4, 1), (3, 7, 250), (24, 1, 300), (40, 3, 500)):
+    cases = ((16, 1, 0), (5, 4, 1), (3, 7, 250), (24, 1, 300), (40, 3, 500))
+    for (tokens, heads, before), window in itertools.product(cases, (17, 270, NO_WINDOW)):
         q_TAE, k_SE, v_SE = draw(tokens, heads, before + tokens, width)
-        found = _native.attention("amx-emulated", "bf16", q_TAE, k_SE, v_SE)
+        found = _native.attention("amx-emulated", "bf16", q_TAE, k_SE, v_SE, window)
         (k, _), (v, _) = cached(k_SE, "bf16"), cached(v_SE, "bf16")
-        np.testing.assert_allclose(found, attention(q_TAE, k, v), rtol=3e-4, atol=3e-4)
-        assert not np.array_equal(found, _native.attention("avx512", "bf16", q_TAE, k_SE, v_SE))
+        np.testing.assert_allclose(found, attention(q_TAE, k, v, window), rtol=3e-4, atol=3e-4)
+        assert not np.array_equal(found, _native.attention("avx512", "bf16", q_TAE, k_SE, v_SE, window))
 
 
 @pytest.mark.parametrize("kv", KVS)
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8, 15])
 def test_every_level_and_every_batch_give_the_same_bits(kv: str, heads: int) -> None:
     """Rows alone, rows together, and chunks apart that are merged."""
-    for positions, width in ((1, 6), (77, 20), (256, 64), (1000, 16)):
+    cases = ((1, 6, NO_WINDOW), (77, 20, NO_WINDOW), (256, 64, NO_WINDOW), (1000, 16, NO_WINDOW))
+    for positions, width, window in (*cases, (77, 20, 18), (600, 64, 87), (1000, 16, 487)):
         tokens = min(3, positions)
         q_TAE, k_SE, v_SE = draw(tokens, heads, positions, width, seed=heads)
-        expected = _native.attention("scalar", kv, q_TAE, k_SE, v_SE).reshape(q_TAE.shape)
+        expected = _native.attention("scalar", kv, q_TAE, k_SE, v_SE, window).reshape(q_TAE.shape)
         for isa in ISAS:
             if isa == "amx" and kv == "bf16" and width == 64 and tokens * heads >= 16:
                 continue  # tiles: many rows together are rounded elsewhere than one alone
-            found = _native.attention(isa, kv, q_TAE, k_SE, v_SE).reshape(q_TAE.shape)
+            found = _native.attention(isa, kv, q_TAE, k_SE, v_SE, window).reshape(q_TAE.shape)
             np.testing.assert_array_equal(found, expected)
             for t, head in itertools.product(range(tokens), range(heads)):
                 q_11E, seen = q_TAE[t : t + 1, head : head + 1].copy(), positions - tokens + t + 1
                 for split in (False, True):
-                    alone = _native.attention(isa, kv, q_11E, k_SE[:seen], v_SE[:seen], split)
+                    alone = _native.attention(isa, kv, q_11E, k_SE[:seen], v_SE[:seen], window, split)
                     np.testing.assert_array_equal(alone[0], expected[t, head])
 
 
@@ -125,6 +155,9 @@ def test_what_does_not_fit_is_refused() -> None:
     q_TAE, k_SE, v_SE = draw(2, 1, 4, 8)
     with pytest.raises(ConfigError, match="f16"):
         _native.attention("scalar", "f16", q_TAE, k_SE, v_SE)
+    for window in (-1, 0, NO_WINDOW + 1):
+        with pytest.raises(EngineError):
+            _native.attention("scalar", "f32", q_TAE, k_SE, v_SE, window)
     for wrong in ((q_TAE, k_SE[:1], v_SE[:1]), (q_TAE, k_SE, v_SE[:, :6].copy()), (q_TAE, k_SE[:3], v_SE)):
         with pytest.raises(EngineError):
             _native.attention("scalar", "f32", *wrong)

@@ -129,7 +129,7 @@ def describe(packed: Packed, kv: str) -> Iterator[str]:
     for key, found in config.items():
         yield f"name {key} {found}" if isinstance(found, str) else f"size {key} {found!r}"
     for block in blocks:
-        yield f"block {int(block['rope'])}"
+        yield f"block {int(block['rope'])} {block['window']}"
         yield from (f"is {role} {name}" for role, name in block["linears"].items())
         yield from (f"bias {role} {name}" for role, name in block["biases"].items())
         yield from (f"norm {key} {name}" for key, name in block.items() if key.endswith("_norm") and name)

@@ -4,6 +4,9 @@
 //   s[p] = sum_e (scale q[e]) k[p, e];   m = max s;   w[p] = exp(s[p] - m);   l = sum_p w[p]
 //   o[e] = sum_p w[p] v[p, e];   chunk after chunk (m, l, o) are merged;   out[e] = o[e] / l
 //
+// p are the positions that the token sees: its own and those before it, or the last `window` of them. Up to
+// the first of them, the chunk in which it lies has w[p] = 0.
+//
 // A row is one query head of one token. Chunks are cut at multiples of 256 positions and merged in order, and
 // sums run in order over e and p, so a row's result depends neither on the other rows nor on how work was
 // split. The sum of weights l runs in 16 lanes, which are halved four times.
@@ -86,17 +89,18 @@ float product(const float* a, int count, const std::uint8_t* vectors, std::size_
 
 // The state of one row after one chunk.
 template <class T>
-void attend(const KvLayout& layout, const std::uint8_t* chunk, const float* q_E, int count, float* state) {
+void attend(const KvLayout& layout, const std::uint8_t* chunk, const float* q_E, Seen seen, float* state) {
     const int E = layout.head_dim, width = padded(E);
     const float* scales = reinterpret_cast<const float*>(chunk);
     float weights[kChunkPositions], lanes[kLanes] = {};
-    for (int p = 0; p < count; ++p) {
+    for (int p = seen.begin; p < seen.end; ++p) {
         const std::uint8_t* keys = chunk + layout.key_block(p / kKvBlock);
         weights[p] = product<T>(q_E, E, keys, layout.key_step_bytes(), p % kKvBlock);
         if (T::kInputs == 4) weights[p] *= scales[p];
     }
-    const float largest = *std::max_element(weights, weights + count);
-    for (int p = 0; p < count; ++p) {
+    const float largest = *std::max_element(weights + seen.begin, weights + seen.end);
+    std::fill_n(weights, seen.begin, 0.0f);
+    for (int p = seen.begin; p < seen.end; ++p) {
         weights[p] = exponential_of(weights[p] - largest);
         lanes[p % kLanes] += weights[p];
         if (T::kInputs == 4) weights[p] *= scales[kChunkPositions + p];
@@ -106,7 +110,7 @@ void attend(const KvLayout& layout, const std::uint8_t* chunk, const float* q_E,
     }
     for (int e = 0; e < E; ++e) {
         const std::uint8_t* values = chunk + layout.value_block(e / kKvBlock);
-        state[e] = product<T>(weights, count, values, layout.value_step_bytes(e / kKvBlock), e % kKvBlock);
+        state[e] = product<T>(weights, seen.end, values, layout.value_step_bytes(e / kKvBlock), e % kKvBlock);
     }
     state[width] = largest;
     state[width + 1] = lanes[0];
@@ -121,9 +125,9 @@ void attention(const AttentionTask& task) {
         const std::size_t begin = token * task.stride + std::size_t(head) * E;
         for (int e = 0; e < E; ++e) q_E[e] = task.q[begin + e] * task.scale;
         if (task.state) state = task.state + row * attention_state_floats(E);
-        for (int c = task.begin; c < task.end && visible(task, c, token) > 0; ++c) {
+        for (int c = task.begin; c < task.end && seen(task, c, token).end > 0; ++c) {
             const std::uint8_t* chunk = task.chunks[c] + task.head_begin;
-            attend<T>(task.layout, chunk, q_E, visible(task, c, token), c == task.begin ? state : next);
+            attend<T>(task.layout, chunk, q_E, seen(task, c, token), c == task.begin ? state : next);
             if (c != task.begin) merge(state, next, padded(E));
         }
         if (!task.state) finish(state, E, task.out + begin);

@@ -55,14 +55,16 @@ inline float sum_of(Floats x) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// The first `count` lanes of x, then `other`.
-inline Floats keep(Floats x, int count, float other) {
-    if (count >= kLanes) return x;
+// The lanes [begin, end) of x, and `other` elsewhere.
+inline __m256 keep(__m256 x, int begin, int end, float other) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256 low = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
-    const __m256 high = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count - 8), lanes));
-    const __m256 others = _mm256_set1_ps(other);
-    return {_mm256_blendv_ps(others, x.low, low), _mm256_blendv_ps(others, x.high, high)};
+    const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lanes);
+    const __m256i kept = _mm256_andnot_si256(before, _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lanes));
+    return _mm256_blendv_ps(_mm256_set1_ps(other), x, _mm256_castsi256_ps(kept));
+}
+inline Floats keep(Floats x, int begin, int end, float other) {
+    if (begin <= 0 && end >= kLanes) return x;
+    return {keep(x.low, begin, end, other), keep(x.high, begin - 8, end - 8, other)};
 }
 
 struct F32 {

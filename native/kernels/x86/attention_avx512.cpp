@@ -35,10 +35,11 @@ inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline float largest_of(Floats x) { return _mm512_reduce_max_ps(x); }
 
-// The first `count` lanes of x, then `other`.
-inline Floats keep(Floats x, int count, float other) {
-    if (count >= kLanes) return x;
-    return _mm512_mask_mov_ps(fill(other), __mmask16((1u << count) - 1), x);
+// The lanes [begin, end) of x, and `other` elsewhere.
+inline Floats keep(Floats x, int begin, int end, float other) {
+    if (begin <= 0 && end >= kLanes) return x;
+    const auto below = [](int count) { return (1u << std::clamp(count, 0, kLanes)) - 1; };
+    return _mm512_mask_mov_ps(fill(other), __mmask16(below(end) & ~below(begin)), x);
 }
 
 struct F32 {

@@ -134,11 +134,12 @@ def step(
 def kv_bytes(anatomy: Anatomy, context: float, dtype: Kv) -> int:
     """Bytes of keys and values that one new token of a sequence of `context` tokens reads, in all layers.
 
-    i8 has a float32 scale for each position and key/value head.
+    i8 has a float32 scale for each position and key/value head. A layer reads its window and no more.
     """
-    heads = anatomy.attention
+    heads, windows = anatomy.attention, [block.attention.window for block in anatomy.blocks]
+    positions = sum(context if window is None else min(context, window) for window in windows)
     head_bytes = {"f32": 4, "bf16": 2, "i8": 1}[dtype] * heads.head_dim + (4 if dtype == "i8" else 0)
-    return round(2 * anatomy.num_layers * heads.num_kv_heads * head_bytes * context)
+    return round(2 * heads.num_kv_heads * head_bytes * positions)
 
 
 def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
