@@ -22,9 +22,12 @@ class Rope:
 
     @classmethod
     def read(cls, config: Config) -> "Rope":
-        """transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`."""
+        """transformers 5 writes `rope_parameters`; older files have `rope_theta` and `rope_scaling`.
+
+        Where a file has both, it reads `rope_scaling`.
+        """
         settings = (
-            config.section("rope_parameters") or config.section("rope_scaling") or Config({}, config.source)
+            config.section("rope_scaling") or config.section("rope_parameters") or Config({}, config.source)
         )
         theta = settings.number("rope_theta", config.number("rope_theta", 10000.0))
         kind = settings.get("rope_type") or settings.get("type") or "default"
