@@ -194,9 +194,11 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(input_activations__dynamic=False), "input_activations.dynamic = False"),
         (changed(input_activations__strategy="tensor"), "input_activations.strategy = 'tensor'"),
         (changed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-        (changed(sparsity_config={"format": "sparse-bitmask"}), "sparsity_config"),
         (changed(config_groups={}), "config_groups"),
+        (changed(config_groups={"group_0": "int8"}), "the group 'int8'"),
+        (changed(config_groups={"g": {"weights": "int8"}}), "weights.num_bits = 'int8'"),
         ("bitsandbytes", "bitsandbytes"),
+        (changed(quant_method="gptq", bits=4), "the weights are quantized: GPTQ (4 bits)"),
     ],
 )
 def test_other_quantizations_are_unsupported(

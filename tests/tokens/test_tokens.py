@@ -39,13 +39,42 @@ CHAT = [
     {"role": "user", "content": ' Say "hi" <b>\n', "name": None},
     {"role": "assistant", "content": "hi é"},
 ]
+LEFT_OUT = "left out"
+OLD = {"added_tokens_decoder": LEFT_OUT}
+END = {"content": "<|end|>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False}
+MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 CONFIGS = {
     "as shipped": {},
     "LlamaTokenizer": {"tokenizer_class": "LlamaTokenizer"},
     "LlamaTokenizer legacy": {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True},
     "no bos wanted": {"add_bos_token": False, "add_eos_token": True},
     "extra tokens": {"extra_special_tokens": ["<|user|>", "<|assistant|>"], "pad_token": "<pad>"},
-}
+    "extra tokens by name": {"extra_special_tokens": {"user_token": "<|user|>"}, "image_token": "<|end|>"},
+    "end token in the map alone": {**OLD, "eos_token": LEFT_OUT, MAP: {"eos_token": "<|end|>"}},
+    "end token with flags in the map": {**OLD, MAP: {"eos_token": END, "bos_token": "<s>"}},
+    "no end token in the map": {**OLD, MAP: {"eos_token": None}},
+    "extra tokens in the map": {
+        **OLD, "extra_special_tokens": ["<|user|>"], MAP: {"extra_special_tokens": ["<|end|>", "<|user|>"]}
+    },
+    "old extra tokens in both": {
+        **OLD, "additional_special_tokens": ["<|user|>"], MAP: {"additional_special_tokens": ["<|end|>"]}
+    },
+    "a map that does not count": {"added_tokens_decoder": {}, MAP: {"eos_token": "<|end|>"}},
+    "added tokens": {**OLD, ADDED: {"<|user|>": 4301, "<|end|>": 4300}},
+    "an added token that is special": {**OLD, "eos_token": "<|end|>", ADDED: {"<|user|>": 9, "<|end|>": 8}},
+    "added tokens that are there": {**OLD, ADDED: {"</s>": 7, "<|user|>": 4300}},
+    "other flags": {"added_tokens_decoder": {"1": {"content": "</s>", "special": True, "lstrip": True}}},
+    "flags of new tokens": {
+        "added_tokens_decoder": {
+            "4301": {"content": "<|end|>", "rstrip": True}, "4300": {"content": "<|user|>"}
+        }
+    },
+    "other flags of a LlamaTokenizer": {
+        "tokenizer_class": "LlamaTokenizer",
+        "added_tokens_decoder": {"1": {"content": "</s>", "lstrip": True}},
+    },
+    "special tokens split": {"split_special_tokens": True, "extra_special_tokens": ["<|user|>"]},
+}  # fmt: skip
 
 
 @pytest.fixture(params=["stories3m", "stories260k", "tiny"])
@@ -56,12 +85,20 @@ def model(request: pytest.FixtureRequest, tiny_llama: Callable[[str], Path]) -> 
 
 
 def variant(model: Path, tmp_path: Path, **changes: object) -> Path:
-    """A copy of the model's tokenizer files with changes in tokenizer_config.json."""
+    """A copy of the model's tokenizer files with changes in tokenizer_config.json, or other whole files."""
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(model / name, tmp_path / name)
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | changes))
+    (tmp_path / "config.json").write_text(json.dumps(read(model / "config.json") | {"vocab_size": 4400}))
+    files = {name: content for name, content in changes.items() if name.endswith(".json")}
+    config = read(model / "tokenizer_config.json") | {k: v for k, v in changes.items() if k not in files}
+    kept = {name: value for name, value in config.items() if value is not LEFT_OUT}
+    for name, content in {"tokenizer_config.json": kept, **files}.items():
+        (tmp_path / name).write_text(json.dumps(content))
     return tmp_path
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
@@ -69,8 +106,10 @@ def test_ids_and_texts_are_those_of_transformers(model: Path, changes: dict, tmp
     path = variant(model, tmp_path, **changes)
     ours, theirs = Tokenizer.open(path), AutoTokenizer.from_pretrained(path)
     assert (ours.vocab_size, ours.bos_id) == (len(theirs), theirs.bos_token_id)
-    assert ours.eos_ids == {theirs.eos_token_id}
-    for text in [*TEXTS, "<|user|> hello <|assistant|>"]:
+    own = read(path / "generation_config.json")["eos_token_id"]
+    assert ours.required_eos() == (own if theirs.eos_token_id is None else theirs.eos_token_id)
+    assert ours.eos_ids == {ours.required_eos(), own}
+    for text in [*TEXTS, "<|user|> hello <|assistant|>", "so <|end|> it </s> ends"]:
         ids = theirs(text).input_ids
         assert ours.encode(text) == ids
         assert ours.encode(text, bos=False) == theirs(text, add_special_tokens=False).input_ids
@@ -163,6 +202,7 @@ def test_a_damaged_tokenizer_is_named(
         {"added_tokens_decoder": [1]},
         {"extra_special_tokens": 3},
         {"extra_special_tokens": [3]},
+        {"bos_token": "\ud800"},
         {"chat_template": 3},
         {"chat_template": [{"name": "default", "template": 1}]},
     ],
@@ -200,3 +240,26 @@ def test_stop_tokens_come_from_the_generation_config_and_the_tokenizer(
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": "x"}))
     with pytest.raises(CheckpointError, match="eos_token_id"):
         Tokenizer.open(path)
+
+
+def test_the_end_token_is_the_tokenizers_own(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    ends = {"generation_config.json": {"eos_token_id": [0, 5, 1]}}
+    assert Tokenizer.open(variant(tiny_llama("llama2"), tmp_path, **ends)).required_eos() == 1
+    unnamed = variant(tiny_llama("llama2"), tmp_path, eos_token=None, **ends)
+    with pytest.raises(ConfigError, match=r"several end tokens, \[0, 1, 5\].*set eos_token"):
+        Tokenizer.open(unnamed).required_eos()
+
+
+def test_a_token_beyond_the_embedding_is_named(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    path = variant(tiny_llama("llama2"), tmp_path, extra_special_tokens=["<|user|>", "<|end|>"])
+    (path / "config.json").write_text(json.dumps(read(path / "config.json") | {"vocab_size": 321}))
+    with pytest.raises(CheckpointError, match=r"'<\|end\|>' has the id 321, but the embedding has 321 rows"):
+        Tokenizer.open(path)
+    (path / "config.json").write_text(json.dumps(read(path / "config.json") | {"vocab_size": 322}))
+    assert Tokenizer.open(path).vocab_size == 322
+
+
+def test_half_a_surrogate_pair_is_a_replacement_character(model: Path) -> None:
+    tokenizer = Tokenizer.open(model)
+    assert tokenizer.encode("a\ud83d b\udc00\ud800é") == tokenizer.encode("a\ufffd b\ufffd\ufffdé")
+    assert tokenizer.encode("\ud83e\udd99") == tokenizer.encode("\N{LLAMA}")

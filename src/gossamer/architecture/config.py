@@ -10,6 +10,7 @@ from gossamer.errors import CheckpointError, UnsupportedError
 MAX_SIZE = 1 << 31
 MAX_NUMBER = 1e30  # in float32's range; its square is in float64's
 MAX_LAYERS = 10_000
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how Git LFS stands in for a file not fetched yet
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -21,7 +22,9 @@ def json_object(content: bytes, source: str) -> dict[str, Any]:
     """The JSON object in a text of UTF-8; CheckpointError for anything else, naming the source."""
     try:
         found = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if content.startswith(LFS_POINTER):
+            raise CheckpointError(f"{source}: a Git LFS pointer, not the file; run `git lfs pull`") from error
         raise CheckpointError(f"{source}: not readable as JSON ({error}); the file is damaged") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{source}: found a JSON {type(found).__name__}; expected an object")
@@ -75,8 +78,10 @@ class Config:
         )
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """A truth value."""
-        return bool(default if self.get(key) is None else self.get(key))
+        """A truth value; CheckpointError for anything else."""
+        if not isinstance(value := default if self.get(key) is None else self.get(key), bool):
+            raise CheckpointError(f"{self.source}: {key} is {value!r}; expected true or false")
+        return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         """One token id, a list of them, or nothing."""

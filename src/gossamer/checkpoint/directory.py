@@ -29,13 +29,13 @@ from gossamer.checkpoint.partial import (
     refuse_existing,
 )
 from gossamer.checkpoint.weights import STORAGE, Entry, is_finite, read_header, to_float32, write_safetensors
-from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
+from gossamer.errors import CheckpointError, ConfigError
 from gossamer.job.options import record
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-    "LICENSE*", "NOTICE*",
+    "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 MANIFEST = "gossamer.json"
 SHARD_BYTES = 2 << 30
@@ -53,10 +53,17 @@ class Checkpoint:
         """Read config and headers; raises CheckpointError or UnsupportedError naming file and tensor."""
         directory = Path(path)
         config = _read_config(directory)
-        entries = {
-            name: entry for file in _weight_files(directory) for name, entry in read_header(file).items()
-        }
+        files = _weight_files(directory, config.pop("transformers_weights", None))
+        entries = {name: entry for file in files for name, entry in read_header(file).items()}
         checkpoint = cls(directory, config, entries)
+        if (found := config.get("model_type", expected := checkpoint.architecture.model_type)) != expected:
+            from gossamer.checkpoint.diagnosis import two_families
+
+            raise two_families(directory, found, expected)
+        if checkpoint.architecture.tie_word_embeddings and f"{HEAD}.weight" in entries:
+            from gossamer.checkpoint.tying import resolve_tied_head
+
+            checkpoint = cls(directory, *resolve_tied_head(config, entries))
         checkpoint.entries = _expected_entries(checkpoint)
         return checkpoint
 
@@ -241,60 +248,54 @@ class _ShardWriter:
         if count == 1:
             self._file(0).rename(self.directory / "model.safetensors")
             return
-        files = [self._file(index).rename(self._file(index, count)) for index in range(count)]
-        weight_map = {
-            name: file.name for file, names in zip(files, self._shards, strict=True) for name in names
-        }
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        _write_json(self.directory / "model.safetensors.index.json", index)
+        from gossamer.checkpoint.index import write_index
+
+        files = [self._file(index).rename(self._file(index, count)).name for index in range(count)]
+        write_index(self.directory, dict(zip(files, self._shards, strict=True)), self._total_bytes)
 
 
 def companions(directory: Path) -> list[Path]:
     """The files that go with a model's weights from stage to stage."""
-    return [file for pattern in COMPANIONS for file in directory.glob(pattern)]
+    return [file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()]
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(
+        text, encoding="utf-8", errors="backslashreplace"
+    )  # half a surrogate pair, as JSON writes it
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    if directory.is_file():
-        from gossamer.checkpoint.gguf import refuse_gguf
+    """The configuration, without what only announces that weights are sparse."""
+    file = directory / "config.json"
+    if not file.is_file() or (directory / "adapter_config.json").is_file():
+        from gossamer.checkpoint import diagnosis
 
-        refuse_gguf(directory)
-    if not (directory / "config.json").is_file():
-        kind = "no directory, but a file" if directory.is_file() else "nothing"
-        kind = "a directory without config.json" if directory.is_dir() else kind
-        raise CheckpointError(
-            f"{directory}: found {kind}; expected a Hugging Face directory (config.json and *.safetensors)"
-        )
-    return read_json(directory / "config.json")
+        raise diagnosis.adapter(directory) if file.is_file() else diagnosis.no_model(directory)
+    config = read_json(file)
+    if config.keys() & {"quantization_config", "sparsity_config"}:
+        from gossamer.checkpoint.schemes import readable_config
+
+        config = readable_config(config, str(file))
+    return config
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files: one, or the shards that the index names."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: has no weight_map; the index is damaged")
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-        if any(file.parent.resolve() != directory.resolve() for file in files):
-            raise CheckpointError(f"{index}: names a file outside of its directory")
-        if missing := [file for file in files if not file.is_file()]:
-            raise CheckpointError(f"{missing[0]}: shard missing (of {len(files)} that {index.name} names)")
-        return files
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if pickles := [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]:
-        raise UnsupportedError(
-            f"{pickles[0]}: pickle weights can run code when opened; supported: safetensors "
-            "(convert them with transformers' save_pretrained)"
-        )
-    raise CheckpointError(
-        f"{directory}: no model.safetensors and no model.safetensors.index.json; expected either"
-    )
+def _weight_files(directory: Path, given: str | None) -> list[Path]:
+    """The files that transformers would read: those the config gives, else one file, else an index's."""
+    names = [str(given)] if given else ["model.safetensors", "model.safetensors.index.json"]
+    chosen = next((directory / name for name in names if (directory / name).is_file()), None)
+    if chosen is None:
+        from gossamer.checkpoint.diagnosis import no_weights
+
+        raise no_weights(directory)
+    if chosen.suffix == ".json":
+        from gossamer.checkpoint.index import read_index
+
+        return read_index(chosen, directory)
+    if chosen.parent.resolve() != directory.resolve():
+        raise CheckpointError(f"{chosen}: config.json names weights outside of its directory")
+    return [chosen]
 
 
 def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
@@ -303,28 +304,14 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     for name in checkpoint.linears:
         if (entry := found.get(f"{name}.weight")) and entry.dtype == "I8":
             shapes[f"{name}.weight_scale"] = (shapes[f"{name}.weight"][0], 1)
-    for name, shape in shapes.items():
-        if name not in found:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} is missing; expected one of shape {list(shape)}"
-            )
-        if (entry := found[name]).shape != shape:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name} has shape {list(entry.shape)}; expected {list(shape)}"
-            )
-        if entry.dtype not in STORAGE:
-            raise UnsupportedError(
-                f"{entry.file}: tensor {name} is {entry.dtype}; supported: {', '.join(STORAGE)}"
-            )
-    ignored = {f"{HEAD}.weight"} if checkpoint.architecture.tie_word_embeddings else set()
-    extra = [
-        n for n in found if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")
-    ]
-    if extra:
-        raise UnsupportedError(
-            f"{found[extra[0]].file}: tensor {extra[0]} is not part of a "
-            f"{checkpoint.architecture.model_type}; cannot place it"
-        )
+    names = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+    fit = all(
+        found[name].shape == shapes[name] and found[name].dtype in STORAGE for name in names & shapes.keys()
+    )
+    if names != shapes.keys() or not fit:
+        from gossamer.checkpoint.diagnosis import misfit
+
+        raise misfit(checkpoint, shapes)
     return {name: found[name] for name in shapes}
 
 

@@ -13,8 +13,6 @@ import numpy as np
 import safetensors
 from safetensors import TensorSpec
 
-from gossamer.errors import CheckpointError
-
 STORAGE = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -47,7 +45,9 @@ def read_header(file: Path) -> dict[str, Entry]:
         with safetensors.safe_open(file, "np"):
             pass
     except (safetensors.SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy it again") from error
+        from gossamer.checkpoint.diagnosis import unreadable
+
+        raise unreadable(file, error) from error
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(header_bytes))

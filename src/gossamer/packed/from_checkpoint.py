@@ -5,6 +5,7 @@ int8 weights (compressed-tensors' int-quantized W8A8) stay int8. Every matrix bu
 that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs torch.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.panels import panel_chunks
 from gossamer.packed.writer import PackedWriter
+from gossamer.tokens.encoder import Encoder, read_files
 
 SMALLER_SPARSE = 1 / 8  # a mask bit a weight against the 8 bits of each zero
 Head = Literal["auto", "keep", "i8"]
@@ -57,6 +59,7 @@ def pack_checkpoint(
     names = [*matrix_shapes(source.architecture)]
     if round_head and HEAD not in names:
         names.append(HEAD)
+    Encoder.open(source.path)  # whose ids must have rows in the embedding
     error = None
     int8 = "auto" if storage == "smallest" or expands_int8_fast() else "dense"
     with PackedWriter(path, **packed_companions(source)) as writer:
@@ -104,20 +107,14 @@ def scheme_of(source: Checkpoint) -> Scheme | None:
 
 def packed_companions(source: Checkpoint) -> dict[str, Any]:
     """Arguments of PackedWriter that come from the small files."""
-    tokenizer = source.path / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise CheckpointError(
-            f"{source.path}: no tokenizer.json; save the tokenizer there with transformers' AutoTokenizer"
-        )
-    files = {"tokenizer_config": "tokenizer_config.json", "generation_config": "generation_config.json"}
-    metadata = {
-        key: _text(source.path / name) for key, name in files.items() if (source.path / name).is_file()
-    }
+    files = read_files(source.path)
+    small = {"tokenizer_config": files["config"], "generation_config": files["generation_config"]}
+    metadata = {key: json.dumps(found) for key, found in small.items() if found}
     if (template := source.path / "chat_template.jinja").is_file():
         metadata["chat_template"] = _text(template)
     return {
-        "config": _text(source.path / "config.json"),
-        "tokenizer": tokenizer.read_bytes(),
+        "config": json.dumps(source.config),
+        "tokenizer": files["content"],
         "parent": source.hash,
         "metadata": metadata,
     }

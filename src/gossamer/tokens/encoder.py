@@ -6,12 +6,10 @@ special tokens.
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers import AddedToken
 
 from gossamer.architecture.config import json_object, read_json
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
@@ -20,7 +18,10 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 
 class Encoder:
-    """A model's tokenizer with its special tokens; `bos_id` begins a text (None where the model has none)."""
+    """A model's tokenizer; `bos_id` begins a text (None where the model has none).
+
+    `special_tokens`: the texts of `bos_token`, `eos_token`, ..., as chat templates see them.
+    """
 
     def __init__(
         self,
@@ -45,7 +46,9 @@ class Encoder:
         self._tokenizer = _build(document, origin)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._add_special_tokens()
+        self._tokenizer.encode_special_tokens = self._config.get("split_special_tokens") is True
+        self.special_tokens = self._named_tokens()
+        self._check_rows((model_config or {}).get("vocab_size"), origin)
         sources = (generation_config or {}, model_config or {})
         own, given = self._token_id("bos_token"), first_ids(sources, "bos_token_id")
         self.bos_id = own if own is not None else next(iter(given), None)
@@ -55,12 +58,6 @@ class Encoder:
         """Read a Hugging Face model directory; CheckpointError when it holds no usable tokenizer."""
         return cls(**read_files(Path(path)))
 
-    @cached_property
-    def special_tokens(self) -> dict[str, str]:
-        """The named special tokens' texts (`bos_token`, ...), as chat templates see them."""
-        named = {name: value for name in NAMED_TOKENS if (value := self._config.get(name))}
-        return {name: _added_token(value, name).content for name, value in named.items()}
-
     def required_bos(self) -> int:
         """`bos_id`; ConfigError where the model has none, though every text that it knows begins with one."""
         if self.bos_id is None:
@@ -68,32 +65,36 @@ class Encoder:
         return self.bos_id
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added."""
-        return self._tokenizer.encode(text, add_special_tokens=bos).ids
+        """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added.
+
+        Halves of surrogate pairs, which Python's texts can hold and UTF-8 cannot, count as U+FFFD.
+        """
+        return self._tokenizer.encode(valid_text(text), add_special_tokens=bos).ids
 
     def _token_id(self, name: str) -> int | None:
         """The id of a named special token, or None."""
         token = self.special_tokens.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    def _add_special_tokens(self) -> None:
-        """Tokens that only tokenizer_config.json knows get their ids in its order, as in transformers."""
-        known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        config = self._config
-        listed = config.get("added_tokens_decoder") or {}
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
-            raise CheckpointError(f"tokenizer_config: added_tokens_decoder is {listed!r:.80}; expected ids.")
-        if not isinstance(extra, dict | list):
-            raise CheckpointError(
-                f"tokenizer_config: extra_special_tokens is {extra!r:.80}; expected a list."
-            )
-        values = [listed[key] for key in sorted(listed, key=int)] + list(self.special_tokens.values())
-        for value in values + (list(extra.values()) if isinstance(extra, dict) else extra):
-            token = _added_token(value, "a special token")
-            if token.content not in known:
-                known.add(token.content)
-                self._tokenizer.add_tokens([token])
+    def _named_tokens(self) -> dict[str, str]:
+        """The texts of `bos_token` and its like; those that tokenizer.json does not have get ids."""
+        listed = ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens")
+        named = {name: value for name, value in self._config.items() if name.endswith("_token")}
+        texts = {name: value for name, value in named.items() if value and not isinstance(value, bool)}
+        known = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+        if not self._config.keys() & listed and all(text in known for text in texts.values()):
+            return texts
+        from gossamer.tokens.special import add_special_tokens
+
+        return add_special_tokens(self._tokenizer, self._config)
+
+    def _check_rows(self, num_rows: Any, origin: str) -> None:
+        """Raise CheckpointError for a token without a row in the embedding (None: of an unknown model)."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if isinstance(num_rows, int) and max(ids.values(), default=-1) >= num_rows:
+            from gossamer.tokens.special import beyond_the_rows
+
+            raise beyond_the_rows(ids, num_rows, origin)
 
 
 def read_files(directory: Path) -> dict[str, Any]:
@@ -108,8 +109,13 @@ def read_files(directory: Path) -> dict[str, Any]:
     names = ("tokenizer_config", "generation_config", "config")
     files = (directory / f"{name}.json" for name in names)
     config, generation_config, model_config = (read_json(it) if it.is_file() else {} for it in files)
+    content, older = file.read_bytes(), ("special_tokens_map.json", "added_tokens.json")
+    if "added_tokens_decoder" not in config and any((directory / name).is_file() for name in older):
+        from gossamer.tokens.older_files import with_older_files
+
+        config = with_older_files(directory, config, json_object(content, str(file)), NAMED_TOKENS)
     return {
-        "content": file.read_bytes(),
+        "content": content,
         "config": config,
         "generation_config": generation_config,
         "model_config": model_config,
@@ -117,16 +123,11 @@ def read_files(directory: Path) -> dict[str, Any]:
     }
 
 
-def _added_token(value: Any, name: str) -> AddedToken:
-    """A special token as tokenizer_config.json writes it: its text, or an object with flags."""
-    if isinstance(value, str):
-        return AddedToken(value, special=True, normalized=False)
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise CheckpointError(f"tokenizer_config: {name} is {value!r:.80}; expected a text.")
-    flags = {
-        name: bool(value.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-    }
-    return AddedToken(value["content"], **flags)
+def valid_text(text: str) -> str:
+    """The text with U+FFFD for every half of a surrogate pair."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _build(document: Mapping[str, Any], origin: str) -> tokenizers.Tokenizer:

@@ -28,6 +28,7 @@ def as_llama_tokenizer(
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     rebuilt = {
         **document,
+        "added_tokens": [] if "added_tokens_decoder" in config else document.get("added_tokens", []),
         "normalizer": None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False},
         "decoder": {"type": "Sequence", "decoders": decoders},

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from gossamer.errors import CheckpointError
+from gossamer.errors import CheckpointError, ConfigError
 from gossamer.tokens.encoder import Encoder, first_ids, read_files
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ class Tokenizer(Encoder):
             index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
         self._byte_fallback = '"ByteFallback"' in json.dumps(self._document.get("decoder"))
-        own = self._token_id("eos_token")
+        self._eos_id = self._token_id("eos_token")
         ends = first_ids((generation_config or {}, model_config or {}), "eos_token_id")
-        self.eos_ids = frozenset(ends if own is None else [*ends, own])
+        self.eos_ids = frozenset(ends if self._eos_id is None else [*ends, self._eos_id])
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -58,6 +58,20 @@ class Tokenizer(Encoder):
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def required_eos(self) -> int:
+        """The id that ends an answer: the tokenizer's end token, or the only one that the configs name.
+
+        ConfigError where there is none, or where there are several and the tokenizer names none of them.
+        """
+        if self._eos_id is not None:
+            return self._eos_id
+        if len(self.eos_ids) != 1:
+            found = f"several end tokens, {sorted(self.eos_ids)}" if self.eos_ids else "no end token"
+            raise ConfigError(
+                f"found {found}, and the tokenizer names none; set eos_token in tokenizer_config.json"
+            )
+        return min(self.eos_ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 come out as U+FFFD."""

@@ -7,10 +7,12 @@ import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gossamer.architecture.anatomy import EMBEDDING, HEAD
+from gossamer.architecture.config import read_json
 from gossamer.checkpoint.directory import Checkpoint, hash_mask
 from gossamer.engine import LLM
 from gossamer.errors import CheckpointError, EngineError, FormatError
@@ -71,7 +73,7 @@ def verify(job: Verify, progress: Progress = quiet) -> VerifyResult:
         checks.append(check)
         progress(Event("verify", check.name, len(checks)))
     if not job.skip_engine:
-        checks.append(_backends(open_packed(path, progress)))
+        checks += _backends(open_packed(path, progress), path if path.is_dir() else None)
     return VerifyResult(job.model, tuple(checks))
 
 
@@ -79,7 +81,8 @@ def _checks(source: Checkpoint, parent: Checkpoint | None) -> Iterator[Check]:
     for name in source.names:
         source.raw(name)
     yield Check("tensors", f"{len(source.names)} whole and finite")
-    yield _no_sparsity_config(source.config, source.path / "config.json")
+    file = source.path / "config.json"
+    yield _no_sparsity_config(read_json(file), file)
     int8 = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
     if scheme := scheme_of(source):
         for name in int8:
@@ -188,23 +191,38 @@ def _expected(parent: Checkpoint, name: str, int8: bool) -> tuple[np.ndarray, np
     return round_rows(parent.float32(tensor))
 
 
-def _backends(packed: Packed) -> Check:
-    """The engine's logits beside those of transformers' Llama with the same weights."""
-    name = "backends agree"
+def _backends(packed: Packed, directory: Path | None) -> Iterator[Check]:
+    """The engine's logits beside transformers': of the same weights, and of what it reads of a directory."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        return Check(name, "needs torch: pip install 'gossamer[compress]'", skipped=True)
+        yield Check("backends agree", "needs torch: pip install 'gossamer[compress]'", skipped=True)
+        return
     length = min(NUM_TOKENS, packed.architecture.max_position_embeddings)
     ids = np.random.default_rng(0).integers(packed.architecture.vocab_size, size=length).tolist()
-    expected_TV = _torch_logits(packed, ids)
     found_TV = LLM(packed.path, kv_cache_dtype="f32").logits(ids)
-    error = float(np.linalg.norm(found_TV - expected_TV) / np.linalg.norm(expected_TV))
     integer = any(matrix.type.integer for matrix in packed.matrices.values())
     tolerance = INT8_TOLERANCE if integer else FLOAT_TOLERANCE
-    if not error <= tolerance:
-        raise EngineError(
-            f"{packed.path}: the engine's logits are {error:.2e} off torch's; at most {tolerance:.0e}"
-        )
-    return Check(name, f"logits of {length} tokens differ by {error:.1e}, at most {tolerance:.0e}")
+    readings = {"backends agree": lambda: _torch_logits(packed, ids)}
+    if directory is not None:
+        readings["transformers agrees"] = lambda: _transformers_logits(directory, ids)
+    for name, read in readings.items():
+        expected_TV = read()
+        error = float(np.linalg.norm(found_TV - expected_TV) / np.linalg.norm(expected_TV))
+        if not error <= tolerance:
+            raise EngineError(
+                f"{directory or packed.path}: {name}: the engine's logits are {error:.2e} off torch's; "
+                f"at most {tolerance:.0e}"
+            )
+        yield Check(name, f"logits of {length} tokens differ by {error:.1e}, at most {tolerance:.0e}")
+
+
+def _transformers_logits(directory: Path, ids: list[int]) -> np.ndarray:
+    """float32 [T, V] of the directory as transformers reads it, without any code of ours."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits[0].numpy()
 
 
 def _torch_logits(packed: Packed, ids: list[int]) -> np.ndarray:

@@ -1,0 +1,31 @@
+"""`model.safetensors.index.json`: which file of a model has which tensor."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gossamer.architecture.config import read_json
+from gossamer.errors import CheckpointError
+
+
+def read_index(index: Path, directory: Path) -> list[Path]:
+    """The files that an index names, in the order in which transformers reads them."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map; the index is damaged")
+    if odd := [name for name in weight_map.values() if not isinstance(name, str)]:
+        raise CheckpointError(f"{index}: names {odd[0]!r} as a file; the index is damaged")
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    if any(file.parent.resolve() != directory.resolve() for file in files):
+        raise CheckpointError(f"{index}: names a file outside of its directory")
+    if missing := [file for file in files if not file.is_file()]:
+        raise CheckpointError(f"{missing[0]}: shard missing (of {len(files)} that {index.name} names)")
+    return files
+
+
+def write_index(directory: Path, names: Mapping[str, Sequence[str]], total_bytes: int) -> None:
+    """Write the index of files and the names of their tensors."""
+    weight_map = {name: file for file, tensors in names.items() for name in tensors}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2) + "\n"
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
