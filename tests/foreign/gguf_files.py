@@ -139,8 +139,7 @@ def write_model(
     """The directory's model as a GGUF file, its matrices quantized by the `gguf` package; `more` are keys."""
     source = Checkpoint.open(directory)
     anatomy = source.architecture
-    keys = {key.replace("__", "."): value for key, value in more.items()}
-    metadata = model_keys(anatomy, architecture) | tokenizer_keys(tokenizer) | keys
+    metadata = model_keys(anatomy, architecture) | tokenizer_keys(tokenizer) | more
     writer = write_header(path, metadata)
     kind = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     table = gguf.get_tensor_name_map(kind, anatomy.num_layers)

@@ -1,20 +1,17 @@
 """Tokenizers out of GGUF files give llama.cpp's ids, which golden_ids.py got from llama.cpp built apart."""
 
-import json
-import lzma
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foreign.golden_ids import FEWER, GOLDEN, write_vocabulary
+from foreign.golden_ids import FEWER, golden, write_vocabulary
 from foreign.texts import texts
 from gossamer.foreign.gguf_file import GgufFile
 from gossamer.foreign.gguf_tokenizer import GgufTokenizer
 from gossamer.tokens.tokenizer import Tokenizer
 
-PEER = json.loads(lzma.decompress(GOLDEN.read_bytes()))
-VOCABULARIES = PEER["vocabularies"]
+VOCABULARIES = golden()["vocabularies"]
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path) -> Path:
