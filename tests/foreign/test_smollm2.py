@@ -63,12 +63,12 @@ def test_chats_are_answered_as_transformers_answers_them(packed: Path, smollm2: 
     That every token is the one of the highest logit is what a greedy loop would check, in a single pass.
     """
     llm, theirs = LLM(packed), AutoTokenizer.from_pretrained(smollm2)
-    for question in QUESTIONS:
-        messages = [{"role": "user", "content": question}]
-        ids = llm.tokenizer.chat(messages)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [llm.tokenizer.chat(messages) for messages in chats]
+    answers = llm.generate(prompts, SamplingParams(max_tokens=200))
+    for messages, ids, answer in zip(chats, prompts, answers, strict=True):
         rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert ids == theirs.encode(rendered, add_special_tokens=False)
-        [answer] = llm.generate([ids], SamplingParams(max_tokens=200))
         with torch.no_grad():
             expected_TV = reference(torch.tensor([[*ids, *answer.token_ids]])).logits[0].numpy()
         found_TV = llm.logits([*ids, *answer.token_ids])
@@ -78,6 +78,7 @@ def test_chats_are_answered_as_transformers_answers_them(packed: Path, smollm2: 
         assert answer.text.strip()
 
 
+@pytest.mark.timeout(900)  # about two minutes of work for one core, which others may be using too
 def test_through_every_stage_to_a_server(smollm2: Path, text_file: Path, tmp_path: Path, capsys: Any) -> None:
     """Half of the weights zero, INT8, one file: it runs, and a client of OpenAI's is answered the same."""
     few: dict[str, Any] = {"dataset": (str(text_file),), "num_calibration_samples": 4, "max_seq_length": 128}
