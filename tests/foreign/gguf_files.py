@@ -153,7 +153,7 @@ def write_model(
             values = paired(values, anatomy.attention.num_kv_heads)
         stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else quantization
         writer.add_tensor(known, gguf.quantize(values, stored), raw_dtype=stored)
-    if anatomy.attention.rope and anatomy.attention.rope.kind == "llama3":
+    if (source.config.get("rope_parameters") or {}).get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_factors(directory))
     finish(writer)
     return path
