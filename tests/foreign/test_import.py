@@ -44,6 +44,13 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 4,
     "rms_norm_eps": 1e-5,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 16.0,
+    "original_max_position_embeddings": 128,
+}
 CONFIGS: dict[str, tuple[str, PretrainedConfig, dict[str, Any]]] = {
     "llama": ("llama", LlamaConfig(**SIZES), {}),
     "tied llama3 rope": (
@@ -55,6 +62,16 @@ CONFIGS: dict[str, tuple[str, PretrainedConfig, dict[str, Any]]] = {
         "llama",
         LlamaConfig(**SIZES, rope_parameters=LINEAR_ROPE),
         {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0},
+    ),
+    "yarn rope": (
+        "llama",
+        LlamaConfig(**SIZES, rope_parameters=YARN_ROPE),
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.original_context_length": 128,
+            "llama.rope.scaling.yarn_beta_fast": 16.0,
+        },
     ),
     "mistral": ("llama", MistralConfig(**SIZES, sliding_window=None), {}),
     "mistral's window": (
