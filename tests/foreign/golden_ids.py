@@ -36,6 +36,11 @@ def vocabularies() -> dict[str, dict[str, Any]]:
     return found
 
 
+def golden() -> dict[str, Any]:
+    """`smollm2`: ids of each text; `vocabularies`: name -> `tokenizer` (metadata), `ids` of fewer texts."""
+    return json.loads(lzma.decompress(GOLDEN.read_bytes()))
+
+
 def peer_ids(peer: str, file: str, of: list[str]) -> list[list[int]]:
     """What llama.cpp makes of the texts."""
     encoded = [text.encode() for text in of]

@@ -176,17 +176,21 @@ class GgufModel:
         [found] = to_float32(self.file.rows(tensor, 0, 1), tensor.type)
         if (found == 1).all():
             return {}
-        plain, factor = inverse_frequencies(Rope(theta), head_dim), float(str(found.max()))
+        plain, factor = self._frequencies({"rope_theta": theta}, head_dim), float(str(found.max()))
         for exponent in range(context.bit_length(), 4, -1):
             settings = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
             settings["original_max_position_embeddings"] = 1 << exponent
-            expected = plain / inverse_frequencies(Rope(theta, "llama3", **settings), head_dim)
-            if np.allclose(found, expected, rtol=1e-5, atol=0):
-                return {"rope_type": "llama3", **settings}
+            stretched = {"rope_type": "llama3", "rope_theta": theta, **settings}
+            if np.allclose(found, plain / self._frequencies(stretched, head_dim), rtol=1e-5, atol=0):
+                return stretched
         raise UnsupportedError(
             f"{self.file.path}: {ROPE_FREQS} stretches rope in a way that is not Llama 3.1's; supported: "
             "llama3 with low_freq_factor 1, high_freq_factor 4"
         )
+
+    def _frequencies(self, settings: dict[str, Any], head_dim: int) -> np.ndarray:
+        rope = Rope.read(Config({"rope_parameters": settings}, str(self.file.path)))
+        return inverse_frequencies(rope, head_dim)
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self.file.tensors:
