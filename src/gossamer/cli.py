@@ -1,13 +1,16 @@
 """The command line: a verb is a dataclass of options and a function; here it gets its flags and its output.
 
-Exit codes: 0 done, 2 bad usage or bad input, 130 Ctrl-C, 1 the environment (disk full, no permission).
+Exit codes: 0 done, 2 bad usage or bad input, 130 Ctrl-C, 1 the environment (disk full, no permission), 141
+when whoever read the output has gone, as of programs that the signal of a broken pipe ends.
 """
 
 import dataclasses
 import datetime
 import difflib
 import importlib
+import io
 import json
+import os
 import shlex
 import sys
 import time
@@ -24,13 +27,24 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from gossamer import terminal
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.job.processes import is_first, num_processes, refuse_several
 from gossamer.job.report import Event, Progress, Result, Table
 
 LOGGED = ("learning_rate", "grad_norm")  # only in the log files of training; a bar has no room for them
 LINE_S = 30.0  # between two lines of progress where stderr is no terminal
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+BROKEN_PIPE = 141
+
+
+class Output(Console):
+    """A console that lets the exception of a broken pipe through, to the one place that knows it."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
+out, err = Output(highlight=False), Output(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -74,8 +88,34 @@ VERBS = {
 
 
 def main() -> None:
-    """Entry point of `gossamer`: parse, run the verb, exit with its code."""
-    sys.exit(call(sys.argv[1:]))
+    """Entry point of `gossamer`: parse, run the verb, exit with its code.
+
+    What an output's encoding cannot write becomes "?", and undecodable input U+FFFD. `... | head` ends us
+    without a word.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        code = call_and_flush(sys.argv[1:])
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # which Python flushes once more when it ends
+            if stream is not None:
+                os.dup2(nowhere, stream.fileno())
+        code = BROKEN_PIPE
+    sys.exit(code)
+
+
+def call_and_flush(arguments: list[str]) -> int | str | None:
+    """`call`, with all of its output written."""
+    try:
+        code = call(arguments)
+    except SystemExit as error:  # after --help
+        code = error.code
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return code
 
 
 def call(arguments: list[str]) -> int:
@@ -92,6 +132,8 @@ def call(arguments: list[str]) -> int:
             result = function(job, progress)
             if isinstance(result, Iterator):
                 return stream(result, as_json)
+            if isinstance(result, terminal.Dialogue):
+                return talk(result, as_json)
         if is_first():
             show_json(result) if as_json else show(result)
     except GossamerError as error:
@@ -100,6 +142,8 @@ def call(arguments: list[str]) -> int:
         return fail(f"{error}; to go on: {resuming(arguments, job)}", 130) if is_first() else 130
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    except BrokenPipeError:
+        raise
     except (OSError, MemoryError) as error:
         return fail(f"the environment failed: {error or 'out of memory'}", 1)
     except ModuleNotFoundError as error:
@@ -291,6 +335,13 @@ def stream(pieces: Iterator[Any], as_json: bool) -> int:
     if not as_json:
         print()
     return 0
+
+
+def talk(dialogue: terminal.Dialogue, as_json: bool) -> int:
+    """A chat in the terminal (`run`)."""
+    if as_json:
+        raise ConfigError("--json prints the pieces of one text; give a PROMPT")
+    return terminal.converse(dialogue, err)
 
 
 def show_json(result: Result) -> None:

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from engine import filters
 from gossamer.engine import sampling
-from gossamer.engine.sampling import Sampler, SamplingParams
+from gossamer.engine.sampling import Sampler, SamplingParams, model_defaults
 from gossamer.errors import ConfigError
 
 V = 500
@@ -116,3 +116,24 @@ def test_a_seed_repeats_its_draws_and_none_does_not() -> None:
 def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, {}),
+        ({"eos_token_id": 2, "max_new_tokens": 5, "temperature": None}, {}),
+        ({"temperature": 0.6, "top_p": 0.9, "do_sample": True}, {"temperature": 0.6, "top_p": 0.9}),
+        ({"do_sample": True, "top_k": 20}, {"temperature": 1.0, "top_k": 20}),
+        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, {"repetition_penalty": 1.05, "min_p": 0.1}),
+    ],
+)
+def test_a_models_own_options(config: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert model_defaults(config) == expected
+
+
+@pytest.mark.parametrize("config", [{"temperature": "hot"}, {"top_p": 3}, {"top_k": 2.5}, {"min_p": [0.1]}])
+def test_own_options_that_cannot_be_are_named(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"generation_config.json: {next(iter(config))} is .*none"):
+        model_defaults(config)

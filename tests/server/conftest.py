@@ -19,12 +19,13 @@ TEMPLATE = (
     "{% if message.role == 'wizard' %}{{ raise_exception('no wizards here') }}{% endif %}"
     "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 )
+GENERATION_CONFIG = {"eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_k": 7, "top_p": None}
 SCRIPT = """
 import json, sys
 from gossamer.server import Serve, serve
 options = json.loads(sys.argv[1])
 try:
-    serve(Serve(**options), lambda event: print(json.dumps(dict(event.metrics)), flush=True))
+    serve(Serve(**options), lambda event: event.lasting or print(json.dumps(dict(event.metrics)), flush=True))
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -69,7 +70,10 @@ def packed(
     tmp_path_factory: pytest.TempPathFactory,
     request: pytest.FixtureRequest,
 ) -> Callable[[str], Path]:
-    """name -> a .goss file; "chat" is tiny with a chat template, "plain" tiny without."""
+    """name -> a .goss file; "chat" and "sampling" are tiny with a chat template, "plain" without.
+
+    "sampling" has options of its own in its generation config.
+    """
 
     def make(name: str) -> Path:
         file = tmp_path_factory.mktemp("served") / f"{name}.goss"
@@ -78,8 +82,11 @@ def packed(
         else:
             source = tmp_path_factory.mktemp("source") / name
             source.symlink_to(tiny_llama("llama3"))
-        if name == "chat":
+        if name in ("chat", "sampling"):
             source = with_template(source, tmp_path_factory.mktemp("source") / name)
+        if name == "sampling":
+            (source / "generation_config.json").unlink()
+            (source / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
         pack_checkpoint(Checkpoint.open(source), file)
         return file
 

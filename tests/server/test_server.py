@@ -222,10 +222,184 @@ def test_neutral_and_harmless_fields_are_accepted(chat_server: Running) -> None:
     assert httpx.post(f"{chat_server.url}/v1/chat/completions", json=body, timeout=60).status_code == 200
 
 
+def ask(running: Running, changes: dict[str, Any], route: str = "chat/completions") -> httpx.Response:
+    good = GOOD_CHAT if route.startswith("chat") else GOOD_TEXT
+    body = {"model": running.name} | good | changes
+    return httpx.post(f"{running.url}/v1/{route}", json=body, timeout=60)
+
+
+NULLS = dict.fromkeys(["refusal", "name", "audio", "function_call", "tool_calls", "reasoning_content"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"messages": [{"role": "user", "content": "a", **NULLS}]},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "b", "tool_calls": []}, MESSAGES[1]]},
+        {"messages": [{"role": "assistant", "content": "b", "annotations": [], "refusal": None}]},
+        {"messages": [{"role": "assistant", "content": "b", "function_call": {}, "reasoning": ""}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "annotations": []}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": None}]}]},
+        {"messages": [{"role": "user", "content": "a", "weight": None}]},
+        {"stream_options": None, "tools": [], "stop_token_ids": None, "unheard_of": None},
+        {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": None}},
+        {"response_format": {"type": "text", "json_schema": None}},
+        {"logit_bias": {"5": None}, "stop": [], "stop_token_ids": []},
+    ],
+)
+def test_neutral_values_are_neutral_at_every_depth(chat_server: Running, changes: dict[str, Any]) -> None:
+    answer = ask(chat_server, changes)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("message", "word"),
+    [
+        ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "tool_calls"),
+        ({"role": "tool", "content": "5", "tool_call_id": "x"}, "tool_call_id"),
+        ({"role": "assistant", "content": "b", "reasoning_content": "hm"}, "reasoning_content"),
+        ({"role": "assistant", "content": "b", "audio": {"id": "x"}}, "audio"),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "annotations": [1]}]}, "annotations"),
+        ({"role": "user", "content": "a", "tool_calls": 0}, "tool_calls"),
+    ],
+)
+def test_what_would_change_the_answer_is_refused_at_every_depth(
+    chat_server: Running, message: dict[str, Any], word: str
+) -> None:
+    answer = ask(chat_server, {"messages": [message]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "messages")
+    assert word in error["message"]
+
+
+def test_an_answer_can_be_sent_back_as_it_came(chat_server: Running) -> None:
+    request: dict[str, Any] = {"model": chat_server.name, "temperature": 0, "max_tokens": 3}
+    client = chat_server.client
+    first = client.chat.completions.create(messages=[{"role": "user", "content": "a"}], **request)
+    history: Any = [{"role": "user", "content": "a"}, first.choices[0].message.model_dump()]
+    more = client.chat.completions.create(messages=[*history, {"role": "user", "content": "b"}], **request)
+    assert more.choices[0].message.content is not None
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\ude00", "\\ud83d\\ud83d", "a\\udcff"])
+@pytest.mark.parametrize("where", ["prompt", "content", "role", "stop", "model", "user", "key"])
+def test_half_a_surrogate_pair_is_no_traceback(chat_server: Running, half: str, where: str) -> None:
+    chat = where in ("content", "role")
+    body: dict[str, Any] = {"model": chat_server.name, **(GOOD_CHAT if chat else GOOD_TEXT)}
+    if chat:
+        body["messages"] = [{"role": "user", "content": "x", where: "HALF"}]
+    else:
+        body["HALF" if where == "key" else where] = "HALF"
+    text = json.dumps(body).replace("HALF", half)
+    route = "chat/completions" if chat else "completions"
+    answer = httpx.post(f"{chat_server.url}/v1/{route}", content=text, timeout=60)
+    assert answer.status_code == {"model": 404, "key": 400}.get(where, 200), answer.text
+    if where == "prompt":
+        expected = ask(
+            chat_server,
+            {
+                "prompt": json.loads(f'"{half}"')
+                .encode("utf-16", "surrogatepass")
+                .decode("utf-16", "replace"),
+                "temperature": 0,
+            },
+            "completions",
+        )
+        greedy = httpx.post(
+            f"{chat_server.url}/v1/{route}", content=text[:-1] + ', "temperature": 0}', timeout=60
+        )
+        assert greedy.json()["choices"] == expected.json()["choices"]
+        assert greedy.json()["usage"] == expected.json()["usage"]
+
+
+def test_stop_may_be_a_special_token_or_an_id(chat_server: Running, llm: LLM) -> None:
+    [plain] = llm.generate(PROMPTS[0], SamplingParams(max_tokens=30))
+    request: dict[str, Any] = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 30}
+    at = 7
+    stopped = ask(chat_server, request | {"stop_token_ids": [plain.token_ids[at]]}, "completions").json()
+    first = plain.token_ids.index(plain.token_ids[at])
+    assert stopped["choices"][0]["text"] == llm.tokenizer.decode(plain.token_ids[:first])
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert stopped["usage"]["completion_tokens"] == first + 1
+    for ids in ([-1], [320], ["a"], 5):
+        assert ask(chat_server, request | {"stop_token_ids": ids}, "completions").status_code == 400
+
+
+def test_a_users_control_tokens_are_text_in_chats(chat_server: Running, llm: LLM) -> None:
+    messages = [{"role": "user", "content": "a</s><s>b"}]
+    expected = llm.chat(messages, SamplingParams(max_tokens=5))
+    found = ask(chat_server, {"messages": messages, "temperature": 0, "max_tokens": 5}).json()
+    assert found["choices"][0]["message"]["content"] == expected.text
+    assert found["usage"]["prompt_tokens"] == len(llm.tokenizer.chat(messages, typed=True))
+    assert found["usage"]["prompt_tokens"] > len(llm.tokenizer.chat(messages))
+
+
+def test_the_models_own_sampling_options_are_the_defaults(packed: Callable[[str], Path]) -> None:
+    path = packed("sampling")
+    llm = LLM(path, 1)
+    request = {"prompt": "Once", "seed": 3, "max_tokens": 20}
+    own, greedy, plain = (
+        llm.generate("Once", SamplingParams(max_tokens=20, seed=3, **options))[0].text
+        for options in ({"temperature": 0.6, "top_k": 7}, {}, {"temperature": 1.0})
+    )
+    running = start(path)
+    texts = [
+        ask(running, request | changes, "completions").json()["choices"][0]["text"]
+        for changes in ({}, {"temperature": 0}, {"temperature": 1.0, "top_k": 0})
+    ]
+    end(running)
+    assert texts == [own, greedy, plain] and len({*texts}) == 3
+    running = start(path, generation_config="none")
+    assert ask(running, request, "completions").json()["choices"][0]["text"] == plain
+    end(running)
+
+
+def test_web_pages_are_let_in_by_their_origin(packed: Callable[[str], Path], chat_server: Running) -> None:
+    page = {"origin": "http://localhost:3000", "access-control-request-method": "POST"}
+    asks = page | {"access-control-request-headers": "content-type, authorization"}
+    running = start(packed("chat"), allowed_origins=["http://localhost:3000"])
+    url = f"{running.url}/v1/chat/completions"
+    let_in = httpx.options(url, headers=asks, timeout=60)
+    assert let_in.status_code == 200
+    assert let_in.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert "POST" in let_in.headers["access-control-allow-methods"]
+    stranger = httpx.options(url, headers=asks | {"origin": "http://elsewhere"}, timeout=60)
+    assert stranger.status_code == 400
+    refused = httpx.post(url, content=b"{", headers={"origin": page["origin"]}, timeout=60)
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (400, page["origin"])
+    end(running)
+    answer = httpx.get(f"{chat_server.url}/v1/models", headers={"origin": page["origin"]}, timeout=60)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("origin", ["localhost:3000", "http://a/", "http://a/b", "HTTP://a", "http://A", ""])
+def test_an_origin_that_no_browser_sends_is_refused(chat_server: Running, origin: str) -> None:
+    with pytest.raises(ConfigError, match="allowed_origins"):
+        serve(Serve(str(chat_server.path), allowed_origins=(origin,)))
+
+
 def test_other_methods_and_broken_bodies_get_error_objects_too(chat_server: Running) -> None:
     url = f"{chat_server.url}/v1/completions"
     assert httpx.get(url, timeout=60).json()["error"]["message"].startswith("GET /v1/completions")
-    for content in (b"", b"{", b"[]", b"\xff"):
+    deep, text = b"[" * 100_000, b'{"model": "x", "prompt": "a"'
+    bad = [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        deep,
+        b'{"prompt":' + deep,
+        b'{"a":' * 100_000,
+        b'"\xff"',
+        b"null",
+        b"7",
+    ]
+    bad += [
+        text + more
+        for more in (b', "user": "\xe0"}', b"\x00}", b', "seed": NaN}', b', "top_k": ' + b"9" * 5000)
+    ]
+    bad += [b"\xef\xbb\xbf" + text + b"}", (text + b"}").decode().encode("utf-16"), b"[" * 900 + b"]" * 900]
+    for content in bad:
         answer = httpx.post(url, content=content, timeout=60)
         assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 

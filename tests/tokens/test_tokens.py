@@ -117,18 +117,12 @@ def test_ids_and_texts_are_those_of_transformers(model: Path, changes: dict, tmp
         assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids)
 
 
-def test_random_ids_decode_as_in_transformers_and_stream_to_the_same_text(model: Path) -> None:
+def test_random_ids_decode_as_in_transformers(model: Path) -> None:
     ours, theirs = Tokenizer.open(model), AutoTokenizer.from_pretrained(model)
     draw = random.Random(0)
     for _ in range(300):
         ids = [draw.randrange(min(ours.vocab_size, 400)) for _ in range(draw.randrange(1, 25))]
-        text = theirs.decode(ids, skip_special_tokens=True)
-        stream = TextStream(ours)
-        given = ""
-        for index, token in enumerate(ids):
-            given += stream.push(token)
-            assert given + stream.pending == ours.decode(ids[: index + 1])
-        assert given + stream.flush() == text == ours.decode(ids)
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
 
 def test_streaming_never_splits_a_character(model: Path) -> None:

@@ -2,7 +2,7 @@
 
 from gossamer.engine.llm import LLM
 from gossamer.engine.model import OpenModel, cached_type, native_model
-from gossamer.engine.options import EngineOptions, KvCacheDtype
+from gossamer.engine.options import EngineOptions, GenerationOptions, KvCacheDtype
 from gossamer.engine.request import Generation, Piece, Request
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
@@ -11,6 +11,7 @@ __all__ = [
     "LLM",
     "EngineOptions",
     "Generation",
+    "GenerationOptions",
     "KvCacheDtype",
     "OpenModel",
     "Piece",

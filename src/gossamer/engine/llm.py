@@ -60,14 +60,17 @@ class LLM:
         return [request.result() for request in requests]
 
     def chat(self, messages: Sequence[Message], params: SamplingParams = GREEDY) -> Generation:
-        """Answer a chat: `[{"role": "user", "content": ...}, ...]` through the model's own template."""
-        [generation] = self.generate([self.tokenizer.chat(messages)], params)
+        """Answer a chat: `[{"role": "user", "content": ...}, ...]` through the model's own template.
+
+        Control tokens that a message names are ordinary text.
+        """
+        [generation] = self.generate([self.tokenizer.chat(messages, typed=True)], params)
         return generation
 
     def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Generator[Piece, None, None]:
         """Yield pieces of text as they become certain; their texts joined are `generate`'s text.
 
-        For a chat, stream `tokenizer.chat(messages)`. Closing the iterator drops the request.
+        For a chat, stream `tokenizer.chat(messages, typed=True)`. Closing the iterator drops the request.
         """
         request = self.model.request(prompt, params)
         self._scheduler.add(request)

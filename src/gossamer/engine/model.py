@@ -1,9 +1,9 @@
 """A packed model opened for inference: the mapped file, its tokenizer and the native forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,9 @@ from gossamer import _native
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.engine.options import KvCacheDtype
 from gossamer.engine.request import Request
-from gossamer.engine.sampling import SamplingParams
+from gossamer.engine.sampling import SamplingParams, model_defaults
 from gossamer.errors import CheckpointError, ConfigError, FormatError
-from gossamer.job.report import Progress, quiet
+from gossamer.job.report import Event, Progress, quiet
 from gossamer.machine import default_threads
 from gossamer.packed.cache import open_packed
 from gossamer.packed.reader import Packed
@@ -34,6 +34,7 @@ class OpenModel:
     tokenizer: Tokenizer
     architecture: Anatomy
     num_threads: int
+    generation_config: Mapping[str, Any]
 
     @classmethod
     def open(
@@ -54,11 +55,23 @@ class OpenModel:
         packed = open_packed(path, progress)
         tokenizer = _tokenizer(packed)
         native = native_model(packed, threads, kv_cache_dtype)
-        return cls(packed.path, native, tokenizer, packed.architecture, threads)
+        return cls(packed.path, native, tokenizer, packed.architecture, threads, packed.generation_config)
+
+    def sampling_defaults(
+        self, wanted: Literal["auto", "none"], stage: str, progress: Progress
+    ) -> dict[str, Any]:
+        """The model's own sampling options, if `wanted`; says so, for they change what comes out."""
+        found = model_defaults(self.generation_config) if wanted == "auto" else {}
+        if found:
+            shown = ", ".join(f"{name} {value}" for name, value in found.items())
+            line = f"the model's own options, where others are not given: {shown} (--generation-config)"
+            progress(Event(stage, line, lasting=True))
+        return found
 
     def request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """A request for text (tokenized with BOS) or for token ids; ConfigError when it cannot be served."""
-        ids = self._checked(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = self._checked(self.tokenizer.prompt(prompt) if isinstance(prompt, str) else prompt)
+        self._checked(params.stop_token_ids)
         limit = self.architecture.max_position_embeddings
         if not ids:
             raise ConfigError("the prompt has no tokens; expected at least one.")

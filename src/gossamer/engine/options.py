@@ -18,3 +18,14 @@ class EngineOptions:
     kv_cache_dtype: KvCacheDtype = option(
         "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(EngineOptions):
+    """What `Run` and `Serve` share."""
+
+    generation_config: Literal["auto", "none"] = option(
+        "auto",
+        help="auto: temperature, top-k, top-p, min-p and repetition penalty that nobody gives are those of "
+        "the model's generation_config.json; none: they are not",
+    )

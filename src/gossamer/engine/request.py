@@ -65,7 +65,8 @@ class Request:
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.params, self.prompt_ids)
         self._stream = TextStream(self.tokenizer)
-        self._stops = StopText(self.params.stop)
+        self._stops = StopText(self.params.stop, self.tokenizer.special_ids if self.params.stop else None)
+        self._end_ids = self.tokenizer.eos_ids | frozenset(self.params.stop_token_ids)
         self._texts: list[str] = []
         self._num_given = 0  # tokens that a piece has already reported
         self._added_s = time.perf_counter()
@@ -114,10 +115,11 @@ class Request:
 
     def _advance(self, token: int) -> None:
         """Turn a new token into text, and end the request where it must end."""
-        if token in self.tokenizer.eos_ids:
+        if token in self._end_ids:
             return self._finish("stop", "")
-        certain = self._stream.push(token)
-        text = self._stops.push(certain, self._stream.pending if self.params.stop else "")
+        mark = self._stops.marks.get(token)
+        certain = self._stream.push(token) if mark is None else self._stream.flush() + mark
+        text = self._stops.push(certain)
         if self._stops.stopped:
             self._give(text, "stop")
         elif len(self.token_ids) == self.max_new_tokens:

@@ -5,7 +5,7 @@ temperature on, native/engine/sampling.cpp does it. Each request owns its random
 token, so a seed gives the same text alone or in a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 
 from gossamer import _native
 from gossamer.errors import ConfigError
+from gossamer.tokens.typed import well_formed
 
 Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to generate: `max_tokens` None means up to the context's end, `temperature` 0 means greedy."""
+    """How to generate: `max_tokens` None means up to the context's end, `temperature` 0 means greedy.
+
+    `stop`: texts that end the generation, special tokens by their text included; they are not part of what
+    is generated. `stop_token_ids`: ids that do, beside the model's own end tokens.
+    """
 
     max_tokens: int | None = 256
     temperature: float = 0.0
@@ -30,6 +35,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +50,32 @@ class SamplingParams:
         _check_number("repetition_penalty", self.repetition_penalty, low=0.0, open_low=True)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop is {self.stop!r}; expected a list of non-empty strings.")
+        object.__setattr__(self, "stop", tuple(map(well_formed, self.stop)))
+        ids = self.stop_token_ids
+        if not isinstance(ids, Sequence) or not all(type(index) is int and index >= 0 for index in ids):
+            raise ConfigError(f"stop_token_ids is {self.stop_token_ids!r}; expected a list of token ids.")
+
+
+def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling options of a model's generation_config.json, as fields of `SamplingParams`.
+
+    `do_sample` false says that its temperature and what goes with it are not meant; true without a
+    temperature means 1. ConfigError for values that cannot be.
+    """
+    sampled = (
+        () if generation_config.get("do_sample") is False else ("temperature", "top_k", "top_p", "min_p")
+    )
+    given = {name: generation_config.get(name) for name in (*sampled, "repetition_penalty")}
+    found = {name: value for name, value in given.items() if value is not None}
+    if generation_config.get("do_sample") is True:
+        found.setdefault("temperature", 1.0)
+    try:
+        SamplingParams(**found)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the model's generation_config.json: {error} Mend it, or --generation-config none."
+        ) from error
+    return found
 
 
 class Sampler:

@@ -93,7 +93,7 @@ class TorchBackend:
         """Left-padded batch, greedy; the texts are cut after decoding, so they equal the engine's."""
         import torch
 
-        rows = [self.tokenizer.encode(prompt) for prompt in prompts]
+        rows = [self.tokenizer.prompt(prompt) for prompt in prompts]
         width = max(map(len, rows))
         ids_BT = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -2,14 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -34,9 +37,19 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 class Api:
     """The handlers, with the model they ask and the one name of it that they answer to."""
 
-    def __init__(self, model: OpenModel, worker: Worker, name: str, max_tokens: int | None) -> None:
+    def __init__(
+        self,
+        model: OpenModel,
+        worker: Worker,
+        name: str,
+        max_tokens: int | None,
+        sampling_defaults: Mapping[str, Any],
+        allowed_origins: Sequence[str],
+    ) -> None:
+        """`max_tokens`: of a chat that sets no limit; `allowed_origins`: web pages that browsers let in."""
         self._model, self._worker, self._name = model, worker, name
-        self._max_tokens = max_tokens
+        self._max_tokens, self._sampling_defaults = max_tokens, sampling_defaults
+        self._allowed_origins = allowed_origins
         self._created = int(time.time())
 
     def app(self, on_ready: Callable[[], None]) -> Starlette:
@@ -60,15 +73,23 @@ class Api:
             HTTPException: _refuse_http,
             Exception: _fail,
         }
-        return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+        cors = Middleware(
+            CORSMiddleware, allow_origins=self._allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+        return Starlette(
+            routes=routes,
+            exception_handlers=handlers,
+            lifespan=lifespan,
+            middleware=[cors] if self._allowed_origins else [],
+        )
 
     async def chat(self, http: HttpRequest) -> Response:
         body = read_request(ChatRequest, await http.body())
         self._check_name(body.model)
-        params = body.params(self._max_tokens)
+        params = body.params(self._max_tokens, self._sampling_defaults)
 
         def prepare() -> list[Request]:
-            ids = self._model.tokenizer.chat([message.plain() for message in body.messages])
+            ids = self._model.tokenizer.chat([message.plain() for message in body.messages], typed=True)
             return [self._model.request(ids, params)]
 
         return await self._respond(http, body, ChatAnswer(self._name), await run_in_threadpool(prepare))
@@ -76,7 +97,8 @@ class Api:
     async def complete(self, http: HttpRequest) -> Response:
         body = read_request(CompletionRequest, await http.body())
         self._check_name(body.model)
-        params, prompts = body.params(COMPLETION_MAX_TOKENS), body.prompts()
+        params = body.params(COMPLETION_MAX_TOKENS, self._sampling_defaults)
+        prompts = body.prompts()
 
         def prepare() -> list[Request]:
             return [self._model.request(prompt, params) for prompt in prompts]

@@ -1,23 +1,25 @@
 """The verb `serve`: one packed model behind the OpenAI API until Ctrl-C."""
 
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 
-from gossamer.engine import EngineOptions, OpenModel, Scheduler
+from gossamer.engine import GenerationOptions, OpenModel, Scheduler
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, quiet
 from gossamer.server.app import Api
 from gossamer.server.worker import Worker
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+|null")
 GRACE_S = 5  # how long open answers may go on after Ctrl-C
 
 
 @dataclass(frozen=True)
-class Serve(EngineOptions):
+class Serve(GenerationOptions):
     """Serve a model over HTTP with the OpenAI API."""
 
     model: str = option(
@@ -30,6 +32,9 @@ class Serve(EngineOptions):
     max_queue: int = option(256, help="requests under way or waiting; more are refused")
     max_tokens: int | None = option(
         None, help="tokens of a chat answer that sets no limit (default: the context)"
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), help="web pages whose scripts may ask, such as http://localhost:3000; '*': all (default: none)"
     )
 
 
@@ -44,13 +49,14 @@ class ServeResult(Result):
 def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     """Serve until Ctrl-C (raised as KeyboardInterrupt once connections are closed) or SIGTERM.
 
-    `progress` gets one event when the port accepts connections, with `url` and `name` as metrics.
+    `progress` gets an event when the port accepts connections, with `url` and `name` as metrics.
     """
     _check(job)
     model = OpenModel.open(job.model, job.threads, progress, job.kv_cache_dtype)
     worker = Worker(Scheduler(model.native, job.max_batch), job.max_queue)
     name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
-    api = Api(model, worker, name, job.max_tokens)
+    defaults = model.sampling_defaults(job.generation_config, "serve", progress)
+    api = Api(model, worker, name, job.max_tokens, defaults, job.allowed_origins)
     with _listen(job.host, job.port) as listener:
         port = listener.getsockname()[1]
         url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"
@@ -79,6 +85,12 @@ def _check(job: Serve) -> None:
         value = getattr(job, option_name)
         if value is not None and value < 1:
             raise ConfigError(f"{option_name} is {value}; expected at least 1.")
+    for origin in job.allowed_origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ConfigError(
+                f"allowed_origins has {origin!r}; expected '*' or an origin as browsers send it: in lower "
+                "case, without a path or a slash at its end, such as http://localhost:3000."
+            )
 
 
 def _listen(host: str, port: int) -> socket.socket:

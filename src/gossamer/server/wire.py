@@ -1,11 +1,13 @@
 """The OpenAI API's shapes: requests read strictly, answers and errors as its clients expect them.
 
 A field that would change the answer and is not supported must be absent or hold its neutral value; fields
-that change nothing (`user`, `metadata`, `store`, ...) are accepted; a field nobody knows is an error.
+that change nothing (`user`, `metadata`, `store`, ...) are accepted; a field nobody knows is an error. At
+every depth, null is the same as absent: clients send back the nulls of an answer.
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -14,10 +16,12 @@ from msgspec import Struct
 
 from gossamer.engine import SamplingParams
 from gossamer.errors import GossamerError
+from gossamer.tokens.typed import well_formed
 
 COMPLETION_MAX_TOKENS = 16  # the API's own default for plain completions
 
-NEUTRAL: tuple[tuple[str, tuple[Any, ...]], ...] = (
+Neutral = tuple[tuple[str, tuple[Any, ...]], ...]
+NEUTRAL: Neutral = (
     ("n", (1, None)),
     ("best_of", (1, None)),
     ("logprobs", (None, False)),
@@ -39,6 +43,17 @@ NEUTRAL: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("verbosity", (None, "medium")),
     ("web_search_options", (None,)),
 )
+NEUTRAL_IN_MESSAGE: Neutral = (
+    ("tool_calls", (None, [])),
+    ("function_call", (None, {})),
+    ("refusal", (None, "")),
+    ("annotations", (None, [])),
+    ("audio", (None,)),
+    ("reasoning_content", (None, "")),
+    ("reasoning", (None, "")),
+    ("tool_call_id", (None, "")),
+)
+NEUTRAL_IN_PART: Neutral = (("annotations", (None, [])),)
 
 
 class RequestError(GossamerError):
@@ -73,6 +88,7 @@ class CompletionFields(Struct, forbid_unknown_fields=True, kw_only=True):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # harmless: they change nothing in the answer
@@ -99,25 +115,35 @@ class CompletionFields(Struct, forbid_unknown_fields=True, kw_only=True):
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
 
-    def params(self, default_max_tokens: int | None) -> SamplingParams:
-        """The engine's parameters: the API samples at temperature 1 unless told otherwise."""
+    def params(self, default_max_tokens: int | None, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The engine's parameters; `defaults` are the model's, and the API's own temperature is 1."""
         named = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
-        wanted = {name: value for name in named if (value := getattr(self, name)) is not None}
+        wanted = {
+            name: value for name in (*named, "stop_token_ids") if (value := getattr(self, name)) is not None
+        }
         max_tokens = default_max_tokens if self.wanted_tokens is None else self.wanted_tokens
-        return SamplingParams(**{"temperature": 1.0, **wanted, "max_tokens": max_tokens})
+        return SamplingParams(**{"temperature": 1.0, **defaults, **wanted, "max_tokens": max_tokens})
 
 
 class TextPart(Struct, forbid_unknown_fields=True, tag="text"):
     text: str
+    annotations: Any = None
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
-    """One chat message; what is not text (tool calls, images) is refused."""
+    """One chat message; what is not text (tool calls, images) must be absent or empty."""
 
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
-    refusal: None = None
+    tool_calls: Any = None
+    function_call: Any = None
+    refusal: Any = None
+    annotations: Any = None
+    audio: Any = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    tool_call_id: Any = None
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates know it."""
@@ -172,20 +198,16 @@ Body = TypeVar("Body", ChatRequest, CompletionRequest)
 def read_request(kind: type[Body], body: bytes) -> Body:
     """Parse a body; RequestError for what is malformed, unknown or unsupported, naming the field."""
     try:
-        request = msgspec.json.decode(body, type=kind)
-    except msgspec.MsgspecError as error:
+        request = msgspec.convert(_cleaned(json.loads(body.decode())), kind)
+    except (ValueError, RecursionError) as error:  # among them UTF-8's, JSON's and msgspec's
         found = re.search(r"field `(\w+)`|`\$\.(\w+)", str(error))
         param = next((name for name in found.groups() if name), None) if found else None
         raise RequestError(f"the request body will not do: {error}", param=param) from error
-    for name, allowed in NEUTRAL:
-        value = getattr(request, name, None)
-        if not any(_same(value, neutral) for neutral in allowed):
-            raise RequestError(
-                f"{name} = {_shown(value)} is not supported by this server, only {_shown(allowed[0])}: "
-                "leave the field out.",
-                param=name,
-                code="unsupported_value",
-            )
+    _check_neutral(request, NEUTRAL)
+    for message in getattr(request, "messages", ()):
+        _check_neutral(message, NEUTRAL_IN_MESSAGE, "messages")
+        for part in message.content if isinstance(message.content, list) else ():
+            _check_neutral(part, NEUTRAL_IN_PART, "messages")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only for stream = true.", param="stream_options")
     return request
@@ -196,6 +218,28 @@ def error_body(
 ) -> dict[str, Any]:
     """The API's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _cleaned(value: Any) -> Any:
+    """Plain data without the fields that are null, and with texts that UTF-8 can write."""
+    if isinstance(value, str):
+        return well_formed(value)
+    if isinstance(value, dict):
+        return {well_formed(name): _cleaned(entry) for name, entry in value.items() if entry is not None}
+    return [_cleaned(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _check_neutral(found: Struct, table: Neutral, within: str | None = None) -> None:
+    """RequestError for a field that would change the answer; `within`: the request's field that holds it."""
+    for name, allowed in table:
+        value = getattr(found, name, None)
+        if not any(_same(value, neutral) for neutral in allowed):
+            raise RequestError(
+                f"{name} = {_shown(value)}{f' in {within}' if within else ''} is not supported by this "
+                f"server, only {_shown(allowed[0])}: leave the field out.",
+                param=within or name,
+                code="unsupported_value",
+            )
 
 
 def _is_ids(entry: Any) -> bool:

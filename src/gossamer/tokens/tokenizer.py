@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.tokens.encoder import Encoder, first_ids, read_files
+from gossamer.tokens.typed import TypedChats, well_formed
 
 if TYPE_CHECKING:
     from gossamer.tokens.chat import ChatTemplate
@@ -77,22 +78,50 @@ class Tokenizer(Encoder):
         """The text of `ids`; bytes that are not UTF-8 come out as U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text to go on from, with one BOS where it begins with that already.
+
+        What is no text in UTF-8 becomes U+FFFD; control tokens that it names are control tokens.
+        """
+        ids = self.encode(well_formed(text))
+        return ids[1:] if ids[:2] == [self.bos_id] * 2 else ids
+
+    def chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, *, typed: bool = False
+    ) -> list[int]:
         """Token ids of a chat: `[{"role": ..., "content": ...}, ...]` through the model's template.
 
-        ConfigError without a template, or when it objects to the messages.
+        As transformers makes them; but `typed` by people, messages hold no control tokens, whatever they
+        name, and U+FFFD for what is no text in UTF-8. ConfigError without a template, or when it objects.
         """
+        if typed:
+            messages = self._typed.hide(messages)
         text = self._chat.render(messages, self.special_tokens, add_generation_prompt)
-        return self.encode(text, bos=False)
+        ids = self._typed.encode(text) if typed else None
+        return self.encode(text, bos=False) if ids is None else ids
 
     def is_special(self, index: int) -> bool:
         """Whether the id is a special token, which never shows in decoded text."""
         return index in self._special_ids
 
-    def may_continue(self, index: int) -> bool:
-        """Whether the bytes of this id may be read differently once the next id is known."""
-        token = self._tokenizer.id_to_token(index) or ""
-        return self._byte_fallback and BYTE_TOKEN.fullmatch(token) is not None
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The text of each special token -> its id."""
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        return {tokens[index].content: index for index in self._special_ids}
+
+    def byte_value(self, index: int) -> int | None:
+        """The byte that a SentencePiece byte token stands for; None for any other token."""
+        token = self._tokenizer.id_to_token(index) or "" if self._byte_fallback else ""
+        return int(token[3:5], 16) if BYTE_TOKEN.fullmatch(token) else None
+
+    def byte_id(self, byte: int) -> int | None:
+        """The id of the SentencePiece token that stands for a byte, or None."""
+        return self._tokenizer.token_to_id(f"<0x{byte:02X}>") if self._byte_fallback else None
+
+    @cached_property
+    def _typed(self) -> TypedChats:
+        return TypedChats(self._tokenizer, self.special_ids)
 
     @cached_property
     def _chat(self) -> "ChatTemplate":

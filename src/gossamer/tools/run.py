@@ -1,40 +1,94 @@
-"""`run`: complete a prompt, or talk."""
+"""`run`: complete a prompt, answer it, or talk."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gossamer.engine import LLM, EngineOptions, Piece, SamplingParams
+from gossamer.engine import LLM, GenerationOptions, Piece, SamplingParams
+from gossamer.errors import ConfigError
 from gossamer.job.options import option
-from gossamer.job.report import Progress, quiet
+from gossamer.job.report import Event, Progress, quiet
+from gossamer.tools.conversation import Conversation
+
+MAX_TOKENS = 128  # of a completion, which need not have an end; an answer has one
 
 
 @dataclass(frozen=True)
-class Run(EngineOptions):
-    """Complete PROMPT, or answer it with --chat; text comes as it is made."""
+class Run(GenerationOptions):
+    """Complete PROMPT, or answer it with --chat; text comes as it is made. Without a PROMPT, talk."""
 
     model: str = option(
         help="a .goss file, or a checkpoint directory (packed once into a cache)", positional=True
     )
-    prompt: str = option(help="the text to go on from", positional=True)
-    max_tokens: int = option(128, help="new tokens at most")
-    temperature: float = option(0.0, help="0 takes the likeliest token; above, samples")
-    top_k: int = option(0, help="sample among this many likeliest tokens (0: all)")
-    top_p: float = option(1.0, help="sample among the likeliest tokens of this total probability")
+    prompt: str | None = option(
+        None,
+        help="the text to go on from (default: what comes on stdin; from a terminal, a chat)",
+        positional=True,
+    )
+    max_tokens: int | None = option(None, help="new tokens at most (128; in chats, what the context holds)")
+    temperature: float | None = option(
+        None, help="0 takes the likeliest token; above, samples (default: the model's own, else 0)"
+    )
+    top_k: int | None = option(None, help="sample among this many likeliest tokens (0: all)")
+    top_p: float | None = option(None, help="sample among the likeliest tokens of this total probability")
+    min_p: float | None = option(
+        None, help="sample among tokens of this share of the likeliest's probability"
+    )
+    repetition_penalty: float | None = option(
+        None, help="above 1, tokens that were there before become less likely"
+    )
     seed: int | None = option(None, help="makes sampling repeatable")
-    stop: tuple[str, ...] = option((), help="strings that end the text")
+    stop: tuple[str, ...] = option((), help="strings that end the text; special tokens by their names")
+    stop_token_ids: tuple[int, ...] = option((), help="token ids that end the text")
     chat: bool = option(False, help="put the prompt through the model's chat template")
 
 
-def run(job: Run, progress: Progress = quiet) -> Iterator[Piece]:
-    """Yield the completion piece by piece."""
+def run(job: Run, progress: Progress = quiet) -> Iterator[Piece] | Conversation:
+    """The completion piece by piece, or a conversation where there is a terminal and no prompt."""
+    talks = job.prompt is None and sys.stdin is not None and sys.stdin.isatty()
+    prompt = None if talks else _given(job)
     llm = LLM(job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, progress=progress)
-    params = SamplingParams(
-        max_tokens=job.max_tokens,
-        temperature=job.temperature,
-        top_k=job.top_k,
-        top_p=job.top_p,
-        seed=job.seed,
-        stop=list(job.stop),
-    )
-    prompt = llm.tokenizer.chat([{"role": "user", "content": job.prompt}]) if job.chat else job.prompt
-    yield from llm.stream(prompt, params)
+    params = _params(job, llm, talks or job.chat, progress)
+    if prompt is None:
+        if llm.tokenizer.chat_template is None:
+            raise ConfigError(
+                "this model has no chat template, so there is no talking to it; give a PROMPT to go on from."
+            )
+        return Conversation(llm, params, progress)
+    return _complete(llm, prompt, params, progress, chat=job.chat)
+
+
+def _given(job: Run) -> str:
+    """The prompt from the command line or from stdin, whose last line end is not part of it."""
+    if job.prompt is not None:
+        return job.prompt
+    content = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    text = content.decode(errors="replace").removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise ConfigError("no prompt was given, and nothing came on stdin; give a PROMPT.")
+    return text
+
+
+def _params(job: Run, llm: LLM, answers: bool, progress: Progress) -> SamplingParams:
+    """What was asked for, over the model's own options; greedy where neither says otherwise."""
+    named = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    given = {name: value for name in named if (value := getattr(job, name)) is not None}
+    defaults = llm.model.sampling_defaults(job.generation_config, "run", progress)
+    length = {"max_tokens": None if answers else MAX_TOKENS}
+    return SamplingParams(**{**length, **defaults, **given}, stop=job.stop, stop_token_ids=job.stop_token_ids)
+
+
+def _complete(
+    llm: LLM, prompt: str, params: SamplingParams, progress: Progress, *, chat: bool
+) -> Iterator[Piece]:
+    """Yield the pieces; say when none has text, and that a chat model was not asked as one."""
+    if not chat and llm.tokenizer.chat_template is not None:
+        line = "this model has a chat template: --chat puts the prompt through it"
+        progress(Event("run", line, lasting=True))
+    empty = True
+    messages = [{"role": "user", "content": prompt}]
+    for piece in llm.stream(llm.tokenizer.chat(messages, typed=True) if chat else prompt, params):
+        empty = empty and not piece.text
+        yield piece
+    if empty:
+        progress(Event("run", "the model ended at once, without a text", lasting=True))
