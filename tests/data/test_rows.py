@@ -148,9 +148,8 @@ def test_rows_without_their_fields_are_named(
         "prompt": "a", "completion": "b", "instruction": "a", "output": "b",
         "messages": [{"role": "user", "content": "a"}],
     }  # fmt: skip
-    with_template = Tokenizer(
-        tokenizer.bytes, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with_template = Tokenizer(tokenizer.bytes, {"eos_token": "</s>"}, chat_template=template)
     source = write_rows(tmp_path / "a.jsonl", [good, row])
     with pytest.raises(ConfigError, match=message):
         list(supervised_examples(source, form, with_template, 512))

@@ -10,8 +10,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from alphabets import byte_level, sentencepiece
+from gossamer.tokens.encoder import valid_text
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.tokens.typed import well_formed
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -131,7 +131,7 @@ def test_a_prompt_has_one_bos() -> None:
     ],
 )
 def test_what_utf_8_cannot_write_is_replaced(text: str, expected: str, tokenizer: Tokenizer) -> None:
-    assert well_formed(text) == expected
+    assert valid_text(text) == expected
     assert tokenizer.prompt(text) == tokenizer.encode(expected)
     parts = [{"role": "user", "content": text, "more": [{"deep": text}]}]
     assert tokenizer.chat(parts, typed=True) == tokenizer.chat(

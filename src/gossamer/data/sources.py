@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gossamer.architecture.config import LFS_POINTER
 from gossamer.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -74,9 +75,11 @@ def read_text(path: Path) -> str:
 
 
 def decode(raw: bytes, where: str, *, python: bool) -> str:
-    """Text of a file: UTF-8, or what a Python file's coding line says."""
+    """Text of a file: UTF-8, without its byte order mark, or what a Python file's coding line says."""
+    if raw.startswith(LFS_POINTER):
+        raise ConfigError(f"{where}: a Git LFS pointer, not the file itself; run `git lfs pull`")
     try:
-        encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0] if python else "utf-8"
+        encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0] if python else "utf-8-sig"
         return raw.decode(encoding)
     except (UnicodeDecodeError, SyntaxError, LookupError) as error:
         raise ConfigError(f"{where}: not text in its encoding ({error}); convert it to UTF-8") from error

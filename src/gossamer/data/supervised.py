@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gossamer.data import doctests
+from gossamer.data.answers import answer_spans, common_length, render
 from gossamer.data.mixture import mixture, pieces
-from gossamer.data.tables import table_rows
+from gossamer.data.tables import TABLES, BadRows, table_rows
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 
@@ -20,24 +21,33 @@ Format = Literal["chat", "instruct", "prompt-completion"]
 
 
 def supervised_examples(
-    source: str, format: Format, tokenizer: Tokenizer, max_length: int
+    source: str, format: Format, tokenizer: Tokenizer, max_length: int, bad: BadRows | None = None
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(input_ids, labels) of each row; labels are -100 on what the user says.
 
-    Longer examples are cut; one whose answer is cut away wholly is left out.
+    Longer examples are cut; one whose answer is cut away wholly, or has no weight, is left out and counted
+    in `bad`. A row that cannot be used is a ConfigError, unless `bad` lets it pass.
 
-    chat               {"messages": [{"role", "content"}, ...]} through the chat template
+    chat               {"messages": [{"role", "content", "weight"?}, ...]} through the chat template
     instruct           {"instruction", "input"?, "output" or "response"}
     prompt-completion  {"prompt", "completion"}
     """
-    for where, row in _supervised_rows(source, format):
-        if format == "chat":
-            ids, labels = _chat_example(row, tokenizer, where)
-        else:
-            prompt, answer = _prompt_and_answer(row, format, where)
-            ids, labels = _answer_example(prompt, answer, tokenizer)
+    bad = bad or BadRows()
+    tokenizer.check_template() if format == "chat" else tokenizer.required_eos()
+    for where, row in _supervised_rows(source, format, bad):
+        try:
+            if format == "chat":
+                ids, labels = _chat_example(row, tokenizer, where)
+            else:
+                prompt, answer = _prompt_and_answer(row, format, where)
+                ids, labels = _answer_example(prompt, answer, tokenizer)
+        except ConfigError as error:
+            bad.leave_out(error)
+            continue
         if any(label != IGNORED for label in labels[:max_length]):
             yield ids[:max_length], labels[:max_length]
+        else:
+            bad.num_without_answer += 1
 
 
 def write_completions(path: Path, source: str, num: int, seed: int, num_characters: int = 600) -> None:
@@ -51,7 +61,7 @@ def write_completions(path: Path, source: str, num: int, seed: int, num_characte
             file.write(json.dumps({"prompt": "", "completion": text}) + "\n")
 
 
-def _supervised_rows(source: str, format: Format) -> Iterator[tuple[str, dict[str, Any]]]:
+def _supervised_rows(source: str, format: Format, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.startswith("python:doctests"):
         if format != "prompt-completion":
             raise ConfigError(f"{source} with format {format!r}; doctests need --format prompt-completion")
@@ -60,9 +70,9 @@ def _supervised_rows(source: str, format: Format) -> Iterator[tuple[str, dict[st
             yield f"{source}:{number}", {"prompt": doctests.prompt(item), "completion": doctests.answer(item)}
         return
     path = Path(source)
-    if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")):
+    if not path.is_file() or not path.name.endswith(TABLES):
         raise ConfigError(f"dataset {source!r}: expected a .jsonl[.zst] or .parquet file, or python:doctests")
-    yield from table_rows(path)
+    yield from table_rows(path, bad)
 
 
 def _prompt_and_answer(row: dict[str, Any], format: Format, where: str) -> tuple[str, str]:
@@ -84,16 +94,18 @@ def _field(row: dict[str, Any], where: str, *names: str) -> str:
 
 def _answer_example(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Prompt and answer tokenized together where that keeps the prompt's tokens, else apart; then EOS."""
-    prompt_ids = tokenizer.encode(prompt)
-    ids = tokenizer.encode(prompt + answer)
+    whole = tokenizer.encode(prompt)
+    begin = whole[: common_length(whole, tokenizer.encode(""))]  # BOS, and no EOS that a tokenizer may add
+    prompt_ids = begin + tokenizer.encode(prompt, bos=False)
+    ids = begin + tokenizer.encode(prompt + answer, bos=False)
     if ids[: len(prompt_ids)] != prompt_ids:
         ids = prompt_ids + tokenizer.encode(answer, bos=False)
-    ids = ids + sorted(tokenizer.eos_ids)[:1]
+    ids = [*ids, tokenizer.required_eos()]
     return ids, [IGNORED] * len(prompt_ids) + ids[len(prompt_ids) :]
 
 
 def _chat_example(row: dict[str, Any], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[int]]:
-    """The rendered conversation, labelled on the assistant's turns."""
+    """The rendered conversation, labelled on each token that has a character of an answer."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ConfigError(f"{where}: no list in field 'messages'; found fields {sorted(row)}")
@@ -102,14 +114,16 @@ def _chat_example(row: dict[str, Any], tokenizer: Tokenizer, where: str) -> tupl
             raise ConfigError(f"{where}: a message is {type(message).__name__}, expected an object")
         _field(message, where, "role")
         _field(message, where, "content")
-    ids = tokenizer.chat(messages, add_generation_prompt=False)
-    labels = [IGNORED] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.chat(messages[:turn], add_generation_prompt=True) if turn else []
-        upto = tokenizer.chat(messages[: turn + 1], add_generation_prompt=False)
-        if ids[: len(upto)] != upto or upto[: len(before)] != before:
-            raise ConfigError(f"{where}: message {turn + 1} is rendered otherwise once more messages follow")
-        labels[len(before) : len(upto)] = upto[len(before) :]
-    return ids, labels
+    try:
+        text = render(messages, tokenizer)
+        spans = answer_spans(messages, text, tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    learned = bytearray(len(text))
+    for begin, end in spans:
+        learned[begin:end] = b"\1" * (end - begin)
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    return ids, [
+        token if any(learned[begin:end]) else IGNORED
+        for token, (begin, end) in zip(ids, offsets, strict=True)
+    ]

@@ -2,43 +2,120 @@
 
 from __future__ import annotations
 
-import io
+import codecs
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from gossamer.checkpoint.diagnosis import is_lfs_pointer
+from gossamer.data.damage import damaged
 from gossamer.errors import ConfigError
 
+TABLES = (".jsonl", ".jsonl.zst", ".parquet")
+_CHUNK_BYTES = 1 << 16
+_MAX_WINDOW_BYTES = 1 << 31  # the longest that zstd writes
 
-def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a .jsonl, .jsonl.zst or .parquet file, each with `file:line` for messages."""
+
+@dataclass
+class BadRows:
+    """Rows that cannot be used: up to `allowed` are left out, and `found` says why; one more is an error.
+
+    `num_without_answer`: rows that could be used, and have nothing to learn in the tokens that are kept.
+    """
+
+    allowed: int = 0
+    found: list[str] = field(default_factory=list)
+    num_without_answer: int = 0
+
+    def leave_out(self, error: ConfigError) -> None:
+        """Note a row, or raise ConfigError where there are too many."""
+        if len(self.found) == self.allowed:
+            before = f" (after {self.allowed} others, such as {self.found[0]})" if self.allowed else ""
+            raise ConfigError(
+                f"{error}{before}; mend the row, or give --skip-bad-rows N to go on without up to N"
+            ) from error
+        self.found.append(str(error))
+
+
+def table_rows(path: Path, bad: BadRows | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a .jsonl, .jsonl.zst or .parquet file, each with `file:line` for messages.
+
+    ConfigError for a file that is damaged, and for a line that is no row unless `bad` lets it pass.
+    """
     if path.name.endswith(".parquet"):
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.ParquetFile(path)
-        rows = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(_parquet_rows(path), 1))
         return
+    for number, line in enumerate(_lines(path), 1):
+        where = f"{path}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            row = _row(line, where) if line.strip() else None
+        except ConfigError as error:
+            if bad is None:
+                raise
+            bad.leave_out(error)
+        else:
+            if row is not None:
+                yield where, row
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    """The object of one line of JSON."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not UTF-8 ({error}); convert the file to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not a line of JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: found {type(row).__name__}, expected an object")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's
+            raise
+        raise damaged(path, error) from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which end in a line feed and in nothing else."""
+    if is_lfs_pointer(path):
+        raise damaged(path, "a pointer")
     with path.open("rb") as raw:
-        for number, line in enumerate(_lines(path, raw), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ConfigError(f"{path}:{number}: not a line of JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ConfigError(f"{path}:{number}: found {type(row).__name__}, expected an object")
-            yield f"{path}:{number}", row
+        yield from _zst_lines(path, raw) if path.name.endswith(".zst") else raw
 
 
-def _lines(path: Path, raw: io.BufferedReader) -> Iterable[str | bytes]:
-    if not path.name.endswith(".zst"):
-        return raw
+def _zst_lines(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a compressed file of any number of frames; ConfigError where it ends within one."""
     import zstandard
 
-    return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), encoding="utf-8")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    frame, rest = None, b""
+    try:
+        for chunk in iter(lambda: raw.read(_CHUNK_BYTES), b""):
+            while chunk:
+                frame = frame or decompressor.decompressobj()
+                rest += frame.decompress(chunk)
+                chunk, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+            *lines, rest = rest.split(b"\n")
+            yield from lines
+    except zstandard.ZstdError as error:
+        raise damaged(path, error) from error
+    if frame is not None:
+        raise damaged(path, "it ends too early")
+    yield rest
 
 
 def table_documents(path: Path) -> Iterator[str]:
@@ -55,7 +132,7 @@ def hub_documents(source: str, offline: bool) -> Iterator[str]:
     repo, config, split, *rest = (*source.removeprefix("hf:").split(":"), "", "")
     if any(rest):
         raise ConfigError(f"dataset {source!r}: expected hf:repo[:config[:split]]")
-    rows = load_dataset(repo, config or None, split=split or "train", streaming=True)
+    rows: Iterable[Any] = load_dataset(repo, config or None, split=split or "train", streaming=True)
     for number, row in enumerate(rows, 1):
         yield _text_field(dict(row), f"{source}:{number}")
 

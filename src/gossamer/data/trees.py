@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import sysconfig
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from gossamer.data.damage import damaged
 from gossamer.data.sources import decode
 from gossamer.errors import ConfigError
 
@@ -17,6 +20,8 @@ HELD_OUT = (
 LEFT_OUT_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 )
+
+_CHUNK_BYTES = 1 << 20
 
 
 def tree_files(source: str) -> list[Path]:
@@ -35,12 +40,17 @@ def tree_files(source: str) -> list[Path]:
 
 
 def tar_documents(path: Path) -> Iterator[str]:
-    """The .py and .txt files of an archive, in its order."""
-    with tarfile.open(path) as archive:
-        for member in archive:
-            file = archive.extractfile(member) if member.name.endswith((".py", ".txt")) else None
-            if file is not None:
-                yield decode(file.read(), f"{path}:{member.name}", python=member.name.endswith(".py"))
+    """The .py and .txt files of an archive, in its order; ConfigError for one that is damaged."""
+    try:
+        with gzip.open(path) as raw, tarfile.open(fileobj=raw, mode="r:") as archive:
+            for member in archive:
+                file = archive.extractfile(member) if member.name.endswith((".py", ".txt")) else None
+                if file is not None:
+                    yield decode(file.read(), f"{path}:{member.name}", python=member.name.endswith(".py"))
+            while raw.read(_CHUNK_BYTES):  # to where its checksum is: tarfile takes damage for the end
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise damaged(path, error) from error
 
 
 def _library() -> Path:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gossamer import _native
 from gossamer.errors import ConfigError
-from gossamer.tokens.typed import well_formed
+from gossamer.tokens.encoder import valid_text
 
 Logits = NDArray[np.float32]
 
@@ -50,7 +50,7 @@ class SamplingParams:
         _check_number("repetition_penalty", self.repetition_penalty, low=0.0, open_low=True)
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ConfigError(f"stop is {self.stop!r}; expected a list of non-empty strings.")
-        object.__setattr__(self, "stop", tuple(map(well_formed, self.stop)))
+        object.__setattr__(self, "stop", tuple(map(valid_text, self.stop)))
         ids = self.stop_token_ids
         if not isinstance(ids, Sequence) or not all(type(index) is int and index >= 0 for index in ids):
             raise ConfigError(f"stop_token_ids is {self.stop_token_ids!r}; expected a list of token ids.")

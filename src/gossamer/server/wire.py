@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from gossamer.engine import SamplingParams
 from gossamer.errors import GossamerError
-from gossamer.tokens.typed import well_formed
+from gossamer.tokens.encoder import valid_text
 
 COMPLETION_MAX_TOKENS = 16  # the API's own default for plain completions
 
@@ -223,9 +223,9 @@ def error_body(
 def _cleaned(value: Any) -> Any:
     """Plain data without the fields that are null, and with texts that UTF-8 can write."""
     if isinstance(value, str):
-        return well_formed(value)
+        return valid_text(value)
     if isinstance(value, dict):
-        return {well_formed(name): _cleaned(entry) for name, entry in value.items() if entry is not None}
+        return {valid_text(name): _cleaned(entry) for name, entry in value.items() if entry is not None}
     return [_cleaned(entry) for entry in value] if isinstance(value, list) else value
 
 

@@ -21,7 +21,7 @@ class Evaluate(EngineOptions):
     model: str = option(help="checkpoint directory, or a .goss file (engine only)", positional=True)
     dataset: str = option("", help="text whose perplexity to measure: SRC")
     tasks: tuple[str, ...] = option(
-        (), help="doctest, doctest-unseen, or .jsonl files with fields prompt and answer"
+        (), help="doctest, doctest-unseen, or files (.jsonl[.zst], .parquet) with fields prompt and answer"
     )
     backend: Literal["torch", "engine"] = option("torch", help="transformers, or Gossamer's own engine")
     baseline: str = option("", help="model to compare with; adds recovery")

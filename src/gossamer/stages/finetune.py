@@ -1,11 +1,13 @@
 """`finetune`: supervised training on answers, beside a dense teacher; zeros stay zeros."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.sources import manifest
 from gossamer.data.supervised import supervised_examples
+from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
 from gossamer.job.options import inherited, option
 from gossamer.job.report import Event, Progress, quiet
@@ -30,6 +32,7 @@ class Finetune(TrainingOptions):
         "prompt-completion", help="the fields of an example"
     )
     distill: Literal["squarehead", "none"] = option("squarehead", help="the teacher's share of the loss")
+    skip_bad_rows: int = option(0, help="rows that cannot be used and are left out; one more is an error")
     num_train_epochs: int = option(2, help="times that every example is seen")
     batch_tokens: int = inherited(TrainingOptions, "batch_tokens", 8192)
     learning_rate: float = inherited(TrainingOptions, "learning_rate", 1e-4)
@@ -63,13 +66,24 @@ def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> list[Exa
     tokenizer = Tokenizer.open(source.path)
     progress(Event("finetune", "tokenizing"))
     examples: list[Example] = []
+    bad = BadRows(job.skip_bad_rows)
     for name in job.dataset:
-        examples += supervised_examples(name, job.format, tokenizer, length)
+        examples += supervised_examples(name, job.format, tokenizer, length, bad)
+    for note in _left_out(bad, length):
+        progress(Event("finetune", note, lasting=True))
     if not examples:
         raise ConfigError(
             f"--dataset {' '.join(job.dataset)}: found no example with an answer within --max-length {length}"
         )
     return examples
+
+
+def _left_out(bad: BadRows, length: int) -> Iterator[str]:
+    """What of the data is not trained on, and why."""
+    if bad.found:
+        yield f"left out {len(bad.found)} rows that cannot be used: {'; '.join(bad.found[:3])}"
+    if bad.num_without_answer:
+        yield f"left out {bad.num_without_answer} rows without an answer in their first {length} tokens"
 
 
 def _rows(job: Finetune, examples: list[Example]) -> Rows:
@@ -85,5 +99,7 @@ def _check(job: Finetune) -> None:
         )
     if job.distill == "none" and job.teacher is not None:
         raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
+    if job.skip_bad_rows < 0:
+        raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if job.num_train_epochs < 1:
         raise ConfigError(f"--num-train-epochs {job.num_train_epochs}: expected at least 1")

@@ -23,6 +23,10 @@ TEMPLATE_FAULTS = (  # what a program in a sandbox can still do wrong
     *(LookupError, RecursionError, TypeError, ValueError),
 )
 
+_GENERATION_MARKS = {  # variables of templates, and noncharacters, which no text has a use for
+    "generation_begins_here": "\ufdd0", "generation_ends_here": "\ufdd1"
+}  # fmt: skip
+
 
 class ChatTemplate:
     """A model's template, or that it has none (None), which is an error only once a chat comes."""
@@ -37,18 +41,38 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
     ) -> str:
         """The chat as one text; ConfigError without a template, or when it objects to the messages."""
+        return self._render(messages, {**special_tokens, "add_generation_prompt": add_generation_prompt})
+
+    def check(self) -> None:
+        """Raise ConfigError without a template, or with one that does not parse."""
+        _ = self._compiled
+
+    def generation_spans(
+        self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str], text: str
+    ) -> list[tuple[int, int]]:
+        """(begin, end) of each `{% generation %}` block in the chat's `text`, as `render` gave it.
+
+        Empty for a template that has no such blocks, or cuts their texts to pieces.
+        """
+        marked = self._render(
+            messages, {**special_tokens, **_GENERATION_MARKS, "add_generation_prompt": False}
+        )
+        begin, end = _GENERATION_MARKS.values()
+        plain, *blocks = marked.split(begin)
+        spans = []
+        for block in blocks:
+            inside, mark, outside = block.partition(end)
+            spans.append((len(plain), len(plain) + len(inside)) if mark else (0, 0))
+            plain += inside + outside
+        return spans if plain == text else []
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         template = self._compiled
         plain = [_plain_message(message, index) for index, message in enumerate(messages)]
         if not plain:
             raise ConfigError("a chat needs at least one message, found none.")
         try:
-            return template.render(
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
-            )
+            return template.render({"messages": plain, "tools": None, "documents": None, **variables})
         except TEMPLATE_FAULTS as error:
             raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
 
@@ -68,13 +92,20 @@ class ChatTemplate:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` blocks, which only mark the assistant's part for training: the body as it is."""
+    """`{% generation %}` blocks, which mark the assistant's part for training.
+
+    The body is rendered as it is, between two variables that are empty unless `generation_spans` sets them.
+    """
 
     tags: ClassVar = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (
+            jinja2.nodes.Output([jinja2.nodes.Name(name, "load")], lineno=line) for name in _GENERATION_MARKS
+        )
+        return [begin, *body, end]
 
 
 def _template_environment() -> jinja2.Environment:

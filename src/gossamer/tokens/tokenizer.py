@@ -7,9 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import tokenizers
+
 from gossamer.errors import CheckpointError, ConfigError
-from gossamer.tokens.encoder import Encoder, first_ids, read_files
-from gossamer.tokens.typed import TypedChats, well_formed
+from gossamer.tokens.encoder import Encoder, first_ids, read_files, valid_text
+from gossamer.tokens.typed import TypedChats
 
 if TYPE_CHECKING:
     from gossamer.tokens.chat import ChatTemplate
@@ -83,7 +85,7 @@ class Tokenizer(Encoder):
 
         What is no text in UTF-8 becomes U+FFFD; control tokens that it names are control tokens.
         """
-        ids = self.encode(well_formed(text))
+        ids = self.encode(text)
         return ids[1:] if ids[:2] == [self.bos_id] * 2 else ids
 
     def chat(
@@ -96,9 +98,40 @@ class Tokenizer(Encoder):
         """
         if typed:
             messages = self._typed.hide(messages)
-        text = self._chat.render(messages, self.special_tokens, add_generation_prompt)
+        text = self.render_chat(messages, add_generation_prompt)
         ids = self._typed.encode(text) if typed else None
         return self.encode(text, bos=False) if ids is None else ids
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """A chat as the text that `chat` gives the ids of; same errors."""
+        return self._chat.render(messages, self.special_tokens, add_generation_prompt)
+
+    def check_template(self) -> None:
+        """Raise ConfigError where the model has no chat template, or one that does not parse."""
+        self._chat.check()
+
+    def generation_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Where the template's `{% generation %}` blocks stand in `text`, which `render_chat` gave."""
+        return self._chat.generation_spans(messages, self.special_tokens, text)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of `text`, without BOS, and which characters (begin, end) each stands for."""
+        encoded = self._bare.encode(valid_text(text))
+        return encoded.ids, encoded.offsets
+
+    @cached_property
+    def _bare(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its post-processor, which may cut spaces off the offsets."""
+        bare = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        bare.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
+        bare.encode_special_tokens = self._tokenizer.encode_special_tokens
+        return bare
+
+    @property
+    def eos_texts(self) -> list[str]:
+        """What the end tokens are in a text."""
+        texts = map(self._tokenizer.id_to_token, self.eos_ids)
+        return [text for text in texts if text]
 
     def is_special(self, index: int) -> bool:
         """Whether the id is a special token, which never shows in decoded text."""

@@ -11,18 +11,11 @@ from typing import Any
 
 import tokenizers
 
+from gossamer.tokens.encoder import valid_text
+
 # A typed control token by its number, between halves of a surrogate pair, which no well-formed text has.
 HIDDEN = re.compile("\ud800([0-9]+)\ud800")
 NOTHING = r"(?!)"  # a pattern that is nowhere
-
-
-def well_formed(text: str) -> str:
-    """The text with U+FFFD for half a surrogate pair, which UTF-8 cannot write; whole pairs are joined."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 class TypedChats:
@@ -43,7 +36,7 @@ class TypedChats:
 
     def hide(self, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
         """The messages, well-formed, with a mark for each control token in their texts, at every depth."""
-        return [_with_texts(message, lambda text: self._hide(well_formed(text))) for message in messages]
+        return [_with_texts(message, lambda text: self._hide(valid_text(text))) for message in messages]
 
     def encode(self, text: str) -> list[int] | None:
         """Ids of a rendered chat; None where it hides nothing, so that any tokenizer reads it rightly."""
