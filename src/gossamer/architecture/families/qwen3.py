@@ -12,7 +12,7 @@ def anatomy(config: Config) -> Anatomy:
     """Every block alike."""
     config = config.with_defaults(head_dim=128, num_key_value_heads=32, max_position_embeddings=32768)
     config.expect(hidden_act="silu", attention_bias=False, use_sliding_window=False)
-    config.expect_each(layer_types="full_attention")
+    config.expect(layer_types=["full_attention"] * config.num_layers())
     heads = prenorm.attention(config, Rope.read(config))
     query, key = (Norm(f"self_attn.{name}_norm", heads.head_dim) for name in ("q", "k"))
     block = prenorm.block(config, heads, norms={"query": query, "key": key})

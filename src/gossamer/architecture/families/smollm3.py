@@ -20,7 +20,7 @@ def anatomy(config: Config) -> Anatomy:
         eos_token_id=128001,
     )
     config.expect(hidden_act="silu", use_sliding_window=False)
-    config.expect_each(layer_types="full_attention")
+    config.expect(layer_types=["full_attention"] * config.num_layers())
     biases, rope = prenorm.biases(config), Rope.read(config)
     without, plain = (
         prenorm.block(config, prenorm.attention(config, found), biases) for found in (None, rope)
