@@ -80,7 +80,7 @@ class Block:
     def walk(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterable[Tensor]]]:
         """Go through the layer group by group: yields each group and its input [rows, T, K] in pieces.
 
-        Attention is causal, over positions 0..T-1.
+        Attention is causal, over positions 0..T-1 or the layer's window of them.
 
         What the caller does to a group's weights before it asks for the next one counts from there on, so
         later groups see the changed earlier ones (GPTQ's "true sequential") for about one forward pass.
@@ -108,12 +108,15 @@ class Block:
         """What the output projection is given: the heads' mixed values [B, T, A E]."""
         module, _, name = self.anatomy.linears["o"].name.rpartition(".")
         attention: Any = self.layer.get_submodule(module)
-        positions_1T = torch.arange(hidden_BTD.shape[1]).unsqueeze(0)
+        T, window = hidden_BTD.shape[1], self.anatomy.attention.window
+        positions_1T, seen_11TT = torch.arange(T).unsqueeze(0), None  # None: itself and all before it
+        if window is not None and window < T:
+            seen_11TT = torch.ones(1, 1, T, T, dtype=torch.bool).tril().triu(1 - window)
         normed_BTD = self.norm("attention")(hidden_BTD)
         o_proj = getattr(attention, name)
         setattr(attention, name, nn.Identity())
         try:
-            return attention(normed_BTD, self.rotary(normed_BTD, positions_1T), attention_mask=None)[0]
+            return attention(normed_BTD, self.rotary(normed_BTD, positions_1T), attention_mask=seen_11TT)[0]
         finally:
             setattr(attention, name, o_proj)
 

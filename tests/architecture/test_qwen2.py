@@ -7,7 +7,9 @@ from transformers import Qwen2Config
 
 from architecture import every_stage
 from gossamer.architecture.families import read_anatomy
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import UnsupportedError
+from gossamer.packed.reader import Packed
 from llamas import save_random
 
 CONFIG = Qwen2Config(
@@ -40,6 +42,18 @@ def test_the_engine_equals_transformers(qwen2: Path, tmp_path: Path) -> None:
     every_stage.check_engine(qwen2, tmp_path / "model.goss")
 
 
+def test_layers_with_and_without_a_window(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1, "layer_types": None}
+    config = Qwen2Config(**{**CONFIG.to_dict(), **windows})
+    directory = save_random(config, tmp_path / "model")
+    found = [block.attention.window for block in Checkpoint.open(directory).architecture.blocks]
+    assert found == [None, 19]
+    every_stage.check_layers(directory)
+    every_stage.check_smoothing(directory)
+    every_stage.check_engine(directory, tmp_path / "model.goss")
+    assert Packed.open(tmp_path / "model.goss").metadata["version"] == "3"
+
+
 def test_every_stage(qwen2: Path, text_file: Path, tmp_path: Path) -> None:
     packed = every_stage.check_stages(qwen2, text_file, tmp_path)
     assert packed.metadata["version"] == "2"
@@ -68,8 +82,7 @@ def test_what_is_left_out_means_what_transformers_means_by_it() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_sliding_window": True},
-        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"layer_types": ["full_attention", "linear_attention"]},
         {"hidden_act": "gelu"},
     ],
 )

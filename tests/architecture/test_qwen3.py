@@ -7,7 +7,9 @@ from transformers import Qwen3Config
 
 from architecture import every_stage
 from gossamer.architecture.families import read_anatomy
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import UnsupportedError
+from gossamer.packed.reader import Packed
 from llamas import save_random
 
 CONFIG = Qwen3Config(
@@ -38,6 +40,18 @@ def test_the_engine_equals_transformers(qwen3: Path, tmp_path: Path) -> None:
     every_stage.check_engine(qwen3, tmp_path / "model.goss")
 
 
+def test_layers_with_and_without_a_window(tmp_path: Path) -> None:
+    windows = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1, "layer_types": None}
+    config = Qwen3Config(**{**CONFIG.to_dict(), **windows})
+    directory = save_random(config, tmp_path / "model")
+    found = [block.attention.window for block in Checkpoint.open(directory).architecture.blocks]
+    assert found == [None, 19]
+    every_stage.check_layers(directory)
+    every_stage.check_smoothing(directory)
+    every_stage.check_engine(directory, tmp_path / "model.goss")
+    assert Packed.open(tmp_path / "model.goss").metadata["version"] == "3"
+
+
 def test_every_stage(qwen3: Path, text_file: Path, tmp_path: Path) -> None:
     packed = every_stage.check_stages(qwen3, text_file, tmp_path)
     assert packed.metadata["version"] == "2"
@@ -56,6 +70,7 @@ def test_what_is_not_supported_is_refused() -> None:
     assert anatomy.attention.num_kv_heads == theirs.num_key_value_heads
     assert anatomy.max_position_embeddings == theirs.max_position_embeddings
     assert anatomy.norm_eps == theirs.rms_norm_eps
-    for change in ({"use_sliding_window": True}, {"attention_bias": True}, {"hidden_act": "gelu"}):
+    layers = {"layer_types": ["full_attention", "linear_attention"]}
+    for change in (layers, {"attention_bias": True}, {"hidden_act": "gelu"}):
         with pytest.raises(UnsupportedError, match=next(iter(change))):
             read_anatomy(settings | change)

@@ -1,10 +1,10 @@
 """Makes files/*.goss and what each decodes to: the program of each version wrote its own, once, for ever.
 
-    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2
+    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2|3
 
-Version 1 was written by the program as it was at commit 1df9987, before it knew another version; version 2 by
-the first program that wrote it. A file that is there is never made again: it stands for those that people
-have.
+Version 1 was written by the program as it was at commit 1df9987, before it knew another version; versions 2
+and 3 by the first programs that wrote them. A file that is there is never made again: it stands for those
+that people have.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ COMMON = {
     "hidden_act": "silu",
     "max_position_embeddings": 128,
 }
-LLAMA, QWEN3 = ["LlamaForCausalLM"], ["Qwen3ForCausalLM"]
+LLAMA, QWEN3, MISTRAL = ["LlamaForCausalLM"], ["Qwen3ForCausalLM"], ["MistralForCausalLM"]
 IDS = [3, 71, 15, 92, 65, 35, 89]
 FLOATS, INTEGERS = ("f32", "bf16"), ("i8", "i4")
 LLAMA3 = {
@@ -39,6 +39,11 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+WINDOWS = {
+    "use_sliding_window": True,
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention"],
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 UNTIED = {"intermediate_size": 28, "num_hidden_layers": 2, "vocab_size": 101, "tie_word_embeddings": False}
@@ -56,6 +61,8 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "v1-integers": (TIED | {"architectures": LLAMA, "head_dim": 8, "rope_scaling": LLAMA3}, INTEGERS),
     "v2-qwen3-floats": (UNTIED | {"architectures": QWEN3, "head_dim": 16}, FLOATS),
     "v2-qwen3-integers": (TIED | {"architectures": QWEN3, "head_dim": 12, "rope_scaling": LINEAR}, INTEGERS),
+    "v3-mistral-integers": (TIED | {"architectures": MISTRAL, "head_dim": 8, "sliding_window": 4}, INTEGERS),
+    "v3-qwen3-floats": (UNTIED | {"architectures": QWEN3, "head_dim": 12} | WINDOWS, FLOATS),
 }
 
 
@@ -155,7 +162,7 @@ def sha256(array: np.ndarray) -> str:
 
 if __name__ == "__main__":
     version = sys.argv[1]
-    program = importlib.import_module({"1": "gossamer.packed", "2": "gossamer.packed.writer"}[version])
+    program = importlib.import_module("gossamer.packed" if version == "1" else "gossamer.packed.writer")
     for name in MODELS:
         if name.startswith(f"v{version}"):
             write(name, program)

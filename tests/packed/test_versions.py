@@ -15,9 +15,9 @@ from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter
 from packed.conftest import CONFIG
 from packed.damage import Header, join, split
-from packed.make_files import COMMON, FILES, MODELS, contents
+from packed.make_files import COMMON, FILES, IDS, MODELS, contents
 
-QWEN3 = FILES / "v2-qwen3-floats.goss"
+QWEN3, MISTRAL = FILES / "v2-qwen3-floats.goss", FILES / "v3-mistral-integers.goss"
 Q_NORM = "model.layers.1.self_attn.q_norm.weight"
 # Of the largest logit. AMX multiplies float32 as two bfloat16 (native/kernels/x86/floats.cpp).
 TOLERANCE = 1e-4 if _native.isa() == "amx" else 1e-5
@@ -53,16 +53,42 @@ def test_a_file_with_a_tokenizer_answers(name: str) -> None:
 
 def test_what_nobody_had_to_change_is_still_written_as_version_1(tmp_path: Path) -> None:
     """So that a program which knows only version 1 reads new files of the models that it knows."""
-    for config, version in ((CONFIG, "1"), (Packed.open(QWEN3).config, "2")):
+    windows = Packed.open(MISTRAL).config
+    none = windows | {"sliding_window": None}
+    for config, version in ((CONFIG, "1"), (Packed.open(QWEN3).config, "2"), (windows, "3"), (none, "1")):
         writer = PackedWriter(tmp_path / "model.goss", config=json.dumps(config))
         assert writer._metadata["version"] == version  # pyright: ignore[reportPrivateUsage]
 
 
-def test_version_1_with_a_model_that_it_cannot_say_is_refused(tmp_path: Path) -> None:
-    header, data = split(QWEN3)
-    header["__metadata__"]["version"] = "1"
-    with pytest.raises(FormatError, match="version 1 with a qwen3, which takes version 2"):
+@pytest.mark.parametrize(
+    ("version", "path", "needed"),
+    [("1", QWEN3, "qwen3, which takes version 2"), ("2", MISTRAL, "mistral, which takes version 3")],
+)
+def test_a_version_with_a_model_that_it_cannot_say_is_refused(
+    version: str, path: Path, needed: str, tmp_path: Path
+) -> None:
+    header, data = split(path)
+    header["__metadata__"]["version"] = version
+    with pytest.raises(FormatError, match=f"version {version} with a {needed}"):
         Packed.open(join(tmp_path / "old.goss", header, data))
+
+
+def test_windows_count_in_the_files_of_version_3() -> None:
+    """Without them, the last of the tokens has other logits, and the first the same."""
+    for path in (MISTRAL, FILES / "v3-qwen3-floats.goss"):
+        packed = Packed.open(path)
+        config = packed.native_config()
+        blocks = [block | {"window": 0} for block in config["blocks"]]
+        with_them, without = (
+            _native.Model(packed.buffer, packed.native_tensors(), native, 1)
+            for native in (config, config | {"blocks": blocks})
+        )
+        found_TV, all_TV = (
+            model.forward([model.new_sequence(len(IDS))], [np.array(IDS, np.int32)], True)
+            for model in (with_them, without)
+        )
+        np.testing.assert_array_equal(found_TV[:3], all_TV[:3])
+        assert np.abs(found_TV[-1] - all_TV[-1]).max() > 1e-3
 
 
 def resize(header: Header, name: str, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Training of decoders that are not Llamas: biases, norms of queries and keys, a head width of its own."""
+"""Training of decoders that are not Llamas: biases, norms of queries and keys, head widths, windows."""
 
 import copy
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -53,7 +55,18 @@ def qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=24, tie_word_embeddings=False))
 
 
-@pytest.fixture(params=[qwen2, qwen3], ids=["qwen2", "qwen3"])
+def mistral() -> PreTrainedModel:
+    """Tokens see the last 4 positions, fewer than an example has."""
+    return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4))
+
+
+def mixed() -> PreTrainedModel:
+    """A layer that sees all positions, and one that sees 3."""
+    windows: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, **windows))
+
+
+@pytest.fixture(params=[qwen2, qwen3, mistral, mixed], ids=lambda made: made.__name__)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A random model with random biases, 60% of its decoder's linear weights zero."""
     torch.manual_seed(0)
@@ -157,6 +170,23 @@ def test_row_trainer_has_the_models_own_loss_and_files(
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, opened.state_dict()[name]), name
+
+
+def test_examples_in_one_row_do_not_see_each_other(model: PreTrainedModel, rows: Rows) -> None:
+    """Each has the logits that it has alone, whatever its layers attend to."""
+    batch = rows.collate(list(range(len(rows))))
+    ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]
+    found_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+    num_examples = 0
+    for ids_T, positions_T, mask_T, found_TV in zip(
+        ids_BT, positions_BT, batch["token_mask"], found_BTV, strict=True
+    ):
+        starts = torch.nonzero((positions_T == 0) & mask_T).flatten().tolist()
+        for begin, end in zip(starts, [*starts[1:], int(mask_T.sum())], strict=True):
+            alone_TV = model(input_ids=ids_T[None, begin:end], use_cache=False).logits[0]
+            torch.testing.assert_close(found_TV[begin:end], alone_TV, rtol=1e-4, atol=1e-5)
+            num_examples += 1
+    assert num_examples == 6 > len(rows)
 
 
 def test_the_layers_are_the_decoders(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ from gossamer.packed import panels, streams
 from gossamer.packed.panels import ALIGNMENT
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, NumberType, Values
 
-VERSIONS = ("1", "2")  # that are read; `needed_version` says which one a model is written in
+VERSIONS = ("1", "2", "3")  # that are read; `needed_version` says which one a model is written in
 TOKENIZER = "tokenizer.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
@@ -126,12 +126,14 @@ def needed_version(anatomy: Anatomy) -> str:
     """The oldest version of the format that can say what the model is.
 
     Version 1 knows two norms a block, as wide as the hidden states, no biases, and blocks that all attend to
-    every position and encode it by rope. A program that reads only version 1 would run anything else wrong.
+    every position and encode it by rope; version 2 knows further norms, biases, and blocks without rope;
+    version 3 windows of attention. A program that reads only older ones would run such a model wrong.
     """
+    if any(block.attention.window is not None for block in anatomy.blocks):
+        return "3"
     plain = all(
         block.norms.keys() == {"attention", "feed_forward"}
         and not any(linear.bias for linear in block.linears.values())
-        and block.attention.window is None
         and block.attention.rope is not None
         for block in anatomy.blocks
     )
@@ -181,10 +183,9 @@ def _metadata(found: Any, source: str) -> dict[str, str]:
     if version not in VERSIONS:
         newest = int(VERSIONS[-1])
         newer = isinstance(version, str) and version[:9].isdecimal() and int(version[:9]) > newest
+        known = f"{', '.join(VERSIONS[:-1])} or {newest}"
         advice = "it is newer than this program: update gossamer" if newer else "the file is damaged"
-        raise FormatError(
-            f"{source}: found format version {version!a:.20}; expected {' or '.join(VERSIONS)}; {advice}"
-        )
+        raise FormatError(f"{source}: found format version {version!a:.20}; expected {known}; {advice}")
     if unknown := sorted(found.keys() - _METADATA):
         raise FormatError(f"{source}: found unknown metadata {', '.join(map(ascii, unknown))}")
     for key, value in found.items():

@@ -35,7 +35,6 @@ def _refuse_what_nothing_runs(anatomy: Anatomy, source: str) -> None:
     after = ("after_attention", "after_feed_forward")
     heads = {(found.num_heads, found.num_kv_heads, found.head_dim) for found in attentions}
     problems = {
-        "attention windows": any(found.window is not None for found in attentions),
         "capped attention scores": any(found.softcap is not None for found in attentions),
         "several kinds of rope": len({found.rope for found in attentions} - {None}) > 1,
         "other heads in some layers": len(heads) > 1,
