@@ -1,5 +1,6 @@
 """Phi-3 through every stage and the engine: q, k and v are stored as one matrix, gate and up as another."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.stages.quantize import Quantize, quantize
 from gossamer.training.masks import model_mask_hash
 from gossamer.training.whole_model import load_model
+from gossamer.unfused import join, part
 from llamas import save_random
 
 CONFIG = Phi3Config(
@@ -74,6 +76,26 @@ def test_parts_are_the_rows_of_what_is_stored(phi3: Path) -> None:
 def test_a_model_and_its_directory_have_one_mask_hash(phi3: Path) -> None:
     source = Checkpoint.open(phi3)
     assert model_mask_hash(load_model(source)) == model_mask_hash(source)
+
+
+def test_weights_of_a_training_checkpoint_are_those_of_a_directory(phi3: Path) -> None:
+    """Under the names that files have for them, and back."""
+    model, stored = load_model(Checkpoint.open(phi3)), load_file(phi3 / "model.safetensors")
+    joined = join(model, model.state_dict())
+    assert joined.keys() == stored.keys()
+    assert all(torch.equal(joined[name], weight) for name, weight in stored.items())
+    again, state = part(model, joined), model.state_dict()
+    assert again.keys() == state.keys() and QKV not in again
+    assert all(torch.equal(again[name], weight) for name, weight in state.items())
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_has_its_own_linears(phi3: Path) -> None:
+    model, ids_BT = load_model(Checkpoint.open(phi3)), every_stage.some_ids()
+    before_BTV, copied = model(ids_BT).logits, copy.deepcopy(model)
+    copied.get_submodule("model.layers.1.mlp.up_proj").weight.zero_()
+    assert torch.equal(model(ids_BT).logits, before_BTV)
+    assert not torch.allclose(copied(ids_BT).logits, before_BTV)
 
 
 def test_a_whole_stored_matrix_is_left_out_or_none_of_it(phi3: Path, text_file: Path, tmp_path: Path) -> None:
