@@ -5,6 +5,7 @@ int8 weights (compressed-tensors' int-quantized W8A8) stay int8. Every matrix bu
 that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs torch.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +109,8 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
     }
     if (template := source.path / "chat_template.jinja").is_file():
         metadata["chat_template"] = _text(template)
+    if origin := source.downloaded or (source.manifest or {}).get("origin"):
+        metadata["origin"] = json.dumps(origin)
     return {
         "config": _text(source.path / "config.json"),
         "tokenizer": tokenizer.read_bytes(),

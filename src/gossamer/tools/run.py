@@ -13,7 +13,8 @@ class Run(EngineOptions):
     """Complete PROMPT, or answer it with --chat; text comes as it is made."""
 
     model: str = option(
-        help="a .goss file, or a checkpoint directory (packed once into a cache)", positional=True
+        help="a .goss file, or a directory or org/name[@revision] of the hub (packed once into a cache)",
+        positional=True,
     )
     prompt: str = option(help="the text to go on from", positional=True)
     max_tokens: int = option(128, help="new tokens at most")
@@ -27,7 +28,9 @@ class Run(EngineOptions):
 
 def run(job: Run, progress: Progress = quiet) -> Iterator[Piece]:
     """Yield the completion piece by piece."""
-    llm = LLM(job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, progress=progress)
+    llm = LLM(
+        job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, offline=job.offline, progress=progress
+    )
     params = SamplingParams(
         max_tokens=job.max_tokens,
         temperature=job.temperature,
