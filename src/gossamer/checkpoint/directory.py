@@ -44,14 +44,23 @@ SHARD_BYTES = 2 << 30
 class Checkpoint:
     """A validated model directory. Tensors are read on demand and never all held at once."""
 
+    downloaded: Mapping[str, str] | None = None  # repository, revision, commit of one opened by its hub name
+
     def __init__(self, path: Path, config: dict[str, Any], entries: Mapping[str, Entry]) -> None:
         self.path, self.config, self.entries = path, config, entries
         self.architecture = read_anatomy(config, str(path / "config.json"))
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
-        """Read config and headers; raises CheckpointError or UnsupportedError naming file and tensor."""
-        directory = Path(path)
+    def open(cls, path: str | Path, *, offline: bool = False) -> "Checkpoint":
+        """Read config and headers; raises CheckpointError or UnsupportedError naming file and tensor.
+
+        Where nothing is at `path`, it is `org/name[@revision]` on the hub: raises what `hub.snapshot` does.
+        """
+        directory, downloaded = Path(path), None
+        if not directory.exists():
+            from gossamer.checkpoint.hub import snapshot
+
+            directory, downloaded = snapshot(str(path), offline=offline)
         config = _read_config(directory)
         files = _weight_files(directory, config.pop("transformers_weights", None))
         entries = {name: entry for file in files for name, entry in read_header(file).items()}
@@ -68,7 +77,7 @@ class Checkpoint:
             from gossamer.checkpoint.fused import split
 
             checkpoint.entries = split(checkpoint.entries, checkpoint.architecture, directory)
-        checkpoint.entries = _expected_entries(checkpoint)
+        checkpoint.entries, checkpoint.downloaded = _expected_entries(checkpoint), downloaded
         return checkpoint
 
     @property
@@ -214,6 +223,7 @@ class Derived:
             "job": self.job,
             "parent": {"path": str(self.parent.path), "hash": self.parent.hash},
             "lineage": lineage,
+            "origin": self.parent.downloaded or parent_manifest.get("origin"),
             "data": self.data,
             "versions": library_versions(),
             "num_threads": self.num_threads,

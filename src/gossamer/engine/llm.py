@@ -35,15 +35,16 @@ class LLM:
         *,
         max_batch: int = 16,
         kv_cache_dtype: KvCacheDtype = "auto",
+        offline: bool = False,
         progress: Progress = quiet,
     ) -> None:
-        """Open a .goss file, or a directory, which is packed once into the cache.
+        """Open a .goss file, or a directory or `org/name[@revision]` of the hub, packed once into the cache.
 
         `num_threads` None takes GOSSAMER_THREADS or the physical cores. At most `max_batch` requests are
         decoded together; more wait. `kv_cache_dtype`: keys and values in "f32", "bf16" or "i8"; "auto" is f32
         for float32 models, else bf16.
         """
-        self.model = OpenModel.open(path, num_threads, progress, kv_cache_dtype)
+        self.model = OpenModel.open(path, num_threads, progress, kv_cache_dtype, offline=offline)
         self._scheduler = Scheduler(self.model.native, max_batch)
 
     @property

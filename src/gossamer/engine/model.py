@@ -43,16 +43,18 @@ class OpenModel:
         num_threads: int | None = None,
         progress: Progress = quiet,
         kv_cache_dtype: KvCacheDtype = "auto",
+        *,
+        offline: bool = False,
     ) -> "OpenModel":
         """Map a .goss file and validate it (FormatError says what is wrong with it).
 
-        A checkpoint directory is packed once into the cache. `num_threads` None: see `default_threads`;
-        `kv_cache_dtype`: see `native_model`.
+        A checkpoint directory, or a model of the hub, is packed once into the cache. `num_threads` None: see
+        `default_threads`; `kv_cache_dtype`: see `native_model`; `offline`: never touch the network.
         """
         threads = default_threads() if num_threads is None else num_threads
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
-        packed = open_packed(path, progress)
+        packed = open_packed(path, progress, offline=offline)
         tokenizer = _tokenizer(packed)
         native = native_model(packed, threads, kv_cache_dtype)
         return cls(packed.path, native, tokenizer, packed.architecture, threads, packed.generation_config)

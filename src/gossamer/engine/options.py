@@ -18,6 +18,7 @@ class EngineOptions:
     kv_cache_dtype: KvCacheDtype = option(
         "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
     )
+    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,28 +30,40 @@ class Backend(Protocol):
 
 
 def open_backend(
-    model: str, backend: str, num_threads: int | None = None, kv_cache_dtype: KvCacheDtype = "auto"
+    model: str,
+    backend: str,
+    num_threads: int | None = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    *,
+    offline: bool = False,
 ) -> Backend:
     """Open a model for evaluation; UnsupportedError for a packed file on the torch backend.
 
     `num_threads` and `kv_cache_dtype` are the engine's (see `LLM`).
     """
     if backend == "engine":
-        return EngineBackend(model, num_threads, kv_cache_dtype)
+        return EngineBackend(model, num_threads, kv_cache_dtype, offline=offline)
     if Path(model).is_file():
         raise UnsupportedError(
             f"{model} is a file; the torch backend reads directories (try --backend engine)"
         )
-    return TorchBackend(model)
+    return TorchBackend(model, offline=offline)
 
 
 class EngineBackend:
     """Gossamer's own engine; a directory is packed once into its cache."""
 
     def __init__(
-        self, model: str, num_threads: int | None = None, kv_cache_dtype: KvCacheDtype = "auto"
+        self,
+        model: str,
+        num_threads: int | None = None,
+        kv_cache_dtype: KvCacheDtype = "auto",
+        *,
+        offline: bool = False,
     ) -> None:
-        self._llm = LLM(model, num_threads, max_batch=BATCH_ROWS, kv_cache_dtype=kv_cache_dtype)
+        self._llm = LLM(
+            model, num_threads, max_batch=BATCH_ROWS, kv_cache_dtype=kv_cache_dtype, offline=offline
+        )
         self.tokenizer = self._llm.tokenizer
 
     def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
@@ -71,11 +83,12 @@ class EngineBackend:
 class TorchBackend:
     """transformers' model in float32, quantized directories (compressed-tensors) included."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, offline: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        source = Checkpoint.open(model)  # names what is wrong with a directory better than transformers does
+        # Names what is wrong with a directory better than transformers does.
+        source = Checkpoint.open(model, offline=offline)
         self.tokenizer = Tokenizer.open(source.path)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=torch.float32, local_files_only=True

@@ -21,23 +21,24 @@ def cache_directory() -> Path:
     return Path(os.environ.get("GOSSAMER_CACHE") or Path.home() / ".cache" / "gossamer")
 
 
-def open_packed(path: str | Path, progress: Progress = quiet) -> Packed:
-    """Open a .goss file, or pack a checkpoint directory into the cache (once) and open what that made.
+def open_packed(path: str | Path, progress: Progress = quiet, *, offline: bool = False) -> Packed:
+    """Open a .goss file, or pack a checkpoint into the cache (once) and open what that made.
 
     Raises what `Packed.open`, `Checkpoint.open` and `pack_checkpoint` raise.
     """
-    return Packed.open(cached_pack(path, progress) if Path(path).is_dir() else path)
+    return Packed.open(path if Path(path).is_file() else cached_pack(path, progress, offline=offline))
 
 
-def cached_pack(directory: str | Path, progress: Progress = quiet) -> Path:
-    """The packed file of a checkpoint directory, made once and kept under the hash of its content.
+def cached_pack(model: str | Path, progress: Progress = quiet, *, offline: bool = False) -> Path:
+    """The packed file of a checkpoint (a directory, or a name on the hub), kept under its content's hash.
 
     Two processes that ask at once make it once. The last event tells its size and what making it took.
     """
-    source = Checkpoint.open(directory)
+    source = Checkpoint.open(model, offline=offline)
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{source.path.resolve().name}-{_content_hash(source)[:32]}.goss"
+    name = (source.downloaded or {}).get("repository", source.path.resolve().name).replace("/", "--")
+    path = cache / f"{name}-{_content_hash(source)[:32]}.goss"
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_sound(path):

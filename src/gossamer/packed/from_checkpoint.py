@@ -112,6 +112,8 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
     metadata = {key: json.dumps(found) for key, found in small.items() if found}
     if (template := source.path / "chat_template.jinja").is_file():
         metadata["chat_template"] = _text(template)
+    if origin := source.downloaded or (source.manifest or {}).get("origin"):
+        metadata["origin"] = json.dumps(origin)
     return {
         "config": json.dumps(source.config),
         "tokenizer": files["content"],

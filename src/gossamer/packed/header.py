@@ -35,7 +35,8 @@ DTYPES = {
 }
 TABLE = "layers"  # metadata key of the table of matrices: the format's word, kept for files written so far
 _REQUIRED = ("config", TABLE, "parent")
-_METADATA = {"format", "version", *_REQUIRED, "chat_template", "tokenizer_config", "generation_config"}
+_OPTIONAL = ("chat_template", "tokenizer_config", "generation_config", "origin")
+_METADATA = {"format", "version", *_REQUIRED, *_OPTIONAL}
 
 
 class Stored(NamedTuple):

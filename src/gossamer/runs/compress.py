@@ -34,7 +34,7 @@ HOW = ("overwrite", "resume", "save_steps", "report_to", "offline")  # these do 
 class Compress(options_of(STAGES, without=DECIDED, defaults=DEFAULTS)):
     """prune -> (train) -> quantize -> pack. With --pretrain-dataset in two steps, as in the paper."""
 
-    model: str = option(help="dense checkpoint directory", positional=True)
+    model: str = option(help="dense checkpoint directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory for every step's output and model.goss", short="-o")
     dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
     pretrain_dataset: tuple[str, ...] = option((), help="text to train on after each prune: SRC[@WEIGHT]...")
@@ -71,6 +71,7 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     directory must be new, or made by an earlier `compress`; finished training, which may have taken days, is
     replaced only with `overwrite`.
     """
+    job = pinned(job)
     steps = plan(job)
     left = claim(Path(job.output_dir), job)
     ran = [(step.stage, str(step.output), run(step, left, job.overwrite, progress)) for step in steps]
@@ -80,9 +81,19 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
         packed=str(packed),
         sparsity=Checkpoint.open(steps[-1].job.model).sparsity(),
         num_bytes=packed.stat().st_size,
-        dense_bytes=sum(entry.num_bytes for entry in Checkpoint.open(job.model).entries.values()),
+        dense_bytes=sum(
+            entry.num_bytes for entry in Checkpoint.open(job.model, offline=job.offline).entries.values()
+        ),
         stages=ran,
     )
+
+
+def pinned(job: Compress) -> Compress:
+    """The same job, with a model of the hub named by its commit: all steps are to see the same one."""
+    downloaded = Checkpoint.open(job.model, offline=job.offline).downloaded
+    if downloaded is None:
+        return job
+    return dataclasses.replace(job, model=f"{downloaded['repository']}@{downloaded['commit']}")
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,7 @@ def claim(output: Path, job: Compress) -> Left:
         raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
     data = [manifest(name) for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)]
-    inputs = {"model_hash": Checkpoint.open(job.model).hash, "data": data}
+    inputs = {"model_hash": Checkpoint.open(job.model, offline=job.offline).hash, "data": data}
     begun, finished = (
         json.dumps({**deciding(record(job)), **inputs, "finished": whole}, indent=2) + "\n"
         for whole in (False, True)
@@ -141,7 +152,8 @@ def plan(job: Compress) -> list[Step]:
         options = options_for(job, stage, kind) | {"overwrite": False} | place | decided
         steps.append(Step(stage, function, kind(**options), output))
 
-    two_steps = job.pretrain_dataset and job.sparsity > 0.5 > Checkpoint.open(job.model).sparsity()
+    dense = Checkpoint.open(job.model, offline=job.offline)
+    two_steps = job.pretrain_dataset and job.sparsity > 0.5 > dense.sparsity()
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
         add(prune, Prune, sparsity=sparsity)
         if job.pretrain_dataset:
@@ -178,7 +190,7 @@ def is_up_to_date(step: Step, left: Left) -> bool:
     """
     if not step.output.exists():
         return False
-    parent = Checkpoint.open(step.job.model).hash
+    parent = Checkpoint.open(step.job.model, offline=step.job.offline).hash
     try:
         if step.stage == "pack":
             return left.whole and Packed.open(step.output).metadata["parent"] == parent

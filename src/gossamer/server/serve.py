@@ -23,7 +23,8 @@ class Serve(GenerationOptions):
     """Serve a model over HTTP with the OpenAI API."""
 
     model: str = option(
-        help="a .goss file, or a checkpoint directory (packed once into a cache)", positional=True
+        help="a .goss file, or a directory or org/name[@revision] of the hub (packed once into a cache)",
+        positional=True,
     )
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 lets the whole network in")
     port: int = option(8000, help="port to listen on; 0 takes a free one")
@@ -52,7 +53,7 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     `progress` gets an event when the port accepts connections, with `url` and `name` as metrics.
     """
     _check(job)
-    model = OpenModel.open(job.model, job.threads, progress, job.kv_cache_dtype)
+    model = OpenModel.open(job.model, job.threads, progress, job.kv_cache_dtype, offline=job.offline)
     worker = Worker(Scheduler(model.native, job.max_batch), job.max_queue)
     name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
     defaults = model.sampling_defaults(job.generation_config, "serve", progress)

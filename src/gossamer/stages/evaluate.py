@@ -18,7 +18,10 @@ from gossamer.job.report import Progress, Result, Table, quiet
 class Evaluate(EngineOptions):
     """Measure a model: perplexity of --dataset, exact-match accuracy of --tasks, or both."""
 
-    model: str = option(help="checkpoint directory, or a .goss file (engine only)", positional=True)
+    model: str = option(
+        help="checkpoint directory, org/name[@revision] of the hub, or a .goss file (engine only)",
+        positional=True,
+    )
     dataset: str = option("", help="text whose perplexity to measure: SRC")
     tasks: tuple[str, ...] = option(
         (), help="doctest, doctest-unseen, or files (.jsonl[.zst], .parquet) with fields prompt and answer"
@@ -27,7 +30,6 @@ class Evaluate(EngineOptions):
     baseline: str = option("", help="model to compare with; adds recovery")
     limit: int = option(0, help="rows of text and examples a task at most; 0: all (500 doctests)")
     seed: int = option(0, help="choice of the doctests")
-    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
 
 def measure(model: str, job: Evaluate, tasks: dict[str, list[Example]], progress: Progress) -> Figures:
     """Run one model through the text and the tasks."""
-    backend, figures = open_backend(model, job.backend, job.threads, job.kv_cache_dtype), Figures()
+    backend, figures = (
+        open_backend(model, job.backend, job.threads, job.kv_cache_dtype, offline=job.offline),
+        Figures(),
+    )
     if job.dataset:
         rows_BT = evaluation_rows(job.dataset, backend.tokenizer, offline=job.offline)[: job.limit or None]
         measure_text(figures, backend, job.dataset, rows_BT, progress)

@@ -46,8 +46,8 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
     check_options(job)
     _check(job)
-    source = Checkpoint.open(job.model)
-    teacher = None if job.teacher is None else load_teacher(job.teacher, source)
+    source = Checkpoint.open(job.model, offline=job.offline)
+    teacher = None if job.teacher is None else load_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "finetune") as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)

@@ -21,7 +21,8 @@ class Pack:
     """Write one memory-mappable file, each layer sparse or dense: what is smaller, or faster (`storage`)."""
 
     model: str = option(
-        help="checkpoint directory: dense, sparse, or quantized by `quantize`", positional=True
+        help="checkpoint directory (dense, sparse or quantized), or org/name[@revision] of the hub",
+        positional=True,
     )
     output_file: str = option(help="file to write (.goss)", short="-o")
     head: Literal["auto", "keep", "i8"] = option(
@@ -31,6 +32,7 @@ class Pack:
         "auto", help="auto: INT8 layers stay dense on CPUs that read them faster so; smallest: fewest bytes"
     )
     overwrite: bool = option(False, help="replace the output file")
+    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
     refuse_existing(output, job.overwrite)
     if output.is_dir():
         raise ConfigError(f"{output} is a directory; -o of pack is the file to write, such as model.goss")
-    source = Checkpoint.open(job.model)
+    source = Checkpoint.open(job.model, offline=job.offline)
     output.parent.mkdir(parents=True, exist_ok=True)
     packing = pack_checkpoint(source, output, job.head, progress, job.storage)
     packed = Packed.open(output)

@@ -26,7 +26,6 @@ class Pretrain(TrainingOptions):
 
     dataset: tuple[str, ...] = option(help="training text: SRC[@WEIGHT]...")
     num_tokens: int = option(10_000_000, help="tokens to train on; sources that are shorter begin again")
-    offline: bool = option(False, help="never touch the network")
 
 
 @in_every_process
@@ -34,8 +33,8 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
     check_options(job)
     _check(job)
-    source = Checkpoint.open(job.model)
-    teacher = None if job.teacher is None else load_teacher(job.teacher, source)
+    source = Checkpoint.open(job.model, offline=job.offline)
+    teacher = None if job.teacher is None else load_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "pretrain") as target:
         target.data = [manifest(name) for name in job.dataset]
         model = load_model(source)

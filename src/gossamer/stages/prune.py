@@ -23,7 +23,7 @@ from gossamer.job.report import Event, Progress, Result, Table, quiet
 class Prune(CalibrationOptions):
     """Zero the least important weights; the others make up for them (SparseGPT)."""
 
-    model: str = option(help="checkpoint directory", positional=True)
+    model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
     sparsity: float = option(
         0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
@@ -44,11 +44,10 @@ class PruneResult(Result):
 
     def tables(self) -> list[Table]:
         """What was reached."""
-        rows = [
-            (f"{self.sparsity:.2%}", f"{self.errors[-1]:.4f}", f"{self.num_tokens:,}", f"{self.seconds:.1f}")
-        ]
+        figures = (f"{self.sparsity:.2%}", f"{self.errors[-1]:.4f}")
+        row = (*figures, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
         columns = ("zeros", "error after the last layer", "calibration tokens", "seconds")
-        return [Table(self.output_dir, columns, rows)]
+        return [Table(self.output_dir, columns, [row])]
 
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
@@ -56,7 +55,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
 
     Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent.
     """
-    start, source = time.monotonic(), Checkpoint.open(job.model)
+    start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
     check_options(job)
     refuse_quantized(source)
     check_sparsity(source, job.sparsity)

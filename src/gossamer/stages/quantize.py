@@ -29,7 +29,7 @@ from gossamer.job.report import Event, Progress, Result, Table, quiet
 class Quantize(CalibrationOptions):
     """Round the decoder's linears to INT8 (SmoothQuant, then GPTQ under the mask)."""
 
-    model: str = option(help="checkpoint directory", positional=True)
+    model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
     scheme: Literal["W8A8"] = option("W8A8", help="INT8 weights per row, INT8 activations per token")
     smoothing_strength: float = option(
@@ -62,7 +62,7 @@ class QuantizeResult(Result):
 
 def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     """Quantize layer by layer; later groups and layers see earlier weights and activations rounded."""
-    start, source = time.monotonic(), Checkpoint.open(job.model)
+    start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
     check_options(job)
     refuse_quantized(source)
     ignored = matching(source.linears, job.ignore)

@@ -35,7 +35,9 @@ class Bench(EngineOptions):
     was not there before is removed afterwards unless `keep`.
     """
 
-    model: str | None = option(None, help="a .goss file or a checkpoint directory", positional=True)
+    model: str | None = option(
+        None, help="a .goss file, a checkpoint directory, or org/name[@revision] of the hub", positional=True
+    )
     shape: Literal["llama-2-7b", "llama-3.2-1b", "tinyllama-1.1b"] | None = option(
         None,
         help="a synthetic model of this shape instead, kept in the cache (GOSSAMER_CACHE, else "
@@ -121,7 +123,7 @@ def check_plot(job: Bench, path: Path) -> None:
 def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progress) -> Iterator[Subject]:
     """Each model, open; a synthetic one is written when its turn comes."""
     if job.model is not None:
-        packed = open_packed(job.model, progress)
+        packed = open_packed(job.model, progress, offline=job.offline)
         values = "+".join(sorted({packed.matrices[name].values for name in packed.decoder}))
         yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, job.kv_cache_dtype, dense)
         return

@@ -20,7 +20,10 @@ from gossamer.packed.reader import Packed
 class Inspect:
     """Show sizes, sparsity and storage of a model, layer by layer."""
 
-    model: str = option(help="a checkpoint directory or a .goss file", positional=True)
+    model: str = option(
+        help="a .goss file, a checkpoint directory, or org/name[@revision] of the hub", positional=True
+    )
+    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def inspect(job: Inspect, progress: Progress = quiet) -> InspectResult:
     path = Path(job.model)
     if path.is_file():
         return _packed(Packed.open(path))
-    return _directory(Checkpoint.open(path), progress)
+    return _directory(Checkpoint.open(path, offline=job.offline), progress)
 
 
 def _packed(packed: Packed) -> InspectResult:

@@ -18,7 +18,8 @@ class Run(GenerationOptions):
     """Complete PROMPT, or answer it with --chat; text comes as it is made. Without a PROMPT, talk."""
 
     model: str = option(
-        help="a .goss file, or a checkpoint directory (packed once into a cache)", positional=True
+        help="a .goss file, or a directory or org/name[@revision] of the hub (packed once into a cache)",
+        positional=True,
     )
     prompt: str | None = option(
         None,
@@ -47,7 +48,9 @@ def run(job: Run, progress: Progress = quiet) -> Iterator[Piece] | Conversation:
     """The completion piece by piece, or a conversation where there is a terminal and no prompt."""
     talks = job.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     prompt = None if talks else _given(job)
-    llm = LLM(job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, progress=progress)
+    llm = LLM(
+        job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, offline=job.offline, progress=progress
+    )
     params = _params(job, llm, talks or job.chat, progress)
     if prompt is None:
         if llm.tokenizer.chat_template is None:

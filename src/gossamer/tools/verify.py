@@ -33,9 +33,14 @@ NUM_TOKENS = 24
 class Verify:
     """Check a model's files, its zeros since a parent, and its engine against torch."""
 
-    model: str = option(help="a checkpoint directory or a .goss file", positional=True)
-    parent: str | None = option(None, help="directory that it was made from: its zeros must still be zeros")
+    model: str = option(
+        help="a .goss file, a checkpoint directory, or org/name[@revision] of the hub", positional=True
+    )
+    parent: str | None = option(
+        None, help="what it was made from (like MODEL): its zeros must be zeros still"
+    )
     skip_engine: bool = option(False, help="leave out the comparison of the engine with torch (big models)")
+    offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,17 @@ class VerifyResult(Result):
 def verify(job: Verify, progress: Progress = quiet) -> VerifyResult:
     """Check a directory or a file; the first failure is a CheckpointError, FormatError or EngineError."""
     path, checks = Path(job.model), []
-    parent = Checkpoint.open(job.parent) if job.parent is not None else None
+    parent = Checkpoint.open(job.parent, offline=job.offline) if job.parent is not None else None
     found = (
         _packed_checks(Packed.open(path), parent)
         if path.is_file()
-        else _checks(Checkpoint.open(path), parent)
+        else _checks(Checkpoint.open(path, offline=job.offline), parent)
     )
     for check in found:
         checks.append(check)
         progress(Event("verify", check.name, len(checks)))
     if not job.skip_engine:
-        checks += _backends(open_packed(path, progress), path if path.is_dir() else None)
+        checks += _backends(open_packed(path, progress, offline=job.offline), path if path.is_dir() else None)
     return VerifyResult(job.model, tuple(checks))
 
 

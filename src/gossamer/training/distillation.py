@@ -139,9 +139,9 @@ class Teacher:
     hash: str
 
 
-def load_teacher(path: str | Path, student: Checkpoint) -> Teacher:
+def load_teacher(path: str | Path, student: Checkpoint, *, offline: bool = False) -> Teacher:
     """Load the model at `path`; raises ConfigError unless its shape and its tokenizer are the student's."""
-    teacher = Checkpoint.open(path)
+    teacher = Checkpoint.open(path, offline=offline)
     for field in ("num_layers", "hidden_size", "vocab_size"):
         theirs, ours = getattr(teacher.architecture, field), getattr(student.architecture, field)
         if theirs != ours:

@@ -13,11 +13,11 @@ from gossamer.training.monitor import check_reporter
 class TrainingOptions:
     """The options that `Pretrain` and `Finetune` share; all but model and output are given by keyword."""
 
-    model: str = option(help="checkpoint directory", positional=True)
+    model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
     _: KW_ONLY
     teacher: str | None = option(
-        None, help="directory of a dense model, tuned on the same task if this is fine-tuning: SquareHead"
+        None, help="a dense model like MODEL, tuned on the same task if this is fine-tuning: SquareHead"
     )
     max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
     batch_tokens: int = option(16_384, help="tokens an optimizer step, prompts included")
@@ -43,6 +43,7 @@ class TrainingOptions:
         "tensorboard", help="none, tensorboard (in the output directory), wandb or another of transformers'"
     )
     overwrite: bool = option(False, help="replace the output directory")
+    offline: bool = option(False, help="never touch the network")
 
 
 WITHOUT_EFFECT = {"output_dir", "overwrite", "resume", "save_steps", "report_to", "offline", "parallel"}
