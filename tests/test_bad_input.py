@@ -249,8 +249,8 @@ TABLE: list[Case] = [
         "the engine's options without the engine",
         "llama2",
         nothing,
-        ["evaluate", "{model}", "--dataset", "{text}", "--threads", "2"],
-        ["--threads", "--backend engine"],
+        ["evaluate", "{model}", "--dataset", "{text}", "--kv-cache-dtype", "f32"],
+        ["--kv-cache-dtype", "--backend engine"],
     ),
     (
         "a batch of none",

@@ -27,10 +27,10 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gossamer import terminal
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.job.processes import is_first, num_processes, refuse_several
 from gossamer.job.report import Event, Progress, Result, Table
+from gossamer.tools.terminal import Dialogue, converse
 
 LOGGED = ("learning_rate", "grad_norm")  # only in the log files of training; a bar has no room for them
 LINE_S = 30.0  # between two lines of progress where stderr is no terminal
@@ -132,7 +132,7 @@ def call(arguments: list[str]) -> int:
             result = function(job, progress)
             if isinstance(result, Iterator):
                 return stream(result, as_json)
-            if isinstance(result, terminal.Dialogue):
+            if isinstance(result, Dialogue):
                 return talk(result, as_json)
         if is_first():
             show_json(result) if as_json else show(result)
@@ -337,11 +337,12 @@ def stream(pieces: Iterator[Any], as_json: bool) -> int:
     return 0
 
 
-def talk(dialogue: terminal.Dialogue, as_json: bool) -> int:
+def talk(dialogue: Dialogue, as_json: bool) -> int:
     """A chat in the terminal (`run`)."""
     if as_json:
         raise ConfigError("--json prints the pieces of one text; give a PROMPT")
-    return terminal.converse(dialogue, err)
+    converse(dialogue, lambda line: err.print(Text(line, style="dim"), soft_wrap=True))
+    return 0
 
 
 def show_json(result: Result) -> None:

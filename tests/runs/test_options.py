@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import pytest
 
 from gossamer import cli
-from gossamer.job.options import inherited, option
+from gossamer.job.options import option
 from gossamer.runs import recovery
 from gossamer.runs.compress import DECIDED, STAGES
 from gossamer.runs.options import options_for, options_of
+from gossamer.training.options import inherited
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,11 @@ def test_a_run_takes_every_flag_of_its_stages(run: str, stage: str) -> None:
             continue
         flag = f"--{name.replace('_', '-')}"
         choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-        value = choices[-1] if choices else {bool: True, int: 7, float: 0.25, str: "none"}.get(hint, ("x",))
+        value = (
+            choices[-1]
+            if choices
+            else {bool: True, int: 7, int | None: 7, float: 0.25, str: "none"}.get(hint, ("x",))
+        )
         words = [flag] if hint is bool else [flag, *(value if isinstance(value, tuple) else [str(value)])]
         job, _ = cli.parse(run, [*given, *words])
         assert options_for(job, stage, kind)[name] == value

@@ -16,6 +16,9 @@ from gossamer.data import doctests
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.evaluation.backends import TorchBackend
 from gossamer.stages.evaluate import Evaluate, evaluate
+from gossamer.stages.pretrain import Pretrain, pretrain
+from gossamer.stages.prune import Prune, prune
+from gossamer.stages.quantize import Quantize, quantize
 
 TinyLlama = Callable[[str], Path]
 Backend = Literal["torch", "engine"]
@@ -29,18 +32,18 @@ PAIRS = {
 PROMPTS = ["def ", "import numpy as np\n", "x", "class Tokenizer:\n    def __init__(self", "return 1 + "]
 
 
-def reference_perplexity(model_dir: Path, text: str, num_rows: int | None = None) -> float:
+def reference_perplexity(model_dir: Path, text: str, num_rows: int | None = None, length: int = 255) -> float:
     """shared/data/README.md's protocol, written with transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    rows = [ids[start : start + 255] for start in range(0, len(ids) - 254, 255)][:num_rows]
+    rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:num_rows]
     total = 0.0
     for row in rows:
         ids_1T = torch.tensor([[tokenizer.bos_token_id, *row]])
         with torch.no_grad():
-            total += model(ids_1T, labels=ids_1T).loss.item() * 255
-    return math.exp(total / (255 * len(rows)))
+            total += model(ids_1T, labels=ids_1T).loss.item() * length
+    return math.exp(total / (length * len(rows)))
 
 
 def reference_completions(model_dir: Path, prompts: list[str], max_tokens: int) -> list[str]:
@@ -89,6 +92,66 @@ def test_perplexity_equals_transformers(
     expected = reference_perplexity(tiny_llama(variant), text_file.read_text(), 20)
     assert result.perplexity == pytest.approx(expected, rel=1e-4)
     assert result.num_tokens == 20 * 255
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+@pytest.mark.parametrize("length", [1, 40, 512])
+def test_rows_are_as_long_as_asked_for(
+    length: int,
+    backend: Backend,
+    tiny_llama: TinyLlama,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path))
+    model, text = tiny_llama("llama2"), str(text_file)
+    result = evaluate(Evaluate(str(model), dataset=text, backend=backend, limit=12, row_length=length))
+    assert result.perplexity == pytest.approx(
+        reference_perplexity(model, text_file.read_text(), 12, length), rel=1e-4
+    )
+    assert (result.num_tokens, result.row_length) == (12 * length, length)
+    assert f"{length} a row" in result.tables()[0].rows[0][2]
+    for wrong in (0, 513):
+        with pytest.raises(ConfigError, match="--row-length"):
+            evaluate(Evaluate(str(model), dataset=text, backend=backend, row_length=wrong))
+
+
+def test_threads_are_taken_by_every_stage_that_computes(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    model, text, how = str(tiny_llama("llama2")), str(text_file), {"num_calibration_samples": 4}
+    runs: list[tuple[Any, Any]] = [
+        (prune, Prune(model, str(tmp_path / "a"), dataset=(text,), max_seq_length=32, threads=2, **how)),
+        (
+            quantize,
+            Quantize(model, str(tmp_path / "b"), dataset=(text,), max_seq_length=32, threads=3, **how),
+        ),
+        (
+            pretrain,
+            Pretrain(
+                model,
+                str(tmp_path / "c"),
+                dataset=(text,),
+                num_tokens=64,
+                max_length=32,
+                report_to="none",
+                threads=2,
+            ),
+        ),
+        (evaluate, Evaluate(model, dataset=text, limit=1, threads=3)),
+    ]
+    try:
+        for verb, job in runs:
+            torch.set_num_threads(1)
+            verb(job)
+            assert torch.get_num_threads() == job.threads
+            with pytest.raises(ConfigError, match="--threads is 0"):
+                verb(replace(job, threads=0))
+    finally:
+        torch.set_num_threads(1)
+    manifest = json.loads((tmp_path / "a" / "gossamer.json").read_text())
+    assert manifest["num_threads"] == 2
 
 
 def test_batched_completions_equal_transformers_one_by_one(tiny_llama: TinyLlama) -> None:

@@ -119,6 +119,12 @@ def test_packed_teacher_sees_the_same_and_padding_does_not_count(
     alone = train(job, copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), target, quiet)
     taught = train(job, model, packed_rows(made, 24, 1, seed=0), target, quiet, Teacher(teacher, "hash"))
     assert taught.losses[0] - alone.losses[0] == pytest.approx((errors / squares).sum(), rel=1e-4)
+    assert taught.cross_entropies == pytest.approx(alone.losses, rel=1e-5) and alone.cross_entropies == ()
+    metrics = taught.metrics()
+    assert metrics["squarehead_last"] == pytest.approx((errors / squares).sum(), rel=1e-3)
+    assert metrics["cross_entropy_last"] == pytest.approx(alone.losses[0], rel=1e-3)
+    assert taught.result("out", 0.5).squarehead_first == metrics["squarehead_first"]
+    assert alone.result("out", 0.5).squarehead_first is None and "squarehead_first" not in alone.metrics()
 
 
 def test_training_is_deterministic_and_learns(model: LlamaForCausalLM, target: Derived) -> None:

@@ -10,12 +10,12 @@ from torch import Tensor
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.sources import documents, parse_weight
 from gossamer.errors import CalibrationError, ConfigError
-from gossamer.job.options import option
+from gossamer.job.options import ThreadOptions, option
 from gossamer.tokens.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
+class CalibrationOptions(ThreadOptions):
     """What `Prune` and `Quantize` share."""
 
     dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
@@ -29,7 +29,7 @@ class CalibrationOptions:
 
 
 def check_options(job: CalibrationOptions) -> None:
-    """Raise ConfigError for a number that means nothing."""
+    """Raise ConfigError for a number that means nothing; take the threads that are asked for."""
     for flag, value, least in (
         ("--num-calibration-samples", job.num_calibration_samples, 1),
         ("--max-seq-length", job.max_seq_length, 2),
@@ -40,6 +40,10 @@ def check_options(job: CalibrationOptions) -> None:
             raise ConfigError(f"{flag} is {value:g}; expected at least {least}")
     if not job.dataset:
         raise ConfigError("--dataset names no calibration text; give at least one SRC")
+    if job.threads is not None:
+        from gossamer.job.threads import use_threads
+
+        use_threads(job.threads)
 
 
 def calibration_ids(source: Checkpoint, job: CalibrationOptions) -> Tensor:

@@ -3,18 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from gossamer.job.options import option
+from gossamer.job.options import ThreadOptions, option
 
 KvCacheDtype = Literal["auto", "f32", "bf16", "i8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(ThreadOptions):
     """What `Run`, `Serve`, `Bench` and `Evaluate` share."""
 
-    threads: int | None = option(
-        None, help="threads that compute (default: GOSSAMER_THREADS, else the physical cores)", short="-t"
-    )
     kv_cache_dtype: KvCacheDtype = option(
         "auto", help="type of cached keys and values (auto: f32 for float32 models, else bf16)"
     )

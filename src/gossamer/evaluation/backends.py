@@ -13,12 +13,15 @@ from gossamer.errors import UnsupportedError
 from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_ROWS = 16
+PIECE_TOKENS = 256
 
 
 class Backend(Protocol):
     """What an evaluation needs of a model."""
 
     tokenizer: Tokenizer
+    context: int
+    """The most tokens of a row."""
 
     def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
         """Sum over rows of log p(token | those before it in its row), the first token not scored."""
@@ -65,14 +68,18 @@ class EngineBackend:
             model, num_threads, max_batch=BATCH_ROWS, kv_cache_dtype=kv_cache_dtype, offline=offline
         )
         self.tokenizer = self._llm.tokenizer
+        self.context = self._llm.model.architecture.max_position_embeddings
 
     def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
         total = 0.0
         for ids_T in ids_BT:
-            logits_TV = self._llm.logits(ids_T[:-1]).astype(np.float64)
-            logits_TV -= logits_TV.max(axis=1, keepdims=True)
-            chosen_T = np.take_along_axis(logits_TV, ids_T[1:, None], axis=1)[:, 0]
-            total += float((chosen_T - np.log(np.exp(logits_TV).sum(axis=1))).sum())
+            whole_TV, targets_T = self._llm.logits(ids_T[:-1]), ids_T[1:]
+            for start in range(0, len(targets_T), PIECE_TOKENS):  # in float64, so a piece at a time
+                piece = slice(start, start + PIECE_TOKENS)
+                logits_TV = whole_TV[piece].astype(np.float64)
+                logits_TV -= logits_TV.max(axis=1, keepdims=True)
+                chosen_T = np.take_along_axis(logits_TV, targets_T[piece, None], axis=1)[:, 0]
+                total += float((chosen_T - np.log(np.exp(logits_TV).sum(axis=1))).sum())
         return total
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
@@ -90,6 +97,7 @@ class TorchBackend:
         # Names what is wrong with a directory better than transformers does.
         source = Checkpoint.open(model, offline=offline)
         self.tokenizer = Tokenizer.open(source.path)
+        self.context = source.architecture.max_position_embeddings
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=torch.float32, local_files_only=True
         )

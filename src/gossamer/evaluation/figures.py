@@ -10,6 +10,7 @@ from gossamer.evaluation.backends import BATCH_ROWS, Backend
 from gossamer.evaluation.tasks import Example
 from gossamer.job.report import Event, Progress
 
+BATCH_TOKENS = 4096  # whose logits are in memory at once
 SLACK_TOKENS = 8  # beyond the answer's own tokens, for a model that spells it in more
 
 
@@ -28,9 +29,10 @@ def measure_text(
 ) -> None:
     """Add the perplexity of rows of tokens, the first of each not counted; `text` names them."""
     total, figures.num_tokens = 0.0, rows_BT[:, 1:].size
-    for first in range(0, len(rows_BT), BATCH_ROWS):
-        total += backend.log_likelihood(rows_BT[first : first + BATCH_ROWS])
-        progress(Event("evaluate", text, min(first + BATCH_ROWS, len(rows_BT)), len(rows_BT)))
+    num_rows = min(BATCH_ROWS, max(1, BATCH_TOKENS // rows_BT.shape[1]))
+    for first in range(0, len(rows_BT), num_rows):
+        total += backend.log_likelihood(rows_BT[first : first + num_rows])
+        progress(Event("evaluate", text, min(first + num_rows, len(rows_BT)), len(rows_BT)))
     figures.perplexity = float(np.exp(-total / figures.num_tokens))
 
 

@@ -9,7 +9,7 @@ Options that several verbs have are written once, in one of two ways:
 
 - Verbs that do a part of their work alike inherit the options of that part: a small dataclass beside the code
   that reads them (`CalibrationOptions`, `EngineOptions`, `TrainingOptions`). Its fields are given by name
-  (`kw_only`), so that a verb's own fields come first. `inherited` gives one of them another default.
+  (`kw_only`), so that a verb's own fields come first.
 - A verb that runs other verbs, such as `compress`, gets theirs from `gossamer.runs.options`: what one verb
   gains, those that run it offer without a line of their own.
 """
@@ -26,17 +26,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def inherited(parent: type, name: str, default: Any) -> Any:
-    """The option `name` of the dataclass `parent`, with another default."""
-    [field] = [field for field in dataclasses.fields(parent) if field.name == name]
-    return option(default, **field.metadata)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreadOptions:
+    """What all verbs that compute share."""
+
+    threads: int | None = option(None, help="threads that compute (default: the physical cores)", short="-t")
 
 
 def record(job: object) -> dict[str, Any]:
     """The job's options as JSON-able values, for `gossamer.json`."""
     assert dataclasses.is_dataclass(job) and not isinstance(job, type)
-    return {field.name: _plain(getattr(job, field.name)) for field in dataclasses.fields(job)}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    values = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -27,7 +27,14 @@ STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize"
 # process, so `parallel` has nothing to choose.
 DECIDED = ("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel")
 DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
-HOW = ("overwrite", "resume", "save_steps", "report_to", "offline")  # these do not change what comes out
+HOW = (
+    "overwrite",
+    "resume",
+    "save_steps",
+    "report_to",
+    "offline",
+    "threads",
+)  # these do not change what comes out
 
 
 @dataclass(frozen=True)

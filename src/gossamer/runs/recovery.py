@@ -32,10 +32,11 @@ TEXT = ("python:doctests@3", "python:stdlib@1")
 REPLAY_CHARACTERS = 300
 STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
 # What the path decides: its data and their fields, its two sparsities, where a stage reads and writes, who
-# teaches, and that all is done again. It runs in one process, so `parallel` has nothing to choose.
+# teaches, and that all is done again. It runs in one process, so `parallel` has nothing to choose, and on one
+# thread beside the control.
 DECIDED = (
     *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
-    *("resume", "overwrite", "parallel", "seed"),
+    *("resume", "overwrite", "parallel", "seed", "threads"),
 )
 DEFAULTS = {
     "num_calibration_samples": 256,

@@ -12,6 +12,7 @@ from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, re
 from gossamer.evaluation.tasks import Example, task_examples
 from gossamer.job.options import option
 from gossamer.job.report import Progress, Result, Table, quiet
+from gossamer.job.threads import use_threads
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Evaluate(EngineOptions):
     )
     backend: Literal["torch", "engine"] = option("torch", help="transformers, or Gossamer's own engine")
     baseline: str = option("", help="model to compare with; adds recovery")
+    row_length: int = option(
+        255, help="tokens of a row of --dataset; each is seen after those before it in its row, BOS first"
+    )
     limit: int = option(0, help="rows of text and examples a task at most; 0: all (500 doctests)")
     seed: int = option(0, help="choice of the doctests")
 
@@ -36,13 +40,15 @@ class Evaluate(EngineOptions):
 class EvaluateResult(Result):
     """Perplexity (None without --dataset) over `num_tokens`; accuracy of each task and kind of example.
 
-    `recovery`: accuracy over the baseline's, and for "perplexity" the baseline's over ours; 1 is all of it.
+    `row_length`: tokens of a row of the text. `recovery`: accuracy over the baseline's, and for "perplexity"
+    the baseline's over ours; 1 is all of it.
     """
 
     model: str
     backend: str
     perplexity: float | None
     num_tokens: int
+    row_length: int
     accuracy: dict[str, float]
     accuracy_by_kind: dict[str, dict[str, float]]
     num_examples: dict[str, int]
@@ -53,7 +59,14 @@ class EvaluateResult(Result):
         """One row a figure."""
         rows = [(name, f"{value:.1%}", f"{self.num_examples[name]}") for name, value in self.accuracy.items()]
         if self.perplexity is not None:
-            rows.insert(0, ("perplexity", f"{self.perplexity:.4g}", f"{self.num_tokens} tokens"))
+            rows.insert(
+                0,
+                (
+                    "perplexity",
+                    f"{self.perplexity:.4g}",
+                    f"{self.num_tokens} tokens, {self.row_length} a row",
+                ),
+            )
         columns = ("", "value", "examples")
         if self.recovery:
             columns = (*columns, "recovery")
@@ -69,8 +82,13 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     if job.limit < 0:
         raise ConfigError(f"--limit is {job.limit}; expected a number of examples, or 0 for all")
     tasks = {task: task_examples(task, job.limit, job.seed) for task in job.tasks}
-    if job.backend != "engine" and (job.kv_cache_dtype != "auto" or job.threads is not None):
-        raise ConfigError("--kv-cache-dtype and --threads are the engine's; add --backend engine")
+    if job.row_length < 1:
+        raise ConfigError(f"--row-length is {job.row_length}; expected a number of tokens, at least 1")
+    if job.backend == "torch":
+        if job.kv_cache_dtype != "auto":
+            raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
+        if job.threads is not None:
+            use_threads(job.threads)
     ours = measure(job.model, job, tasks, progress)
     base = measure(job.baseline, job, tasks, progress) if job.baseline else None
     return EvaluateResult(
@@ -78,6 +96,7 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
         backend=job.backend,
         perplexity=ours.perplexity,
         num_tokens=ours.num_tokens,
+        row_length=job.row_length,
         accuracy=ours.accuracy,
         accuracy_by_kind=ours.by_kind,
         num_examples={task: len(examples) for task, examples in tasks.items()},
@@ -93,7 +112,12 @@ def measure(model: str, job: Evaluate, tasks: dict[str, list[Example]], progress
         Figures(),
     )
     if job.dataset:
-        rows_BT = evaluation_rows(job.dataset, backend.tokenizer, offline=job.offline)[: job.limit or None]
-        measure_text(figures, backend, job.dataset, rows_BT, progress)
+        if job.row_length > backend.context:
+            raise ConfigError(
+                f"--row-length is {job.row_length}; expected at most {backend.context}, what the context of "
+                f"{model} holds"
+            )
+        rows_BT = evaluation_rows(job.dataset, backend.tokenizer, job.row_length, offline=job.offline)
+        measure_text(figures, backend, job.dataset, rows_BT[: job.limit or None], progress)
     measure_tasks(figures, backend, tasks, progress)
     return figures

@@ -9,12 +9,12 @@ from gossamer.data.sources import manifest
 from gossamer.data.supervised import supervised_examples
 from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
-from gossamer.job.options import inherited, option
+from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult
-from gossamer.training.options import TrainingOptions, check_options
+from gossamer.training.options import TrainingOptions, check_options, inherited
 from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.trainer import train

@@ -1,15 +1,26 @@
 """The outcome of a training run, for its caller and for `gossamer.json`."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from gossamer.job.report import Result
 from gossamer.training.kernel_choice import KernelChoice
 
+WINDOW_STEPS = 10
+PARTS = ("cross_entropy_first", "cross_entropy_last", "squarehead_first", "squarehead_last")
+
 
 @dataclass(frozen=True)
 class TrainingResult(Result):
-    """What a training stage returns. `losses`: one for each optimizer step, the teacher's loss included."""
+    """What a training stage returns. `losses`: one for each optimizer step, the teacher's loss included.
+
+    First and last are means over several steps, see `History.metrics`. With a teacher, the loss is the sum of
+    cross-entropy and SquareHead, which are given apart; without one these are None.
+    """
 
     output_dir: str
     sparsity: float
@@ -17,6 +28,10 @@ class TrainingResult(Result):
     num_steps: int
     loss_first: float
     loss_last: float
+    cross_entropy_first: float | None
+    cross_entropy_last: float | None
+    squarehead_first: float | None
+    squarehead_last: float | None
     tokens_per_s: float
     seconds: float
     losses: tuple[float, ...]
@@ -27,12 +42,15 @@ class TrainingResult(Result):
 class History:
     """The losses and the speed of a run, from its first step on however often it was interrupted.
 
+    `cross_entropies` are the part of the losses that is not the teacher's, empty without a teacher;
+    `step_tokens`: the tokens of each step, which in the last can be few.
     `notes`: what the user should know about how it went; `kernel`: the training kernel;
     `optimizer_gradient_bytes`: None if a resumed run had no step left at which to measure it.
     """
 
     losses: tuple[float, ...]
-    num_tokens: int
+    cross_entropies: tuple[float, ...]
+    step_tokens: tuple[int, ...]
     seconds: float
     precision: str
     num_threads: int
@@ -40,17 +58,23 @@ class History:
     kernel: KernelChoice
     optimizer_gradient_bytes: int | None
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.step_tokens)
+
     def metrics(self) -> dict[str, Any]:
-        """For `gossamer.json`. First and last loss are means over a twentieth of the steps (at least one)."""
-        count = max(1, len(self.losses) // 20)
+        """For `gossamer.json`. First and last are means over the tokens of a twentieth of the steps.
+
+        These are at least `WINDOW_STEPS` steps, but no more than half of the run.
+        """
         held = self.optimizer_gradient_bytes
         return {
             "num_steps": len(self.losses),
             "num_tokens": self.num_tokens,
             "tokens_per_s": round(self.num_tokens / self.seconds, 1),
             "seconds": round(self.seconds, 1),
-            "loss_first": round(sum(self.losses[:count]) / count, 4),
-            "loss_last": round(sum(self.losses[-count:]) / count, 4),
+            **self._means("loss", self.losses),
+            **self._parts(),
             "precision": self.precision,
             "notes": self.notes,
             **self.kernel.metrics(),
@@ -60,5 +84,22 @@ class History:
     def result(self, output_dir: str, sparsity: float) -> TrainingResult:
         """The stage's result, for its caller."""
         names = {field.name for field in fields(TrainingResult)}
-        figures = {name: value for name, value in self.metrics().items() if name in names}
-        return TrainingResult(output_dir, sparsity, losses=self.losses, **figures)
+        figures: dict[str, Any] = dict.fromkeys(PARTS) | self.metrics()
+        shown: dict[str, Any] = {name: value for name, value in figures.items() if name in names}
+        return TrainingResult(output_dir, sparsity, losses=self.losses, **shown)
+
+    def _parts(self) -> dict[str, float]:
+        """Cross-entropy and the teacher's loss apart, if there was a teacher."""
+        if not self.cross_entropies:
+            return {}
+        pairs = zip(self.losses, self.cross_entropies, strict=True)
+        squareheads = [loss - cross_entropy for loss, cross_entropy in pairs]
+        return self._means("cross_entropy", self.cross_entropies) | self._means("squarehead", squareheads)
+
+    def _means(self, name: str, values: Sequence[float]) -> dict[str, float]:
+        num_steps = len(values)
+        count = min(max(WINDOW_STEPS, num_steps // 20), math.ceil(num_steps / 2))
+        return {
+            f"{name}_{place}": round(float(np.average(values[steps], weights=self.step_tokens[steps])), 4)
+            for place, steps in (("first", slice(count)), ("last", slice(-count, None)))
+        }

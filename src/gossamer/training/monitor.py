@@ -94,7 +94,17 @@ class Monitor(TrainerCallback):
         if "loss" not in logs or not state.is_world_process_zero:
             return
         self._write(state.log_history[-1])
-        names = ("loss", "tokens_per_s", "eta_s", "sparsity", "memory_gb", "learning_rate", "grad_norm")
+        names = (
+            "loss",
+            "cross_entropy",
+            "squarehead",
+            "tokens_per_s",
+            "eta_s",
+            "sparsity",
+            "memory_gb",
+            "learning_rate",
+            "grad_norm",
+        )
         metrics = {name: logs[name] for name in names if name in logs}
         self.progress(Event(self.stage, "training", state.global_step, state.max_steps, metrics))
 

@@ -1,16 +1,17 @@
 """The options of every verb that trains."""
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 
 from gossamer.errors import ConfigError
-from gossamer.job.options import option, record
+from gossamer.job.options import ThreadOptions, option, record
+from gossamer.job.threads import use_threads
 from gossamer.training.monitor import check_reporter
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(ThreadOptions):
     """The options that `Pretrain` and `Finetune` share; all but model and output are given by keyword."""
 
     model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
@@ -46,12 +47,27 @@ class TrainingOptions:
     offline: bool = option(False, help="never touch the network")
 
 
-WITHOUT_EFFECT = {"output_dir", "overwrite", "resume", "save_steps", "report_to", "offline", "parallel"}
+def inherited(parent: type, name: str, default: Any) -> Any:
+    """The option `name` of the dataclass `parent`, with another default."""
+    [field] = [field for field in fields(parent) if field.name == name]
+    return option(default, **field.metadata)
+
+
+WITHOUT_EFFECT = {
+    "output_dir",
+    "overwrite",
+    "resume",
+    "save_steps",
+    "report_to",
+    "offline",
+    "parallel",
+    "threads",
+}
 PATHS = {"model", "dataset", "teacher"}
 
 
 def check_options(job: TrainingOptions) -> None:
-    """Raise ConfigError for a number outside of the range in which it has a meaning."""
+    """Raise ConfigError for a number that means nothing; take the threads that are asked for."""
     if job.max_length < 2 or job.batch_tokens < 1:
         raise ConfigError(
             f"--max-length {job.max_length}, --batch-tokens {job.batch_tokens}: expected at least 2 and 1"
@@ -64,6 +80,8 @@ def check_options(job: TrainingOptions) -> None:
     if job.save_steps < 0:
         raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")
     check_reporter(job.report_to)
+    if job.threads is not None:
+        use_threads(job.threads)
 
 
 def deciding_options(job: TrainingOptions) -> dict[str, Any]:

@@ -63,6 +63,9 @@ class RowTrainer(Trainer):
         self.masks, self.monitor = masks, monitor
         self.head: Any = model.get_output_embeddings()
         self.kernel: TrainingKernel = kernel
+        self.distills = False
+        """Whether a teacher's loss is added to ours: the log then has both."""
+        self._cross_entropy = torch.zeros((), device=args.device)  # of the step so far, in this process
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -99,6 +102,7 @@ class RowTrainer(Trainer):
             loss = loss / kept_BT.sum()
         else:
             loss = loss * (num_processes() / num_items_in_batch)
+            self._cross_entropy += loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -124,8 +128,18 @@ class RowTrainer(Trainer):
         if "loss" in logs:
             own_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             num_tokens = self.rows.num_tokens(self.state.global_step * own_rows * num_processes())
-            logs |= self.monitor.figures(self.state.global_step, self.state.max_steps, num_tokens)
+            logs |= self._parts(logs["loss"]) | self.monitor.figures(
+                self.state.global_step, self.state.max_steps, num_tokens
+            )
         super().log(logs, start_time)
+
+    def _parts(self, loss: float) -> dict[str, float]:
+        """Of a step's loss what is cross-entropy and what the teacher's; nothing without a teacher."""
+        gathered = self.accelerator.gather(self._cross_entropy[None])
+        assert isinstance(gathered, Tensor)
+        cross_entropy = gathered.mean().item()
+        self._cross_entropy.zero_()
+        return {"cross_entropy": cross_entropy, "squarehead": loss - cross_entropy} if self.distills else {}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step, unless there is one; all processes take part.

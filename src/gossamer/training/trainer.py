@@ -3,6 +3,7 @@
 import gc
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -112,6 +113,7 @@ def _attach(teacher: PreTrainedModel | None, trainer: RowTrainer, precision: str
     if teacher is not None:
         nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
         SquareHead(teacher).attach(trainer)
+        trainer.distills = True
 
 
 def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
@@ -156,9 +158,11 @@ def _history(
     held_bytes: int | None,
 ) -> History:
     log = training_log(state)
+    ends = [entry["num_tokens"] for entry in log[:-1]] + [rows.num_tokens(len(rows))]
     return History(
         losses=tuple(entry["loss"] for entry in log),
-        num_tokens=rows.num_tokens(len(rows)),
+        cross_entropies=tuple(entry["cross_entropy"] for entry in log if "cross_entropy" in entry),
+        step_tokens=tuple(after - before for before, after in pairwise([0, *ends])),
         seconds=log[-1]["seconds"],
         precision=precision,
         num_threads=torch.get_num_threads(),

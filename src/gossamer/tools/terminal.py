@@ -1,11 +1,9 @@
 """Talking to a model in a terminal: lines are read, answers are printed as they come."""
 
 import importlib.util
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any, Protocol, runtime_checkable
-
-from rich.console import Console
 
 from gossamer.errors import GossamerError
 
@@ -26,31 +24,30 @@ class Dialogue(Protocol):
         ...
 
 
-def converse(dialogue: Dialogue, notes: Console) -> int:
-    """Talk until the user ends it, and return the exit code. What is not the model's goes to `notes`."""
+def converse(dialogue: Dialogue, note: Callable[[str], None]) -> None:
+    """Talk until the user ends it. Lines that are not the model's go to `note`."""
     if importlib.util.find_spec("readline"):
         import readline  # noqa: F401  # `input` then edits lines and remembers them
-    notes.print(HELP, style="dim", soft_wrap=True)
-    while (line := _next_line(notes)) is not None:
+    note(HELP)
+    while (line := _next_line(note)) is not None:
         match line.strip():
             case "":
                 pass
             case "/quit" | "/exit":
-                return 0
+                return
             case "/help":
-                notes.print(HELP, style="dim", soft_wrap=True)
+                note(HELP)
             case "/clear":
                 dialogue.clear()
-                notes.print("forgotten", style="dim")
+                note("forgotten")
             case word if word.startswith("/") and len(word.split()) == 1:
-                notes.print(f"{word} is no command: {HELP}", style="dim", soft_wrap=True, markup=False)
+                note(f"{word} is no command: {HELP}")
             case _:
-                _show_answer(dialogue, line, notes)
+                _show_answer(dialogue, line, note)
     print()
-    return 0
 
 
-def _next_line(notes: Console) -> str | None:
+def _next_line(note: Callable[[str], None]) -> str | None:
     """What the user typed; None at the end. Ctrl-C only drops the line."""
     while True:
         try:
@@ -59,10 +56,10 @@ def _next_line(notes: Console) -> str | None:
             return None
         except KeyboardInterrupt:
             print()
-            notes.print(HELP, style="dim", soft_wrap=True)
+            note(HELP)
 
 
-def _show_answer(dialogue: Dialogue, text: str, notes: Console) -> None:
+def _show_answer(dialogue: Dialogue, text: str, note: Callable[[str], None]) -> None:
     """Print the answer while it comes; Ctrl-C stops it. Say why it is shorter than one would expect."""
     empty, reason = True, None
     try:
@@ -73,11 +70,11 @@ def _show_answer(dialogue: Dialogue, text: str, notes: Console) -> None:
     except KeyboardInterrupt:
         reason = "stopped"
     except GossamerError as error:
-        notes.print(str(error), soft_wrap=True, markup=False)
+        note(str(error))
         return
     if not empty or reason == "stopped":
         print()
     if empty and reason == "stop":
-        notes.print("the model ended at once, without an answer", style="dim")
+        note("the model ended at once, without an answer")
     elif reason == "length":
-        notes.print("the answer was cut: --max-tokens, or the context is full", style="dim")
+        note("the answer was cut: --max-tokens, or the context is full")
