@@ -36,8 +36,7 @@ _PARTS = {  # what a tensor's name has in it, and which format does so
     ".lora_A.": "a PEFT adapter (LoRA) inside the model; merge it (`merge_and_unload`) and save that model",
     ".base_layer.": "a PEFT adapter inside the model; merge it (`merge_and_unload`) and save that model",
     ".g_idx": "weights quantized by GPTQ; give the model that was quantized",
-    ".qzeros": "weights quantized by AWQ or GPTQ; give the model that was quantized",
-    ".qweight": "quantized weights; give the model that was quantized",
+    ".qweight": "weights quantized by GPTQ or AWQ; give the model that was quantized",
     ".quant_state.": "weights quantized by bitsandbytes; give the model that was quantized",
     ".SCB": "weights quantized by bitsandbytes; give the model that was quantized",
     ".weight_packed": "quantized weights (compressed-tensors); give the model that was quantized",
@@ -47,7 +46,7 @@ _PARTS = {  # what a tensor's name has in it, and which format does so
 
 
 def no_model(path: Path) -> GossamerError:
-    """For a path without a config.json in it."""
+    """For a path without a config.json in it, or with a PEFT adapter in it."""
     expected = "expected a Hugging Face directory (config.json and *.safetensors)"
     if path.is_file():
         refuse_gguf(path)
@@ -85,8 +84,12 @@ def adapter(path: Path) -> GossamerError:
 _MERGE = "merge it (peft's `merge_and_unload`, then `save_pretrained`) and give that directory"
 
 
-def no_weights(path: Path) -> GossamerError:
-    """For a directory with a config.json and without model.safetensors or its index."""
+def no_weights(path: Path, given: object = None) -> GossamerError:
+    """For a directory with a config.json and without model.safetensors or its index, or what is `given`."""
+    if given is not None:
+        return CheckpointError(
+            f"{path / 'config.json'}: transformers_weights is {given!r}, which is no file of this directory"
+        )
     if pickles := sorted(chain.from_iterable(map(path.glob, _PICKLES))):
         return UnsupportedError(
             f"{pickles[0]}: pickle weights can run code when opened; supported: safetensors "
@@ -98,7 +101,7 @@ def no_weights(path: Path) -> GossamerError:
         if files := sorted(path.glob(pattern)):
             return UnsupportedError(f"{files[0]}: found weights of {kind}; supported: safetensors")
     expected = "no model.safetensors and no model.safetensors.index.json; expected either"
-    others = ", ".join(sorted(file.name for file in path.glob("*.safetensors")))
+    others = ", ".join(sorted(file.name for file in path.glob("*.safetensors") if file.is_file()))
     found = f" (found {others}; rename a single file, or restore the index of several)" if others else ""
     return CheckpointError(f"{path}: {expected}{found}")
 
@@ -150,6 +153,7 @@ def _fits(entry: Entry | None, shape: tuple[int, ...]) -> bool:
 def _odd_tensor(path: Path, name: str, entry: Entry | None, shape: tuple[int, ...]) -> GossamerError:
     if entry is None:
         hint = ", or tie_word_embeddings true in config.json" if name == f"{HEAD}.weight" else ""
+        hint = ", because the weight is int8" if name.endswith(".weight_scale") else hint
         return CheckpointError(f"{path}: tensor {name} is missing; expected one of shape {list(shape)}{hint}")
     if entry.shape != shape:
         return CheckpointError(

@@ -87,8 +87,11 @@ class Checkpoint:
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
         """The stage's record (`gossamer.json`), None in a directory that Gossamer did not write."""
-        file = self.path / MANIFEST
-        return read_json(file) if file.exists() else None
+        if not (file := self.path / MANIFEST).exists():
+            return None
+        if not isinstance(steps := (found := read_json(file)).get("lineage", []), list):
+            raise CheckpointError(f"{file}: lineage is {steps!r:.80}; take the file out, or restore it")
+        return found
 
     def dtype(self, name: str) -> str:
         return self.entries[name].dtype
@@ -148,7 +151,7 @@ class Checkpoint:
         zeros or tensors.
         """
         output = Path(output)
-        partial = output.with_name(output.name + ".partial")
+        partial, _ = output.with_name(output.name + ".partial"), self.manifest  # whose faults show now
         refuse_existing(output, overwrite)
         if output.exists() and output.resolve() == self.path.resolve():
             raise ConfigError(f"{output} is the input directory; give another --output-dir")
@@ -288,9 +291,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """The configuration, without what only announces that weights are sparse."""
     file = directory / "config.json"
     if not file.is_file() or (directory / "adapter_config.json").is_file():
-        from gossamer.checkpoint import diagnosis
+        from gossamer.checkpoint.diagnosis import no_model
 
-        raise diagnosis.adapter(directory) if file.is_file() else diagnosis.no_model(directory)
+        raise no_model(directory)
     config = read_json(file)
     if config.keys() & {"quantization_config", "sparsity_config"}:
         from gossamer.checkpoint.schemes import readable_config
@@ -306,7 +309,7 @@ def _weight_files(directory: Path, given: str | None) -> list[Path]:
     if chosen is None:
         from gossamer.checkpoint.diagnosis import no_weights
 
-        raise no_weights(directory)
+        raise no_weights(directory, given)
     if chosen.suffix == ".json":
         from gossamer.checkpoint.index import read_index
 

@@ -88,7 +88,8 @@ def readable_config(config: Mapping[str, Any], file: str) -> dict[str, Any]:
     by the names of their tensors.)
     """
     kept = {key: value for key, value in config.items() if key != "sparsity_config"}
-    found = kept.get("quantization_config")
+    if (found := kept.get("quantization_config")) is None:
+        kept.pop("quantization_config", None)
     if isinstance(found, dict) and "sparsity_config" in found:
         kept["quantization_config"] = {key: found[key] for key in found if key != "sparsity_config"}
     if isinstance(found, dict) and found.get("sparsity_config") and not found.get("config_groups"):

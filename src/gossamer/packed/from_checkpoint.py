@@ -22,7 +22,8 @@ from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.panels import panel_chunks
 from gossamer.packed.writer import PackedWriter
-from gossamer.tokens.encoder import Encoder, read_files
+from gossamer.tokens.encoder import read_files
+from gossamer.tokens.tokenizer import Tokenizer, read_template
 
 SMALLER_SPARSE = 1 / 8  # a mask bit a weight against the 8 bits of each zero
 Head = Literal["auto", "keep", "i8"]
@@ -59,7 +60,7 @@ def pack_checkpoint(
     names = [*matrix_shapes(source.architecture)]
     if round_head and HEAD not in names:
         names.append(HEAD)
-    Encoder.open(source.path)  # whose ids must have rows in the embedding
+    Tokenizer.open(source.path)  # which must be sound, and its ids have rows in the embedding
     error = None
     int8 = "auto" if storage == "smallest" or expands_int8_fast() else "dense"
     with PackedWriter(path, **packed_companions(source)) as writer:
@@ -110,8 +111,8 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
     files = read_files(source.path)
     small = {"tokenizer_config": files["config"], "generation_config": files["generation_config"]}
     metadata = {key: json.dumps(found) for key, found in small.items() if found}
-    if (template := source.path / "chat_template.jinja").is_file():
-        metadata["chat_template"] = _text(template)
+    if (template := read_template(source.path)) is not None:
+        metadata["chat_template"] = template
     if origin := source.downloaded or (source.manifest or {}).get("origin"):
         metadata["origin"] = json.dumps(origin)
     return {
@@ -120,13 +121,6 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
         "parent": source.hash,
         "metadata": metadata,
     }
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: not UTF-8 text ({error}); the file is damaged") from error
 
 
 def _write_matrix(

@@ -101,11 +101,9 @@ def read_files(directory: Path) -> dict[str, Any]:
     """What an `Encoder` is made of, from a model directory; CheckpointError where it is not there."""
     file = directory / "tokenizer.json"
     if not file.is_file():
-        found = "tokenizer.model only" if (directory / "tokenizer.model").is_file() else "none"
-        raise CheckpointError(
-            f"{directory}: no tokenizer.json (found: {found}). "
-            "Save the tokenizer once with transformers' AutoTokenizer to make one."
-        )
+        from gossamer.tokens.special import no_tokenizer
+
+        raise no_tokenizer(directory)
     names = ("tokenizer_config", "generation_config", "config")
     files = (directory / f"{name}.json" for name in names)
     config, generation_config, model_config = (read_json(it) if it.is_file() else {} for it in files)

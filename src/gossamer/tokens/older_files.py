@@ -27,9 +27,11 @@ def with_older_files(
     if (file := directory / SPECIAL_TOKENS_MAP).is_file():
         merged = _with_special_tokens(merged, read_json(file))
     if (file := directory / ADDED_TOKENS).is_file():
-        listed = merged.get("extra_special_tokens") or merged.get("additional_special_tokens") or []
-        special = {_text(merged.get(name)) for name in named} | {_text(token) for token in listed}
-        known = {token.get("id") for token in document.get("added_tokens") or [] if isinstance(token, dict)}
+        listed = merged.get("extra_special_tokens") or merged.get("additional_special_tokens")
+        special = [_text(merged.get(name)) for name in named]
+        special += [_text(token) for token in listed] if isinstance(listed, list) else []
+        tokens = document.get("added_tokens")
+        known = [it.get("id") for it in tokens if isinstance(it, dict)] if isinstance(tokens, list) else []
         added = {}
         for text, index in read_json(file).items():
             if type(index) is not int or index < 0:
@@ -46,13 +48,11 @@ def _with_special_tokens(config: dict[str, Any], found: Mapping[str, Any]) -> di
     if config.get("additional_special_tokens") and not config.get("extra_special_tokens"):
         config["extra_special_tokens"] = config.pop("additional_special_tokens")
     for key, value in found.items():
-        if key == "extra_special_tokens" and isinstance(value, list):
-            before = list(config.get(key) or [])
+        before = config.get(key) or []
+        if key == "extra_special_tokens" and isinstance(value, list) and isinstance(before, list):
             config[key] = before + [token for token in value if token not in before]
         else:
-            config[key] = (
-                value | {"special": True} if isinstance(value, dict) and "content" in value else value
-            )
+            config[key] = value
     return config
 
 

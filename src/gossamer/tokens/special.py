@@ -1,6 +1,7 @@
 """Special tokens that tokenizer_config.json has beside those of tokenizer.json, as transformers adds them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -18,7 +19,7 @@ def add_special_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any
     known = {token.content: repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
+    if not isinstance(listed, dict) or not all(key.isdecimal() and len(key) < 10 for key in listed):
         raise CheckpointError(f"tokenizer_config: added_tokens_decoder is {listed!r:.80}; expected ids.")
     if not isinstance(extra, dict | list):
         raise CheckpointError(f"tokenizer_config: extra_special_tokens is {extra!r:.80}; expected a list.")
@@ -34,6 +35,15 @@ def add_special_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any
         token.special = token.special or token.content in texts.values()
     tokenizer.add_tokens(tokens)
     return texts
+
+
+def no_tokenizer(directory: Path) -> CheckpointError:
+    """The error of a model directory without tokenizer.json."""
+    found = "tokenizer.model only" if (directory / "tokenizer.model").is_file() else "none"
+    return CheckpointError(
+        f"{directory}: no tokenizer.json (found: {found}). "
+        "Save the tokenizer once with transformers' AutoTokenizer to make one."
+    )
 
 
 def beyond_the_rows(ids: Mapping[str, int], num_rows: int, origin: str) -> CheckpointError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import tokenizers
 
+from gossamer.architecture.config import LFS_POINTER
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.tokens.encoder import Encoder, first_ids, read_files, valid_text
 from gossamer.tokens.typed import TypedChats
@@ -53,9 +54,7 @@ class Tokenizer(Encoder):
     @classmethod
     def open(cls, path: str | Path) -> Self:
         """Read a Hugging Face model directory; CheckpointError when it holds no usable tokenizer."""
-        file = Path(path) / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.is_file() else None
-        return cls(**read_files(Path(path)), chat_template=template)
+        return cls(**read_files(Path(path)), chat_template=read_template(Path(path)))
 
     @property
     def vocab_size(self) -> int:
@@ -161,6 +160,19 @@ class Tokenizer(Encoder):
         from gossamer.tokens.chat import ChatTemplate  # most callers never chat
 
         return ChatTemplate(self.chat_template)
+
+
+def read_template(directory: Path) -> str | None:
+    """The template that lies beside the tokenizer, None without one; CheckpointError for what is no text."""
+    if not (file := directory / "chat_template.jinja").is_file():
+        return None
+    content = file.read_bytes()
+    if content.startswith(LFS_POINTER):
+        raise CheckpointError(f"{file}: a Git LFS pointer, not the file itself; run `git lfs pull`")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 text ({error}); the file is damaged") from error
 
 
 def _inline_template(config: Mapping[str, Any]) -> str | None:
