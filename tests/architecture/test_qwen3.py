@@ -6,10 +6,12 @@ import pytest
 from transformers import Qwen3Config
 
 from architecture import every_stage
+from gossamer import cli
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import UnsupportedError
 from gossamer.packed.reader import Packed
+from gossamer.tools.inspect import Inspect, inspect
 from llamas import save_random
 
 CONFIG = Qwen3Config(
@@ -50,6 +52,8 @@ def test_layers_with_and_without_a_window(tmp_path: Path) -> None:
     every_stage.check_smoothing(directory)
     every_stage.check_engine(directory, tmp_path / "model.goss")
     assert Packed.open(tmp_path / "model.goss").metadata["version"] == "3"
+    [facts, *_] = inspect(Inspect(str(directory))).tables()
+    assert "all in 1 of 2 layers, 19 in 1 of 2 layers" in cli.markdown(facts)
 
 
 def test_every_stage(qwen3: Path, text_file: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gossamer import _native, cli
+from gossamer.architecture.families import read_anatomy
 from gossamer.engine import KvCacheDtype, cached_type, native_model
 from gossamer.errors import ConfigError
 from gossamer.measure.report import BenchResult, BenchRow
@@ -62,6 +63,11 @@ def test_bytes_are_those_of_the_file_and_the_cache(row: BenchRow, int8_model: Pa
     assert row.kv_bytes == pytest.approx(3 * kv_bytes(llama, 9 + 4.5, "bf16"), abs=3)
     position = 2 * llama.num_layers * llama.attention.num_kv_heads * llama.attention.head_dim
     assert [kv_bytes(llama, 7, dtype) for dtype in ("f32", "bf16")] == [28 * position, 14 * position]
+    mistral = int8_model.config | {"architectures": ["MistralForCausalLM"], "sliding_window": 5}
+    assert [kv_bytes(read_anatomy(mistral), context, "f32") for context in (4, 7)] == [
+        16 * position,
+        20 * position,
+    ]
     assert row.linears_bytes == sum(int8_model.matrix_bytes(name) for name in int8_model.decoder)
     assert row.linears_bytes + int8_model.matrix_bytes(int8_model.head) < row.step_bytes - row.kv_bytes
     assert row.step_bytes - row.kv_bytes < row.file_bytes == int8_model.path.stat().st_size

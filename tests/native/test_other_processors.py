@@ -16,7 +16,7 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.packed.from_checkpoint import round_rows
 from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter
-from native.conftest import CONFIG
+from native.conftest import CONFIG as LLAMA
 
 NATIVE = Path(__file__).parents[2] / "native"
 CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -32,6 +32,7 @@ pytestmark = [
     ),
     pytest.mark.timeout(1800),
 ]
+CONFIG = LLAMA | {"architectures": ["MistralForCausalLM"], "sliding_window": 16}
 FLAGS = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 IDS = np.random.default_rng(1).integers(0, CONFIG["vocab_size"], 37).astype(np.int32)
 EXPECTED = """
@@ -99,7 +100,7 @@ def test_logits_have_the_bits_of_x86(
 
 
 def write_model(path: Path, values: str, sparsity: float) -> Packed:
-    """A random Llama whose linears are of `values`, sparse or dense."""
+    """A random Mistral whose linears are of `values`, sparse or dense."""
     rng, storage = np.random.default_rng(5), "sparse" if sparsity else "dense"
     with PackedWriter(path, config=json.dumps(CONFIG)) as writer:
         for tensor, shape in read_anatomy(CONFIG).tensor_shapes.items():

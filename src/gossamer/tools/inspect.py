@@ -1,5 +1,6 @@
 """`inspect`: what a checkpoint directory or a packed file holds, and where it comes from."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,12 +78,17 @@ class InspectResult(Result):
         widths = (
             f"{found['hidden_size']}, MLP {found['intermediate_size']}, vocabulary {found['vocab_size']:,}"
         )
-        rope = found["rope"]
+        rope, windows = found["rope"], Counter(found["windows"])
+        seen = ", ".join(
+            f"{window or 'all'} in {count} of {len(found['windows'])} layers"
+            for window, count in windows.items()
+        )
         facts = [
             ("kind", self.kind),
             ("architecture", f"{found['model_type']}, {found['num_layers']} layers, {heads}"),
             ("width", widths),
             ("rope", f"{rope['kind']}, base {rope['theta']:g}" if rope else "none"),
+            *([("positions seen", seen)] if any(windows) else []),
             ("parameters", f"{self.num_parameters:,}"),
             ("bytes", f"{self.num_bytes:,}"),
             ("decoder zeros", f"{self.sparsity:.2%}"),
@@ -179,6 +185,7 @@ def _sizes(anatomy: Anatomy) -> dict[str, Any]:
         "vocab_size": anatomy.vocab_size,
         "rms_norm_eps": anatomy.norm_eps,
         "rope": _rope(heads.rope),
+        "windows": tuple(block.attention.window for block in anatomy.blocks),
         "tie_word_embeddings": anatomy.tie_word_embeddings,
         "max_position_embeddings": anatomy.max_position_embeddings,
         "bos_token_id": anatomy.bos_token_id,
