@@ -1,9 +1,14 @@
-"""The small runtime: a wheel built from this tree, in an environment without torch, runs a packed model."""
+"""What is published: the sdist, the wheel built from it, and that the wheel runs a model without torch."""
 
+import email.message
+import email.parser
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,26 +30,119 @@ print(json.dumps({"ids": list(answer.token_ids), "heavy": heavy, "seconds": seco
 """
 
 
+PIP = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+SDIST = "import sys; from scikit_build_core.build import build_sdist; print(build_sdist(sys.argv[1]))"
+
+
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bin directory of a fresh environment that holds the wheel and what it requires, nothing else."""
-    directory = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of sources."""
+    directory = tmp_path_factory.mktemp("sdist")
+    run([sys.executable, "-c", SDIST, str(directory)], cwd=ROOT)
+    [archive] = directory.glob("gossamer-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the archive in a folder that keeps what it compiled for the next time."""
+    directory, source = tmp_path_factory.mktemp("wheel"), ROOT / "build" / "test-sdist"
+    unpack(sdist, source)
     build = ["--config-settings", f"build-dir={ROOT / 'build' / 'test-wheel'}"]
-    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(directory), *build, str(ROOT)])
-    [wheel] = directory.glob("gossamer-*.whl")
+    run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", str(directory), *build, str(source)])
+    [made] = directory.glob("gossamer-*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def runtime(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin directory of a fresh environment that holds the wheel and what it requires, nothing else."""
+    directory = tmp_path_factory.mktemp("runtime")
     run([sys.executable, "-m", "venv", str(directory / "venv")])
     python = str(directory / "venv" / "bin" / "python")
-    run([python, *pip[1:], "install", "-c", str(ROOT / "constraints.txt"), str(wheel)])
+    run([python, *PIP[1:], "install", "-c", str(ROOT / "constraints.txt"), str(wheel)])
     return directory / "venv" / "bin"
 
 
-def run(command: list[str], **options: str) -> str:
+def run(command: list[str], cwd: Path | None = None, **options: str) -> str:
     completed = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | options, timeout=600, check=False
+        command, capture_output=True, text=True, env=os.environ | options, timeout=600, check=False, cwd=cwd
     )
     assert completed.returncode == 0, completed.stderr
     return completed.stdout
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Write the files of an archive that differ from those in `target`, so that only these are compiled."""
+    with tarfile.open(archive) as tar:
+        contents = {
+            target.joinpath(*Path(member.name).parts[1:]): file.read()
+            for member in tar
+            if (file := tar.extractfile(member))
+        }
+    for path in [path for path in target.rglob("*") if path.is_file() and path not in contents]:
+        path.unlink()
+    for path, content in contents.items():
+        if not path.is_file() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def names_in_sdist(archive: Path) -> set[str]:
+    with tarfile.open(archive) as tar:
+        return {str(Path(*Path(member.name).parts[1:])) for member in tar if member.isfile()}
+
+
+def metadata_of(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.parser.BytesParser().parsebytes(archive.read(name))
+
+
+def test_the_sdist_has_what_is_built_and_tested_and_no_results(sdist: Path) -> None:
+    names = names_in_sdist(sdist)
+    tracked = set(run(["git", "ls-files", "src", "native", "tests"], cwd=ROOT).splitlines())
+    assert tracked - names == set()
+    assert {"CMakeLists.txt", "LICENSE", "README.md", "PKG-INFO", "pyproject.toml"} <= names
+    left_out = ("build/", "benchmarks/", "docs/results/", ".ci/", ".github/", ".git/", ".venv/")
+    assert not [name for name in names if name.startswith(left_out) or "__pycache__" in name]
+    assert sdist.stat().st_size < 8e6
+
+
+def test_the_wheel_has_the_package_its_types_and_no_sources_of_the_native_part(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"gossamer/py.typed", "gossamer/_native.pyi", "gossamer/checkpoint/hub.py"} <= names
+    assert "gossamer/models/python-llama/model.safetensors" in names
+    others = {name for name in names if not re.match(r"gossamer(-[^/]*\.dist-info)?/", name)}
+    assert not others and not [name for name in names if name.endswith((".cpp", ".hpp", ".o", ".pyc"))]
+    [native] = [name for name in names if name.endswith(".so")]
+    stable = sys.version_info >= (3, 12)
+    tag = "cp312-abi3" if stable else f"cp3{sys.version_info.minor}-cp3{sys.version_info.minor}"
+    assert wheel.name.split("-", 2)[2].startswith(f"{tag}-linux_")
+    assert native.endswith(
+        ".abi3.so" if stable else f".cpython-3{sys.version_info.minor}-{os.uname().machine}-linux-gnu.so"
+    )
+
+
+def test_the_native_part_needs_no_library_that_a_manylinux_system_lacks(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".so")]
+        library = archive.extract(name, tmp_path)
+    needed = set(re.findall(r"NEEDED.*\[(.+)\]", run(["readelf", "-d", library])))
+    allowed = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libpthread.so.0", "libdl.so.2"}
+    assert {name for name in needed if not name.startswith("ld-linux")} <= allowed
+
+
+def test_the_metadata_are_complete_and_the_extras_resolve(wheel: Path) -> None:
+    found = metadata_of(wheel)
+    assert (found["License-Expression"], found["License-File"]) == ("Apache-2.0", "LICENSE")
+    assert found["Requires-Python"] == ">=3.11" and found["Description-Content-Type"] == "text/markdown"
+    assert "pip install" in str(found.get_payload())
+    pythons = {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)}
+    assert pythons | {"Typing :: Typed"} <= set(found.get_all("Classifier", []))
+    constraints = str(ROOT / "constraints.txt")  # the set that is installed here, so no index is asked
+    run([*PIP, "install", "--dry-run", "--no-index", "-c", constraints, f"{wheel}[compress,test]"])
 
 
 def test_a_wheel_without_torch_runs_a_packed_model(
