@@ -4,7 +4,8 @@ The hub's own library downloads into its own cache, with its own settings (HF_HO
 what `hf auth login` keeps, HF_HUB_OFFLINE). Only files that are read here are fetched, in two steps: the
 small ones first, so that a model that is not supported is refused before its weights are downloaded, and so
 that a copy whose weights are whole has all the others. Whole files stay when a download fails. Nothing falls
-back to an old copy in silence: `offline` has to be asked for.
+back to an old copy in silence: `offline` has to be asked for. What the library tells the hub about the
+program that asks is its own affair; HF_HUB_DISABLE_TELEMETRY=1 keeps it short.
 """
 
 import contextlib
