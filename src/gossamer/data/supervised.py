@@ -33,7 +33,10 @@ def supervised_examples(
     prompt-completion  {"prompt", "completion"}
     """
     bad = bad or BadRows()
-    tokenizer.check_template() if format == "chat" else tokenizer.required_eos()
+    if format == "chat":  # what the model lacks is no row's fault
+        tokenizer.check_template()
+    else:
+        tokenizer.required_eos()
     for where, row in _supervised_rows(source, format, bad):
         try:
             if format == "chat":
