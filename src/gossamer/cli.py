@@ -68,7 +68,10 @@ VERBS = {
     ),
     "compress": Verb("gossamer.runs.compress", "Compress", "prune, train, quantize and pack in one go"),
     "import": Verb(
-        "gossamer.stages.import_model", "Import", "a GGUF file to a model directory", function="import_model"
+        "gossamer.stages.import_model",
+        "Import",
+        "a GGUF file becomes a model directory",
+        function="import_model",
     ),
     "prune": Verb("gossamer.stages.prune", "Prune", "set weights to zero with SparseGPT"),
     "pretrain": Verb("gossamer.stages.pretrain", "Pretrain", "train on text, zeros fixed", in_several=True),

@@ -79,8 +79,11 @@ def test_chats_are_answered_as_transformers_answers_them(packed: Path, smollm2: 
 
 
 @pytest.mark.timeout(900)  # about two minutes of work for one core, which others may be using too
-def test_through_every_stage_to_a_server(smollm2: Path, text_file: Path, tmp_path: Path, capsys: Any) -> None:
+def test_through_every_stage_to_a_server(
+    smollm2: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     """Half of the weights zero, INT8, one file: it runs, and a client of OpenAI's is answered the same."""
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     few: dict[str, Any] = {"dataset": (str(text_file),), "num_calibration_samples": 4, "max_seq_length": 128}
     pruned, quantized, file = tmp_path / "50", tmp_path / "int8", tmp_path / "model.goss"
     found = prune(Prune(str(smollm2), str(pruned), sparsity=0.5, **few))

@@ -1,4 +1,4 @@
-"""`import`: a GGUF file becomes a Hugging Face directory, which every other stage reads."""
+"""`import`: other programs' models become a Hugging Face directory, which every other stage reads."""
 
 import contextlib
 import hashlib
@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.checkpoint.directory import MANIFEST, SHARD_BYTES, Checkpoint, library_versions
+from gossamer.checkpoint.directory import MANIFEST, SHARD_BYTES, Checkpoint, companions, library_versions
 from gossamer.checkpoint.partial import locked, publish, refuse_existing
-from gossamer.errors import CheckpointError
+from gossamer.errors import CheckpointError, ConfigError
+from gossamer.foreign.bitmask import BitmaskWeights
 from gossamer.foreign.gguf_file import GgufFile
 from gossamer.foreign.gguf_model import GgufModel
 from gossamer.foreign.gguf_tokenizer import GgufTokenizer
@@ -31,12 +32,14 @@ _TYPES = {"f32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "f16": ("F16"
 
 @dataclass(frozen=True)
 class Import:
-    """Decode every weight, and write config, tokenizer and chat template from the file's metadata."""
+    """Decode every weight of a GGUF file, or of a directory whose sparse weights are stored compressed."""
 
-    model: str = option(help="GGUF file", positional=True)
+    model: str = option(
+        help="GGUF file, or a directory of compressed-tensors' sparse-bitmask", positional=True
+    )
     output_dir: str = option(help="directory to write", short="-o")
     dtype: Literal["f32", "bf16", "f16"] = option(
-        "f32", help="type of the weights; f32 holds every GGUF exactly"
+        "f32", help="type of the weights; f32 holds all of them exactly"
     )
     overwrite: bool = option(False, help="replace the output directory")
 
@@ -60,38 +63,68 @@ class ImportResult(Result):
         return (f"Run it: gossamer run {self.output_dir} 'What is a spider?'{chat}",)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What is to be written: weights, texts of files by name, files to copy; `stored` is for people."""
+
+    weights: GgufWeights | BitmaskWeights
+    config: dict[str, Any]
+    texts: dict[str, str]
+    files: Sequence[Path]
+    stored: str
+
+
 def import_model(job: Import, progress: Progress = quiet) -> ImportResult:
-    """Import a model; nothing is written before all of the file's header has been understood."""
-    start, output = time.monotonic(), Path(job.output_dir)
+    """Import a model; nothing is written before all of the input's headers have been understood."""
+    start, output, path = time.monotonic(), Path(job.output_dir), Path(job.model)
     refuse_existing(output, job.overwrite)
-    file, (stored, dtype) = GgufFile.open(job.model), _TYPES[job.dtype]
+    if output.exists() and output.resolve() == path.resolve():
+        raise ConfigError(f"{output} is the input; give another --output-dir")
+    dtype, _ = _TYPES[job.dtype]
+    found = _read_bitmask(path, job) if path.is_dir() else _read_gguf(path, job)
+    tensors = {name: Planned(dtype, shape) for name, shape in found.weights.shapes.items()}
+    with _directory(output) as partial:
+        zeros = _write_weights(partial, tensors, found.weights, progress)
+        for file in found.files:
+            shutil.copyfile(file, partial / file.name)
+        for name, text in (found.texts | {"config.json": _json(found.config)}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        linears = Checkpoint.open(partial).linears
+        Tokenizer.open(partial)
+        manifest = _manifest(job, path, {f"{name}.weight": zeros[f"{name}.weight"] for name in linears})
+        (partial / MANIFEST).write_text(_json(manifest), encoding="utf-8")
+    return ImportResult(
+        output_dir=job.output_dir,
+        architecture=found.config["architectures"][0],
+        stored=found.stored,
+        num_parameters=sum(tensor.size for tensor in tensors.values()),
+        num_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
+        chat_template="yes" if (output / "chat_template.jinja").exists() else "no",
+        seconds=time.monotonic() - start,
+    )
+
+
+def _read_gguf(path: Path, job: Import) -> _Found:
+    file, (stored, dtype) = GgufFile.open(path), _TYPES[job.dtype]
     model, tokenizer = GgufModel(file), GgufTokenizer(file)
     config: dict[str, Any] = model.config | tokenizer.token_ids() | {"dtype": dtype}
     if len(tokenizer.tokens) > config["vocab_size"]:
         raise CheckpointError(
-            f"{file.path}: {len(tokenizer.tokens)} tokens for an embedding of {config['vocab_size']} rows"
+            f"{path}: {len(tokenizer.tokens)} tokens for an embedding of {config['vocab_size']} rows"
         )
-    weights = GgufWeights(model, read_anatomy(config, str(file.path)), stored)
-    texts = tokenizer.files() | {"config.json": _json(config)}
-    tensors = {name: Planned(stored, tensor.shape) for name, tensor in weights.sources.items()}
-    with _directory(output) as partial:
-        zeros = _write_weights(partial, tensors, weights, progress)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        linears = Checkpoint.open(partial).linears
-        Tokenizer.open(partial)
-        manifest = _manifest(job, file, {f"{name}.weight": zeros[f"{name}.weight"] for name in linears})
-        (partial / MANIFEST).write_text(_json(manifest), encoding="utf-8")
+    weights = GgufWeights(model, read_anatomy(config, str(path)), stored)
     types = Counter(tensor.type for tensor in weights.sources.values())
-    return ImportResult(
-        output_dir=job.output_dir,
-        architecture=config["architectures"][0],
-        stored=", ".join(f"{count} {kind}" for kind, count in types.most_common()),
-        num_parameters=sum(tensor.size for tensor in tensors.values()),
-        num_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
-        chat_template="yes" if "chat_template.jinja" in texts else "no",
-        seconds=time.monotonic() - start,
-    )
+    words = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
+    return _Found(weights, config, tokenizer.files(), (), words)
+
+
+def _read_bitmask(path: Path, job: Import) -> _Found:
+    stored, dtype = _TYPES[job.dtype]
+    weights = BitmaskWeights(path, stored)
+    config = {key: value for key, value in weights.config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    read_anatomy(config, str(path / "config.json"))
+    words = f"{len(weights.modules)} sparse-bitmask of {len(weights.shapes)}"
+    return _Found(weights, config, {}, companions(path), words)
 
 
 @contextlib.contextmanager
@@ -109,7 +142,7 @@ def _directory(output: Path) -> Iterator[Path]:
 
 
 def _write_weights(
-    directory: Path, tensors: Mapping[str, Planned], weights: GgufWeights, progress: Progress
+    directory: Path, tensors: Mapping[str, Planned], weights: GgufWeights | BitmaskWeights, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Write the files of weights; returns each tensor's sparsity and mask hash, as in `gossamer.json`."""
     digests = {name: hashlib.sha256() for name in tensors}
@@ -140,15 +173,17 @@ def _write_weights(
     }
 
 
-def _manifest(job: Import, file: GgufFile, tensors: dict[str, Any]) -> dict[str, Any]:
-    """`gossamer.json`: what stages write, with the file as the parent."""
-    with file.path.open("rb") as stream:
-        parent = hashlib.file_digest(stream, "sha256").hexdigest()
+def _manifest(job: Import, path: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    """`gossamer.json`: what stages write, with the file or the files of weights as the parent."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)  # one digest of all
     return {
         "stage": "import",
         "job": record(job),
-        "parent": {"path": str(file.path), "hash": parent},
-        "lineage": [{"stage": "import", "parent": parent}],
+        "parent": {"path": str(path), "hash": digest.hexdigest()},
+        "lineage": [{"stage": "import", "parent": digest.hexdigest()}],
         "data": [],
         "versions": library_versions(),
         "num_threads": None,
