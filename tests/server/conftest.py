@@ -17,7 +17,7 @@ from gossamer.packed.from_checkpoint import pack_checkpoint
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.role == 'wizard' %}{{ raise_exception('no wizards here') }}{% endif %}"
-    "{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+    "{{ message.role }}: {{ message['content'] | trim }}\n{% endfor %}assistant:"
 )
 GENERATION_CONFIG = {"eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_k": 7, "top_p": None}
 SCRIPT = """

@@ -241,6 +241,8 @@ NULLS = dict.fromkeys(["refusal", "name", "audio", "function_call", "tool_calls"
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "annotations": []}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": None}]}]},
         {"messages": [{"role": "user", "content": "a", "weight": None}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": []}, MESSAGES[1]]},
+        {"messages": [{"role": "assistant"}, {"role": "user", "content": []}]},
         {"stream_options": None, "tools": [], "stop_token_ids": None, "unheard_of": None},
         {"stream": True, "stream_options": {"include_usage": None, "include_obfuscation": None}},
         {"response_format": {"type": "text", "json_schema": None}},

@@ -67,7 +67,7 @@ def test_sparse_model_learns_and_keeps_its_zeros(
     assert [after.dtype(name) for name in after.names] == [before.dtype(name) for name in before.names]
     assert result.sparsity == pytest.approx(0.5, abs=0.01)
     assert (result.num_tokens, result.num_steps) == (47 * 32, 6)
-    assert result.loss_last < result.loss_first == pytest.approx(result.losses[0], abs=1e-4)
+    assert result.loss_last < result.loss_first == pytest.approx(np.mean(result.losses[:3]), abs=1e-4)
     assert events[-1].done == events[-1].total == 6
 
     manifest = json.loads((tmp_path / "out" / "gossamer.json").read_text())

@@ -146,8 +146,8 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     tool_call_id: Any = None
 
     def plain(self) -> dict[str, Any]:
-        """The message as chat templates know it."""
-        parts = self.content
+        """The message as chat templates know it; without content, as an empty answer is, it has "" there."""
+        parts = self.content or ""
         content = "\n".join(part.text for part in parts) if isinstance(parts, list) else parts
         return {"role": self.role, "content": content, "name": self.name}
 
