@@ -284,7 +284,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     file.write_text(
         text, encoding="utf-8", errors="backslashreplace"
-    )  # half a surrogate pair, as JSON writes it
+    )  # half a surrogate pair: as JSON has it
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -303,20 +303,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path, given: str | None) -> list[Path]:
-    """The files that transformers would read: those the config gives, else one file, else an index's."""
-    names = [str(given)] if given else ["model.safetensors", "model.safetensors.index.json"]
-    chosen = next((directory / name for name in names if (directory / name).is_file()), None)
-    if chosen is None:
-        from gossamer.checkpoint.diagnosis import no_weights
+    """The files that transformers would read; `given` are those that the configuration names."""
+    if given is None and (whole := directory / "model.safetensors").is_file():
+        return [whole]
+    from gossamer.checkpoint.index import weight_files
 
-        raise no_weights(directory, given)
-    if chosen.suffix == ".json":
-        from gossamer.checkpoint.index import read_index
-
-        return read_index(chosen, directory)
-    if chosen.parent.resolve() != directory.resolve():
-        raise CheckpointError(f"{chosen}: config.json names weights outside of its directory")
-    return [chosen]
+    return weight_files(directory, given)
 
 
 def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
@@ -326,9 +318,7 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
         if (entry := found.get(f"{name}.weight")) and entry.dtype == "I8":
             shapes[f"{name}.weight_scale"] = (shapes[f"{name}.weight"][0], 1)
     names = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
-    fit = all(
-        found[name].shape == shapes[name] and found[name].dtype in STORAGE for name in names & shapes.keys()
-    )
+    fit = all(found[n].shape == shapes[n] and found[n].dtype in STORAGE for n in names & shapes.keys())
     if names != shapes.keys() or not fit:
         from gossamer.checkpoint.diagnosis import misfit
 
@@ -353,10 +343,7 @@ def _check_zeros(parent: Checkpoint, child: Checkpoint) -> tuple[dict[str, Any],
             raise CheckpointError(
                 f"{child.path}: {name} lost {lost} of its parent's zeros; nothing was written"
             )
-        tensors[name] = {
-            "sparsity": round(float(zeros_NK.mean()), 6),
-            "mask_hash": hash_mask(zeros_NK),
-        }
+        tensors[name] = {"sparsity": round(float(zeros_NK.mean()), 6), "mask_hash": hash_mask(zeros_NK)}
         num_zeros += int(np.count_nonzero(zeros_NK))
         num_weights += zeros_NK.size
     return tensors, num_zeros / num_weights

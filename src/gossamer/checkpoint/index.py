@@ -1,4 +1,4 @@
-"""`model.safetensors.index.json`: which file of a model has which tensor."""
+"""The files of a model whose weights are not all in `model.safetensors`, and the index of their tensors."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,6 +6,21 @@ from pathlib import Path
 
 from gossamer.architecture.config import read_json
 from gossamer.errors import CheckpointError
+
+
+def weight_files(directory: Path, given: str | None) -> list[Path]:
+    """The files that transformers would read: those the config gives, else one file, else an index's."""
+    names = [str(given)] if given else ["model.safetensors", "model.safetensors.index.json"]
+    chosen = next((directory / name for name in names if (directory / name).is_file()), None)
+    if chosen is None:
+        from gossamer.checkpoint.diagnosis import no_weights
+
+        raise no_weights(directory, given)
+    if chosen.suffix == ".json":
+        return read_index(chosen, directory)
+    if chosen.parent.resolve() != directory.resolve():
+        raise CheckpointError(f"{chosen}: config.json names weights outside of its directory")
+    return [chosen]
 
 
 def read_index(index: Path, directory: Path) -> list[Path]:

@@ -57,10 +57,3 @@ def write_shard(file: Path, tensors: Mapping[str, Planned], pieces: Iterable[np.
         stream.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
             stream.write(np.ascontiguousarray(piece).data.cast("B"))
-
-
-def weight_index(shards: Mapping[str, list[str]], tensors: Mapping[str, Planned]) -> dict[str, Any]:
-    """What `model.safetensors.index.json` says of several files."""
-    total = sum(tensor.num_bytes for tensor in tensors.values())
-    weight_map = {name: file for file, names in shards.items() for name in names}
-    return {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -15,6 +15,7 @@ import numpy as np
 
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.directory import MANIFEST, SHARD_BYTES, Checkpoint, companions, library_versions
+from gossamer.checkpoint.index import write_index
 from gossamer.checkpoint.partial import locked, publish, refuse_existing
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.foreign.bitmask import BitmaskWeights
@@ -22,7 +23,7 @@ from gossamer.foreign.gguf_file import GgufFile
 from gossamer.foreign.gguf_model import GgufModel
 from gossamer.foreign.gguf_tokenizer import GgufTokenizer
 from gossamer.foreign.gguf_weights import GgufWeights
-from gossamer.foreign.shards import Planned, plan, weight_index, write_shard
+from gossamer.foreign.shards import Planned, plan, write_shard
 from gossamer.job.options import option, record
 from gossamer.job.report import Event, Progress, Result, quiet
 from gossamer.tokens.tokenizer import Tokenizer
@@ -162,8 +163,7 @@ def _write_weights(
     for file, names in shards.items():
         write_shard(directory / file, {name: tensors[name] for name in names}, pieces(names))
     if len(shards) > 1:
-        index = weight_index(shards, tensors)
-        (directory / "model.safetensors.index.json").write_text(_json(index), encoding="utf-8")
+        write_index(directory, shards, sum(tensor.num_bytes for tensor in tensors.values()))
     return {
         name: {
             "sparsity": round(num_zeros[name] / tensor.size, 6),
