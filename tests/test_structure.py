@@ -65,6 +65,7 @@ def test_prune_loads_at_most_2000_lines_all_for_its_own_work(
     )
     others = (
         "architecture.frequencies",
+        "checkpoint.fused",
         "compress.magnitude",
         "data.doctests",
         "data.mixture",
@@ -75,6 +76,7 @@ def test_prune_loads_at_most_2000_lines_all_for_its_own_work(
         "tokens.chat",
         "tokens.llama",
         "tokens.tokenizer",
+        "unfused",
     )
     loaded = {name.removeprefix("gossamer.") for name in files}
     assert not loaded & {*foreign, *others}

@@ -136,6 +136,10 @@ def blocks(source: Checkpoint) -> Iterator[Block]:
     rotary = type(skeleton.rotary_emb)(config)
     for index, empty in enumerate(skeleton.layers):
         layer, prefix = type(empty)(config, index).float().eval(), anatomy.prefix(index)
+        if anatomy.blocks[index].fused:
+            from gossamer.unfused import unfuse
+
+            unfuse(layer, anatomy.blocks[index])
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
                 parameter.copy_(tensor(source, f"{prefix}{name}"))

@@ -91,12 +91,16 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer: attention, then feed-forward, each added to the hidden states."""
+    """One layer: attention, then feed-forward, each added to the hidden states.
+
+    `fused`: name of a matrix in files -> the roles of the linears that are its rows, in their order.
+    """
 
     groups: tuple[Group, ...]
     norms: Mapping[Place, Norm]
     attention: Attention
     feed_forward: FeedForward
+    fused: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)
 
     @cached_property
     def linears(self) -> dict[Role, Linear]:
@@ -142,11 +146,6 @@ class Anatomy:
         """The first block's, whose heads all blocks have; rope and window may differ from block to block."""
         return self.blocks[0].attention
 
-    @property
-    def intermediate_size(self) -> int:
-        """The feed-forward width, which all blocks share."""
-        return self.blocks[0].feed_forward.width
-
     def prefix(self, layer: int) -> str:
         """What stands before the names of a block's tensors."""
         return f"model.layers.{layer}."
@@ -157,12 +156,8 @@ class Anatomy:
 
     def linear_names(self) -> list[str]:
         """Full name of every matrix that may be pruned, block by block."""
-        return [
-            name
-            for layer in range(self.num_layers)
-            for name, linear in self.linears(layer).items()
-            if linear.prunable
-        ]
+        linears = [found for layer in range(self.num_layers) for found in self.linears(layer).items()]
+        return [name for name, linear in linears if linear.prunable]
 
     @cached_property
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

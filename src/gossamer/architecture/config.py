@@ -94,10 +94,3 @@ class Config:
         for key, expected in fields.items():
             if (found := self._fields.get(key, expected)) != expected:
                 raise UnsupportedError(f"{self.source}: found {key} = {found!r}; supported: {expected!r}")
-
-    def expect_each(self, **fields: Any) -> None:
-        """The same for the items of lists, such as what each layer is."""
-        for key, expected in fields.items():
-            found = self.get(key) or []
-            if not isinstance(found, list) or any(item != expected for item in found):
-                raise UnsupportedError(f"{self.source}: found {key} = {found!r}; supported: {expected!r}")

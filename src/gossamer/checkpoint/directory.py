@@ -57,6 +57,10 @@ class Checkpoint:
             name: entry for file in _weight_files(directory) for name, entry in read_header(file).items()
         }
         checkpoint = cls(directory, config, entries)
+        if any(block.fused for block in checkpoint.architecture.blocks):
+            from gossamer.checkpoint.fused import split
+
+            checkpoint.entries = split(entries, checkpoint.architecture, directory)
         checkpoint.entries = _expected_entries(checkpoint)
         return checkpoint
 
@@ -160,6 +164,10 @@ class Derived:
         self.num_threads: int | None = None
         self.sparsity = math.nan
         self._shards = _ShardWriter(self.path)
+        if any(block.fused for block in parent.architecture.blocks):
+            from gossamer.checkpoint.fused import Joining
+
+            self._shards = Joining(self._shards, parent.architecture)
 
     def _begin(self, resume: bool) -> None:
         """Clear the directory of what an earlier run left in it, but for what can be resumed."""

@@ -211,7 +211,7 @@ def native_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dic
         "num_heads": heads.num_heads,
         "num_kv_heads": heads.num_kv_heads,
         "head_dim": heads.head_dim,
-        "intermediate_size": anatomy.intermediate_size,
+        "intermediate_size": anatomy.blocks[0].feed_forward.width,
         "norm_eps": anatomy.norm_eps,
         "inverse_frequencies": inverse_frequencies(rope, heads.head_dim),
         "rotary_scale": rotary_scale(rope),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gossamer.architecture.anatomy import Group
 from gossamer.checkpoint.directory import Checkpoint, Derived
+from gossamer.checkpoint.fused import stored_names
 from gossamer.checkpoint.schemes import SCHEMES
 from gossamer.compress.gptq import gptq, hessian, reconstruction_error
 from gossamer.compress.hessian import inverse_factor
@@ -65,6 +66,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     check_options(job)
     refuse_quantized(source)
     ignored = matching(source.linears, job.ignore)
+    stored = stored_names(source.architecture, ignored)
     if not 0 <= job.smoothing_strength <= 1:
         raise ConfigError(
             f"--smoothing-strength is {job.smoothing_strength:g}; expected a number from 0 to 1"
@@ -83,7 +85,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
                 )
             write_unquantized(target, block, ignored)
         target.copy_rest()
-        target.config["quantization_config"] = SCHEMES[job.scheme].config(ignored)
+        target.config["quantization_config"] = SCHEMES[job.scheme].config(stored)
         target.num_threads = torch.get_num_threads()
         target.metrics["mean_error"] = sum(errors) / len(errors)
     error, seconds = sum(errors) / len(errors), time.monotonic() - start

@@ -175,7 +175,7 @@ def _sizes(anatomy: Anatomy) -> dict[str, Any]:
         "model_type": anatomy.model_type,
         "num_layers": anatomy.num_layers,
         "hidden_size": anatomy.hidden_size,
-        "intermediate_size": anatomy.intermediate_size,
+        "intermediate_size": anatomy.blocks[0].feed_forward.width,
         "num_heads": heads.num_heads,
         "num_kv_heads": heads.num_kv_heads,
         "head_dim": heads.head_dim,

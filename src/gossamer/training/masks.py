@@ -181,8 +181,9 @@ def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
 def model_mask_hash(source: nn.Module | Checkpoint) -> str:
     """sha256 of the zeros in all linear weights of the decoder: one hash for a whole model.
 
-    It is the same for a directory, for the model loaded from it, and for that model when it is sharded. If it
-    is sharded, every process must call this function: the masks are gathered, one at a time.
+    It is the same for a directory, for the model loaded from it (by `load_model`, where files hold several
+    linears as one), and for that model when it is sharded. If it is sharded, every process must call this
+    function: the masks are gathered, one at a time.
     """
     if isinstance(source, Checkpoint):
         names = [f"{linear}.weight" for linear in source.linears]

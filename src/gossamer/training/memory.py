@@ -150,7 +150,7 @@ def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int
     heads, norms = anatomy.attention, anatomy.blocks[0].norms
     query, key_value = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     num_bytes = 32 * anatomy.hidden_size + 8 * query
-    num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * anatomy.intermediate_size
+    num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * anatomy.blocks[0].feed_forward.width
     if model.config._attn_implementation == "eager":
         num_bytes += (4 if wide else 6) * heads.num_heads * row_length
     if "query" in norms:

@@ -28,6 +28,7 @@ from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
 from gossamer.training.parallel import gather_to_first, shard_like, wait_for_all
 from gossamer.training.rows import IGNORED, Rows
+from gossamer.unfused import join, part
 
 WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
 
@@ -163,7 +164,7 @@ class RowTrainer(Trainer):
                 del state[name]
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             with _writing(output_dir):
-                save_file(state, Path(output_dir) / WEIGHTS, {"format": "pt"})
+                save_file(join(self.causal_model, state), Path(output_dir) / WEIGHTS, {"format": "pt"})
             self.causal_model.config.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -183,7 +184,7 @@ class RowTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights; raises CheckpointError if the masks are not the run's or one does not hold."""
         folder, model = Path(resume_from_checkpoint), self.causal_model
-        state = load_file(folder / WEIGHTS)
+        state = part(model, load_file(folder / WEIGHTS))
         for name, stored in _tied_weights(model).items():
             state[name] = state[stored]
         shards = model.state_dict()

@@ -17,16 +17,23 @@ from gossamer.decoder import model_config, refuse_quantized, tensor, write_tenso
 from gossamer.job.options import record
 from gossamer.job.processes import is_first
 from gossamer.training.options import TrainingOptions
+from gossamer.unfused import unfuse
 
 
 def new_model(
     anatomy: Anatomy, config: Mapping[str, Any], dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """transformers' model of a `config.json`, on the CPU, with weights that are still to be filled in."""
+    """transformers' model of a `config.json`, on the CPU, with weights that are still to be filled in.
+
+    Linears that files hold as one are modules of their own.
+    """
     settings = model_config(anatomy, config)
     settings.dtype = dtype
     model = AutoModelForCausalLM.from_config(settings)
     nn.Module.to(model, dtype)
+    layers: Any = model.get_decoder().layers
+    for layer, block in zip(layers, anatomy.blocks, strict=True):
+        unfuse(layer, block)
     return model.eval()
 
 
