@@ -53,6 +53,18 @@ def test_the_engine_equals_transformers(phi3: Path, tmp_path: Path) -> None:
     every_stage.check_engine(phi3, tmp_path / "model.goss")
 
 
+def test_a_window_equals_transformers(tmp_path: Path) -> None:
+    directory = save_random(Phi3Config(**{**CONFIG.to_dict(), "sliding_window": 23}), tmp_path / "model")
+    assert Checkpoint.open(directory).architecture.attention.window == 23
+    every_stage.check_layers(directory)
+    every_stage.check_engine(directory, tmp_path / "model.goss")
+
+
+def test_a_window_that_holds_the_whole_context_is_none() -> None:
+    for window, expected in ((511, 511), (512, None), (513, None), (None, None)):
+        assert read_anatomy(SETTINGS | {"sliding_window": window}).attention.window == expected
+
+
 def test_every_stage(phi3: Path, text_file: Path, tmp_path: Path) -> None:
     packed = every_stage.check_stages(phi3, text_file, tmp_path)
     assert packed.metadata["version"] == "1"
@@ -148,10 +160,9 @@ def test_what_is_left_out_means_what_transformers_means_by_it() -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'; supported: 'default'"),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"sliding_window": 511}, "attention windows"),
     ],
 )
 def test_what_is_not_supported_is_refused(change: dict[str, Any], message: str) -> None:
-    assert read_anatomy(SETTINGS | {"sliding_window": 512}).attention.window is None
+    assert read_anatomy(SETTINGS).attention.num_kv_heads == 3
     with pytest.raises(UnsupportedError, match=message):
         read_anatomy(SETTINGS | change)

@@ -1,9 +1,17 @@
-"""Which layers attend to a window of the last positions, where a configuration says it of each layer."""
+"""Which layers attend to a window of the last positions, as configurations say it."""
 
 from gossamer.architecture.config import Config
 from gossamer.errors import CheckpointError, UnsupportedError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def window_of_all(config: Config) -> int | None:
+    """How many positions a token of any layer sees, where these are fewer than a context has; None: all."""
+    if config.get("sliding_window") is None:
+        return None
+    found = config.size("sliding_window")
+    return found if found < config.size("max_position_embeddings") else None
 
 
 def layer_windows(config: Config) -> list[int | None]:

@@ -6,6 +6,7 @@ from gossamer.architecture import prenorm
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
+from gossamer.architecture.windows import window_of_all
 
 SUMMARY = "MistralForCausalLM (Mistral: SiLU, no biases, sliding window or none)"
 
@@ -20,7 +21,6 @@ def anatomy(config: Config) -> Anatomy:
         eos_token_id=2,
     )
     config.expect(hidden_act="silu", layer_types=None)
-    window = None if config.get("sliding_window") is None else config.size("sliding_window")
-    heads = replace(prenorm.attention(config, Rope.read(config)), window=window)
+    heads = replace(prenorm.attention(config, Rope.read(config)), window=window_of_all(config))
     block = prenorm.block(config, heads)
     return prenorm.model(config, "mistral", [block] * config.num_layers())

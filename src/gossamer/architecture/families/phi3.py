@@ -6,6 +6,7 @@ from gossamer.architecture import prenorm
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
+from gossamer.architecture.windows import window_of_all
 
 SUMMARY = "Phi3ForCausalLM (Phi-3 of 4k positions: rope default)"
 
@@ -19,15 +20,7 @@ def anatomy(config: Config) -> Anatomy:
     for key in ("rope_scaling", "rope_parameters"):
         if rope := config.section(key):
             rope.expect(rope_type="default", type="default")
-    heads = replace(prenorm.attention(config, Rope.read(config)), window=window(config))
+    heads = replace(prenorm.attention(config, Rope.read(config)), window=window_of_all(config))
     fused = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
     block = replace(prenorm.block(config, heads), fused=fused)
     return prenorm.model(config, "phi3", [block] * config.num_layers())
-
-
-def window(config: Config) -> int | None:
-    """How many positions a token sees, where these are fewer than there are."""
-    if config.get("sliding_window") is None:
-        return None
-    found = config.size("sliding_window")
-    return found if found < config.size("max_position_embeddings") else None
