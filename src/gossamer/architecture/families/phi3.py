@@ -7,7 +7,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 
-SUMMARY = "Phi3ForCausalLM (Phi-3 of 4k positions: rope default)"
+SUMMARY = "Phi3ForCausalLM (rope default)"
 
 
 def anatomy(config: Config) -> Anatomy:

@@ -5,7 +5,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 
-SUMMARY = "Qwen2ForCausalLM (Qwen2 and Qwen2.5, dense: no sliding window)"
+SUMMARY = "Qwen2ForCausalLM (no sliding window)"
 
 
 def anatomy(config: Config) -> Anatomy:

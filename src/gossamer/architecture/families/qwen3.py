@@ -5,7 +5,7 @@ from gossamer.architecture.anatomy import Anatomy, Norm
 from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 
-SUMMARY = "Qwen3ForCausalLM (Qwen3, dense: no biases, no sliding window)"
+SUMMARY = "Qwen3ForCausalLM (dense, no biases, no sliding window)"
 
 
 def anatomy(config: Config) -> Anatomy:
