@@ -98,6 +98,28 @@ def test_what_is_not_understood_is_refused(name: str) -> None:
         read_anatomy(SIZES | change)
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
+def test_extreme_numbers_make_numbers_or_are_refused(kind: str) -> None:
+    """A file from anywhere raises no other error; the engine refuses frequencies that are not finite."""
+    names = ("factor", "rope_theta", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor")
+    names += ("mscale", "mscale_all_dim", "attention_factor")
+    made, rng = 0, np.random.default_rng(0)
+    for _ in range(300):
+        numbers = {name: rng.choice([5e-324, 1e-30, 1e-7, 1.0, 1.0000000000000002, 9e29]) for name in names}
+        rope: dict[str, Any] = {name: float(number) for name, number in numbers.items()}
+        rope |= {"rope_type": kind, "original_max_position_embeddings": int(rng.choice([1, 4096, 2**31 - 1]))}
+        try:
+            heads = read_anatomy(SIZES | {"rope_scaling": rope}).attention
+        except CheckpointError:
+            continue
+        assert heads.rope is not None
+        with np.errstate(all="ignore"):
+            assert inverse_frequencies(heads.rope, heads.head_dim).shape == (10,)
+        assert np.isfinite(rotary_scale(heads.rope))
+        made += 1
+    assert made > 5
+
+
 def save(name: str, path: Path) -> Path:
     return save_random(LlamaConfig.from_dict(SIZES | ROPES[name]), path)
 

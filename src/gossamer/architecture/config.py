@@ -8,7 +8,7 @@ from typing import Any
 from gossamer.errors import CheckpointError, UnsupportedError
 
 MAX_SIZE = 1 << 31
-MAX_NUMBER = 1e30  # in float32's range; its square is in float64's
+MIN_NUMBER, MAX_NUMBER = 1e-30, 1e30  # in float32's range; their squares are in float64's
 MAX_LAYERS = 10_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how Git LFS stands in for a file not fetched yet
 
@@ -71,10 +71,10 @@ class Config:
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0 that arithmetic in float32 survives; CheckpointError for anything else."""
         value = default if self.get(key) is None else self.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_NUMBER:
+        if isinstance(value, int | float) and type(value) is not bool and MIN_NUMBER <= value <= MAX_NUMBER:
             return float(value)
         raise CheckpointError(
-            f"{self.source}: {key} is {value!r}; expected a number above 0 and below {MAX_NUMBER:g}"
+            f"{self.source}: {key} is {value!r}; expected a number above 0, {MIN_NUMBER:g} to {MAX_NUMBER:g}"
         )
 
     def flag(self, key: str, default: bool = False) -> bool:

@@ -120,8 +120,8 @@ class Yarn:
             for turns in (self.beta_fast, self.beta_slow)
         )
         if self.truncate:
-            begin, end = math.floor(begin), math.ceil(end)
-        begin, end = max(begin, 0), min(end, 2 * len(inverse_E) - 1)
+            begin, end = float(math.floor(begin)), float(math.ceil(end))
+        begin, end = max(begin, 0.0), min(end, 2.0 * len(inverse_E) - 1)
         ramp = (np.arange(len(inverse_E)) - begin) / (end - begin if end != begin else 0.001)
         stretched = np.clip(ramp, 0, 1)
         return inverse_E / self.factor * stretched + inverse_E * (1 - stretched)

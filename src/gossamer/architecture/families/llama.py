@@ -5,7 +5,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 
-SUMMARY = "LlamaForCausalLM (Llama 2 and 3.x: SiLU, RMSNorm)"
+SUMMARY = "LlamaForCausalLM (Llama 2, 3.x)"
 
 
 def anatomy(config: Config) -> Anatomy:

@@ -8,7 +8,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.architecture.windows import window_of_all
 
-SUMMARY = "Phi3ForCausalLM (Phi-3 of 4k positions: rope default)"
+SUMMARY = "Phi3ForCausalLM (rope default)"
 
 
 def anatomy(config: Config) -> Anatomy:

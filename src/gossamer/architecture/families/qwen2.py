@@ -8,7 +8,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.architecture.windows import layer_windows
 
-SUMMARY = "Qwen2ForCausalLM (Qwen2 and Qwen2.5, dense)"
+SUMMARY = "Qwen2ForCausalLM"
 
 
 def anatomy(config: Config) -> Anatomy:

@@ -8,7 +8,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.architecture.windows import layer_windows
 
-SUMMARY = "Qwen3ForCausalLM (Qwen3, dense: no biases)"
+SUMMARY = "Qwen3ForCausalLM (dense, no biases)"
 
 
 def anatomy(config: Config) -> Anatomy:
