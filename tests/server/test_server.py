@@ -340,9 +340,9 @@ def test_the_models_own_sampling_options_are_the_defaults(packed: Callable[[str]
     path = packed("sampling")
     llm = LLM(path, 1)
     request = {"prompt": "Once", "seed": 3, "max_tokens": 20}
+    ways: list[dict[str, Any]] = [{"temperature": 0.6, "top_k": 7}, {}, {"temperature": 1.0}]
     own, greedy, plain = (
-        llm.generate("Once", SamplingParams(max_tokens=20, seed=3, **options))[0].text
-        for options in ({"temperature": 0.6, "top_k": 7}, {}, {"temperature": 1.0})
+        llm.generate("Once", SamplingParams(max_tokens=20, seed=3, **options))[0].text for options in ways
     )
     running = start(path)
     texts = [

@@ -120,7 +120,8 @@ def test_rows_are_as_long_as_asked_for(
 def test_threads_are_taken_by_every_stage_that_computes(
     tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
 ) -> None:
-    model, text, how = str(tiny_llama("llama2")), str(text_file), {"num_calibration_samples": 4}
+    model, text = str(tiny_llama("llama2")), str(text_file)
+    how: dict[str, Any] = {"num_calibration_samples": 4}
     runs: list[tuple[Any, Any]] = [
         (prune, Prune(model, str(tmp_path / "a"), dataset=(text,), max_seq_length=32, threads=2, **how)),
         (

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -210,12 +211,13 @@ def test_the_models_own_options_are_used_and_named(
     pack_checkpoint(Checkpoint.open(source), goss)
     llm = LLM(goss, 1)
     words = ["run", str(goss), "a", "--max-tokens", "12", "--seed", "4"]
-    for more, options in (
+    ways: list[tuple[list[str], dict[str, Any]]] = [
         ([], {"temperature": 0.7, "top_k": 9}),
         (["--temperature", "0"], {}),
         (["--top-k", "0"], {"temperature": 0.7}),
         (["--generation-config", "none"], {}),
-    ):
+    ]
+    for more, options in ways:
         assert cli.call([*words, *more]) == 0
         shown = capsys.readouterr()
         [expected] = llm.generate("a", SamplingParams(max_tokens=12, seed=4, **options))
