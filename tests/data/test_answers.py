@@ -29,9 +29,9 @@ REASONING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 END_OF_LAST = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if loop.last and m.role == 'assistant' %}"
+    "{% for m in messages %}{{ m.role + ':\n' + m.content }}{% if loop.last and m.role == 'assistant' %}"
     "{{ eos_token }}{% else %}{{ '\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 ENDS_WITH_A_SPACE = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"

@@ -115,7 +115,7 @@ def model_keys(anatomy: Anatomy, architecture: str) -> dict[str, Any]:
         "block_count": anatomy.num_layers,
         "context_length": anatomy.max_position_embeddings,
         "embedding_length": anatomy.hidden_size,
-        "feed_forward_length": anatomy.intermediate_size,
+        "feed_forward_length": anatomy.blocks[0].feed_forward.width,
         "attention.head_count": heads.num_heads,
         "attention.head_count_kv": heads.num_kv_heads,
         "attention.key_length": heads.head_dim,

@@ -76,8 +76,8 @@ def talk(
             with contextlib.suppress(OSError):  # the child has gone
                 if piece := os.read(terminal, 4096):
                     shown += piece.decode(errors="replace")
-                    if waiting[0][0] in shown[seen:]:
-                        seen = len(shown)
+                    while (place := shown.find(waiting[0][0], seen)) >= 0:
+                        seen = place + len(waiting[0][0])
                         os.write(terminal, waiting.pop(0)[1])
                     continue
             break
