@@ -1,5 +1,10 @@
 """Which layers attend to a window of the last positions, as configurations say it."""
 
+from dataclasses import replace
+from typing import Any
+
+from gossamer.architecture import prenorm
+from gossamer.architecture.anatomy import Attention, Block
 from gossamer.architecture.config import Config
 from gossamer.errors import CheckpointError, UnsupportedError
 
@@ -12,6 +17,13 @@ def window_of_all(config: Config) -> int | None:
         return None
     found = config.size("sliding_window")
     return found if found < config.size("max_position_embeddings") else None
+
+
+def blocks_by_window(config: Config, heads: Attention, **how: Any) -> list[Block]:
+    """A block for each layer, alike but for their windows; `how` is what `prenorm.block` is told besides."""
+    windows = layer_windows(config)
+    made = {found: prenorm.block(config, replace(heads, window=found), **how) for found in set(windows)}
+    return [made[found] for found in windows]
 
 
 def layer_windows(config: Config) -> list[int | None]:
