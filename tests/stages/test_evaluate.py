@@ -16,6 +16,7 @@ from gossamer.data import doctests
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.evaluation.backends import TorchBackend
 from gossamer.stages.evaluate import Evaluate, evaluate
+from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
@@ -214,6 +215,14 @@ def test_bad_options(
     ("line", "message"),
     [
         ('{"prompt": "a"}', r"task.jsonl:2.*answer.*prompt"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "task.jsonl:2.*0 to 1.*found 2"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "task.jsonl:2.*index.*True"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": "b"}', "task.jsonl:2.*index.*'b'"),
+        ('{"prompt": "a", "choices": ["b", "b"], "answer": 0}', "task.jsonl:2.*differ"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "task.jsonl:2.*two choices"),
+        ('{"prompt": "a", "choices": ["b", ""], "answer": 0}', "task.jsonl:2.*list of texts"),
+        ('{"prompt": "a", "choices": "bc", "answer": 0}', "task.jsonl:2.*list of texts"),
+        ('{"prompt": " ", "choices": ["b", "c"], "answer": 0}', "task.jsonl:2.*prompt"),
         ("[1]", "task.jsonl:2.*list"),
         ("{", "task.jsonl:2.*JSON"),
     ],
@@ -225,10 +234,64 @@ def test_bad_rows_are_named(line: str, message: str, tiny_llama: TinyLlama, tmp_
         evaluate(Evaluate(str(tiny_llama("llama2")), tasks=(str(file),)))
 
 
-def test_packed_file_needs_the_engine(tmp_path: Path) -> None:
-    (tmp_path / "model.goss").write_bytes(b"")
+def test_packed_files_go_through_the_engine(tiny_llama: TinyLlama, text_file: Path, tmp_path: Path) -> None:
+    model, file, text = str(tiny_llama("llama2")), str(tmp_path / "model.goss"), str(text_file)
+    pack(Pack(model, file))
+    result = evaluate(Evaluate(file, dataset=text, limit=4, baseline=model))
+    assert result.backend == "engine"
+    assert result.perplexity == pytest.approx(reference_perplexity(Path(model), text_file.read_text(), 4))
+    assert result.recovery == {"perplexity": pytest.approx(1.0)}
+    assert evaluate(Evaluate(model, dataset=text, limit=4, baseline=file)).backend == "engine"
+    assert evaluate(Evaluate(model, dataset=text, limit=4)).backend == "torch"
     with pytest.raises(UnsupportedError, match="--backend engine"):
-        evaluate(Evaluate(str(tmp_path / "model.goss"), tasks=("doctest",)))
+        evaluate(Evaluate(file, dataset=text, backend="torch"))
+
+
+def reference_choice(model_dir: Path, prompt: str, choices: list[str]) -> int:
+    """lm-eval's `acc_norm`, written with transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    given, scores = len(tokenizer(prompt).input_ids), []
+    for choice in choices:
+        ids = tokenizer(f"{prompt} {choice}").input_ids
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total = sum(log_probs[at - 1, ids[at]].item() for at in range(given, len(ids)))
+        scores.append(total / len(choice))
+    return scores.index(max(scores))
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+@pytest.mark.parametrize("variant", ["llama2", "llama3"])
+def test_choices_are_made_as_lm_eval_makes_them(
+    variant: str, backend: Backend, tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    model, words = tiny_llama(variant), ["a", "import numpy as np", "def forward(self)", "0", "x = 1\ny"]
+    asked = [(prompt, [*words[n:], *words[:n]][: 2 + n % 4]) for n, prompt in enumerate(PROMPTS)]
+    found = [reference_choice(model, prompt, choices) for prompt, choices in asked]
+    rows = [
+        {"prompt": prompt, "choices": choices, "answer": (answer + n % 2) % len(choices), "kind": str(n % 2)}
+        for n, ((prompt, choices), answer) in enumerate(zip(asked, found, strict=True))
+    ]
+    rows.insert(2, {"prompt": "x: ", "answer": "no such thing", "kind": "text"})  # one file may hold both
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(Evaluate(str(model), tasks=(str(file),), backend=backend))
+    assert result.accuracy_by_kind[str(file)] == {"0": 1.0, "1": 0.0, "text": 0.0}
+    assert result.num_examples == {str(file): 6}
+
+
+def test_choices_that_the_model_has_learnt_are_chosen(parrot: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{prompt.rstrip()}", "choices": [*sorted(PAIRS.values())], "answer": 0}
+        for prompt in PAIRS
+    ]
+    for row, answer in zip(rows, PAIRS.values(), strict=True):
+        row["answer"] = sorted(PAIRS.values()).index(answer)
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluate(Evaluate(str(parrot), tasks=(str(file),))).accuracy[str(file)] >= 0.8
 
 
 @pytest.mark.parametrize(("model", "expected"), [("stories3m", 6.205), ("stories260k", 4.924)])

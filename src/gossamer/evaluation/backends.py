@@ -23,8 +23,8 @@ class Backend(Protocol):
     context: int
     """The most tokens of a row."""
 
-    def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
-        """Sum over rows of log p(token | those before it in its row), the first token not scored."""
+    def log_probs(self, ids_BT: NDArray[np.int64]) -> NDArray[np.float64]:
+        """log p(token | those before it in its row), [B, T - 1]: a row's first token is not scored."""
         ...
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
@@ -70,17 +70,17 @@ class EngineBackend:
         self.tokenizer = self._llm.tokenizer
         self.context = self._llm.model.architecture.max_position_embeddings
 
-    def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
-        total = 0.0
-        for ids_T in ids_BT:
+    def log_probs(self, ids_BT: NDArray[np.int64]) -> NDArray[np.float64]:
+        scored_BT = np.empty((len(ids_BT), ids_BT.shape[1] - 1))
+        for ids_T, scored_T in zip(ids_BT, scored_BT, strict=True):
             whole_TV, targets_T = self._llm.logits(ids_T[:-1]), ids_T[1:]
             for start in range(0, len(targets_T), PIECE_TOKENS):  # in float64, so a piece at a time
                 piece = slice(start, start + PIECE_TOKENS)
                 logits_TV = whole_TV[piece].astype(np.float64)
                 logits_TV -= logits_TV.max(axis=1, keepdims=True)
                 chosen_T = np.take_along_axis(logits_TV, targets_T[piece, None], axis=1)[:, 0]
-                total += float((chosen_T - np.log(np.exp(logits_TV).sum(axis=1))).sum())
-        return total
+                scored_T[piece] = chosen_T - np.log(np.exp(logits_TV).sum(axis=1))
+        return scored_BT
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
         params = SamplingParams(max_tokens=max_tokens, stop=[stop] if stop else [])
@@ -102,13 +102,14 @@ class TorchBackend:
             source.path, dtype=torch.float32, local_files_only=True
         )
 
-    def log_likelihood(self, ids_BT: NDArray[np.int64]) -> float:
+    def log_probs(self, ids_BT: NDArray[np.int64]) -> NDArray[np.float64]:
         import torch
 
         ids = torch.from_numpy(np.ascontiguousarray(ids_BT))
         with torch.no_grad():
             logits_NV = self._model(ids[:, :-1]).logits.flatten(0, 1)
-        return -torch.nn.functional.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="sum").item()
+        losses_N = torch.nn.functional.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="none")
+        return -losses_N.view(len(ids), -1).double().numpy()
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
         """Left-padded batch, greedy; the texts are cut after decoding, so they equal the engine's."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.evaluation.backends import BATCH_ROWS, Backend
-from gossamer.evaluation.tasks import Example
+from gossamer.evaluation.tasks import Choice, Example
 from gossamer.job.report import Event, Progress
 
 BATCH_TOKENS = 4096  # whose logits are in memory at once
@@ -31,15 +31,15 @@ def measure_text(
     total, figures.num_tokens = 0.0, rows_BT[:, 1:].size
     num_rows = min(BATCH_ROWS, max(1, BATCH_TOKENS // rows_BT.shape[1]))
     for first in range(0, len(rows_BT), num_rows):
-        total += backend.log_likelihood(rows_BT[first : first + num_rows])
+        total += float(backend.log_probs(rows_BT[first : first + num_rows]).sum())
         progress(Event("evaluate", text, min(first + num_rows, len(rows_BT)), len(rows_BT)))
     figures.perplexity = float(np.exp(-total / figures.num_tokens))
 
 
 def measure_tasks(
-    figures: Figures, backend: Backend, tasks: Mapping[str, Sequence[Example]], progress: Progress
+    figures: Figures, backend: Backend, tasks: Mapping[str, Sequence[Example | Choice]], progress: Progress
 ) -> None:
-    """Add the share of examples that the model completes rightly, for each task and kind of example."""
+    """Add the share of examples that the model gets right, for each task and kind of example."""
     for task, examples in tasks.items():
         passed = judge(backend, task, examples, progress)
         kinds = sorted({example.kind for example in examples})
@@ -50,18 +50,45 @@ def measure_tasks(
         }
 
 
-def judge(backend: Backend, task: str, examples: Sequence[Example], progress: Progress) -> list[bool]:
-    """Whether the greedy completion of each example is right; one line where the answer is one line."""
+def judge(
+    backend: Backend, task: str, examples: Sequence[Example | Choice], progress: Progress
+) -> list[bool]:
+    """Whether the model gets each example right, batch by batch, in their order."""
     passed: list[bool] = []
-    lengths = [len(backend.tokenizer.encode(example.answer, bos=False)) for example in examples]
-    stop = "" if any("\n" in example.answer for example in examples) else "\n"
     for first in range(0, len(examples), BATCH_ROWS):
-        batch = slice(first, first + BATCH_ROWS)
-        prompts = [example.prompt for example in examples[batch]]
-        texts = backend.complete(prompts, stop, max(lengths[batch]) + SLACK_TOKENS)
-        passed += [example.check(text) for example, text in zip(examples[batch], texts, strict=True)]
+        batch = examples[first : first + BATCH_ROWS]
+        texts = iter(complete(backend, [example for example in batch if isinstance(example, Example)]))
+        for example in batch:
+            if isinstance(example, Choice):
+                passed.append(choose(backend, example) == example.answer)
+            else:
+                passed.append(example.check(next(texts)))
         progress(Event("evaluate", task, len(passed), len(examples), {"accuracy": float(np.mean(passed))}))
     return passed
+
+
+def complete(backend: Backend, examples: Sequence[Example]) -> list[str]:
+    """Greedy completions, as long as the longest answer needs; one line where all answers are one line."""
+    if not examples:
+        return []
+    answers = [example.answer for example in examples]
+    longest = max(len(backend.tokenizer.encode(answer, bos=False)) for answer in answers)
+    stop = "" if any("\n" in answer for answer in answers) else "\n"
+    return backend.complete([example.prompt for example in examples], stop, longest + SLACK_TOKENS)
+
+
+def choose(backend: Backend, example: Choice) -> int:
+    """The index of the choice with the highest mean log probability a character after the prompt.
+
+    lm-eval's `acc_norm`: each choice is scored with a space before it, which is not counted as a character.
+    """
+    prompt, scores = backend.tokenizer.prompt(example.prompt), []
+    for choice in example.choices:
+        ids = backend.tokenizer.prompt(f"{example.prompt} {choice}")
+        first = min(len(prompt), len(ids) - 1)  # what joins the prompt's last token changes the length
+        log_probs = backend.log_probs(np.array([ids]))[0, first - 1 :]
+        scores.append(float(log_probs.sum()) / len(choice))
+    return int(np.argmax(scores))
 
 
 def recovery(ours: Figures, base: Figures) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The examples of `evaluate`: prompts, and how what follows them is judged."""
+"""The examples of `evaluate`: prompts, and how what follows them is judged or which answer is chosen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,17 @@ class Example:
     check: Callable[[str], bool] = field(repr=False)
 
 
-def task_examples(task: str, limit: int, seed: int) -> list[Example]:
+@dataclass(frozen=True)
+class Choice:
+    """A prompt and the answers that may follow it after a space, of which `choices[answer]` is right."""
+
+    prompt: str
+    kind: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def task_examples(task: str, limit: int, seed: int) -> list[Example | Choice]:
     """The examples of a task by name or file; ConfigError for an unknown one."""
     if task in ("doctest", "doctest-unseen"):
         kinds = doctests.KINDS if task == "doctest" else doctests.UNSEEN_KINDS
@@ -37,8 +47,11 @@ def task_examples(task: str, limit: int, seed: int) -> list[Example]:
     return read_examples(Path(task))[: limit or None]
 
 
-def read_examples(file: Path) -> list[Example]:
-    """Rows of a file with text fields `prompt` and `answer`, and perhaps `kind`."""
+def read_examples(file: Path) -> list[Example | Choice]:
+    """Rows of a file with the fields `prompt`, `answer`, and perhaps `choices` and `kind`.
+
+    `answer` is a text that must follow the prompt, or with `choices`, texts, the index of the right one.
+    """
     if not file.is_file():
         raise ConfigError(f"task {str(file)!r}: no such file")
     if examples := [_example(row, where) for where, row in table_rows(file)]:
@@ -46,7 +59,9 @@ def read_examples(file: Path) -> list[Example]:
     raise ConfigError(f"task {str(file)!r} has no examples")
 
 
-def _example(row: dict[str, Any], where: str) -> Example:
+def _example(row: dict[str, Any], where: str) -> Example | Choice:
+    if "choices" in row:
+        return _choice(row, where)
     prompt, answer = row.get("prompt"), row.get("answer")
     if not isinstance(prompt, str) or not isinstance(answer, str):
         raise ConfigError(f"{where}: expected text in the fields prompt and answer; found {sorted(row)}")
@@ -54,3 +69,19 @@ def _example(row: dict[str, Any], where: str) -> Example:
     if not prompt or not answer:
         raise ConfigError(f"{where}: prompt or answer is empty")
     return Example(prompt, str(row.get("kind", "")), answer, lambda got: got.strip() == answer)
+
+
+def _choice(row: dict[str, Any], where: str) -> Choice:
+    prompt, answer, choices = row.get("prompt"), row.get("answer"), row["choices"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ConfigError(f"{where}: expected text in the field prompt; found {prompt!r}")
+    if not isinstance(choices, list) or not all(isinstance(text, str) and text.strip() for text in choices):
+        raise ConfigError(f"{where}: expected a list of texts in the field choices; found {choices!r}")
+    if len(set(choices)) != len(choices) or len(choices) < 2:
+        raise ConfigError(f"{where}: expected at least two choices that differ; found {choices!r}")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise ConfigError(
+            f"{where}: beside choices, answer is the index of the right one, 0 to {len(choices) - 1}; "
+            f"found {answer!r}"
+        )
+    return Choice(prompt, str(row.get("kind", "")), tuple(choices), answer)

@@ -1,7 +1,8 @@
-"""`evaluate`: perplexity of a text and exact-match accuracy of tasks, through transformers or the engine."""
+"""`evaluate`: perplexity of a text and accuracy in tasks, through transformers or the engine."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from gossamer.data.rows import evaluation_rows
@@ -9,7 +10,7 @@ from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import open_backend
 from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery
-from gossamer.evaluation.tasks import Example, task_examples
+from gossamer.evaluation.tasks import Choice, Example, task_examples
 from gossamer.job.options import option
 from gossamer.job.report import Progress, Result, Table, quiet
 from gossamer.job.threads import use_threads
@@ -17,17 +18,21 @@ from gossamer.job.threads import use_threads
 
 @dataclass(frozen=True)
 class Evaluate(EngineOptions):
-    """Measure a model: perplexity of --dataset, exact-match accuracy of --tasks, or both."""
+    """Measure a model: perplexity of --dataset, accuracy in --tasks (exact match or choice), or both."""
 
     model: str = option(
-        help="checkpoint directory, org/name[@revision] of the hub, or a .goss file (engine only)",
+        help="checkpoint directory, org/name[@revision] of the hub, or a .goss file",
         positional=True,
     )
     dataset: str = option("", help="text whose perplexity to measure: SRC")
     tasks: tuple[str, ...] = option(
-        (), help="doctest, doctest-unseen, or files (.jsonl[.zst], .parquet) with fields prompt and answer"
+        (),
+        help="doctest, doctest-unseen, or files (.jsonl[.zst], .parquet) with fields prompt and answer (text "
+        "to match), or prompt, choices and answer (the right one's index; the likeliest a character wins)",
     )
-    backend: Literal["torch", "engine"] = option("torch", help="transformers, or Gossamer's own engine")
+    backend: Literal["auto", "torch", "engine"] = option(
+        "auto", help="transformers, or Gossamer's own engine; auto: torch for directories, engine for files"
+    )
     baseline: str = option("", help="model to compare with; adds recovery")
     row_length: int = option(
         255, help="tokens of a row of --dataset; each is seen after those before it in its row, BOS first"
@@ -40,6 +45,7 @@ class Evaluate(EngineOptions):
 class EvaluateResult(Result):
     """Perplexity (None without --dataset) over `num_tokens`; accuracy of each task and kind of example.
 
+    `backend`: the one that was used.
     `row_length`: tokens of a row of the text. `recovery`: accuracy over the baseline's, and for "perplexity"
     the baseline's over ours; 1 is all of it.
     """
@@ -84,6 +90,9 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     tasks = {task: task_examples(task, job.limit, job.seed) for task in job.tasks}
     if job.row_length < 1:
         raise ConfigError(f"--row-length is {job.row_length}; expected a number of tokens, at least 1")
+    if job.backend == "auto":
+        packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
+        job = replace(job, backend="engine" if packed else "torch")
     if job.backend == "torch":
         if job.kv_cache_dtype != "auto":
             raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
@@ -105,7 +114,9 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     )
 
 
-def measure(model: str, job: Evaluate, tasks: dict[str, list[Example]], progress: Progress) -> Figures:
+def measure(
+    model: str, job: Evaluate, tasks: dict[str, list[Example | Choice]], progress: Progress
+) -> Figures:
     """Run one model through the text and the tasks."""
     backend, figures = (
         open_backend(model, job.backend, job.threads, job.kv_cache_dtype, offline=job.offline),
