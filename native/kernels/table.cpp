@@ -97,6 +97,7 @@ const AttentionKernels& find_attention(Values values, Isa isa) {
 const VectorKernels& find_vector(Isa isa) { return find<VectorKernels>(isa); }
 const SamplingKernels& find_sampling(Isa isa) { return find<SamplingKernels>(isa); }
 const AdamwKernels& find_adamw(Isa isa) { return find<AdamwKernels>(isa); }
+const SweepKernels& find_sweep(Isa isa) { return find<SweepKernels>(isa); }
 const TrainingKernels& find_training(Isa isa) { return find<TrainingKernels>(isa); }
 const ProbeKernels& find_probe(Isa isa) { return find<ProbeKernels>(isa); }
 

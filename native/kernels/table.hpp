@@ -123,6 +123,26 @@ struct AdamwKernels {
                   float* exp_avg_sq, float* weight);
 };
 
+constexpr int kSweepLanes = 32;  // outputs that a sweep takes at once
+
+// A block of inputs that are fixed one after another (sweep.hpp). `stride` elements lie between the inputs of
+// weights, marks and errors, `u_stride` between the rows of U.
+struct SweepTask {
+    int num_inputs;  // B
+    std::size_t stride, u_stride;
+    const float* u_BB;
+    const std::uint8_t* kept_BN;  // 1: the weight stays, or may round to something
+    const float* scale_N;         // of each output, to round to; null: nothing is rounded
+    float* w_BN;                  // in place
+    float* error_BN;              // written: what is left to make up for, over U_jj
+};
+
+// The outputs [begin, end) of a block; `scratch` holds kSweepLanes floats for each input. Every level gives
+// the same bits.
+struct SweepKernels {
+    void (*sweep)(const SweepTask& task, int begin, int end, float* scratch);
+};
+
 // Rows of a strip of a masked matrix: `counts` values each, `index` their inputs within the strip. Four
 // bytes of `index` behind the last one can be read.
 struct Strip {
@@ -167,6 +187,7 @@ const AttentionKernels& find_attention(Values values, Isa isa);
 const VectorKernels& find_vector(Isa isa);
 const SamplingKernels& find_sampling(Isa isa);
 const AdamwKernels& find_adamw(Isa isa);
+const SweepKernels& find_sweep(Isa isa);
 const TrainingKernels& find_training(Isa isa);
 const ProbeKernels& find_probe(Isa isa);
 

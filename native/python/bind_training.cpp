@@ -26,6 +26,7 @@ namespace {
 using Mask = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatMatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using StridedMatrix = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 using Level = std::optional<std::string>;
 
 std::mutex turn;  // one call at a time has the workspace
@@ -142,6 +143,35 @@ void adamw(FloatsOut values, Floats gradient, FloatsOut exp_avg, FloatsOut exp_a
     });
 }
 
+void sweep(FloatMatrixOut w_BN, StridedMatrix u_BB, Mask kept_BN, std::optional<Floats> scale_N,
+           FloatMatrixOut error_BN, int num_threads, const Level& level) {
+    const std::size_t B = w_BN.shape(0), N = w_BN.shape(1);
+    const bool fits = u_BB.shape(0) == B && u_BB.shape(1) == B && u_BB.stride(1) == 1 &&
+                      kept_BN.shape(0) == B && kept_BN.shape(1) == N && error_BN.shape(0) == B &&
+                      error_BN.shape(1) == N && (!scale_N || scale_N->size() == N);
+    if (!fits || B < 1 || B > (1u << 16) || N > (1u << 30))
+        throw EngineError("U [B, B], marks, errors [B, N] and scales [N] must fit the weights [B, N]");
+    const SweepTask task{.num_inputs = int(B),
+                         .stride = N,
+                         .u_stride = std::size_t(u_BB.stride(0)),
+                         .u_BB = u_BB.data(),
+                         .kept_BN = reinterpret_cast<const std::uint8_t*>(kept_BN.data()),
+                         .scale_N = scale_N ? scale_N->data() : nullptr,
+                         .w_BN = w_BN.data(),
+                         .error_BN = error_BN.data()};
+    const SweepKernels& kernels = find_sweep(level ? runnable(*level) : isa());
+    const int strips = int((N + kSweepLanes - 1) / kSweepLanes);
+    run_shared(num_threads, [&](Workspace& work) {
+        const std::size_t size = B * kSweepLanes;
+        const std::unique_ptr<float[]> scratch(new float[size * work.team.size()]);
+        work.team.run([&](int thread) {
+            const Part part(strips, thread, work.team.size());
+            kernels.sweep(task, part.begin * kSweepLanes, std::min(int(N), part.end * kSweepLanes),
+                          scratch.get() + thread * size);
+        });
+    });
+}
+
 }  // namespace
 
 void bind_training(nb::module_& m) {
@@ -161,6 +191,8 @@ void bind_training(nb::module_& m) {
     m.def("adamw", &adamw, "values"_a.noconvert(), "gradient"_a.noconvert(), "exp_avg"_a.noconvert(),
           "exp_avg_sq"_a.noconvert(), nb::kw_only(), "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
           "weight_decay"_a, "step"_a, "num_threads"_a, "isa"_a = nb::none());
+    m.def("sweep", &sweep, "w_BN"_a.noconvert(), "u_BB"_a.noconvert(), "kept_BN"_a.noconvert(),
+          "scale_N"_a.none(), "error_BN"_a.noconvert(), nb::kw_only(), "num_threads"_a, "isa"_a = nb::none());
 }
 
 }  // namespace gossamer

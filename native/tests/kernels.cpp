@@ -104,6 +104,25 @@ void run_adamw(const AdamwKernels& kernels, Numbers& numbers) {
     hash.add(w);
 }
 
+void run_sweep(const SweepKernels& kernels, Numbers& numbers) {
+    constexpr int kInputs = 7, kOutputs = 37;
+    Hash hash("sweep");
+    std::vector<float> u = numbers.floats(kInputs * kInputs), scale = numbers.floats(kOutputs);
+    std::vector<std::uint8_t> kept;
+    for (int i = 0; i < kInputs * kOutputs; ++i) kept.push_back(std::uint8_t(numbers.next() >> 63));
+    for (float& x : u) x = std::abs(x) + 0.1f;
+    for (float& x : scale) x = std::abs(x) / 100 + 0.01f;
+    std::vector<float> scratch(kInputs * kSweepLanes);
+    for (const float* scales :
+         {static_cast<const float*>(nullptr), static_cast<const float*>(scale.data())}) {
+        std::vector<float> w = numbers.floats(kInputs * kOutputs), error(w.size());
+        kernels.sweep({kInputs, kOutputs, kInputs, u.data(), kept.data(), scales, w.data(), error.data()}, 0,
+                      kOutputs, scratch.data());
+        hash.add(w);
+        hash.add(error);
+    }
+}
+
 void run_training(const TrainingKernels& kernels, Numbers& numbers) {
     constexpr int kRows = 19;
     Hash multiply("multiply"), project("project");
@@ -142,6 +161,7 @@ int main() {
     run_rope(find_vector(isa()), numbers);
     run_sampling(find_sampling(isa()), numbers);
     run_adamw(find_adamw(isa()), numbers);
+    run_sweep(find_sweep(isa()), numbers);
     run_training(find_training(isa()), numbers);
     run_probes(find_probe(isa()), numbers);
 }

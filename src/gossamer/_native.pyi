@@ -254,6 +254,18 @@ class SparsePlan:
     ) -> None:
         """The mask's positions of dW = dy^T x."""
 
+def sweep(
+    w_BN: np.ndarray,
+    u_BB: np.ndarray,
+    kept_BN: np.ndarray,
+    scale_N: np.ndarray | None,
+    error_BN: np.ndarray,
+    *,
+    num_threads: int,
+    isa: str | None = None,
+) -> None:
+    """Fix the inputs of a block one after another, in place (native/kernels/sweep.hpp); writes `error_BN`."""
+
 def adamw(
     values: np.ndarray,
     gradient: np.ndarray,

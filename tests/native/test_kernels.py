@@ -28,8 +28,9 @@ VECTORS = {  # inputs of one length [1, n] -> outputs that every level must give
     "mass": lambda isa, a, b: _native.mass(isa, a[0], a.max(), 0.5, -1.0),
     "keep": lambda isa, a, b: _native.keep(isa, a[0], -1.0, 1.0),
 }
-# What has tests of its own: below, test_attention.py, test_sparse_plan.py, test_adamw.py, test_bench.py.
-TESTED_APART = {"matmul", "accumulate", "attention", "rope", "multiply", "project", "adamw"}
+# What has tests of its own: below, test_attention.py, test_sparse_plan.py, test_adamw.py, test_sweep.py,
+# test_bench.py.
+TESTED_APART = {"matmul", "accumulate", "attention", "rope", "multiply", "project", "adamw", "sweep"}
 PROBES = {"read", "multiply_int8", "multiply_f32"}
 CELLS = sorted({(row["values"], row["storage"]) for row in MATMUL})
 ISAS = [isa for isa in RUNNABLE if isa in {row["isa"] for row in ROWS if row["family"] == "rmsnorm"}]

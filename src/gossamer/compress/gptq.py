@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gossamer.compress.hessian import InverseFactor, fix_rows, hessians
-from gossamer.compress.int8 import quantize_weights
 
 
 def hessian(inputs: Iterable[Tensor]) -> Tensor:
@@ -26,11 +25,7 @@ def gptq(w_NK: Tensor, scale_N1: Tensor, factor: InverseFactor, *, block_size: i
     kept_KN = w_KN != 0
     for start in range(0, len(w_KN), block_size):
         block = slice(start, start + block_size)
-
-        def fix(j: int, row_N: Tensor, start: int = start) -> Tensor:
-            return quantize_weights(row_N, scale_N) * scale_N * kept_KN[start + j]
-
-        error_BN = fix_rows(w_KN[block], factor.u_KK[block, block], fix)
+        error_BN = fix_rows(w_KN[block], factor.u_KK[block, block], kept_KN[block], scale_N)
         w_KN[block.stop :].addmm_(factor.u_KK[block, block.stop :].T, error_BN, alpha=-1)
     return (w_KN.T / scale_N1).round().to(torch.int8)
 

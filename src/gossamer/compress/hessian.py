@@ -20,12 +20,13 @@ unchanged model and C = 2/n X' X^T, the weights whose outputs come nearest the u
 and the sweep starts from V in the place of W, so that later layers make up for earlier ones.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gossamer import _native
 from gossamer.errors import CalibrationError
 
 SLAB = 128
@@ -81,7 +82,7 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
             "raise --dampening-frac (0.01 is usual) or --num-calibration-samples"
         )
     inverse_KK = torch.linalg.solve_triangular(l_KK, torch.eye(len(l_KK), dtype=l_KK.dtype), upper=False)
-    return InverseFactor(inverse_KK.flip(0, 1).to(H_KK.dtype), dead_K)
+    return InverseFactor(inverse_KK.flip(0, 1).to(H_KK.dtype).contiguous(), dead_K)
 
 
 def towards(w_NK: Tensor, H_KK: Tensor, C_KK: Tensor, factor: InverseFactor) -> Tensor:
@@ -89,16 +90,18 @@ def towards(w_NK: Tensor, H_KK: Tensor, C_KK: Tensor, factor: InverseFactor) -> 
     return w_NK + w_NK @ (C_KK - H_KK) @ factor.u_KK.T @ factor.u_KK
 
 
-def fix_rows(w_BN: Tensor, u_BB: Tensor, fix: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Set each row j of a block to `fix(j, row)`, in order and in place, the rows below making up for it.
+def fix_rows(w_BN: Tensor, u_BB: Tensor, kept_BN: Tensor, scale_N: Tensor | None = None) -> Tensor:
+    """Fix row after row of a block in place, those below making up for it: at 0 unless kept, else as it is.
 
+    With `scale_N` the kept ones are fixed at the nearest of the 255 whole numbers of their output's scale.
     `w_BN` holds B inputs of N outputs (a block of W^T), `u_BB` the block's part of U.
     Returns error_BN; the inputs after the block still have to move by -U[block, after]^T error_BN.
     """
+    if w_BN.device.type != "cpu" or w_BN.dtype != torch.float32:
+        from gossamer.compress.plain_sweep import plain_sweep
+
+        return plain_sweep(w_BN, u_BB, kept_BN, scale_N)
     error_BN = torch.empty_like(w_BN)
-    for j, row_N in enumerate(w_BN):
-        fixed_N = fix(j, row_N)
-        error_BN[j] = (row_N - fixed_N) / u_BB[j, j]
-        w_BN[j + 1 :].addr_(u_BB[j, j + 1 :], error_BN[j], alpha=-1)
-        w_BN[j] = fixed_N
+    arrays = (w_BN.numpy(), u_BB.numpy(), kept_BN.numpy(), None if scale_N is None else scale_N.numpy())
+    _native.sweep(*arrays, error_BN.numpy(), num_threads=torch.get_num_threads())
     return error_BN

@@ -33,9 +33,7 @@ def sparsegpt(
         u_BB = factor.u_KK[block, block]
         saliency_BN = (w_KN[block] / u_BB.diagonal()[:, None]).square().masked_fill(zeros_KN[block], -1.0)
         pruned_BN = smallest(saliency_BN, quota)
-        error_BN = fix_rows(
-            w_KN[block], u_BB, lambda j, row_N, pruned_BN=pruned_BN: row_N.masked_fill(pruned_BN[j], 0.0)
-        )
+        error_BN = fix_rows(w_KN[block], u_BB, ~pruned_BN)
         w_KN[block.stop :].addmm_(factor.u_KK[block, block.stop :].T, error_BN, alpha=-1)
     return w_KN.T.contiguous()
 
