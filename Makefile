@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Only modules that are used are compiled to byte code, at their first use: that is a third of them.
+# Modules are compiled to byte code at their first use: most of those of torch and transformers have none.
 PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 CPP := $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
