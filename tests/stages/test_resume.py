@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -510,7 +509,7 @@ def test_other_native_kernels_and_versions_are_said(job: Pretrain, monkeypatch: 
     interrupt(job)
     found = _native.isa()
     monkeypatch.setattr(_native, "isa", lambda: "other")
-    monkeypatch.setattr(transformers, "__version__", "5.99")
+    monkeypatch.setattr(trainer.transformers, "__version__", "5.99")
     result = pretrain(replace(job, resume=True))
     assert [note.split("(")[1].split(",")[0] for note in result.notes] == [
         "native_instructions: found other",
