@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from gossamer.stages.import_model import Import, import_model
-from once import once
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -23,8 +22,6 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, imported."""
-
-    def make(folder: Path) -> None:
-        import_model(Import(str(smollm2_gguf), str(folder / "model")))
-
-    return once(tmp_path_factory, "smollm2", make) / "model"
+    output = tmp_path_factory.mktemp("smollm2") / "model"
+    import_model(Import(str(smollm2_gguf), str(output)))
+    return output

@@ -1,15 +1,11 @@
 """The real chat model, out of its GGUF file: against transformers and llama.cpp, and through every stage."""
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foreign.golden_ids import golden
@@ -22,7 +18,6 @@ from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
 from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.tools.verify import Verify, verify
-from once import once
 from server.conftest import end, start
 
 QUESTIONS = (
@@ -32,17 +27,13 @@ QUESTIONS = (
     "Write one line of Python that prints the numbers from 1 to 10.",
     "Why is the sky blue? Answer in one sentence.",
 )
-NUM_LAYERS = 30 if os.environ.get("GOSSAMER_TORTURE") else 6
 
 
 @pytest.fixture(scope="module")
-def packed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(smollm2: Path) -> Path:
     """The dense model as one file of float32 weights."""
-
-    def make(folder: Path) -> None:
-        pack(Pack(str(smollm2), str(folder / "dense.goss")))
-
-    return once(tmp_path_factory, "smollm2-packed", make) / "dense.goss"
+    pack(Pack(str(smollm2), str(smollm2.parent / "dense.goss")))
+    return smollm2.parent / "dense.goss"
 
 
 @pytest.fixture(scope="module")
@@ -87,32 +78,15 @@ def test_chats_are_answered_as_transformers_answers_them(packed: Path, smollm2: 
         assert answer.text.strip()
 
 
-@pytest.fixture
-def first_layers(smollm2: Path, tmp_path: Path) -> Path:
-    """The model with its first layers alone: 24 more of the same make would take a minute and a half."""
-    copy = Path(shutil.copytree(smollm2, tmp_path / "first"))
-    tensors = load_file(copy / "model.safetensors")
-    kept = tuple(f"model.layers.{index}." for index in range(NUM_LAYERS))
-    tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith("model.layers.") or name.startswith(kept)
-    }
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": NUM_LAYERS}))
-    return copy
-
-
-@pytest.mark.timeout(900)  # with all layers two minutes of work for one core, which others may be using too
+@pytest.mark.timeout(900)  # about two minutes of work for one core, which others may be using too
 def test_through_every_stage_to_a_server(
-    first_layers: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    smollm2: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Half of the weights zero, INT8, one file: it runs, and a client of OpenAI's is answered the same."""
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     few: dict[str, Any] = {"dataset": (str(text_file),), "num_calibration_samples": 4, "max_seq_length": 128}
     pruned, quantized, file = tmp_path / "50", tmp_path / "int8", tmp_path / "model.goss"
-    found = prune(Prune(str(first_layers), str(pruned), sparsity=0.5, **few))
+    found = prune(Prune(str(smollm2), str(pruned), sparsity=0.5, **few))
     assert found.sparsity == pytest.approx(0.5, abs=1e-3)
     quantize(Quantize(str(pruned), str(quantized), **few))
     pack(Pack(str(quantized), str(file), storage="smallest"))
