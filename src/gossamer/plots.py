@@ -11,13 +11,20 @@ COLORS = (ACCENT, "#c8553d", "#6a4c93", "#8a9a5b")
 
 
 def demo(
-    path: Path, speeds: Sequence[tuple[str, float, float]], accuracies: Sequence[tuple[str, float]], cpu: str
+    path: Path,
+    speeds: Sequence[tuple[str, float, float]],
+    choices: Sequence[tuple[str, float]],
+    doctests: Sequence[tuple[str, float]],
+    cpu: str,
 ) -> None:
-    """Two panels: (layer format, tokens/s, share of the read bandwidth) and (model, accuracy in percent)."""
+    """A panel of (layer format, tokens/s, share of the read bandwidth), then one or two of accuracies.
+
+    `choices` and `doctests` are of models and percent right; without choices, their panel is left out.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(16.5 if choices else 11, 3.8), layout="constrained")
+    left, *others = figure.subplots(1, 3 if choices else 2)
     fastest = max(rate for _, rate, _ in speeds)
     base = speeds[0][1]
     for row, (_, rate, share) in enumerate(speeds):
@@ -31,11 +38,18 @@ def demo(
         f"Tokens per second through 16 wide layers, {cpu}",
         fastest * 2.5,
     )
-    for row, (_, accuracy) in enumerate(accuracies):
-        right.barh(row, accuracy, color=ACCENT if row == len(accuracies) - 1 else PALE)
-        right.text(accuracy, row, f" {accuracy:.1f}%", va="center", color=INK)
-    _finish(right, [label for label, _ in accuracies], "Doctests answered right (unseen instances)", 115)
+    if choices:
+        _accuracies(others[0], choices, "SmolLM2-135M, one shot: choices made right")
+    _accuracies(others[-1], doctests, "Small Python Llama: unseen doctests right")
     figure.savefig(path, dpi=130)
+
+
+def _accuracies(axes, accuracies: Sequence[tuple[str, float]], title: str) -> None:
+    """Bars of (model, percent), the last one marked."""
+    for row, (_, accuracy) in enumerate(accuracies):
+        axes.barh(row, accuracy, color=ACCENT if row == len(accuracies) - 1 else PALE)
+        axes.text(accuracy, row, f" {accuracy:.1f}%", va="center", color=INK)
+    _finish(axes, [label for label, _ in accuracies], title, 115)
 
 
 def _finish(axes, labels: Sequence[str], title: str, limit: float) -> None:

@@ -1,14 +1,19 @@
 """The tour, with little data: every step is real, only the recovery is not waited for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
+from foreign.gguf_files import bpe, write_model
 from gossamer import cli
 from gossamer.errors import ConfigError
 from gossamer.packed.from_checkpoint import expands_int8_fast
+from gossamer.packed.reader import Packed
+from gossamer.runs import chat_model
 from gossamer.runs.demo import Demo, demo
 from gossamer.runs.recovery import SHIPPED, Models, Size, plan
 from gossamer.stages.finetune import Finetune
@@ -16,17 +21,44 @@ from gossamer.stages.pack import Pack
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune
 from gossamer.stages.quantize import Quantize
+from llamas import save_random
 
 LITTLE = Size(num_examples=200, num_replay_pieces=10)
+TURN = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture
+def chat_gguf(tmp_path: Path) -> Path:
+    """A GGUF file of a random chat model, small enough to be pruned twice in a test."""
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    source = save_random(config, tmp_path / "source")
+    keys: Any = {"tokenizer.chat_template": TURN}
+    return write_model(tmp_path / "chat.gguf", source, "llama", bpe("llama-bpe", 319), **keys)
 
 
 @pytest.mark.timeout(900)
 def test_the_tour_measures_prunes_trains_packs_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Without the chat model, of which it says that it is missing."""
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
-    output = tmp_path / "demo"
-    result = demo(Demo(str(output), num_tokens=4096, num_calibration_samples=64), cpu_seconds=1, size=LITTLE)
+    monkeypatch.setattr(chat_model, "PACKAGE", "no_such_package")
+    monkeypatch.setattr("gossamer.runs.demo.NUM_DOCTESTS", 100)
+    output, said = tmp_path / "demo", []
+    job = Demo(str(output), num_tokens=4096, num_calibration_samples=64)
+    result = demo(job, said.append, cpu_seconds=1, size=LITTLE)
+    assert [event.message for event in said if event.lasting and event.stage == "demo"] == [
+        f"without the chat model, which is not installed: {chat_model.INSTALL}"
+    ]
+    assert result.chat is None
     assert json.loads((output / "report.json").read_text())["rows"][0]["name"] == "dense"
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
     dense, control, one_shot, recovered, packed = result.rows
@@ -44,6 +76,44 @@ def test_the_tour_measures_prunes_trains_packs_and_reports(
     shown = capsys.readouterr().out
     assert "70% recovered" in shown
     assert "curl" in shown
+    assert chat_model.INSTALL in shown
+
+
+def test_the_act_of_the_chat_model(chat_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    budget = chat_model.Budget(4, 2, row_length=64, num_rounds=1, answer_tokens=4)
+    output = tmp_path / "out"
+    found = chat_model.chat_model(chat_gguf, output, 0, budget=budget)
+    dense, half, most = found.rows
+    assert dense.num_bytes > half.num_bytes >= most.num_bytes  # equal where zeros of INT8 are stored
+    assert [row.num_bytes for row in found.rows] == [Path(file).stat().st_size for file in found.packed]
+    assert all(row.perplexity > 1 and 0 <= row.accuracy <= 1 and row.tokens_per_s > 0 for row in found.rows)
+    opened = [Packed.open(Path(file)) for file in found.packed]
+    assert [packed.sparsity(packed.decoder) for packed in opened] == pytest.approx([0, 0.5, 0.7], abs=0.02)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "calibration.jsonl",
+        "dense",
+        "dense.goss",
+        "one-shot-50.goss",
+        "one-shot-70.goss",
+    ]
+    figures, answers = found.tables()
+    assert [row[0] for row in figures.rows] == ["dense, bfloat16", "50% one-shot, INT8", "70% one-shot, INT8"]
+    assert [row[0] for row in answers.rows] == list(chat_model.ASKED)
+    text = (output / "calibration.jsonl").read_text()
+    assert all(request in text for request in chat_model.REQUESTS)
+    again = chat_model.chat_model(chat_gguf, output, 0, budget=budget)  # the same seed, the same models
+    assert [replace(row, tokens_per_s=0) for row in again.rows] == [
+        replace(row, tokens_per_s=0) for row in found.rows
+    ]
+    assert (output / "calibration.jsonl").read_text() == text
+
+
+def test_the_questions_have_one_right_answer_each() -> None:
+    rows = [json.loads(line) for line in chat_model.CHOICES.read_text().splitlines()]
+    assert len(rows) == len({row["prompt"] for row in rows}) == 80
+    places = [row["answer"] for row in rows]
+    assert all(places.count(place) >= 20 for place in range(3))  # no place is right much more often
 
 
 def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`demo`: the tour. Wide layers measured on this CPU, then a small Python Llama made sparse and won back."""
+"""`demo`: the tour. Wide layers measured on this CPU, a real chat model pruned, a small one won back."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.measure.tour import CpuTour, cpu_tour
-from gossamer.runs import recovery
+from gossamer.runs import chat_model, recovery
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 HELD_OUT = "python:stdlib:held-out"
@@ -25,10 +25,11 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Demo(recovery.Recovery):
-    """Measure this CPU, then prune, win back, quantize, pack and run a small model (at most 8 minutes).
+    """Measure this CPU, prune a real chat model in one shot, win a small one back (at most 10 minutes).
 
-    The data and the measurements are fixed. The stages take all their options, whose defaults are tuned to
-    this one model and these minutes: only with them can the figures be compared with those of the README.
+    The data and the measurements are fixed, and so is all that is done to the chat model. The stages of the
+    small one take all their options, whose defaults are tuned to it and to these minutes: only with them can
+    the figures be compared with those of the README.
     """
 
     output_dir: str = option("gossamer-demo", help="directory for models, report and picture", short="-o")
@@ -48,9 +49,13 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult(Result):
-    """Everything that the demo shows; also in `report.json`. `samples`: prompt -> model -> text."""
+    """Everything that the demo shows; also in `report.json`. `samples`: prompt -> model -> text.
+
+    `chat` is None where the chat model is not installed.
+    """
 
     cpu: CpuTour
+    chat: chat_model.ChatModel | None
     rows: tuple[Row, ...]
     samples: dict[str, dict[str, str]]
     seconds: float
@@ -59,7 +64,8 @@ class DemoResult(Result):
     packed: str
 
     def tables(self) -> list[Table]:
-        return [*self.cpu.tables(), self._models(), self._samples()]
+        chat = self.chat.tables() if self.chat else []
+        return [*self.cpu.tables(), *chat, self._models(), self._samples()]
 
     def _models(self) -> Table:
         columns = ("model", "held-out perplexity", "doctests", "recovery", "two unseen kinds", "bytes")
@@ -85,8 +91,13 @@ class DemoResult(Result):
     def closing(self) -> tuple[str, ...]:
         body = {"model": "model", "prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0, "stop": ["\n"]}
         program = "gossamer" if shutil.which("gossamer") else sys.argv[0]
+        if self.chat:
+            chat = [f"  {program} run {file}  # talk to it" for file in self.chat.packed[:2]]
+        else:
+            chat = [f"  {chat_model.INSTALL}  # the chat model, for this demo's second act"]
         return (
             f"\n{self.seconds:.0f} s in all. Report: {self.report}   Picture: {self.picture}\n\nTry it:",
+            *chat,
             f"  {program} run {self.packed} '>>> sorted(\"bca\")' --max-tokens 16",
             f"  {program} serve {self.packed}",
             f"  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' "
@@ -95,7 +106,12 @@ class DemoResult(Result):
 
 
 def demo(
-    job: Demo, progress: Progress = quiet, *, cpu_seconds: float = 30, size: recovery.Size = recovery.WHOLE
+    job: Demo,
+    progress: Progress = quiet,
+    *,
+    cpu_seconds: float = 30,
+    budget: chat_model.Budget = chat_model.WHOLE,
+    size: recovery.Size = recovery.WHOLE,
 ) -> DemoResult:
     """Run the tour; `output_dir` may be a former demo's, which is replaced."""
     start, output = time.monotonic(), Path(job.output_dir)
@@ -104,10 +120,12 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     (output / REPORT).write_text("{}\n", encoding="utf-8")  # an interrupted demo may be run again
     cpu = cpu_tour(progress, cpu_seconds)
+    chat = act_of_the_chat_model(output / "chat", job.seed, progress, budget)
     models = recovery.recover(job, recovery.SHIPPED, output / "models", progress, size)
     rows = measure(models, job.seed, progress)
     result = DemoResult(
         cpu=cpu,
+        chat=chat,
         rows=rows,
         samples=side_by_side(models),
         seconds=time.monotonic() - start,
@@ -116,9 +134,26 @@ def demo(
         packed=str(models.packed),
     )
     (output / REPORT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
-    bars = [(row.name, 100 * row.accuracy) for row in rows]
-    plots.demo(output / "demo.png", cpu.speeds(), bars, cpu.cpu)
+    plots.demo(
+        output / "demo.png",
+        cpu.speeds(),
+        [(row.name, 100 * row.accuracy) for row in chat.rows] if chat else [],
+        [(row.name, 100 * row.accuracy) for row in rows],
+        cpu.cpu,
+    )
     return result
+
+
+def act_of_the_chat_model(
+    output: Path, seed: int, progress: Progress, budget: chat_model.Budget
+) -> chat_model.ChatModel | None:
+    """The act, or None where the model is not installed, which the user is told."""
+    gguf = chat_model.find_gguf()
+    if gguf is None:
+        message = f"without the chat model, which is not installed: {chat_model.INSTALL}"
+        progress(Event("demo", message, lasting=True))
+        return None
+    return chat_model.chat_model(gguf, output, seed, progress, budget)
 
 
 def measure(models: recovery.Models, seed: int, progress: Progress) -> tuple[Row, ...]:
