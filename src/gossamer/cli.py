@@ -70,7 +70,7 @@ VERBS = {
     "import": Verb(
         "gossamer.stages.import_model",
         "Import",
-        "a GGUF file becomes a model directory",
+        "a GGUF file becomes a model directory, a recipe a command line",
         function="import_model",
     ),
     "prune": Verb("gossamer.stages.prune", "Prune", "set weights to zero with SparseGPT"),
@@ -366,7 +366,7 @@ def show(result: Result) -> None:
         else:
             out.print(drawn(table))
     for line in result.closing:
-        out.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def drawn(table: Table) -> RichTable:
