@@ -22,6 +22,7 @@ from gossamer.checkpoint.index import write_index
 from gossamer.checkpoint.partial import locked, publish, refuse_existing
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.foreign.bitmask import BitmaskWeights
+from gossamer.foreign.gguf_card import model_card
 from gossamer.foreign.gguf_file import GgufFile
 from gossamer.foreign.gguf_model import GgufModel
 from gossamer.foreign.gguf_tokenizer import GgufTokenizer
@@ -161,7 +162,9 @@ def _read_gguf(path: Path, job: Import) -> _Found:
     weights = GgufWeights(model, read_anatomy(config, str(path)), stored)
     types = Counter(tensor.type for tensor in weights.sources.values())
     words = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
-    return _Found(weights, config, tokenizer.files(), (), words)
+    card = model_card(file)
+    texts = tokenizer.files() | ({"README.md": card} if card else {})
+    return _Found(weights, config, texts, (), words)
 
 
 def _read_bitmask(path: Path, job: Import) -> _Found:
