@@ -17,6 +17,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
@@ -126,6 +127,9 @@ def call(arguments: list[str]) -> int:
     as_json, arguments = "--json" in arguments, [word for word in arguments if word != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         return usage()
+    if arguments == ["--version"]:
+        print("gossamer", version("gossamer"))
+        return 0
     name, *rest = arguments
     try:
         job, function = parse(name, rest)
@@ -167,7 +171,10 @@ def usage() -> int:
     table = RichTable.grid(padding=(0, 2))
     for name, verb in VERBS.items():
         table.add_row(Text(f"  {name}", style="bold"), verb.summary)
-    out.print("usage: gossamer VERB ... (gossamer VERB --help shows its flags; --json prints objects)\n")
+    out.print(
+        "usage: gossamer VERB ... (gossamer VERB --help shows its flags; --json prints objects)\n"
+        "       gossamer --version\n"
+    )
     out.print(table)
     return 0
 
