@@ -250,6 +250,7 @@ _INPUTS = "num_bits: 8, strategy: token, dynamic: true"
 # name: (the file's text, words of the message)
 REFUSED: dict[str, tuple[str, str]] = {
     "pattern": (_SPARSE % 'mask_structure: "2:4"', "mask_structure is '2:4'; supported: '0:0'"),
+    "pattern without quotes": (_SPARSE % "mask_structure: 2:4", "mask_structure is '2:4'; supported: '0:0'"),
     "pattern of older files": (_SPARSE % "prunen: 2, prunem: 4", "prunen is 2; supported: 0"),
     "OWL": (_SPARSE % "sparsity_profile: owl, owl_m: 5, owl_lmbda: 0.08", "sparsity_profile is 'owl'"),
     "sparsity by layer": (

@@ -148,6 +148,11 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         import_model(Import(str(tmp_path / "recipe.yaml"), str(tmp_path / "out")))
 
 
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file; expected a recipe"):
+        import_model(Import(str(tmp_path / "recipe.yaml")))
+
+
 def test_a_model_needs_a_directory_to_write(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give one with -o"):
         import_model(Import(str(tmp_path)))

@@ -56,6 +56,10 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"found {twice[0]} twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def whole_number(self, node: yaml.ScalarNode) -> Any:
+        """`2:4` is a pattern of zeros, and not 124, a number to the base of 60."""
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
     def tagged(self, name: str, node: yaml.Node) -> dict[str, Any]:
         if isinstance(node, yaml.MappingNode):
             return {name: self.construct_mapping(node, deep=True)}
@@ -66,6 +70,7 @@ class _Loader(yaml.SafeLoader):
         )
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
 _Loader.add_multi_constructor("!", _Loader.tagged)
 
 
@@ -87,6 +92,8 @@ def read_recipe(path: Path) -> list[Modifier]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; expected a recipe of SparseML or llm-compressor")
     try:
         text = path.read_bytes().decode("utf-8-sig")
         content = yaml.load(_front_matter(text, path) if path.suffix == ".md" else text, _Loader)

@@ -113,7 +113,7 @@ def import_model(job: Import, progress: Progress = quiet) -> ImportResult | Reci
     """
     path = Path(job.model)
     recipe = path / "recipe.yaml" if path.is_dir() and job.output_dir is None else path
-    if recipe.suffix in SUFFIXES and recipe.is_file():
+    if recipe.suffix in SUFFIXES and (recipe.is_file() or not path.exists()):
         return _recipe(job, translate(recipe))
     if job.output_dir is None:
         raise ConfigError(f"{path}: a model is written to a directory; give one with -o")
