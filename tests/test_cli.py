@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,13 @@ def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str
         if not field.metadata["positional"]:
             assert f"--{field.name.replace('_', '-')}" in shown
         assert field.metadata["help"], f"{name}: {field.name} has no help"
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.call(["--version"]) == 0
+    assert capsys.readouterr().out == f"gossamer {metadata.version('gossamer')}\n"
+    assert cli.call(["--help"]) == 0
+    assert "gossamer --version" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

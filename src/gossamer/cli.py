@@ -17,6 +17,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import tyro
@@ -70,7 +71,7 @@ VERBS = {
     "import": Verb(
         "gossamer.stages.import_model",
         "Import",
-        "a GGUF file becomes a model directory",
+        "a GGUF file becomes a model directory, a recipe a command line",
         function="import_model",
     ),
     "prune": Verb("gossamer.stages.prune", "Prune", "set weights to zero with SparseGPT"),
@@ -126,6 +127,9 @@ def call(arguments: list[str]) -> int:
     as_json, arguments = "--json" in arguments, [word for word in arguments if word != "--json"]
     if not arguments or arguments[0] in ("-h", "--help"):
         return usage()
+    if arguments == ["--version"]:
+        print("gossamer", version("gossamer"))
+        return 0
     name, *rest = arguments
     try:
         job, function = parse(name, rest)
@@ -167,7 +171,10 @@ def usage() -> int:
     table = RichTable.grid(padding=(0, 2))
     for name, verb in VERBS.items():
         table.add_row(Text(f"  {name}", style="bold"), verb.summary)
-    out.print("usage: gossamer VERB ... (gossamer VERB --help shows its flags; --json prints objects)\n")
+    out.print(
+        "usage: gossamer VERB ... (gossamer VERB --help shows its flags; --json prints objects)\n"
+        "       gossamer --version\n"
+    )
     out.print(table)
     return 0
 
@@ -366,7 +373,7 @@ def show(result: Result) -> None:
         else:
             out.print(drawn(table))
     for line in result.closing:
-        out.print(line, soft_wrap=True)
+        out.print(line, soft_wrap=True, markup=False)
 
 
 def drawn(table: Table) -> RichTable:

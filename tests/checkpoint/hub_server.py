@@ -1,7 +1,7 @@
-"""A hub on loopback: the part of the Hugging Face hub's protocol that downloading a model takes.
+"""A hub on loopback: what models and streamed datasets take of the Hugging Face hub's protocol.
 
     with HubServer() as hub:
-        hub.add("org/name", directory)
+        hub.add("org/name", directory)               # or "datasets/org/name"
         ... HF_ENDPOINT=hub.url ...
 
 A repository has commits, of which branches are names. Large files are answered by a redirect to another
@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 GOOD_TOKEN = "hf_goodtoken"
 LARGE_BYTES = 50_000
+NAME = "((?:datasets/)?[^/]+/[^/]+)"
 
 
 @dataclass
@@ -106,9 +107,10 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             hub.requests.append((self.command, path, self.headers.get("Range")))
             if hub.failing:
                 return self._send(hub.failing, b"the hub is down")
-            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/(revision|tree)/(.+))?", path):
+            path = path.replace("/api/models/", "/api/")
+            if match := re.fullmatch(rf"/api/{NAME}(/(revision|tree)/(.+))?", path):
                 return self._describe(match[1], match[3] or "revision", match[4] or "main")
-            if match := re.fullmatch(r"/([^/]+/[^/]+)/(resolve|storage)/([^/]+)/(.+)", path):
+            if match := re.fullmatch(rf"/{NAME}/(resolve|storage)/([^/]+)/(.+)", path):
                 return self._file(match[1], match[2], match[3], match[4])
             return self._send(404, b"")
 
@@ -127,16 +129,22 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             return repository, commit
 
         def _describe(self, name: str, what: str, revision: str) -> None:
-            if (found := self._found(name, revision)) is None:
-                return
+            commit, _, folder = revision.partition("/")
+            if what == "revision" or not re.fullmatch("[0-9a-f]{40}", commit):  # of branches, / is a part
+                commit, folder = revision, ""
+            if (found := self._found(name, commit)) is None:
+                return None
             repository, commit = found
             files = repository.commits[commit]
+            if folder and not any(file.startswith(f"{folder}/") for file in files):
+                return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
             if what == "tree":
-                content: Any = [_entry(file, files[file]) for file in sorted(files)]
+                inside = [file for file in sorted(files) if file.startswith(f"{folder}/" if folder else "")]
+                content: Any = [_entry(file, files[file]) for file in inside]
             else:
                 siblings = [{"rfilename": file} for file in sorted(files)]
                 content = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
-            self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+            return self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
         def _file(self, name: str, what: str, revision: str, file: str) -> None:
             if (found := self._found(name, revision)) is None:

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,6 +29,7 @@ from gossamer.foreign import gguf_file
 from gossamer.stages import import_model as stage
 from gossamer.stages.import_model import Import, import_model
 from gossamer.tokens.tokenizer import Tokenizer
+from gossamer.tools.inspect import Inspect, inspect
 from gossamer.tools.verify import Verify, verify
 from llamas import LINEAR_ROPE, LLAMA3_ROPE, save_random
 
@@ -110,6 +112,24 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF file of a random Llama."""
     folder = tmp_path_factory.mktemp("llama")
     return write_model(folder / "model.gguf", directory("llama", folder / "source"), "llama", VOCABULARY)
+
+
+def test_the_licence_that_a_file_names_goes_along(tmp_path: Path) -> None:
+    """As a model card, which travels with a directory, and as the one line that `inspect` shows."""
+    source = directory("llama", tmp_path / "source")
+    about = {"general.license": "apache-2.0", "general.name": "Tiny: a model", "general.organization": "Org"}
+    link = {"general.license.link": "https://example.org/#terms"}
+    for name, more, license in (("plain", {}, None), ("named", about | link, "apache-2.0")):
+        file = write_model(tmp_path / f"{name}.gguf", source, "llama", VOCABULARY, **more)
+        import_model(Import(str(file), str(tmp_path / name)))
+        assert inspect(Inspect(str(tmp_path / name))).license == license
+    assert not (tmp_path / "plain" / "README.md").exists()
+    card = (tmp_path / "named" / "README.md").read_text()
+    assert metadata_load(tmp_path / "named" / "README.md") == {
+        "license": "apache-2.0",
+        "license_link": "https://example.org/#terms",
+    }
+    assert card.endswith("# Tiny: a model\n\nA model by Org, imported from named.gguf.\n")
 
 
 def logits(path: Path) -> torch.Tensor:

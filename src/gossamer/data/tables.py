@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -124,17 +124,10 @@ def table_documents(path: Path) -> Iterator[str]:
 
 
 def hub_documents(source: str, offline: bool) -> Iterator[str]:
-    """Stream a dataset of the Hugging Face hub: hf:repo[:config[:split]]."""
-    if offline:
-        raise ConfigError(f"dataset {source!r} has to be streamed; drop --offline or give a local file")
-    from datasets import load_dataset
+    """The field `text` of each row of a dataset of the hub."""
+    from gossamer.data.hub import hub_rows
 
-    repo, config, split, *rest = (*source.removeprefix("hf:").split(":"), "", "")
-    if any(rest):
-        raise ConfigError(f"dataset {source!r}: expected hf:repo[:config[:split]]")
-    rows: Iterable[Any] = load_dataset(repo, config or None, split=split or "train", streaming=True)
-    for number, row in enumerate(rows, 1):
-        yield _text_field(dict(row), f"{source}:{number}")
+    return (_text_field(row, where) for where, row in hub_rows(source, offline=offline))
 
 
 def _text_field(row: dict[str, Any], where: str) -> str:

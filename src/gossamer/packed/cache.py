@@ -61,6 +61,7 @@ def _is_sound(path: Path) -> bool:
 def _content_hash(source: Checkpoint) -> str:
     """Of what decides the packed file: the checkpoint, the small files that are copied, how we store them."""
     companions = packed_companions(source)
-    decides = [_LAYOUT, expands_int8_fast(), companions["parent"], companions["metadata"]]
+    small = [companions["metadata"], companions["provenance"].to_json()]
+    decides = [_LAYOUT, expands_int8_fast(), companions["parent"], *small]
     digest = hashlib.sha256(json.dumps(decides).encode())
     return digest.hexdigest()

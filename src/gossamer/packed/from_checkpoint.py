@@ -15,6 +15,7 @@ import numpy as np
 from gossamer import _native
 from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.provenance import read_provenance
 from gossamer.checkpoint.schemes import SCHEMES, Scheme, read_scheme
 from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import CheckpointError
@@ -120,6 +121,7 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
         "tokenizer": files["content"],
         "parent": source.hash,
         "metadata": metadata,
+        "provenance": read_provenance(source),
     }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.architecture.families import read_anatomy
+from gossamer.checkpoint.provenance import Provenance
 from gossamer.errors import FormatError, GossamerError
 from gossamer.packed import panels, streams
 from gossamer.packed.panels import ALIGNMENT
@@ -23,6 +24,7 @@ from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, NumberType, Values
 
 VERSIONS = ("1", "2", "3")  # that are read; `needed_version` says which one a model is written in
 TOKENIZER = "tokenizer.json"
+PROVENANCE = "gossamer"  # member of the configuration, where readers that do not know it leave it alone
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
 DTYPES = {
@@ -239,9 +241,13 @@ def _is_size(number: Any) -> bool:
 
 def read_model(
     metadata: Mapping[str, str], num_tensors: int, source: str
-) -> tuple[dict[str, Any], Anatomy, dict[str, StoredMatrix]]:
-    """The model's config.json, what it is made of, and the table of its matrices."""
+) -> tuple[dict[str, Any], Provenance, Anatomy, dict[str, StoredMatrix]]:
+    """The model's config.json, where it comes from, what it is made of, and the table of its matrices."""
     config = _json_object(metadata["config"], "model config", source)
+    try:
+        provenance = Provenance.from_json(config.pop(PROVENANCE, {}))
+    except ValueError as error:
+        raise FormatError(f"{source}: {PROVENANCE} in the model config: {error}") from error
     try:
         anatomy = read_anatomy(config, f"{source}, config")
     except (GossamerError, TypeError, ValueError, ArithmeticError) as error:
@@ -256,7 +262,7 @@ def read_model(
     table = _json_object(metadata[TABLE], "table of matrices", source)
     matrices = {name: _matrix(name, entry, source) for name, entry in table.items()}
     _check_shapes(matrices, anatomy, source)
-    return config, anatomy, matrices
+    return config, provenance, anatomy, matrices
 
 
 def _check_shapes(matrices: Mapping[str, StoredMatrix], anatomy: Anatomy, source: str) -> None:

@@ -4,7 +4,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Block
 from gossamer.architecture.frequencies import inverse_frequencies, rotary_scale
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.gguf import refuse_gguf
+from gossamer.checkpoint.provenance import Provenance
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
 from gossamer.packed import panels, streams
@@ -36,7 +37,7 @@ class Packed:
 
     `config` is the model's config.json, `tensors` says where everything lies (offsets from the beginning of
     `buffer`, the whole file as uint8), `matrices` is the header's table of them: the embedding, every decoder
-    linear and, unless the head is the embedding itself, `lm_head`.
+    linear and, unless the head is the embedding itself, `lm_head`. `provenance` says where the model is from.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Packed:
     tensors: dict[str, Stored]
     matrices: dict[str, StoredMatrix]
     buffer: np.ndarray
+    provenance: Provenance = field(default_factory=Provenance)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -59,9 +61,10 @@ class Packed:
                 raise FormatError(f"{path}: the file is empty; expected a packed model (.goss)")
             mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
         metadata, tensors = read_header(memoryview(mapped), str(path))
-        config, architecture, matrices = read_model(metadata, len(tensors), str(path))
+        config, provenance, architecture, matrices = read_model(metadata, len(tensors), str(path))
         check_tensors(tensors, architecture, matrices, str(path))
-        return cls(path, config, architecture, metadata, tensors, matrices, np.frombuffer(mapped, np.uint8))
+        buffer = np.frombuffer(mapped, np.uint8)
+        return cls(path, config, architecture, metadata, tensors, matrices, buffer, provenance)
 
     @property
     def file_bytes(self) -> int:

@@ -28,9 +28,11 @@ import numpy as np
 
 from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
+from gossamer.checkpoint.provenance import Provenance
 from gossamer.packed import panels, streams
 from gossamer.packed.header import (
     DTYPES,
+    PROVENANCE,
     TABLE,
     TOKENIZER,
     StoredMatrix,
@@ -51,9 +53,9 @@ _VECTOR_BYTES, _MATRIX_BYTES = 256, 1024  # room in the header: more than the en
 class PackedWriter:
     """Writes a .goss file tensor by tensor to `FILE.partial`, and renames it when it is whole and checked.
 
-    `config` is the text of the model's config.json, `tokenizer` of its tokenizer.json; `metadata` may add
-    chat_template, tokenizer_config and generation_config. Any exception, a full disk included, removes the
-    partial file. An existing `path` is replaced.
+    `config` is the text of the model's config.json, to which `provenance` is added, `tokenizer` that of its
+    tokenizer.json; `metadata` may add chat_template, tokenizer_config and generation_config. Any exception, a
+    full disk included, removes the partial file. An existing `path` is replaced.
     """
 
     def __init__(
@@ -64,12 +66,15 @@ class PackedWriter:
         tokenizer: bytes = b"",
         parent: str = "",
         metadata: Mapping[str, str] | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.matrices: dict[str, StoredMatrix] = {}
         anatomy = read_anatomy(json.loads(config))
         version = needed_version(anatomy)
+        if provenance and (known := provenance.to_json()):
+            config = json.dumps(json.loads(config) | {PROVENANCE: known})
         self._metadata = {"format": "gossamer", "version": version, "config": config, "parent": parent}
         self._metadata |= dict(metadata or {})
         self._tokenizer = tokenizer

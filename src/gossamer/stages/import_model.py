@@ -1,4 +1,7 @@
-"""`import`: other programs' models become a Hugging Face directory, which every other stage reads."""
+"""`import`: other programs' models become a Hugging Face directory, which every other stage reads.
+
+Their recipes become command lines, which make the same run.
+"""
 
 import contextlib
 import hashlib
@@ -19,13 +22,16 @@ from gossamer.checkpoint.index import write_index
 from gossamer.checkpoint.partial import locked, publish, refuse_existing
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.foreign.bitmask import BitmaskWeights
+from gossamer.foreign.gguf_card import model_card
 from gossamer.foreign.gguf_file import GgufFile
 from gossamer.foreign.gguf_model import GgufModel
 from gossamer.foreign.gguf_tokenizer import GgufTokenizer
 from gossamer.foreign.gguf_weights import GgufWeights
+from gossamer.foreign.recipe import Recipe, translate
+from gossamer.foreign.recipe_file import SUFFIXES
 from gossamer.foreign.shards import Planned, plan, write_shard
 from gossamer.job.options import option, record
-from gossamer.job.report import Event, Progress, Result, quiet
+from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.tokens.tokenizer import Tokenizer
 
 _TYPES = {"f32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "f16": ("F16", "float16")}
@@ -33,12 +39,17 @@ _TYPES = {"f32": ("F32", "float32"), "bf16": ("BF16", "bfloat16"), "f16": ("F16"
 
 @dataclass(frozen=True)
 class Import:
-    """Decode every weight of a GGUF file, or of a directory whose sparse weights are stored compressed."""
+    """Decode every weight of a GGUF file, or of a directory whose sparse weights are stored compressed.
+
+    Or say with which command lines a recipe of SparseML or llm-compressor is run here; that of a directory is
+    its `recipe.yaml`, where no output is asked for.
+    """
 
     model: str = option(
-        help="GGUF file, or a directory of compressed-tensors' sparse-bitmask", positional=True
+        help="GGUF file; directory of compressed-tensors' sparse-bitmask; or recipe (.yaml, .md)",
+        positional=True,
     )
-    output_dir: str = option(help="directory to write", short="-o")
+    output_dir: str | None = option(None, help="directory to write (for a recipe, nothing is)", short="-o")
     dtype: Literal["f32", "bf16", "f16"] = option(
         "f32", help="type of the weights; f32 holds all of them exactly"
     )
@@ -65,6 +76,26 @@ class ImportResult(Result):
 
 
 @dataclass(frozen=True)
+class RecipeResult(Result):
+    """The command lines of a recipe's run, and what became of each of its fields."""
+
+    recipe: str
+    commands: tuple[str, ...]
+    fields: tuple[tuple[str, str, str], ...]
+
+    def tables(self) -> list[Table]:
+        """A row for each field."""
+        return [Table(self.recipe, ("the recipe's", "says", "here"), self.fields)]
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        """The command lines, and what is to be put into them."""
+        trains = any("TRAINING_TEXT" in command for command in self.commands)
+        also = "; how long to train is --num-tokens" if trains else ""
+        return (f"To run it here (what a recipe does not say is in capitals{also}):", *self.commands)
+
+
+@dataclass(frozen=True)
 class _Found:
     """What is to be written: weights, texts of files by name, files to copy; `stored` is for people."""
 
@@ -75,9 +106,18 @@ class _Found:
     stored: str
 
 
-def import_model(job: Import, progress: Progress = quiet) -> ImportResult:
-    """Import a model; nothing is written before all of the input's headers have been understood."""
-    start, output, path = time.monotonic(), Path(job.output_dir), Path(job.model)
+def import_model(job: Import, progress: Progress = quiet) -> ImportResult | RecipeResult:
+    """Import a model; nothing is written before all of the input's headers have been understood.
+
+    Of a recipe nothing is written at all.
+    """
+    path = Path(job.model)
+    recipe = path / "recipe.yaml" if path.is_dir() and job.output_dir is None else path
+    if recipe.suffix in SUFFIXES and (recipe.is_file() or not path.exists()):
+        return _recipe(job, translate(recipe))
+    if job.output_dir is None:
+        raise ConfigError(f"{path}: a model is written to a directory; give one with -o")
+    start, output = time.monotonic(), Path(job.output_dir)
     refuse_existing(output, job.overwrite)
     if output.exists() and output.resolve() == path.resolve():
         raise ConfigError(f"{output} is the input; give another --output-dir")
@@ -105,6 +145,12 @@ def import_model(job: Import, progress: Progress = quiet) -> ImportResult:
     )
 
 
+def _recipe(job: Import, recipe: Recipe) -> RecipeResult:
+    if job.output_dir is not None:
+        raise ConfigError(f"{job.model} is a recipe, of which command lines are made; leave -o out")
+    return RecipeResult(job.model, recipe.commands, recipe.rows)
+
+
 def _read_gguf(path: Path, job: Import) -> _Found:
     file, (stored, dtype) = GgufFile.open(path), _TYPES[job.dtype]
     model, tokenizer = GgufModel(file), GgufTokenizer(file)
@@ -116,7 +162,9 @@ def _read_gguf(path: Path, job: Import) -> _Found:
     weights = GgufWeights(model, read_anatomy(config, str(path)), stored)
     types = Counter(tensor.type for tensor in weights.sources.values())
     words = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
-    return _Found(weights, config, tokenizer.files(), (), words)
+    card = model_card(file)
+    texts = tokenizer.files() | ({"README.md": card} if card else {})
+    return _Found(weights, config, texts, (), words)
 
 
 def _read_bitmask(path: Path, job: Import) -> _Found:

@@ -8,6 +8,7 @@ from typing import Literal
 from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import refuse_existing
+from gossamer.checkpoint.provenance import text_files
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.processes import refuse_several
@@ -52,6 +53,7 @@ class StoredAs:
 class PackResult(Result):
     """`bits_per_weight` and `sparsity` are of the decoder's linears.
 
+    `left_out` are files beside the model, such as a licence as PDF, that cannot be carried in the file.
     `head_error` is |rounded - w| / |w| of an output head rounded to int8 here, None where it was kept.
     """
 
@@ -64,6 +66,7 @@ class PackResult(Result):
     dense_for_speed: bool
     seconds: float
     stored: tuple[StoredAs, ...]
+    left_out: tuple[str, ...]
 
     def tables(self) -> list[Table]:
         """One row per kind of layer and way of storage."""
@@ -94,6 +97,10 @@ class PackResult(Result):
             lines.append(
                 f"The head is int8, its weights moved by {self.head_error:.2%}; `evaluate` shows the cost."
             )
+        if self.left_out:
+            lines.append(
+                f"Not in the file, as no text or too long: {', '.join(self.left_out)}; keep it beside."
+            )
         return (*lines, run)
 
 
@@ -119,6 +126,9 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
         dense_for_speed=packing.dense_for_speed,
         seconds=time.monotonic() - start,
         stored=stored_as(packed),
+        left_out=tuple(
+            file.name for file in text_files(source.path) if file.name not in packed.provenance.texts
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """`inspect`: what a checkpoint directory or a packed file holds, and where it comes from."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.provenance import Provenance, Step, read_provenance
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.header import matrix_shapes
@@ -50,16 +51,11 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One stage that led to the model, and the sha256 of the checkpoint that it was given."""
-
-    stage: str
-    parent: str
-
-
-@dataclass(frozen=True)
 class InspectResult(Result):
-    """`sparsity` and `bits_per_weight` are of the decoder's linears; `provenance` is oldest first."""
+    """`sparsity` and `bits_per_weight` are of the decoder's linears; `provenance` is oldest first.
+
+    `license` is what the model card says, or how the licence's text begins; `texts` has the texts by name.
+    """
 
     model: str
     kind: str
@@ -70,6 +66,8 @@ class InspectResult(Result):
     bits_per_weight: float
     matrices: tuple[Matrix, ...]
     provenance: tuple[Step, ...]
+    license: str | None
+    texts: Mapping[str, str]
 
     def tables(self) -> list[Table]:
         """The model as a whole, and a row per decoder layer."""
@@ -93,6 +91,8 @@ class InspectResult(Result):
             ("bytes", f"{self.num_bytes:,}"),
             ("decoder zeros", f"{self.sparsity:.2%}"),
             ("decoder bits/weight", f"{self.bits_per_weight:.2f}"),
+            ("license", self.license or "unknown"),
+            *([("texts", ", ".join(self.texts))] if self.texts else []),
             *(
                 (f"step {i}: {step.stage}", f"from {step.parent[:16]}")
                 for i, step in enumerate(self.provenance, 1)
@@ -126,8 +126,9 @@ def _packed(packed: Packed) -> InspectResult:
         for name, matrix in packed.matrices.items()
     ]
     kind = f"packed file, format version {packed.metadata['version']}"
-    provenance = (Step("pack", packed.metadata["parent"]),) if packed.metadata["parent"] else ()
-    return _result(str(packed.path), kind, packed.architecture, packed.file_bytes, matrices, provenance)
+    found, parent = packed.provenance, packed.metadata["parent"]
+    known = replace(found, lineage=(*found.lineage, Step("pack", parent))) if parent else found
+    return _result(str(packed.path), kind, packed.architecture, packed.file_bytes, matrices, known)
 
 
 def _directory(source: Checkpoint, progress: Progress) -> InspectResult:
@@ -143,9 +144,8 @@ def _directory(source: Checkpoint, progress: Progress) -> InspectResult:
         matrices.append(Matrix(name, rows, columns, "dense", values, nonzeros, num_bytes))
     kind = "quantized directory" if "quantization_config" in source.config else "directory"
     num_bytes = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
-    lineage = (source.manifest or {}).get("lineage", [])
-    provenance = tuple(Step(step["stage"], step["parent"]) for step in lineage)
-    return _result(str(source.path), kind, source.architecture, num_bytes, matrices, provenance)
+    known = read_provenance(source)
+    return _result(str(source.path), kind, source.architecture, num_bytes, matrices, known)
 
 
 def _result(
@@ -154,7 +154,7 @@ def _result(
     architecture: Anatomy,
     num_bytes: int,
     matrices: Sequence[Matrix],
-    provenance: tuple[Step, ...],
+    provenance: Provenance,
 ) -> InspectResult:
     decoder = [matrix for matrix in matrices if matrix.name not in (EMBEDDING, HEAD)]
     shapes = architecture.tensor_shapes.values()
@@ -167,7 +167,9 @@ def _result(
         sparsity=_sparsity(decoder),
         bits_per_weight=_bits_per_weight(decoder),
         matrices=tuple(matrices),
-        provenance=provenance,
+        provenance=provenance.lineage,
+        license=provenance.license_line,
+        texts=provenance.texts,
     )
 
 

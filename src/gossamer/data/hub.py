@@ -1,0 +1,69 @@
+"""Datasets of the Hugging Face hub, streamed by the `datasets` library; its failures in the user's words.
+
+The library has its own settings (HF_HOME, HF_ENDPOINT, HF_TOKEN or what `hf auth login` keeps,
+HF_HUB_OFFLINE), and takes a copy that an earlier download left in its cache where the hub does not answer.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from gossamer.errors import ConfigError
+
+
+def hub_rows(source: str, *, offline: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of `hf:repo[:config[:split]]`, each with its place for messages.
+
+    Raises ConfigError for what the hub does not have or give, or what cannot be read; OSError where the hub
+    cannot be reached.
+    """
+    repo, config, split, *rest = (*source.removeprefix("hf:").split(":"), "", "")
+    if not repo or any(rest):
+        raise ConfigError(f"dataset {source!r}: expected hf:repo[:config[:split]]")
+    if offline:
+        raise ConfigError(f"dataset {source!r} has to be streamed; drop --offline or give a local file")
+    from datasets import load_dataset
+
+    try:
+        rows = iter(load_dataset(repo, config or None, split=split or "train", streaming=True))
+    except Exception as error:  # of any kind: what the library raises is in no tree
+        raise _explanation(error, source, repo) from error
+    number = 0
+    while True:
+        number += 1
+        try:
+            row = dict(next(rows))
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _explanation(error, f"{source}:{number}", repo) from error
+        yield f"{source}:{number}", row
+
+
+def _explanation(error: Exception, source: str, repo: str) -> Exception:
+    """What an error of the library means to the user; an OSError where trying again may help."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import constants, errors, get_token
+
+    what, page = f"dataset {source!r}", f"{constants.ENDPOINT}/datasets/{repo}"
+    words = " ".join(str(error).split())[:200] or type(error).__name__
+    with_token = get_token() is not None
+    log_in = "log in (`hf auth login`) or set HF_TOKEN"
+    if isinstance(error, DatasetNotFoundError) and "gated" in words:
+        access = "the token found here has no access yet" if with_token else f"then {log_in}"
+        return ConfigError(f"{what}: {page} is gated; ask for access on that page; {access}")
+    if isinstance(error, DatasetNotFoundError):
+        private = "the token found here cannot see it" if with_token else f"if it is private, {log_in}"
+        return ConfigError(f"{what}: the hub shows no {page}; check the name; {private}")
+    answered = isinstance(error, errors.HfHubHTTPError)
+    cut_off = errors.HTTPError, ConnectionError, TimeoutError  # pyright: ignore[reportPrivateImportUsage]
+    down = answered and error.response.status_code >= 500
+    if (isinstance(error, cut_off) and not answered) or down or "LocalEntryNotFoundError" in words:
+        offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        return OSError(
+            f"{what}: {constants.ENDPOINT} cannot be reached ({words}){offline}; run it again with a "
+            "network, or give a local file"
+        )
+    return ConfigError(
+        f"{what}: {page} cannot be streamed ({words}); check config and split (hf:repo[:config[:split]]), or "
+        "download its files and give one of them"
+    )
