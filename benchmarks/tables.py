@@ -6,7 +6,7 @@ They stand between <!-- results --> and <!-- /results -->.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ README, ALL = RESULTS.parents[1] / "README.md", RESULTS / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 LEVELS = ("scalar", "avx2", "avx512", "amx")
 MAIN_JOBS = ("step-1b", "linears-7b", "batch-1b")  # of decode.py, for README
+MAIN_SPARSITIES = (0.5, 0.7, 0.9)  # of training.py, for README
 SETTING = ("shape", "layers", "values", "sparsity", "batch", "prompt")  # what tells rows of decode.py apart
 
 Row = dict[str, Any]
@@ -105,10 +106,15 @@ def prefill(folder: Path) -> str:
     return headed(what, rows, Table("", ("weights", "TOPS", "of the INT8 peak", "against dense"), lines))
 
 
-def training(folder: Path) -> str:
-    """Training on the values alone: the linears by sparsity, then whole steps."""
+def main_training(folder: Path) -> str:
+    return training(folder, MAIN_SPARSITIES)
+
+
+def training(folder: Path, sparsities: Sequence[float] = ()) -> str:
+    """Training on the values alone: the linears by sparsity (without any named, all), then whole steps."""
     rows = newest(all_rows("training", folder), ("job", "sparsity"))
     linears = [row for row in rows if row["job"] == "linears"]
+    linears = [row for row in linears if not sparsities or row["sparsity"] in sparsities]
     if not linears:
         return ""
     lines = [
@@ -179,9 +185,10 @@ def against_peers(folder: Path) -> str:
 
 
 def whole_models(folder: Path) -> str:
-    """The same for whole models only, for README."""
-    rows = [row for row in last_comparison(folder) if not str(row.get("shape")).startswith("stack")]
-    what = "Whole models against llama.cpp in the same run (`benchmarks/compare/`)"
+    """The same for whole models that decode, for README."""
+    found = last_comparison(folder)
+    rows = [row for row in found if not str(row.get("shape")).startswith("stack") and row.get("tokens") == 1]
+    what = "Whole models that decode, against llama.cpp in the same run (`benchmarks/compare/`)"
     return f"*{what}, {rows[0]['run'][:10]}.*\n\n{ratio_table(rows)}\n" if rows else ""
 
 
@@ -191,7 +198,7 @@ def peers(folder: Path) -> str:
     return f"*All engines in that run.*\n\n{speed_table(rows)}\n" if rows else ""
 
 
-BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, whole_models, training)
+BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, whole_models, main_training)
 COMPLETE: tuple[Callable[[Path], str], ...] = (decode, prefill, training, kernels, against_peers, peers)
 
 

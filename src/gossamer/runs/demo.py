@@ -18,7 +18,7 @@ from gossamer.runs import chat_model, recovery
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 HELD_OUT = "python:stdlib:held-out"
-NUM_DOCTESTS = 500
+NUM_DOCTESTS = 400
 PROMPTS = ('>>> sorted("lamp")\n', '>>> "sassy".replace("s", "t")\n', '>>> "python"[::-1]\n')
 REPORT = "report.json"
 

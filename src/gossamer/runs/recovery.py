@@ -2,23 +2,19 @@
 
     dense -> prune 50% -> pretrain -> prune 70% -> finetune (SquareHead) -> quantize -> pack
 
-The control is the dense model trained on the same tokens in the same order, without zeros and teacher. It
-runs in a second process while the sparse path runs in this one: a small model gains little from two threads.
+The control is the dense model trained on the same tokens in the same order, without zeros and teacher, in a
+second process beside the sparse path.
 """
 
-import multiprocessing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from gossamer.data.supervised import write_completions
-from gossamer.errors import GossamerError, Interrupted
+from gossamer.errors import Interrupted
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
+from gossamer.runs.beside import beside
 from gossamer.runs.options import options_for, options_of
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
@@ -39,12 +35,12 @@ DECIDED = (
     *("resume", "overwrite", "parallel", "seed", "threads"),
 )
 DEFAULTS = {
-    "num_calibration_samples": 256,
+    "num_calibration_samples": 128,
     "max_seq_length": 128,
     "max_length": 128,
     "batch_tokens": 2048,
     "learning_rate": 5e-4,
-    "num_tokens": 300_000,
+    "num_tokens": 150_000,
     "num_train_epochs": 1,
     # With all weights. "auto" takes what is faster at the moment, and the two ways round differently, so two
     # runs of the demo would not give the same model.
@@ -63,8 +59,8 @@ class Recovery(options_of(STAGES, without=DECIDED, defaults=DEFAULTS)):
 class Size:
     """How many examples fine-tuning sees; the defaults go with those of `Recovery`."""
 
-    num_examples: int = 14_000
-    num_replay_pieces: int = 1000
+    num_examples: int = 7000
+    num_replay_pieces: int = 500
 
 
 WHOLE = Size()
@@ -147,7 +143,7 @@ def recover(
     models = Models.under(output, dense)
     jobs = plan(job, models, output, size)
     try:
-        with _beside(train_control, jobs.control_pretrain, jobs.control_finetune, size), _one_thread():
+        with beside(train_control, jobs.control_pretrain, jobs.control_finetune, size):
             prune(jobs.one_shot, progress)
             prune(jobs.prune_50, progress)
             pretrain(jobs.pretrain_50, progress)
@@ -162,12 +158,8 @@ def recover(
 
 def train_control(first: Pretrain, second: Finetune, size: Size) -> None:
     """The dense model through the same pretraining and fine-tuning: what the extra tokens alone are worth."""
-    try:
-        with _one_thread():
-            pretrain(first, quiet)
-            _finetune(second, size, quiet)
-    except KeyboardInterrupt:  # the parent says so
-        raise SystemExit(130) from None
+    pretrain(first, quiet)
+    _finetune(second, size, quiet)
 
 
 def _finetune(job: Finetune, size: Size, progress: Progress) -> None:
@@ -176,33 +168,3 @@ def _finetune(job: Finetune, size: Size, progress: Progress) -> None:
         Path(job.dataset[1]), "python:stdlib", size.num_replay_pieces, job.seed, REPLAY_CHARACTERS
     )
     finetune(job, progress)
-
-
-@contextmanager
-def _beside(function: Callable[..., None], *arguments: Any) -> Iterator[None]:
-    """Run `function` in another process, a spawned one because torch's threads do not survive a fork.
-
-    At the end of the block it is waited for; if the block fails, it is ended.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments, daemon=True)
-    process.start()
-    try:
-        yield
-        process.join()
-    finally:
-        process.terminate()
-        process.join()
-    if process.exitcode:
-        raise GossamerError(
-            f"{function.__name__} ended with code {process.exitcode}; its output above says why"
-        )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
