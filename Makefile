@@ -18,7 +18,7 @@ demo: $(VENV)/.built
 
 # Side by side: pyright, a minute on one core, would leave the others idle.
 test: $(VENV)/.test
-	$(MAKE) -j 2 check tests
+	$(MAKE) --no-print-directory -j 2 check tests
 
 tests: $(VENV)/.test
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal

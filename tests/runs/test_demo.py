@@ -51,7 +51,7 @@ def test_the_tour_measures_prunes_trains_packs_and_reports(
     """Without the chat model, of which it says that it is missing."""
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(chat_model, "PACKAGE", "no_such_package")
-    monkeypatch.setattr("gossamer.runs.demo.NUM_DOCTESTS", 100)
+    monkeypatch.setattr("gossamer.runs.demo.NUM_DOCTESTS", 60)
     output, said = tmp_path / "demo", []
     job = Demo(str(output), num_tokens=4096, num_calibration_samples=64)
     result = demo(job, said.append, cpu_seconds=1, size=LITTLE)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import os
 import sysconfig
 import tarfile
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from gossamer.data.damage import damaged
@@ -27,11 +29,9 @@ _CHUNK_BYTES = 1 << 20
 def tree_files(source: str) -> list[Path]:
     """The files of a folder or of `python:stdlib`, in the order of their names."""
     if source == "python:stdlib:held-out":
-        return [_library() / name for name in HELD_OUT]
+        return [Path(sysconfig.get_path("stdlib")) / name for name in HELD_OUT]
     if source == "python:stdlib":
-        names = (path.relative_to(_library()) for path in _library().rglob("*.py"))
-        kept = (it for it in names if not LEFT_OUT_FOLDERS & set(it.parts) and str(it) not in HELD_OUT)
-        return [_library() / name for name in sorted(kept)]
+        return [*_library()]
     paths = Path(source).rglob("*")
     files = sorted(path for path in paths if path.suffix in (".py", ".txt") and path.is_file())
     if not files:
@@ -53,5 +53,12 @@ def tar_documents(path: Path) -> Iterator[str]:
         raise damaged(path, error) from error
 
 
-def _library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
+@cache
+def _library() -> list[Path]:
+    """The files of `python:stdlib`; a walk through it takes a good part of a second."""
+    library, found = Path(sysconfig.get_path("stdlib")), []
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in LEFT_OUT_FOLDERS]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
+    held_out = {library / name for name in HELD_OUT}
+    return sorted(path for path in found if path not in held_out)
