@@ -1,6 +1,7 @@
 """`prune` on random Llamas of every variant and on the two real models."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.calibration import calibration_ids
 from gossamer.errors import CalibrationError, ConfigError
 from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
@@ -77,6 +80,27 @@ def test_pruning_again_keeps_zeros_and_counts_them(
     assert left_nothing(tmp_path / "less")
 
 
+@pytest.mark.parametrize("variant", ["llama2", "llama3"])
+def test_errors_and_perplexities_are_those_of_transformers_on_the_last_eighth_of_the_rows(
+    variant: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama(variant), tmp_path / "pruned", text_file)
+    result = prune(job)
+    ids_BT = calibration_ids(Checkpoint.open(job.model), job)[-2:]
+    outputs: list[Any] = []
+    for model in (job.model, job.output_dir):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        with torch.no_grad():
+            outputs.append(loaded(ids_BT, labels=ids_BT, output_hidden_states=True))
+    before, after = (output.loss.exp().item() for output in outputs)
+    assert (result.parent_perplexity, result.perplexity) == pytest.approx((before, after), rel=1e-4)
+    parent_BTD, ours_BTD = (output.hidden_states[1] for output in outputs)
+    expected = ((ours_BTD - parent_BTD).norm(dim=-1) / parent_BTD.norm(dim=-1)).square().mean()
+    assert result.errors[0] == pytest.approx(expected.item(), rel=1e-4)
+    metrics = json.loads((Path(job.output_dir) / "gossamer.json").read_text())["metrics"]
+    assert metrics["errors"] == result.errors and metrics["perplexity"] == result.perplexity
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
 def test_sparsity_outside_its_range_is_refused(
     sparsity: float, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
@@ -88,7 +112,13 @@ def test_sparsity_outside_its_range_is_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_calibration_samples": 0}, {"max_seq_length": 1}, {"block_size": 0}, {"dampening_frac": -1.0}],
+    [
+        {"num_calibration_samples": 0},
+        {"num_calibration_samples": 1},
+        {"max_seq_length": 1},
+        {"block_size": 0},
+        {"dampening_frac": -1.0},
+    ],
 )
 def test_numbers_that_mean_nothing_are_refused(
     options: dict[str, Any], tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
@@ -166,6 +196,8 @@ def test_no_worse_than_llm_compressor(
     calibration = str(shared_data / "text" / "tinystories-train-a.txt")
     source = str(shared_data / "models" / model)
     job = Prune(source, str(tmp_path / "out"), sparsity=sparsity, dataset=(calibration,), max_seq_length=512)
+    torch.set_num_threads(os.cpu_count() or 1)
     prune(job)
+    torch.set_num_threads(1)
     result = evaluate(Evaluate(job.output_dir, dataset=str(reserved_slice)))
     assert result.perplexity is not None and result.perplexity <= bound

@@ -81,13 +81,24 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
             f"{dampening_frac:g}, so the calibration tokens do not span this layer's inputs; "
             "raise --dampening-frac (0.01 is usual) or --num-calibration-samples"
         )
-    inverse_KK = torch.linalg.solve_triangular(l_KK, torch.eye(len(l_KK), dtype=l_KK.dtype), upper=False)
+    eye_KK = torch.eye(len(l_KK), dtype=l_KK.dtype, device=l_KK.device)
+    inverse_KK = torch.linalg.solve_triangular(l_KK, eye_KK, upper=False)
     return InverseFactor(inverse_KK.flip(0, 1).to(H_KK.dtype).contiguous(), dead_K)
 
 
 def towards(w_NK: Tensor, H_KK: Tensor, C_KK: Tensor, factor: InverseFactor) -> Tensor:
     """V [N, K]: the weights whose outputs on this model's input come nearest W's on the unchanged model's."""
     return w_NK + w_NK @ (C_KK - H_KK) @ factor.u_KK.T @ factor.u_KK
+
+
+def token_error(ours_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
+    """Mean over tokens of |ours - parent|^2 / |parent|^2, a scalar.
+
+    In real models one token, the attention sink, may hold nearly all of the hidden states' squared norm, and
+    an error that is not normalized by token sees no other.
+    """
+    square_BT = parent_BTD.square().sum(-1).clamp_min(torch.finfo(parent_BTD.dtype).tiny)
+    return ((ours_BTD - parent_BTD).square().sum(-1) / square_BT).mean()
 
 
 def fix_rows(w_BN: Tensor, u_BB: Tensor, kept_BN: Tensor, scale_N: Tensor | None = None) -> Tensor:

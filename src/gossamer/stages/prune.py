@@ -1,7 +1,7 @@
 """`prune`: zeros in the decoder's linear weights, in one shot and without training."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.compress.hessian import hessians, inverse_factor, towards
+from gossamer.compress.hessian import hessians, inverse_factor, token_error, towards
 from gossamer.compress.sparsegpt import sparsegpt
 from gossamer.data.calibration import CalibrationOptions, calibration_ids, check_options
 from gossamer.data.sources import manifest
-from gossamer.decoder import blocks, embed, refuse_quantized, write_block
+from gossamer.decoder import Block, blocks, embed, perplexity, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
@@ -34,51 +34,97 @@ class Prune(CalibrationOptions):
 
 @dataclass(frozen=True)
 class PruneResult(Result):
-    """`errors`: after each layer, the squared distance of the hidden states to the parent's, relative."""
+    """What rows say that were held out from calibration.
+
+    `errors`: after each layer, how far the hidden states are from the parent's (see `token_error`);
+    `parent_perplexity`, `perplexity`: of these rows, before and after.
+    """
 
     output_dir: str
     sparsity: float
+    parent_perplexity: float
+    perplexity: float
     errors: list[float]
     num_tokens: int
     seconds: float
 
     def tables(self) -> list[Table]:
-        """What was reached."""
-        figures = (f"{self.sparsity:.2%}", f"{self.errors[-1]:.4f}")
-        row = (*figures, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
-        columns = ("zeros", "error after the last layer", "calibration tokens", "seconds")
-        return [Table(self.output_dir, columns, [row])]
+        """What was reached, and the errors of all layers."""
+        before_after = f"{self.parent_perplexity:.2f} -> {self.perplexity:.2f}"
+        row = (f"{self.sparsity:.2%}", before_after, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
+        columns = ("zeros", "held-out perplexity", "calibration tokens", "seconds")
+        layers = [(f"{layer}", f"{error:.4f}") for layer, error in enumerate(self.errors)]
+        return [
+            Table(self.output_dir, columns, [row]),
+            Table("error of hidden states, held-out rows", ("layer", "a token"), layers),
+        ]
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states [rows, T, D] of the pruned model and of its parent, on their way through the layers."""
+
+    ours_BTD: Tensor
+    parent_BTD: Tensor
+
+    def walk(
+        self, block: Block, parent: Block
+    ) -> Iterator[tuple[dict[str, nn.Linear], Iterable[tuple[Tensor, Tensor]]]]:
+        """Through a layer, group by group, with pieces of both models' inputs; see `Block.walk`."""
+        walks = zip(block.walk(self.ours_BTD), parent.walk(self.parent_BTD), strict=True)
+        for (group, inputs), (_, parent_inputs) in walks:
+            yield group, zip(inputs, parent_inputs, strict=True)
 
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     """Prune layer by layer, two copies of the model in step: the one being pruned and the parent.
 
-    Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent.
+    Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent. The
+    last eighth of the rows is held out from calibration, and what the result says is measured there.
     """
     start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
     check_options(job)
     refuse_quantized(source)
     check_sparsity(source, job.sparsity)
+    num_held = num_held_out(job.num_calibration_samples)
     errors: list[float] = []
     done, total = 0, len(source.linears)
     with source.derive(job.output_dir, job, stage="prune", overwrite=job.overwrite) as target:
         target.data = [manifest(name) for name in job.dataset]
         ids_BT = calibration_ids(source, job)
-        hidden_BTD, parent_BTD = embed(source, ids_BT), embed(source, ids_BT)
+        rows, held = (
+            States(embed(source, part_BT), embed(source, part_BT))
+            for part_BT in (ids_BT[:-num_held], ids_BT[-num_held:])
+        )
         for block, parent in zip(blocks(source), blocks(source), strict=True):
             # A walk leaves the layer's output in its hidden states.
-            walks = zip(block.walk(hidden_BTD), parent.walk(parent_BTD), strict=True)
-            for (group, inputs), (_, parent_inputs) in walks:
-                prune_group(group, zip(inputs, parent_inputs, strict=True), job)
+            walks = zip(rows.walk(block, parent), held.walk(block, parent), strict=True)
+            for (group, inputs), _ in walks:
+                prune_group(group, inputs, job)
                 done += len(group)
                 metrics = {"error": errors[-1]} if errors else {}
                 progress(Event("prune", next(iter(group)), done, total, metrics))
-            errors.append(((hidden_BTD - parent_BTD).square().mean() / parent_BTD.square().mean()).item())
+            errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
             write_block(target, block)
         target.copy_rest()
+        before, after = (
+            perplexity(source, hidden_BTD, ids_BT[-num_held:])
+            for hidden_BTD in (held.parent_BTD, held.ours_BTD)
+        )
         target.num_threads = torch.get_num_threads()
-        target.metrics["errors"] = errors
-    return PruneResult(job.output_dir, target.sparsity, errors, ids_BT.numel(), time.monotonic() - start)
+        target.metrics |= {"errors": errors, "parent_perplexity": before, "perplexity": after}
+    seconds = time.monotonic() - start
+    return PruneResult(job.output_dir, target.sparsity, before, after, errors, ids_BT.numel(), seconds)
+
+
+def num_held_out(num_rows: int) -> int:
+    """An eighth of the rows, at least one; ConfigError unless a row is left to calibrate on."""
+    if num_rows < 2:
+        raise ConfigError(
+            f"--num-calibration-samples is {num_rows}; prune needs at least 2: an eighth of the rows, one or "
+            "more, is held out from calibration to judge by"
+        )
+    return max(1, num_rows // 8)
 
 
 def prune_group(group: Mapping[str, nn.Linear], inputs: Iterable[tuple[Tensor, Tensor]], job: Prune) -> None:
