@@ -180,6 +180,61 @@ def test_magnitude_keeps_the_largest_weights_as_they_are(
         assert abs(before[kept]).min() >= abs(before[~kept]).max()
 
 
+def test_admm_counts_zeros_exactly_and_keeps_those_that_came_in(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    half = replace(small(tiny_llama("llama3"), tmp_path / "half", text_file, 0.5), method="admm")
+    more = replace(half, model=half.output_dir, output_dir=str(tmp_path / "more"), sparsity=0.7)
+    prune(half)
+    prune(more)
+    before, after = Checkpoint.open(half.output_dir), Checkpoint.open(more.output_dir)
+    for name in after.linears:
+        zeros = after.zeros(f"{name}.weight")
+        assert (zeros | ~before.zeros(f"{name}.weight")).all()
+        assert np.count_nonzero(zeros) == round(0.7 * zeros.size)
+
+
+@pytest.mark.parametrize("variant", ["llama2", "bf16"])
+def test_reconstruction_keeps_masks_and_types_and_repeats_itself(
+    variant: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama(variant), tmp_path / "as-pruned", text_file, 0.6)
+    trained = replace(job, output_dir=str(tmp_path / "trained"), reconstruct_epochs=2)
+    as_pruned, result = prune(job), prune(trained)
+    assert all(min(errors) < errors[0] for errors in result.reconstruction)
+    assert result.errors == pytest.approx([min(errors) for errors in result.reconstruction], rel=1e-4)
+    assert result.reconstruction[0][0] == pytest.approx(as_pruned.errors[0], rel=1e-5)
+    parent, child = Checkpoint.open(job.model), Checkpoint.open(trained.output_dir)
+    first = Checkpoint.open(job.output_dir).linears[0]
+    mask = Checkpoint.open(job.output_dir).zeros(f"{first}.weight")
+    np.testing.assert_array_equal(child.zeros(f"{first}.weight"), mask)
+    for name in child.names:
+        assert child.dtype(name) == parent.dtype(name)
+    norms = [name for name in child.names if "norm" in name and "layers" in name]
+    assert any((child.float32(name) != parent.float32(name)).any() for name in norms)
+    again = replace(trained, output_dir=str(tmp_path / "again"))
+    prune(again)
+    for name in child.names:
+        np.testing.assert_array_equal(Checkpoint.open(again.output_dir).raw(name), child.raw(name))
+
+
+def test_reconstruction_that_fails_leaves_layers_as_pruned_and_says_so(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama("llama2"), tmp_path / "as-pruned", text_file)
+    failing = replace(
+        job, output_dir=str(tmp_path / "failed"), reconstruct_epochs=1, reconstruct_learning_rate=1e3
+    )
+    events: list[Event] = []
+    as_pruned, result = prune(job), prune(failing, events.append)
+    said = [event.message for event in events if event.lasting]
+    assert len(said) == 2 and "layer 0 stays as pruned" in said[0]
+    assert result.perplexity == pytest.approx(as_pruned.perplexity, rel=1e-3)
+    for name in (found := Checkpoint.open(failing.output_dir)).names:
+        if "layers.0" in name:
+            np.testing.assert_array_equal(found.raw(name), Checkpoint.open(job.output_dir).raw(name))
+
+
 @pytest.mark.parametrize(
     ("model", "sparsity", "bound"),
     [
