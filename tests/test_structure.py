@@ -40,7 +40,7 @@ for name, module in sorted(sys.modules.items()):
 """
 
 
-def test_prune_loads_at_most_2000_lines_all_for_its_own_work(
+def test_prune_loads_at_most_2250_lines_all_for_its_own_work(
     tiny_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """What a reader has to know to follow one stage, measured in a process of its own that prunes a model."""
@@ -51,7 +51,7 @@ def test_prune_loads_at_most_2000_lines_all_for_its_own_work(
     files = dict(line.split(" ", 1) for line in completed.stdout.splitlines())
     lines = {name: len(Path(file).read_text(encoding="utf-8").splitlines()) for name, file in files.items()}
     assert (tmp_path / "out" / "model.safetensors").exists()
-    assert sum(lines.values()) <= 2000, lines
+    assert sum(lines.values()) <= 2250, lines
     foreign = (
         "cli",
         "engine",
@@ -66,7 +66,9 @@ def test_prune_loads_at_most_2000_lines_all_for_its_own_work(
     others = (
         "architecture.frequencies",
         "checkpoint.fused",
+        "compress.admm",
         "compress.magnitude",
+        "compress.reconstruct",
         "data.doctests",
         "data.mixture",
         "data.rows",

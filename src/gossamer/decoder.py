@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from gossamer.architecture import anatomy as made_of
-from gossamer.architecture.anatomy import EMBEDDING, Anatomy, Place, Role
+from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Place, Role
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.errors import UnsupportedError
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 PIECE_TOKENS = 4096
+HEAD_TOKENS = 256  # a row of logits is as long as the vocabulary
 KEPT_BYTES = 1 << 30
 
 
@@ -77,6 +78,10 @@ class Block:
         """The module of one norm."""
         return self.layer.get_submodule(self.anatomy.norms[place].name)
 
+    def __call__(self, hidden_BTD: Tensor) -> Tensor:
+        """The layer's output [B, T, D], from the input that `walk` takes; gradients flow through it."""
+        return self.layer(hidden_BTD, **self._positions(hidden_BTD))
+
     def walk(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterable[Tensor]]]:
         """Go through the layer group by group: yields each group and its input [rows, T, K] in pieces.
 
@@ -90,8 +95,7 @@ class Block:
         qkv, o, gate_up, down = self.groups
         o_proj, down_proj = self.linear("o"), self.linear("down")
         before_attention, before_feed_forward = self.norm("attention"), self.norm("feed_forward")
-        rows = max(1, PIECE_TOKENS // hidden_BTD.shape[1])
-        pieces = hidden_BTD.split(rows)
+        pieces = in_pieces(hidden_BTD)
         yield qkv, (before_attention(h_BTD) for h_BTD in pieces)
         mixed = [self._attention(h_BTD) for h_BTD in pieces]
         yield o, mixed
@@ -108,17 +112,22 @@ class Block:
         """What the output projection is given: the heads' mixed values [B, T, A E]."""
         module, _, name = self.anatomy.linears["o"].name.rpartition(".")
         attention: Any = self.layer.get_submodule(module)
-        T, window = hidden_BTD.shape[1], self.anatomy.attention.window
-        positions_1T, seen_11TT = torch.arange(T).unsqueeze(0), None  # None: itself and all before it
-        if window is not None and window < T:
-            seen_11TT = torch.ones(1, 1, T, T, dtype=torch.bool).tril().triu(1 - window)
         normed_BTD = self.norm("attention")(hidden_BTD)
         o_proj = getattr(attention, name)
         setattr(attention, name, nn.Identity())
         try:
-            return attention(normed_BTD, self.rotary(normed_BTD, positions_1T), attention_mask=seen_11TT)[0]
+            return attention(normed_BTD, **self._positions(hidden_BTD))[0]
         finally:
             setattr(attention, name, o_proj)
+
+    def _positions(self, hidden_BTD: Tensor) -> dict[str, Any]:
+        """What transformers' attention is told of the places 0..T-1: their rotation, and who sees whom."""
+        T, window, device = hidden_BTD.shape[1], self.anatomy.attention.window, hidden_BTD.device
+        seen_11TT = None  # itself and all before it
+        if window is not None and window < T:
+            seen_11TT = torch.ones(1, 1, T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
+        rotation = self.rotary(hidden_BTD, torch.arange(T, device=device).unsqueeze(0))
+        return {"position_embeddings": rotation, "attention_mask": seen_11TT}
 
     def _gated(self, hidden_BTD: Tensor) -> Tensor:
         """What the down projection is given: silu(gate) * up [B, T, F]."""
@@ -126,13 +135,23 @@ class Block:
         return nn.functional.silu(self.linear("gate")(normed_BTD)) * self.linear("up")(normed_BTD)
 
 
+def in_pieces(rows_BT: Tensor) -> tuple[Tensor, ...]:
+    """Rows of T tokens (and what belongs to each token) in parts that are small enough to compute on."""
+    return rows_BT.split(max(1, PIECE_TOKENS // rows_BT.shape[1]))
+
+
+def empty_model(config: PretrainedConfig) -> Any:
+    """transformers' model of that configuration, without memory for its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def blocks(source: Checkpoint) -> Iterator[Block]:
     """The decoder's layers, one in memory at a time."""
     refuse_quantized(source)
     anatomy, config = source.architecture, model_config(source.architecture, source.config)
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(config).get_decoder()
+    skeleton = empty_model(config).get_decoder()
     rotary = type(skeleton.rotary_emb)(config)
     for index, empty in enumerate(skeleton.layers):
         layer, prefix = type(empty)(config, index).float().eval(), anatomy.prefix(index)
@@ -156,3 +175,17 @@ def write_block(target: Derived, block: Block) -> None:
 def embed(source: Checkpoint, ids_BT: Tensor) -> Tensor:
     """Token ids -> float32 [B, T, D]."""
     return nn.functional.embedding(ids_BT, tensor(source, f"{EMBEDDING}.weight").float())
+
+
+@torch.no_grad()
+def perplexity(source: Checkpoint, hidden_BTD: Tensor, ids_BT: Tensor) -> float:
+    """How well hidden states after the last layer foretell each row's tokens, the first one left out."""
+    anatomy, total = source.architecture, 0.0
+    model = empty_model(model_config(anatomy, source.config))
+    norm = model.get_submodule(anatomy.final_norm.name).float().to_empty(device="cpu")
+    norm.weight.copy_(tensor(source, f"{anatomy.final_norm.name}.weight"))
+    w_VD = tensor(source, f"{EMBEDDING if anatomy.tie_word_embeddings else HEAD}.weight").float()
+    h_ND, next_N = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    for part_ND, ids_N in zip(h_ND.split(HEAD_TOKENS), next_N.split(HEAD_TOKENS), strict=True):
+        total += nn.functional.cross_entropy(norm(part_ND) @ w_VD.T, ids_N, reduction="sum").item()
+    return torch.tensor(total / len(next_N), dtype=torch.double).exp().item()

@@ -38,12 +38,14 @@ def some_ids() -> torch.Tensor:
 
 
 def check_layers(directory: Path) -> None:
-    """Walking layer by layer gives transformers' logits, and so does the whole model that training gets."""
+    """Walking layer by layer gives transformers' logits, and so do layers called, and training's model."""
     source, model, ids_BT = Checkpoint.open(directory), reference(directory), some_ids()
     hidden_BTD = embed(source, ids_BT)
     for block in blocks(source):
+        called_BTD = block(hidden_BTD)
         for _, inputs in block.walk(hidden_BTD):
             assert all(torch.isfinite(piece).all() for piece in inputs)
+        torch.testing.assert_close(called_BTD, hidden_BTD)
     with torch.no_grad():
         expected_BTV = model(ids_BT).logits
         torch.testing.assert_close(load_model(source)(ids_BT).logits, expected_BTV)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gossamer.compress.gptq import hessian, reconstruction_error
-from gossamer.compress.hessian import hessians, inverse_factor, towards
+from gossamer.compress.hessian import inverse_factor
 from gossamer.compress.magnitude import magnitude
 from gossamer.compress.sparsegpt import smallest, sparsegpt, zeros_per_block
 from gossamer.errors import CalibrationError
@@ -172,30 +172,6 @@ def test_hessian_of_batches_is_that_of_all_tokens() -> None:
     expected = 2 / 60 * x_TK.double().T @ x_TK.double()
     found = hessian([x_TK[:10].view(2, 5, 9), x_TK[10:]])
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_cross_moments_are_other_by_own() -> None:
-    x_TK, other_TK = torch.randn(50, 300), torch.randn(50, 300)
-    H_KK, C_KK = hessians([(x_TK[:20], other_TK[:20]), (x_TK[20:], other_TK[20:])])
-    torch.testing.assert_close(C_KK, 2 / 50 * other_TK.T @ x_TK, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(H_KK, 2 / 50 * x_TK.T @ x_TK, rtol=1e-4, atol=1e-5)
-    assert torch.equal(H_KK, H_KK.T)
-
-
-def test_towards_is_the_least_squares_solution_for_the_other_models_outputs() -> None:
-    """argmin |V x - W x'|^2 + l |V - W|^2 over the tokens, by NumPy's lstsq on the stacked problem."""
-    generator = torch.Generator().manual_seed(5)
-    x_TK = torch.randn(500, 12, generator=generator, dtype=torch.float64)
-    other_TK = x_TK + 0.3 * torch.randn(500, 12, generator=generator, dtype=torch.float64)
-    w_NK = torch.randn(4, 12, generator=generator, dtype=torch.float64)
-    H_KK, C_KK = 2 / 500 * x_TK.T @ x_TK, 2 / 500 * other_TK.T @ x_TK
-    weight = np.sqrt(DAMPENING * H_KK.diagonal().mean().item() * 500 / 2)
-    inputs = np.concatenate([x_TK.numpy(), weight * np.eye(12)])
-    outputs = np.concatenate([(other_TK @ w_NK.T).numpy(), weight * w_NK.T.numpy()])
-    expected = np.linalg.lstsq(inputs, outputs, rcond=None)[0].T
-    found = towards(w_NK, H_KK, C_KK, inverse_factor(H_KK, DAMPENING))
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-8, atol=1e-10)
-    assert torch.equal(towards(w_NK, H_KK, H_KK, inverse_factor(H_KK, DAMPENING)), w_NK)
 
 
 def test_a_target_does_not_bring_zeros_back() -> None:

@@ -1,6 +1,7 @@
 """`prune` on random Llamas of every variant and on the two real models."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.calibration import calibration_ids
 from gossamer.errors import CalibrationError, ConfigError
 from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
@@ -77,6 +80,27 @@ def test_pruning_again_keeps_zeros_and_counts_them(
     assert left_nothing(tmp_path / "less")
 
 
+@pytest.mark.parametrize("variant", ["llama2", "llama3"])
+def test_errors_and_perplexities_are_those_of_transformers_on_the_last_eighth_of_the_rows(
+    variant: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama(variant), tmp_path / "pruned", text_file)
+    result = prune(job)
+    ids_BT = calibration_ids(Checkpoint.open(job.model), job)[-2:]
+    outputs: list[Any] = []
+    for model in (job.model, job.output_dir):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        with torch.no_grad():
+            outputs.append(loaded(ids_BT, labels=ids_BT, output_hidden_states=True))
+    before, after = (output.loss.exp().item() for output in outputs)
+    assert (result.parent_perplexity, result.perplexity) == pytest.approx((before, after), rel=1e-4)
+    parent_BTD, ours_BTD = (output.hidden_states[1] for output in outputs)
+    expected = ((ours_BTD - parent_BTD).norm(dim=-1) / parent_BTD.norm(dim=-1)).square().mean()
+    assert result.errors[0] == pytest.approx(expected.item(), rel=1e-4)
+    metrics = json.loads((Path(job.output_dir) / "gossamer.json").read_text())["metrics"]
+    assert metrics["errors"] == result.errors and metrics["perplexity"] == result.perplexity
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
 def test_sparsity_outside_its_range_is_refused(
     sparsity: float, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
@@ -88,7 +112,13 @@ def test_sparsity_outside_its_range_is_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_calibration_samples": 0}, {"max_seq_length": 1}, {"block_size": 0}, {"dampening_frac": -1.0}],
+    [
+        {"num_calibration_samples": 0},
+        {"num_calibration_samples": 1},
+        {"max_seq_length": 1},
+        {"block_size": 0},
+        {"dampening_frac": -1.0},
+    ],
 )
 def test_numbers_that_mean_nothing_are_refused(
     options: dict[str, Any], tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
@@ -150,6 +180,61 @@ def test_magnitude_keeps_the_largest_weights_as_they_are(
         assert abs(before[kept]).min() >= abs(before[~kept]).max()
 
 
+def test_admm_counts_zeros_exactly_and_keeps_those_that_came_in(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    half = replace(small(tiny_llama("llama3"), tmp_path / "half", text_file, 0.5), method="admm")
+    more = replace(half, model=half.output_dir, output_dir=str(tmp_path / "more"), sparsity=0.7)
+    prune(half)
+    prune(more)
+    before, after = Checkpoint.open(half.output_dir), Checkpoint.open(more.output_dir)
+    for name in after.linears:
+        zeros = after.zeros(f"{name}.weight")
+        assert (zeros | ~before.zeros(f"{name}.weight")).all()
+        assert np.count_nonzero(zeros) == round(0.7 * zeros.size)
+
+
+@pytest.mark.parametrize("variant", ["llama2", "bf16"])
+def test_reconstruction_keeps_masks_and_types_and_repeats_itself(
+    variant: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama(variant), tmp_path / "as-pruned", text_file, 0.6)
+    trained = replace(job, output_dir=str(tmp_path / "trained"), reconstruct_epochs=2)
+    as_pruned, result = prune(job), prune(trained)
+    assert all(min(errors) < errors[0] for errors in result.reconstruction)
+    assert result.errors == pytest.approx([min(errors) for errors in result.reconstruction], rel=1e-4)
+    assert result.reconstruction[0][0] == pytest.approx(as_pruned.errors[0], rel=1e-5)
+    parent, child = Checkpoint.open(job.model), Checkpoint.open(trained.output_dir)
+    first = Checkpoint.open(job.output_dir).linears[0]
+    mask = Checkpoint.open(job.output_dir).zeros(f"{first}.weight")
+    np.testing.assert_array_equal(child.zeros(f"{first}.weight"), mask)
+    for name in child.names:
+        assert child.dtype(name) == parent.dtype(name)
+    norms = [name for name in child.names if "norm" in name and "layers" in name]
+    assert any((child.float32(name) != parent.float32(name)).any() for name in norms)
+    again = replace(trained, output_dir=str(tmp_path / "again"))
+    prune(again)
+    for name in child.names:
+        np.testing.assert_array_equal(Checkpoint.open(again.output_dir).raw(name), child.raw(name))
+
+
+def test_reconstruction_that_fails_leaves_layers_as_pruned_and_says_so(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama("llama2"), tmp_path / "as-pruned", text_file)
+    failing = replace(
+        job, output_dir=str(tmp_path / "failed"), reconstruct_epochs=1, reconstruct_learning_rate=1e3
+    )
+    events: list[Event] = []
+    as_pruned, result = prune(job), prune(failing, events.append)
+    said = [event.message for event in events if event.lasting]
+    assert len(said) == 2 and "layer 0 stays as pruned" in said[0]
+    assert result.perplexity == pytest.approx(as_pruned.perplexity, rel=1e-3)
+    for name in (found := Checkpoint.open(failing.output_dir)).names:
+        if "layers.0" in name:
+            np.testing.assert_array_equal(found.raw(name), Checkpoint.open(job.output_dir).raw(name))
+
+
 @pytest.mark.parametrize(
     ("model", "sparsity", "bound"),
     [
@@ -166,6 +251,8 @@ def test_no_worse_than_llm_compressor(
     calibration = str(shared_data / "text" / "tinystories-train-a.txt")
     source = str(shared_data / "models" / model)
     job = Prune(source, str(tmp_path / "out"), sparsity=sparsity, dataset=(calibration,), max_seq_length=512)
+    torch.set_num_threads(os.cpu_count() or 1)
     prune(job)
+    torch.set_num_threads(1)
     result = evaluate(Evaluate(job.output_dir, dataset=str(reserved_slice)))
     assert result.perplexity is not None and result.perplexity <= bound

@@ -63,6 +63,11 @@ class Group:
     producer: str
     fold: Literal["norm", "rows", "value rows"]
 
+    @property
+    def adds_to_hidden(self) -> bool:
+        """Whether it is one linear whose output is added to the hidden states."""
+        return self.linears[0].role in ("o", "down")
+
 
 @dataclass(frozen=True)
 class Attention:

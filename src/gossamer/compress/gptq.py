@@ -10,12 +10,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gossamer.compress.hessian import InverseFactor, fix_rows, hessians
+from gossamer.compress.hessian import InverseFactor, fix_rows, moments
 
 
 def hessian(inputs: Iterable[Tensor]) -> Tensor:
     """H = 2/n X X^T, float32 [K, K], over the n tokens in batches [..., K] of a linear's input."""
-    H_KK, _ = hessians((x, x) for x in inputs)
+    H_KK, _ = moments((x, x) for x in inputs)
     return H_KK
 
 

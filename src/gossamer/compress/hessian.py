@@ -11,13 +11,6 @@ SparseGPT (arXiv 2301.00774) and GPTQ (arXiv 2210.17323) fix inputs from left to
 rows; what remains of H^-1 after each is a row of its upper Cholesky factor U, H^-1 = U^T U:
 
     error_j = (w_j - q) / U_jj        w_j.. <- w_j.. - error_j U_j,j..        cost = error_j^2 / 2
-
-By then the layer's input is no longer what it was: earlier layers have changed. With x' the input in the
-unchanged model and C = 2/n X' X^T, the weights whose outputs come nearest the unchanged model's are
-
-    V = argmin mean ||V x - W x'||^2 + l |V - W|^2 = W + W (C - H) (H + l I)^-1        l: the dampening
-
-and the sweep starts from V in the place of W, so that later layers make up for earlier ones.
 """
 
 from collections.abc import Iterable
@@ -32,22 +25,25 @@ from gossamer.errors import CalibrationError
 SLAB = 128
 
 
-def hessians(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """H = 2/n X X^T and C = 2/n X' X^T [K, K] from batches of a linear's input in two models, X and X'."""
-    num_tokens, H_KK, C_KK = 0, torch.zeros(0, 0), torch.zeros(0, 0)
-    for x, other in pairs:
-        x_TK, other_TK = x.reshape(-1, x.shape[-1]).float(), other.reshape(-1, x.shape[-1]).float()
+def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """H = 2/n X X^T [K, K] and P = 2/n Y X^T [M, K], float32, from batches of X [..., K] and Y [..., M].
+
+    Where Y is X itself, P is left at zero: H says the same.
+    """
+    num_tokens, H_KK, P_MK = 0, torch.zeros(0, 0), torch.zeros(0, 0)
+    for x, y in pairs:
+        x_TK, y_TM = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
         if not num_tokens:
             H_KK = x_TK.new_zeros(x_TK.shape[1], x_TK.shape[1])
-            C_KK = H_KK.clone()
+            P_MK = x_TK.new_zeros(y_TM.shape[1], x_TK.shape[1])
         for start in range(0, len(H_KK), SLAB):  # the lower triangle, in slabs: H is symmetric
             slab = slice(start, start + SLAB)
             H_KK[start:, slab].addmm_(x_TK[:, start:].T, x_TK[:, slab])
-        if other is not x:
-            C_KK.addmm_(other_TK.T, x_TK)
+        if y is not x:
+            P_MK.addmm_(y_TM.T, x_TK)
         num_tokens += len(x_TK)
     H_KK = H_KK.tril() + H_KK.tril(-1).T
-    return H_KK * (2.0 / num_tokens), C_KK * (2.0 / num_tokens)
+    return H_KK * (2.0 / num_tokens), P_MK * (2.0 / num_tokens)
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,12 @@ class InverseFactor:
     dead_K: Tensor
 
 
+def dampened(H_KK: Tensor, dampening_frac: float) -> Tensor:
+    """H + dampening_frac mean(diag H) I, and 1 more on the diagonal of inputs that are always zero."""
+    diagonal_K = H_KK.diagonal()
+    return H_KK + torch.diag((diagonal_K == 0).to(H_KK.dtype) + dampening_frac * diagonal_K.mean())
+
+
 def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "linear") -> InverseFactor:
     """Factor (H + dampening_frac mean(diag H) I)^-1 = U^T U, dead inputs with 1 on the diagonal.
 
@@ -65,10 +67,7 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
     float64, and the inverse itself is never formed. Raises CalibrationError naming the layer if H is not
     finite or, beyond the rounding errors of its own data type, not positive definite.
     """
-    h_KK = H_KK.double()
-    diagonal_K = h_KK.diagonal().clone()
-    dead_K = diagonal_K == 0
-    h_KK = h_KK + torch.diag(dead_K.double() + dampening_frac * diagonal_K.mean())
+    h_KK, dead_K = dampened(H_KK.double(), dampening_frac), H_KK.diagonal() == 0
     if not torch.isfinite(h_KK).all():
         raise CalibrationError(
             f"{name}: the Hessian holds infinite or NaN values; the activations overflow here"
@@ -81,13 +80,9 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
             f"{dampening_frac:g}, so the calibration tokens do not span this layer's inputs; "
             "raise --dampening-frac (0.01 is usual) or --num-calibration-samples"
         )
-    inverse_KK = torch.linalg.solve_triangular(l_KK, torch.eye(len(l_KK), dtype=l_KK.dtype), upper=False)
+    eye_KK = torch.eye(len(l_KK), dtype=l_KK.dtype, device=l_KK.device)
+    inverse_KK = torch.linalg.solve_triangular(l_KK, eye_KK, upper=False)
     return InverseFactor(inverse_KK.flip(0, 1).to(H_KK.dtype).contiguous(), dead_K)
-
-
-def towards(w_NK: Tensor, H_KK: Tensor, C_KK: Tensor, factor: InverseFactor) -> Tensor:
-    """V [N, K]: the weights whose outputs on this model's input come nearest W's on the unchanged model's."""
-    return w_NK + w_NK @ (C_KK - H_KK) @ factor.u_KK.T @ factor.u_KK
 
 
 def fix_rows(w_BN: Tensor, u_BB: Tensor, kept_BN: Tensor, scale_N: Tensor | None = None) -> Tensor:

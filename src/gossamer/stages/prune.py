@@ -1,19 +1,21 @@
 """`prune`: zeros in the decoder's linear weights, in one shot and without training."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.compress.hessian import hessians, inverse_factor, towards
+from gossamer.compress.hessian import dampened, inverse_factor
 from gossamer.compress.sparsegpt import sparsegpt
+from gossamer.compress.target import Evidence, added_to_hidden, read_by_others, target, token_error
 from gossamer.data.calibration import CalibrationOptions, calibration_ids, check_options
 from gossamer.data.sources import manifest
-from gossamer.decoder import blocks, embed, refuse_quantized, write_block
+from gossamer.decoder import Block, blocks, embed, in_pieces, perplexity, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
@@ -21,81 +23,199 @@ from gossamer.job.report import Event, Progress, Result, Table, quiet
 
 @dataclass(frozen=True)
 class Prune(CalibrationOptions):
-    """Zero the least important weights; the others make up for them (SparseGPT)."""
+    """Zero the least important weights; the others make up for them (SparseGPT, or ADMM)."""
 
     model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
     sparsity: float = option(
         0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
     )
-    method: Literal["sparsegpt", "magnitude"] = option("sparsegpt", help="how weights are chosen")
+    method: Literal["sparsegpt", "admm", "magnitude"] = option("sparsegpt", help="how weights are chosen")
+    reconstruct_epochs: int = option(
+        0, help="passes over the calibration rows in which each pruned layer is trained towards its parent's"
+    )
+    reconstruct_learning_rate: float = option(2.8e-3, help="highest learning rate of that training")
+    seed: int = option(0, help="order of the data")
     overwrite: bool = option(False, help="replace the output directory")
 
 
 @dataclass(frozen=True)
 class PruneResult(Result):
-    """`errors`: after each layer, the squared distance of the hidden states to the parent's, relative."""
+    """What rows say that were held out from calibration.
+
+    `errors`: after each layer, how far the hidden states are from the parent's (see `token_error`);
+    `reconstruction`: of each layer that was trained, the same error as pruned, and after each epoch;
+    `parent_perplexity`, `perplexity`: of these rows, before and after.
+    """
 
     output_dir: str
     sparsity: float
+    parent_perplexity: float
+    perplexity: float
     errors: list[float]
+    reconstruction: list[list[float]]
     num_tokens: int
     seconds: float
 
     def tables(self) -> list[Table]:
-        """What was reached."""
-        figures = (f"{self.sparsity:.2%}", f"{self.errors[-1]:.4f}")
-        row = (*figures, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
-        columns = ("zeros", "error after the last layer", "calibration tokens", "seconds")
-        return [Table(self.output_dir, columns, [row])]
+        """What was reached, and the errors of all layers."""
+        before_after = f"{self.parent_perplexity:.2f} -> {self.perplexity:.2f}"
+        row = (f"{self.sparsity:.2%}", before_after, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
+        columns = ("zeros", "held-out perplexity", "calibration tokens", "seconds")
+        pruned = [errors[0] for errors in self.reconstruction] or self.errors
+        errors = [("as pruned", pruned), *([("trained", self.errors)] if self.reconstruction else [])]
+        layers = [
+            (f"{layer}", *(f"{column[layer]:.4f}" for _, column in errors)) for layer in range(len(pruned))
+        ]
+        heads = ("layer", *(name for name, _ in errors))
+        return [
+            Table(self.output_dir, columns, [row]),
+            Table("error of hidden states a token, held-out rows", heads, layers),
+        ]
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states [rows, T, D] of the pruned model and of its parent, on their way through the layers."""
+
+    ours_BTD: Tensor
+    parent_BTD: Tensor
+
+    def walk(
+        self, block: Block, parent: Block
+    ) -> Iterator[tuple[dict[str, nn.Linear], Callable[[], Evidence]]]:
+        """Through a layer, group by group, with what its inputs and outputs say once; see `Block.walk`."""
+        walks = zip(
+            block.anatomy.groups, block.walk(self.ours_BTD), parent.walk(self.parent_BTD), strict=True
+        )
+        for anatomy, (group, inputs), (_, parent_inputs) in walks:
+            pairs = zip(inputs, parent_inputs, strict=True)
+            if anatomy.adds_to_hidden:
+                hidden = zip(in_pieces(self.ours_BTD), in_pieces(self.parent_BTD), strict=True)
+                yield group, partial(added_to_hidden, next(iter(group.values())).weight.data, pairs, hidden)
+            else:
+                yield group, partial(read_by_others, pairs)
 
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     """Prune layer by layer, two copies of the model in step: the one being pruned and the parent.
 
-    Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent.
+    Groups and layers see the earlier ones pruned, and aim at the outputs that they have in the parent. The
+    last eighth of the rows is held out from calibration, and what the result says is measured there.
     """
     start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
-    check_options(job)
-    refuse_quantized(source)
-    check_sparsity(source, job.sparsity)
+    check(job, source)
+    num_held = max(1, job.num_calibration_samples // 8)
     errors: list[float] = []
-    done, total = 0, len(source.linears)
-    with source.derive(job.output_dir, job, stage="prune", overwrite=job.overwrite) as target:
-        target.data = [manifest(name) for name in job.dataset]
+    reconstruction: list[list[float]] = []
+    with source.derive(job.output_dir, job, stage="prune", overwrite=job.overwrite) as output:
+        output.data = [manifest(name) for name in job.dataset]
         ids_BT = calibration_ids(source, job)
-        hidden_BTD, parent_BTD = embed(source, ids_BT), embed(source, ids_BT)
+        rows, held = (
+            States(embed(source, part_BT), embed(source, part_BT))
+            for part_BT in (ids_BT[:-num_held], ids_BT[-num_held:])
+        )
         for block, parent in zip(blocks(source), blocks(source), strict=True):
-            # A walk leaves the layer's output in its hidden states.
-            walks = zip(block.walk(hidden_BTD), parent.walk(parent_BTD), strict=True)
-            for (group, inputs), (_, parent_inputs) in walks:
-                prune_group(group, zip(inputs, parent_inputs, strict=True), job)
-                done += len(group)
+            inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.reconstruct_epochs else []
+            for done, name in enumerate(prune_block(block, parent, rows, held, job), 1):
                 metrics = {"error": errors[-1]} if errors else {}
-                progress(Event("prune", next(iter(group)), done, total, metrics))
-            errors.append(((hidden_BTD - parent_BTD).square().mean() / parent_BTD.square().mean()).item())
-            write_block(target, block)
-        target.copy_rest()
-        target.num_threads = torch.get_num_threads()
-        target.metrics["errors"] = errors
-    return PruneResult(job.output_dir, target.sparsity, errors, ids_BT.numel(), time.monotonic() - start)
+                num_linears = len(block.anatomy.linears)
+                progress(Event("prune", name, block.index * num_linears + done, len(source.linears), metrics))
+            if inputs:
+                reconstruction.append(reconstruct_block(block, inputs, rows, held, job, progress))
+            errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
+            write_block(output, block)
+        output.copy_rest()
+        before, after = (
+            perplexity(source, hidden_BTD, ids_BT[-num_held:])
+            for hidden_BTD in (held.parent_BTD, held.ours_BTD)
+        )
+        output.num_threads = torch.get_num_threads()
+        output.metrics |= {"errors": errors, "reconstruction": reconstruction}
+        output.metrics |= {"parent_perplexity": before, "perplexity": after}
+    figures = (output.sparsity, before, after, errors, reconstruction, ids_BT.numel())
+    return PruneResult(job.output_dir, *figures, time.monotonic() - start)
 
 
-def prune_group(group: Mapping[str, nn.Linear], inputs: Iterable[tuple[Tensor, Tensor]], job: Prune) -> None:
-    """Prune the linears that share an input, in place; `inputs` are pieces of ours and of the parent's."""
+def prune_block(block: Block, parent: Block, rows: States, held_out: States, job: Prune) -> Iterator[str]:
+    """Prune a layer in place; yields the names of its linears. The states end as those after the layer."""
+    walks = zip(rows.walk(block, parent), held_out.walk(block, parent), strict=True)
+    for (group, evidence), (_, held_evidence) in walks:
+        prune_group(group, evidence, held_evidence, job)
+        yield from group
+
+
+def prune_group(
+    group: Mapping[str, nn.Linear],
+    rows: Callable[[], Evidence],
+    held_out: Callable[[], Evidence],
+    job: Prune,
+) -> None:
+    """Prune the linears that share an input, in place, by what calibration and held-out rows say of it."""
     if job.method == "magnitude":
         from gossamer.compress.magnitude import magnitude
 
         for linear in group.values():
             linear.weight.data = magnitude(linear.weight.data, job.sparsity)
         return
-    H_KK, C_KK = hessians(inputs)
-    factor = inverse_factor(H_KK, job.dampening_frac, name=", ".join(group))
+    seen, unseen = rows(), held_out()
+    factor = inverse_factor(seen.h_KK, job.dampening_frac, name=", ".join(group))
     for linear in group.values():
-        w_NK = linear.weight.data
-        target_NK = towards(w_NK, H_KK, C_KK, factor)
-        linear.weight.data = sparsegpt(
-            w_NK, factor, job.sparsity, block_size=job.block_size, target_NK=target_NK
+        w_NK = linear.weight.data.masked_fill(factor.dead_K, 0.0)
+        target_NK = target(w_NK, factor, seen, unseen)
+        if job.method == "admm":
+            from gossamer.compress.admm import admm
+
+            H_KK = dampened(seen.h_KK, job.dampening_frac)
+            linear.weight.data = admm(w_NK, H_KK, job.sparsity, target_NK=target_NK)
+        else:
+            linear.weight.data = sparsegpt(
+                w_NK, factor, job.sparsity, block_size=job.block_size, target_NK=target_NK
+            )
+
+
+def reconstruct_block(
+    block: Block, inputs: Sequence[Tensor], rows: States, held_out: States, job: Prune, progress: Progress
+) -> list[float]:
+    """Train what is left of a pruned layer, and take the states through it anew from their `inputs`.
+
+    Returns the error on held-out rows as pruned, and after each epoch.
+    """
+    from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
+
+    linears = {name: linear for group in block.groups for name, linear in group.items()}
+    errors = reconstruct(
+        block,
+        dict(block.layer.named_parameters()),
+        {f"{name.removeprefix(block.prefix)}.weight": linear.weight != 0 for name, linear in linears.items()},
+        Rows(inputs[0], rows.parent_BTD),
+        Rows(inputs[1], held_out.parent_BTD),
+        Schedule(job.reconstruct_epochs, job.reconstruct_learning_rate, job.seed),
+    )
+    if errors[0] <= min(errors):
+        failed = f"layer {block.index} stays as pruned: training it did not lower its error on held-out rows"
+        progress(Event("prune", failed, lasting=True))
+    for states, input_BTD in zip((rows, held_out), inputs, strict=True):
+        for h_BTD, x_BTD in zip(in_pieces(states.ours_BTD), in_pieces(input_BTD), strict=True):
+            h_BTD.copy_(block(x_BTD))
+    return errors
+
+
+def check(job: Prune, source: Checkpoint) -> None:
+    """Raise ConfigError or UnsupportedError for a job that cannot be done."""
+    check_options(job)
+    refuse_quantized(source)
+    check_sparsity(source, job.sparsity)
+    if job.num_calibration_samples < 2:
+        raise ConfigError(
+            f"--num-calibration-samples is {job.num_calibration_samples}; prune needs at least 2: an eighth "
+            "of the rows, one or more, is held out from calibration to judge by"
+        )
+    if job.reconstruct_epochs < 0:
+        raise ConfigError(f"--reconstruct-epochs is {job.reconstruct_epochs}; expected 0 or more")
+    if not 0 < job.reconstruct_learning_rate < float("inf"):
+        raise ConfigError(
+            f"--reconstruct-learning-rate is {job.reconstruct_learning_rate:g}; expected a number above 0"
         )
 
 
