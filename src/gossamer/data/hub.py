@@ -34,7 +34,7 @@ def hub_rows(source: str, *, offline: bool) -> Iterator[tuple[str, dict[str, Any
             row = dict(next(rows))
         except StopIteration:
             return
-        except Exception as error:
+        except Exception as error:  # likewise: rows come from the network
             raise _explanation(error, f"{source}:{number}", repo) from error
         yield f"{source}:{number}", row
 

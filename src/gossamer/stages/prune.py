@@ -112,8 +112,8 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         output.data = [manifest(name) for name in job.dataset]
         ids_BT = calibration_ids(source, job)
         rows, held = (
-            States(embed(source, part_BT), embed(source, part_BT))
-            for part_BT in (ids_BT[:-num_held], ids_BT[-num_held:])
+            States(hidden_BTD, hidden_BTD.clone())
+            for hidden_BTD in embed(source, ids_BT).split((len(ids_BT) - num_held, num_held))
         )
         for block, parent in zip(blocks(source), blocks(source), strict=True):
             inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.reconstruct_epochs else []
