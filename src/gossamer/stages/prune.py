@@ -1,41 +1,29 @@
 """`prune`: zeros in the decoder's linear weights, in one shot and without training."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.compress.hessian import dampened, inverse_factor
-from gossamer.compress.sparsegpt import sparsegpt
-from gossamer.compress.target import Evidence, added_to_hidden, read_by_others, target, token_error
-from gossamer.data.calibration import CalibrationOptions, calibration_ids, check_options
+from gossamer.compress.target import token_error
+from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
-from gossamer.decoder import Block, blocks, embed, in_pieces, perplexity, refuse_quantized, write_block
+from gossamer.decoder import blocks, embed, perplexity, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.layerwise.options import PruneOptions
+from gossamer.layerwise.pruning import prune_block
+from gossamer.layerwise.states import States
 
 
 @dataclass(frozen=True)
-class Prune(CalibrationOptions):
+class Prune(PruneOptions):
     """Zero the least important weights; the others make up for them (SparseGPT, or ADMM)."""
 
     model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
-    sparsity: float = option(
-        0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
-    )
-    method: Literal["sparsegpt", "admm", "magnitude"] = option("sparsegpt", help="how weights are chosen")
-    reconstruct_epochs: int = option(
-        0, help="passes over the calibration rows in which each pruned layer is trained towards its parent's"
-    )
-    reconstruct_learning_rate: float = option(2.8e-3, help="highest learning rate of that training")
-    seed: int = option(0, help="order of the data")
     overwrite: bool = option(False, help="replace the output directory")
 
 
@@ -74,29 +62,6 @@ class PruneResult(Result):
         ]
 
 
-@dataclass(frozen=True)
-class States:
-    """Hidden states [rows, T, D] of the pruned model and of its parent, on their way through the layers."""
-
-    ours_BTD: Tensor
-    parent_BTD: Tensor
-
-    def walk(
-        self, block: Block, parent: Block
-    ) -> Iterator[tuple[dict[str, nn.Linear], Callable[[], Evidence]]]:
-        """Through a layer, group by group, with what its inputs and outputs say once; see `Block.walk`."""
-        walks = zip(
-            block.anatomy.groups, block.walk(self.ours_BTD), parent.walk(self.parent_BTD), strict=True
-        )
-        for anatomy, (group, inputs), (_, parent_inputs) in walks:
-            pairs = zip(inputs, parent_inputs, strict=True)
-            if anatomy.adds_to_hidden:
-                hidden = zip(in_pieces(self.ours_BTD), in_pieces(self.parent_BTD), strict=True)
-                yield group, partial(added_to_hidden, next(iter(group.values())).weight.data, pairs, hidden)
-            else:
-                yield group, partial(read_by_others, pairs)
-
-
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     """Prune layer by layer, two copies of the model in step: the one being pruned and the parent.
 
@@ -122,6 +87,8 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
                 num_linears = len(block.anatomy.linears)
                 progress(Event("prune", name, block.index * num_linears + done, len(source.linears), metrics))
             if inputs:
+                from gossamer.layerwise.reconstruction import reconstruct_block
+
                 reconstruction.append(reconstruct_block(block, inputs, rows, held, job, progress))
             errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
             write_block(output, block)
@@ -135,70 +102,6 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         output.metrics |= {"parent_perplexity": before, "perplexity": after}
     figures = (output.sparsity, before, after, errors, reconstruction, ids_BT.numel())
     return PruneResult(job.output_dir, *figures, time.monotonic() - start)
-
-
-def prune_block(block: Block, parent: Block, rows: States, held_out: States, job: Prune) -> Iterator[str]:
-    """Prune a layer in place; yields the names of its linears. The states end as those after the layer."""
-    walks = zip(rows.walk(block, parent), held_out.walk(block, parent), strict=True)
-    for (group, evidence), (_, held_evidence) in walks:
-        prune_group(group, evidence, held_evidence, job)
-        yield from group
-
-
-def prune_group(
-    group: Mapping[str, nn.Linear],
-    rows: Callable[[], Evidence],
-    held_out: Callable[[], Evidence],
-    job: Prune,
-) -> None:
-    """Prune the linears that share an input, in place, by what calibration and held-out rows say of it."""
-    if job.method == "magnitude":
-        from gossamer.compress.magnitude import magnitude
-
-        for linear in group.values():
-            linear.weight.data = magnitude(linear.weight.data, job.sparsity)
-        return
-    seen, unseen = rows(), held_out()
-    factor = inverse_factor(seen.h_KK, job.dampening_frac, name=", ".join(group))
-    for linear in group.values():
-        w_NK = linear.weight.data.masked_fill(factor.dead_K, 0.0)
-        target_NK = target(w_NK, factor, seen, unseen)
-        if job.method == "admm":
-            from gossamer.compress.admm import admm
-
-            H_KK = dampened(seen.h_KK, job.dampening_frac)
-            linear.weight.data = admm(w_NK, H_KK, job.sparsity, target_NK=target_NK)
-        else:
-            linear.weight.data = sparsegpt(
-                w_NK, factor, job.sparsity, block_size=job.block_size, target_NK=target_NK
-            )
-
-
-def reconstruct_block(
-    block: Block, inputs: Sequence[Tensor], rows: States, held_out: States, job: Prune, progress: Progress
-) -> list[float]:
-    """Train what is left of a pruned layer, and take the states through it anew from their `inputs`.
-
-    Returns the error on held-out rows as pruned, and after each epoch.
-    """
-    from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
-
-    linears = {name: linear for group in block.groups for name, linear in group.items()}
-    errors = reconstruct(
-        block,
-        dict(block.layer.named_parameters()),
-        {f"{name.removeprefix(block.prefix)}.weight": linear.weight != 0 for name, linear in linears.items()},
-        Rows(inputs[0], rows.parent_BTD),
-        Rows(inputs[1], held_out.parent_BTD),
-        Schedule(job.reconstruct_epochs, job.reconstruct_learning_rate, job.seed),
-    )
-    if errors[0] <= min(errors):
-        failed = f"layer {block.index} stays as pruned: training it did not lower its error on held-out rows"
-        progress(Event("prune", failed, lasting=True))
-    for states, input_BTD in zip((rows, held_out), inputs, strict=True):
-        for h_BTD, x_BTD in zip(in_pieces(states.ours_BTD), in_pieces(input_BTD), strict=True):
-            h_BTD.copy_(block(x_BTD))
-    return errors
 
 
 def check(job: Prune, source: Checkpoint) -> None:

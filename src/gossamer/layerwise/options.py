@@ -1,0 +1,22 @@
+"""How layers are pruned: the options of `prune` that say what becomes of the weights."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gossamer.data.calibration import CalibrationOptions
+from gossamer.job.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(CalibrationOptions):
+    """What `prune` is told of the weights; `compress` passes it on."""
+
+    sparsity: float = option(
+        0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
+    )
+    method: Literal["sparsegpt", "admm", "magnitude"] = option("sparsegpt", help="how weights are chosen")
+    reconstruct_epochs: int = option(
+        0, help="passes over the calibration rows in which each pruned layer is trained towards its parent's"
+    )
+    reconstruct_learning_rate: float = option(2.8e-3, help="highest learning rate of that training")
+    seed: int = option(0, help="order of the data")

@@ -1,0 +1,41 @@
+"""Train what pruning left of one layer, and take the hidden states through it anew."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
+from gossamer.decoder import Block, in_pieces
+from gossamer.job.report import Event, Progress
+from gossamer.layerwise.options import PruneOptions
+from gossamer.layerwise.states import States
+
+
+def reconstruct_block(
+    block: Block,
+    inputs: Sequence[Tensor],
+    rows: States,
+    held_out: States,
+    job: PruneOptions,
+    progress: Progress,
+) -> list[float]:
+    """Train what is left of a pruned layer, and take the states through it anew from their `inputs`.
+
+    Returns the error on held-out rows as pruned, and after each epoch.
+    """
+    linears = {name: linear for group in block.groups for name, linear in group.items()}
+    errors = reconstruct(
+        block,
+        dict(block.layer.named_parameters()),
+        {f"{name.removeprefix(block.prefix)}.weight": linear.weight != 0 for name, linear in linears.items()},
+        Rows(inputs[0], rows.parent_BTD),
+        Rows(inputs[1], held_out.parent_BTD),
+        Schedule(job.reconstruct_epochs, job.reconstruct_learning_rate, job.seed),
+    )
+    if errors[0] <= min(errors):
+        failed = f"layer {block.index} stays as pruned: training it did not lower its error on held-out rows"
+        progress(Event("prune", failed, lasting=True))
+    for states, input_BTD in zip((rows, held_out), inputs, strict=True):
+        for h_BTD, x_BTD in zip(in_pieces(states.ours_BTD), in_pieces(input_BTD), strict=True):
+            h_BTD.copy_(block(x_BTD))
+    return errors
