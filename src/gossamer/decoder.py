@@ -1,6 +1,7 @@
 """A checkpoint's decoder, one block at a time: transformers' own modules, filled when they are needed."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -108,6 +109,25 @@ class Block:
         for index, h_BTD in enumerate(pieces):
             h_BTD += down_proj(gated[index] if gated else self._gated(h_BTD))
 
+    def follow(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterator[Tensor]]]:
+        """As `walk`, for a layer that nobody changes: each piece of input is computed when it is asked for.
+
+        It can be had once. Nothing is kept: where a group's outputs are added to the hidden states, those of
+        a piece move on as the next one is asked for.
+        """
+        self.layer.requires_grad_(False)
+        qkv, o, gate_up, down = self.groups
+        before_attention, before_feed_forward = self.norm("attention"), self.norm("feed_forward")
+        pieces = in_pieces(hidden_BTD)
+        yield qkv, (before_attention(h_BTD) for h_BTD in pieces)
+        mixed = _moved(pieces, self._attention, self.linear("o"))
+        yield o, mixed
+        collections.deque(mixed, maxlen=0)  # what the caller did not ask for
+        yield gate_up, (before_feed_forward(h_BTD) for h_BTD in pieces)
+        gated = _moved(pieces, self._gated, self.linear("down"))
+        yield down, gated
+        collections.deque(gated, maxlen=0)
+
     def _attention(self, hidden_BTD: Tensor) -> Tensor:
         """What the output projection is given: the heads' mixed values [B, T, A E]."""
         module, _, name = self.anatomy.linears["o"].name.rpartition(".")
@@ -133,6 +153,16 @@ class Block:
         """What the down projection is given: silu(gate) * up [B, T, F]."""
         normed_BTD = self.norm("feed_forward")(hidden_BTD)
         return nn.functional.silu(self.linear("gate")(normed_BTD)) * self.linear("up")(normed_BTD)
+
+
+def _moved(
+    pieces: Iterable[Tensor], input_of: Callable[[Tensor], Tensor], linear: nn.Linear
+) -> Iterator[Tensor]:
+    """The linear's input for each piece of hidden states; its output is added to them afterwards."""
+    for h_BTD in pieces:
+        x_BTK = input_of(h_BTD)
+        yield x_BTK
+        h_BTD += linear(x_BTK)
 
 
 def in_pieces(rows_BT: Tensor) -> tuple[Tensor, ...]:

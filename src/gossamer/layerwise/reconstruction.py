@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
@@ -9,6 +10,9 @@ from gossamer.decoder import Block, in_pieces
 from gossamer.job.report import Event, Progress
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.states import States
+from gossamer.training.sparse_linear import densify, sparsify
+
+SPARSE_FROM = 0.5  # the share of zeros from which products of the nonzero weights alone are faster everywhere
 
 
 def reconstruct_block(
@@ -23,15 +27,18 @@ def reconstruct_block(
 
     Returns the error on held-out rows as pruned, and after each epoch.
     """
-    linears = {name: linear for group in block.groups for name, linear in group.items()}
+    weights = {linear.name: block.linear(role).weight for role, linear in block.anatomy.linears.items()}
+    zeros = {name: torch.count_nonzero(weight == 0) / weight.numel() for name, weight in weights.items()}
+    sparsify(block.layer, [name for name, share in zeros.items() if share >= SPARSE_FROM])
     errors = reconstruct(
         block,
         dict(block.layer.named_parameters()),
-        {f"{name.removeprefix(block.prefix)}.weight": linear.weight != 0 for name, linear in linears.items()},
+        {f"{name}.weight": weights[name] != 0 for name, share in zeros.items() if share < SPARSE_FROM},
         Rows(inputs[0], rows.parent_BTD),
         Rows(inputs[1], held_out.parent_BTD),
         Schedule(job.reconstruct_epochs, job.reconstruct_learning_rate, job.seed),
     )
+    densify(block.layer)
     if errors[0] <= min(errors):
         failed = f"layer {block.index} stays as pruned: training it did not lower its error on held-out rows"
         progress(Event("prune", failed, lasting=True))

@@ -22,7 +22,7 @@ class States:
     ) -> Iterator[tuple[dict[str, nn.Linear], Callable[[], Evidence]]]:
         """Through a layer, group by group, with what its inputs and outputs say once; see `Block.walk`."""
         walks = zip(
-            block.anatomy.groups, block.walk(self.ours_BTD), parent.walk(self.parent_BTD), strict=True
+            block.anatomy.groups, block.walk(self.ours_BTD), parent.follow(self.parent_BTD), strict=True
         )
         for anatomy, (group, inputs), (_, parent_inputs) in walks:
             pairs = zip(inputs, parent_inputs, strict=True)
