@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.calibration import calibration_ids
-from gossamer.errors import CalibrationError, ConfigError
+from gossamer.errors import CalibrationError, ConfigError, GossamerError
 from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
@@ -178,6 +178,82 @@ def test_magnitude_keeps_the_largest_weights_as_they_are(
         kept = after != 0
         np.testing.assert_array_equal(after[kept], before[kept])
         assert abs(before[kept]).min() >= abs(before[~kept]).max()
+
+
+def test_wanda_leaves_what_it_keeps_as_it_is_and_compares_within_outputs(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """The first layer's q, against the formula on what transformers gives that layer."""
+    job = replace(small(tiny_llama("llama2"), tmp_path / "out", text_file, 0.6), method="wanda")
+    prune(job)
+    parent, child = Checkpoint.open(job.model), Checkpoint.open(job.output_dir)
+    for name in child.linears:
+        before, after = parent.float32(f"{name}.weight"), child.float32(f"{name}.weight")
+        np.testing.assert_array_equal(after[after != 0], before[after != 0])
+        assert np.count_nonzero(after == 0) == round(0.6 * after.size)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    q_proj = loaded.model.layers[0].self_attn.q_proj
+    q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        loaded(calibration_ids(parent, job)[:-2])
+    score_NK = q_proj.weight.detach().abs() * seen[0].flatten(0, 1).norm(dim=0)
+    kept_NK = torch.from_numpy(child.float32("model.layers.0.self_attn.q_proj.weight") != 0)
+    for score_K, kept_K in zip(score_NK, kept_NK, strict=True):
+        assert score_K[kept_K].min() >= score_K[~kept_K].max() * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda", "magnitude"])
+def test_every_method_gives_a_pattern_and_keeps_zeros(
+    method: Any, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    first = replace(small(tiny_llama("bf16"), tmp_path / "quarter", text_file, 0.25), method=method)
+    job = replace(
+        first, model=first.output_dir, output_dir=str(tmp_path / "out"), sparsity=0.5, pattern="2:4"
+    )
+    prune(first)
+    prune(job)
+    before, after = Checkpoint.open(first.output_dir), Checkpoint.open(job.output_dir)
+    for name in after.linears:
+        came_in, zeros = before.zeros(f"{name}.weight"), after.zeros(f"{name}.weight")
+        assert (zeros | ~came_in).all()
+        groups, groups_before = zeros.reshape(-1, 4).sum(1), came_in.reshape(-1, 4).sum(1)
+        np.testing.assert_array_equal(groups, np.maximum(groups_before, 2))
+
+
+@pytest.mark.parametrize("reconstruct_epochs", [0, 1])
+def test_a_pattern_stays_through_reconstruction_and_pruning_again(
+    reconstruct_epochs: int, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = replace(
+        small(tiny_llama("llama3"), tmp_path / "out", text_file, 0.75),
+        pattern="1:4",
+        reconstruct_epochs=reconstruct_epochs,
+    )
+    prune(job)
+    again = replace(job, model=job.output_dir, output_dir=str(tmp_path / "again"))
+    prune(again)
+    for name in (child := Checkpoint.open(job.output_dir)).linears:
+        zeros = child.zeros(f"{name}.weight")
+        assert (zeros.reshape(-1, 4).sum(1) == 3).all()
+        np.testing.assert_array_equal(Checkpoint.open(again.output_dir).zeros(f"{name}.weight"), zeros)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pattern": "2:4", "sparsity": 0.7}, r"2:4 fixes the sparsity at 0\.5, and --sparsity is 0\.7"),
+        ({"pattern": "1:4", "sparsity": 0.5}, r"1:4 fixes the sparsity at 0\.75, and --sparsity is 0\.5"),
+        ({"pattern": "4:2"}, "--pattern is 4:2; expected unstructured, or N:M"),
+        ({"pattern": "7:14"}, r"q_proj has \d+ inputs, of which --pattern 7:14 makes no whole groups"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused(
+    options: dict[str, Any], words: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GossamerError, match=words):
+        prune(replace(small(tiny_llama("llama2"), tmp_path / "out", text_file), **options))
+    assert left_nothing(tmp_path / "out")
 
 
 def test_admm_counts_zeros_exactly_and_keeps_those_that_came_in(

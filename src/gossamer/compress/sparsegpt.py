@@ -8,10 +8,15 @@ Inputs are taken in blocks of 128. In a block, the weights of least saliency are
 Zeros that the weights come with, and all weights of inputs that are always zero, stay zero and count.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from gossamer.compress.hessian import InverseFactor, fix_rows
+
+if TYPE_CHECKING:
+    from gossamer.compress.pattern import Pattern
 
 
 def sparsegpt(
@@ -21,19 +26,25 @@ def sparsegpt(
     *,
     block_size: int = 128,
     target_NK: Tensor | None = None,
+    pattern: "Pattern | None" = None,
 ) -> Tensor:
-    """Return weights near W [N, K] (or near `target_NK`: see `towards`) with W's zeros among theirs.
+    """Return weights near W [N, K] (or near `target_NK`) with W's zeros among theirs.
 
-    They have round(sparsity N K) zeros, or as many as W and the dead inputs bring where these are more.
+    They have round(sparsity N K) zeros, or as many as W and the dead inputs bring where these are more. With
+    a pattern, `sparsity` is the pattern's.
     """
+    if pattern:
+        block_size += -block_size % pattern.size  # whole groups
     zeros_KN = (w_NK.T == 0) | factor.dead_K[:, None]
     w_KN = (w_NK if target_NK is None else target_NK).T.contiguous().masked_fill(factor.dead_K[:, None], 0.0)
     for start, quota in enumerate(zeros_per_block(zeros_KN, sparsity, block_size)):
         block = slice(start * block_size, (start + 1) * block_size)
         u_BB = factor.u_KK[block, block]
-        saliency_BN = (w_KN[block] / u_BB.diagonal()[:, None]).square().masked_fill(zeros_KN[block], -1.0)
-        pruned_BN = smallest(saliency_BN, quota)
-        error_BN = fix_rows(w_KN[block], u_BB, ~pruned_BN)
+        if pattern:
+            error_BN = pattern.fix(w_KN[block], u_BB, zeros_KN[block])
+        else:
+            saliency_BN = (w_KN[block] / u_BB.diagonal()[:, None]).square().masked_fill(zeros_KN[block], -1.0)
+            error_BN = fix_rows(w_KN[block], u_BB, ~smallest(saliency_BN, quota))
         w_KN[block.stop :].addmm_(factor.u_KK[block, block.stop :].T, error_BN, alpha=-1)
     return w_KN.T.contiguous()
 

@@ -14,7 +14,12 @@ class PruneOptions(CalibrationOptions):
     sparsity: float = option(
         0.5, help="fraction of zeros in the decoder's linear weights, existing ones included"
     )
-    method: Literal["sparsegpt", "admm", "magnitude"] = option("sparsegpt", help="how weights are chosen")
+    method: Literal["sparsegpt", "admm", "wanda", "magnitude"] = option(
+        "sparsegpt", help="how weights are chosen"
+    )
+    pattern: str = option(
+        "unstructured", help="where zeros may be: anywhere, or N:M, so that N of each M weights stay (2:4)"
+    )
     reconstruct_epochs: int = option(
         0, help="passes over the calibration rows in which each pruned layer is trained towards its parent's"
     )

@@ -13,12 +13,25 @@ from gossamer.layerwise.states import States
 
 
 def prune_block(
-    block: Block, parent: Block, rows: States, held_out: States, job: PruneOptions
+    block: Block,
+    parent: Block,
+    rows: States,
+    held_out: States,
+    job: PruneOptions,
+    shares: Mapping[str, float],
 ) -> Iterator[str]:
-    """Prune a layer in place; yields the names of its linears. The states end as those after the layer."""
+    """Prune a layer in place; yields the names of its linears. The states end as those after the layer.
+
+    `shares`: the sparsity of each linear by its name, or of none, and then it is the job's.
+    """
+    if job.method in ("wanda", "magnitude"):
+        from gossamer.layerwise.scores import prune_by_scores
+
+        yield from prune_by_scores(block, parent, rows, held_out, job, shares)
+        return
     walks = zip(rows.walk(block, parent), held_out.walk(block, parent), strict=True)
     for (group, evidence), (_, held_evidence) in walks:
-        prune_group(group, evidence, held_evidence, job)
+        prune_group(group, evidence, held_evidence, job, shares)
         yield from group
 
 
@@ -27,25 +40,24 @@ def prune_group(
     rows: Callable[[], Evidence],
     held_out: Callable[[], Evidence],
     job: PruneOptions,
+    shares: Mapping[str, float],
 ) -> None:
     """Prune the linears that share an input, in place, by what calibration and held-out rows say of it."""
-    if job.method == "magnitude":
-        from gossamer.compress.magnitude import magnitude
+    seen, unseen, pattern = rows(), held_out(), None
+    if job.pattern != "unstructured":
+        from gossamer.compress.pattern import parse_pattern
 
-        for linear in group.values():
-            linear.weight.data = magnitude(linear.weight.data, job.sparsity)
-        return
-    seen, unseen = rows(), held_out()
+        pattern = parse_pattern(job.pattern)
     factor = inverse_factor(seen.h_KK, job.dampening_frac, name=", ".join(group))
-    for linear in group.values():
+    for name, linear in group.items():
         w_NK = linear.weight.data.masked_fill(factor.dead_K, 0.0)
-        target_NK = target(w_NK, factor, seen, unseen)
+        target_NK, share = target(w_NK, factor, seen, unseen), shares.get(name, job.sparsity)
         if job.method == "admm":
             from gossamer.compress.admm import admm
 
             H_KK = dampened(seen.h_KK, job.dampening_frac)
-            linear.weight.data = admm(w_NK, H_KK, job.sparsity, target_NK=target_NK)
+            linear.weight.data = admm(w_NK, H_KK, share, target_NK=target_NK, pattern=pattern)
         else:
             linear.weight.data = sparsegpt(
-                w_NK, factor, job.sparsity, block_size=job.block_size, target_NK=target_NK
+                w_NK, factor, share, block_size=job.block_size, target_NK=target_NK, pattern=pattern
             )

@@ -73,6 +73,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     num_held = max(1, job.num_calibration_samples // 8)
     errors: list[float] = []
     reconstruction: list[list[float]] = []
+    shares: dict[str, float] = {}
     with source.derive(job.output_dir, job, stage="prune", overwrite=job.overwrite) as output:
         output.data = [manifest(name) for name in job.dataset]
         ids_BT = calibration_ids(source, job)
@@ -82,7 +83,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         )
         for block, parent in zip(blocks(source), blocks(source), strict=True):
             inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.reconstruct_epochs else []
-            for done, name in enumerate(prune_block(block, parent, rows, held, job), 1):
+            for done, name in enumerate(prune_block(block, parent, rows, held, job, shares), 1):
                 metrics = {"error": errors[-1]} if errors else {}
                 num_linears = len(block.anatomy.linears)
                 progress(Event("prune", name, block.index * num_linears + done, len(source.linears), metrics))
@@ -108,7 +109,12 @@ def check(job: Prune, source: Checkpoint) -> None:
     """Raise ConfigError or UnsupportedError for a job that cannot be done."""
     check_options(job)
     refuse_quantized(source)
-    check_sparsity(source, job.sparsity)
+    if job.pattern == "unstructured":
+        check_sparsity(source, job.sparsity)
+    else:
+        from gossamer.layerwise.budget import check_pattern
+
+        check_pattern(source, job)
     if job.num_calibration_samples < 2:
         raise ConfigError(
             f"--num-calibration-samples is {job.num_calibration_samples}; prune needs at least 2: an eighth "
