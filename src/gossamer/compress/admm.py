@@ -40,19 +40,20 @@ def admm(
     scale_K = H_KK.diagonal().sqrt()
     h_KK, goal_NK = H_KK / scale_K / scale_K[:, None], target_NK * scale_K
     step_KK = _inverse(h_KK)
-    pull_NK, v_NK, u_NK = goal_NK @ h_KK, goal_NK, torch.zeros_like(goal_NK)
-    pruned_NK = zeros_NK
+    pull_NK, v_NK, u_NK = goal_NK @ h_KK, goal_NK.clone(), torch.zeros_like(goal_NK)
+    pruned_NK, z_NK = zeros_NK, torch.empty_like(goal_NK)
     for index in range(1, ROUNDS + 1):
         share = 1 - (1 - min(1.0, index / RISING)) ** 3
-        z_NK = v_NK + u_NK
+        torch.add(v_NK, u_NK, out=z_NK)
         if pattern:
             pruned_NK = pattern.choose(z_NK.abs(), zeros_NK, share)
         else:
             count = before + round(share * (after - before))
-            pruned_NK = smallest(z_NK.abs().masked_fill(zeros_NK, -1.0), count)
-        z_NK = z_NK.masked_fill(pruned_NK, 0.0)
-        u_NK = u_NK + v_NK - z_NK
-        v_NK = (pull_NK + z_NK - u_NK) @ step_KK
+            pruned_NK = smallest(z_NK.abs().masked_fill_(zeros_NK, -1.0), count)
+        z_NK.masked_fill_(pruned_NK, 0.0)
+        u_NK += v_NK
+        u_NK -= z_NK
+        torch.mm(z_NK.add_(pull_NK).sub_(u_NK), step_KK, out=v_NK)
     return refit(v_NK, ~pruned_NK, h_KK, goal_NK) / scale_K
 
 
