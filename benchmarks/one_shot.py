@@ -1,19 +1,23 @@
-"""What one-shot pruning costs a model: perplexity of texts, and plain questions, beside the dense parent.
+"""What one-shot pruning costs: perplexity of texts, and plain questions, beside the parent and a peer.
 
-    python benchmarks/one_shot.py DENSE NAME=MODEL... --text FILE... [--questions]
+    python benchmarks/one_shot.py MODEL --who dense --text FILE... --questions
+    python benchmarks/one_shot.py MODEL --who llm-compressor --sparsity 0.5 --text FILE... --questions
+    python benchmarks/one_shot.py MODEL --who gossamer --sparsity 0.5 --text FILE... --questions
+    python benchmarks/one_shot.py --report
 
-DENSE and each MODEL is a checkpoint directory or a .goss file. Of each text the perplexity and its distance
-ln(perplexity / dense) are printed; the last column says how large that is against the first MODEL's, so name
-the peer first. `--questions` asks the twenty of questions.jsonl, greedily, through the engine (a directory is
-packed into the cache), and counts those that DENSE answers rightly.
+MODEL is a checkpoint directory or a .goss file; each run adds a row to docs/results/one_shot.jsonl. `--limit`
+takes that many rows of 255 tokens of each text. `--questions` asks the twenty of questions.jsonl, greedily,
+through the engine. `--report` prints, of the newest rows, ln(perplexity / dense), ours over the peer's, and
+how many of the questions that the parent answers rightly the pruned model does too.
 """
 
 import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
-from results import write_row
+from results import RESULTS, write_row
 
 from gossamer.engine.llm import LLM
 from gossamer.engine.sampling import SamplingParams
@@ -21,16 +25,6 @@ from gossamer.stages.evaluate import Evaluate, evaluate
 
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 MAX_TOKENS = 48
-
-
-def perplexities(model: str, texts: list[str], limit: int) -> dict[str, float]:
-    """Of rows of 255 tokens after the BOS, at most `limit` of each text (0: all), text by text."""
-    found = {}
-    for text in texts:
-        perplexity = evaluate(Evaluate(model, dataset=text, limit=limit)).perplexity
-        assert perplexity is not None
-        found[Path(text).stem] = perplexity
-    return found
 
 
 def answers(model: str) -> list[tuple[str, bool]]:
@@ -44,29 +38,50 @@ def answers(model: str) -> list[tuple[str, bool]]:
     ]
 
 
+def report() -> None:
+    """The newest row of each model, against the parent's and the peer's of the same sparsity."""
+    lines = (RESULTS / "one_shot.jsonl").read_text(encoding="utf-8").splitlines()
+    rows: dict[tuple[str, float], dict[str, Any]] = {
+        (row["who"], row["sparsity"]): row for row in map(json.loads, lines)
+    }
+    dense = rows["dense", 0.0]
+    for (who, sparsity), row in sorted(rows.items(), key=lambda item: (item[0][1], item[0][0])):
+        peer, cells = rows.get(("llm-compressor", sparsity)), []
+        for text, perplexity in row["perplexity"].items():
+            lost = math.log(perplexity / dense["perplexity"][text])
+            cell = f"{text} {perplexity:.2f} (ln {lost:.3f}"
+            if peer and peer is not row:
+                cell += f", {lost / math.log(peer['perplexity'][text] / dense['perplexity'][text]):.2f}x"
+            cells.append(f"{cell})")
+        if row["answers"] and dense["answers"]:
+            known = [
+                ours[1] for ours, parent in zip(row["answers"], dense["answers"], strict=True) if parent[1]
+            ]
+            cells.append(f"{sum(known)} of {len(known)} answers")
+        print(f"{who} {sparsity:.0%}: {'; '.join(cells)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dense")
-    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--who")
+    parser.add_argument("--sparsity", type=float, default=0.0)
     parser.add_argument("--text", nargs="*", default=[])
-    parser.add_argument("--limit", type=int, default=0, help="rows of each text; 0: all")
+    parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--questions", action="store_true")
+    parser.add_argument("--report", action="store_true")
     job = parser.parse_args()
-    dense, peer = perplexities(job.dense, job.text, job.limit), None
-    known = answers(job.dense) if job.questions else []
-    for name, model in (given.split("=", 1) for given in job.models):
-        found = perplexities(model, job.text, job.limit)
-        lost = {text: math.log(found[text] / dense[text]) for text in found}
-        peer = peer or lost
-        row = {"model": name, "limit": job.limit, "dense": dense, "perplexity": found, "lost": lost}
-        row |= {"of_the_first": {text: lost[text] / peer[text] for text in lost}}
-        if known:
-            ours = answers(model)
-            kept = [right for (_, right), (_, parent) in zip(ours, known, strict=True) if parent]
-            row |= {"questions": len(known), "parent_right": len(kept), "kept": sum(kept), "answers": ours}
-        write_row("one_shot", row)
+    if job.report:
+        report()
+        return
+    found = {
+        Path(text).stem: evaluate(Evaluate(job.model, dataset=text, limit=job.limit)).perplexity
+        for text in job.text
+    }
+    row = {"who": job.who, "sparsity": job.sparsity, "limit": job.limit, "perplexity": found}
+    write_row("one_shot", row | {"answers": answers(job.model) if job.questions else []})
 
 
 if __name__ == "__main__":
