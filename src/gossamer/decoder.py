@@ -176,14 +176,14 @@ def empty_model(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def blocks(source: Checkpoint) -> Iterator[Block]:
-    """The decoder's layers, one in memory at a time."""
+def blocks(source: Checkpoint, first: int = 0) -> Iterator[Block]:
+    """The decoder's layers from `first` on, one in memory at a time."""
     refuse_quantized(source)
     anatomy, config = source.architecture, model_config(source.architecture, source.config)
     config._attn_implementation = "sdpa"
     skeleton = empty_model(config).get_decoder()
     rotary = type(skeleton.rotary_emb)(config)
-    for index, empty in enumerate(skeleton.layers):
+    for index, empty in enumerate(skeleton.layers[first:], first):
         layer, prefix = type(empty)(config, index).float().eval(), anatomy.prefix(index)
         if anatomy.blocks[index].fused:
             from gossamer.unfused import unfuse

@@ -22,8 +22,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from gossamer.checkpoint.resumable import Checkpoints, RunIdentity
 from gossamer.job.report import quiet
-from gossamer.training.checkpoints import Checkpoints, RunIdentity
 from gossamer.training.distillation import SquareHead
 from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.masks import MaskCallback, model_mask_hash

@@ -24,6 +24,7 @@ from gossamer.checkpoint.partial import (
     CHECKPOINTS,
     check_interrupted,
     holds_checkpoint,
+    interrupted,
     locked,
     publish,
     refuse_existing,
@@ -38,6 +39,7 @@ COMPANIONS = (
     "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 MANIFEST = "gossamer.json"
+HOW_IT_STARTED = ("overwrite", "resume")  # options that say nothing of the output, and are not recorded
 SHARD_BYTES = 2 << 30
 
 
@@ -148,7 +150,7 @@ class Checkpoint:
         Only a run that left checkpoints stays in `OUT.partial/` when it fails, for `resume` to go on with.
         `job` is the stage's dataclass of options. Raises ConfigError if `output` exists without
         `overwrite` or another process is writing it, CheckpointError if the child lost one of its parent's
-        zeros or tensors.
+        zeros or tensors, Interrupted after Ctrl-C if there is a checkpoint.
         """
         output = Path(output)
         partial, _ = output.with_name(output.name + ".partial"), self.manifest  # whose faults show now
@@ -158,10 +160,13 @@ class Checkpoint:
         check_interrupted(partial, overwrite, resume)
         with locked(partial):
             try:
-                target = Derived(self, output, partial, record(job), stage)
+                options = {name: value for name, value in record(job).items() if name not in HOW_IT_STARTED}
+                target = Derived(self, output, partial, options, stage)
                 target._begin(resume)
                 yield target
                 target._finish()
+            except KeyboardInterrupt as error:
+                raise interrupted(partial, error) from error
             finally:
                 if not holds_checkpoint(partial):
                     shutil.rmtree(partial, ignore_errors=True)
@@ -171,6 +176,7 @@ class Derived:
     """A child directory in the making, at `path` (`OUT.partial`).
 
     `sparsity`: the fraction of zeros over all decoder linears, once the child is whole; NaN before.
+    `written`: the names of the tensors that came so far; `shards`: their files.
     """
 
     def __init__(
@@ -182,35 +188,38 @@ class Derived:
         self.data: list[dict[str, Any]] = []
         self.num_threads: int | None = None
         self.sparsity = math.nan
-        self._shards = _ShardWriter(self.path)
+        self.written: set[str] = set()
+        self.shards = self._stored = ShardWriter(self.path)
         if any(block.fused for block in parent.architecture.blocks):
             from gossamer.checkpoint.fused import Joining
 
-            self._shards = Joining(self._shards, parent.architecture)
+            self._stored = Joining(self.shards, parent.architecture)
 
     def _begin(self, resume: bool) -> None:
-        """Clear the directory of what an earlier run left in it, but for what can be resumed."""
-        for left in self.path.glob("model*" if resume else "*"):
+        """Clear the directory of what an earlier run left in it, unless that is to be resumed."""
+        for left in self.path.glob("*") if not resume else ():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         for file in companions(self.parent.path):
             shutil.copyfile(file, self.path / file.name)
 
     def write(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Store one tensor: `array` in storage form (uint16 bit patterns for BF16)."""
-        self._shards.add(name, array, dtype)
+        assert name not in self.written, name
+        self._stored.add(name, array, dtype)
+        self.written.add(name)
 
     def copy_rest(self) -> None:
         """Copy every tensor of the parent that has not been written."""
         for name in self.parent.names:
-            if name not in self._shards.written:
+            if name not in self.written:
                 self.write(name, self.parent.raw(name), self.parent.dtype(name))
 
     def _finish(self) -> None:
-        if lost := set(self.parent.names) - self._shards.written:
+        if lost := set(self.parent.names) - self.written:
             raise CheckpointError(
                 f"{self.output}: the stage wrote no {sorted(lost)[0]} ({len(lost)} tensors missing)"
             )
-        self._shards.close()
+        self._stored.close()
         _write_json(self.path / "config.json", self.config)
         child = Checkpoint.open(self.path)
         tensors, self.sparsity = _check_zeros(self.parent, child)
@@ -235,44 +244,47 @@ class Derived:
         }
 
 
-class _ShardWriter:
-    """Collects tensors and writes a shard whenever `SHARD_BYTES` have come together."""
+class ShardWriter:
+    """Collects tensors and writes a shard whenever `SHARD_BYTES` have come together.
+
+    `pending`: tensors that are in no file yet; `shards`: the names in each file, `total_bytes` their size.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.written: set[str] = set()
-        self._pending: dict[str, tuple[np.ndarray, str]] = {}
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self.pending: dict[str, tuple[np.ndarray, str]] = {}
+        self.shards: list[list[str]] = []
+        self.total_bytes = 0
 
     def add(self, name: str, array: np.ndarray, dtype: str) -> None:
-        assert name not in self.written, name
-        self._pending[name] = (np.ascontiguousarray(array, STORAGE[dtype]), dtype)
-        self.written.add(name)
-        if sum(tensor.nbytes for tensor, _ in self._pending.values()) >= SHARD_BYTES:
+        self.pending[name] = (np.ascontiguousarray(array, STORAGE[dtype]), dtype)
+        if sum(tensor.nbytes for tensor, _ in self.pending.values()) >= SHARD_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        if self._pending:
-            write_safetensors(self._file(len(self._shards)), self._pending)
-            self._total_bytes += sum(tensor.nbytes for tensor, _ in self._pending.values())
-            self._shards.append(list(self._pending))
-            self._pending = {}
+        if self.pending:
+            write_safetensors(self.file(len(self.shards)), self.pending)
+            self.total_bytes += sum(tensor.nbytes for tensor, _ in self.pending.values())
+            self.shards.append(list(self.pending))
+            self.pending = {}
 
-    def _file(self, index: int, count: int | None = None) -> Path:
-        of = "" if count is None else f"-of-{count:05}"
-        return self.directory / f"model-{index + 1:05}{of}.safetensors"
+    def file(self, index: int, count: int | None = None) -> Path:
+        """Where a shard is written, and in the end stays, as one of `count`."""
+        name = "model" if count == 1 else f"model-{index + 1:05}{f'-of-{count:05}' if count else ''}"
+        return self.directory / f"{name}.safetensors"
 
     def close(self) -> None:
         self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._file(0).rename(self.directory / "model.safetensors")
-            return
-        from gossamer.checkpoint.index import write_index
+        count = len(self.shards)
+        files = [self.file(index).rename(self.file(index, count)).name for index in range(count)]
+        for left in set(self.directory.glob("model*.safetensors")) - {
+            self.directory / file for file in files
+        }:
+            left.unlink()  # by a run that was interrupted here
+        if count > 1:
+            from gossamer.checkpoint.index import write_index
 
-        files = [self._file(index).rename(self._file(index, count)).name for index in range(count)]
-        write_index(self.directory, dict(zip(files, self._shards, strict=True)), self._total_bytes)
+            write_index(self.directory, dict(zip(files, self.shards, strict=True)), self.total_bytes)
 
 
 def companions(directory: Path) -> list[Path]:

@@ -71,9 +71,7 @@ def _rows(fused: Fused, kind: str, whole: Entry) -> Iterator[tuple[str, Entry]]:
 
 
 class Shards(Protocol):
-    """What takes finished tensors; `written` are the names of those that came."""
-
-    written: set[str]
+    """What takes finished tensors."""
 
     def add(self, name: str, array: np.ndarray, dtype: str) -> None: ...
 
@@ -84,14 +82,12 @@ class Joining:
     """Takes tensors by the names that everything else has for them, and hands on those that are stored."""
 
     def __init__(self, shards: Shards, anatomy: Anatomy) -> None:
-        self.written: set[str] = set()
         self._shards = shards
         self._home = {name: fused for fused in fused_matrices(anatomy) for name in fused.parts}
         self._waiting: dict[str, dict[str, tuple[np.ndarray, str]]] = {}
 
     def add(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Hand a tensor on, or let it wait for the others of its stored matrix."""
-        self.written.add(name)
         linear, _, kind = name.rpartition(".")
         if (fused := self._home.get(linear)) is None:
             self._shards.add(name, array, dtype)

@@ -1,6 +1,7 @@
 """`OUT.partial`: where an output is written until it is whole, and where an interrupted run waits."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, Interrupted
 
 CHECKPOINTS = "checkpoints"
 _CHECKPOINT_NAME = re.compile("checkpoint-(0|[1-9][0-9]*)")
@@ -39,6 +40,26 @@ def check_interrupted(partial: Path, overwrite: bool, resume: bool) -> None:
     if interrupted and not (resume or overwrite):
         raise ConfigError(
             f"{partial} holds an interrupted run; --resume goes on with it, --overwrite starts anew"
+        )
+
+
+def interrupted(partial: Path, error: KeyboardInterrupt) -> KeyboardInterrupt:
+    """What to raise after Ctrl-C: Interrupted, which names the newest checkpoint, if there is one."""
+    if isinstance(error, Interrupted) or not (steps := checkpoint_steps(partial)):
+        return error
+    return Interrupted(f"interrupted; {partial / CHECKPOINTS / f'checkpoint-{steps[-1]}'} is saved")
+
+
+def check_room(partial: Path, needed_bytes: int) -> None:
+    """Raise OSError unless so many bytes of weights and checkpoints fit on the disk, with those there are."""
+    files = [*partial.glob("model*"), *partial.glob(f"{CHECKPOINTS}/*/*")]
+    there = sum(file.stat().st_size for file in files if file.is_file())
+    if (free := shutil.disk_usage(partial).free) < (missing := needed_bytes - there):
+        raise OSError(
+            errno.ENOSPC,
+            f"the output and checkpoints for --resume need {missing / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
+            "are free: make room, or do without checkpoints (--save-seconds inf)",
+            str(partial),
         )
 
 

@@ -25,6 +25,12 @@ class CalibrationOptions(ThreadOptions):
         128, help="inputs of a linear that are treated as one block, before its error moves on to the rest"
     )
     dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
+    save_seconds: float | None = option(
+        None,
+        help="least time between two checkpoints, which are saved after a layer; 0: after each, inf: never "
+        "(default: 10, or 30 times what saving takes)",
+    )
+    resume: bool = option(False, help="go on with the interrupted run in OUTPUT_DIR.partial")
     offline: bool = option(False, help="never touch the network")
 
 
@@ -38,6 +44,8 @@ def check_options(job: CalibrationOptions) -> None:
     ):
         if not least <= value < float("inf"):
             raise ConfigError(f"{flag} is {value:g}; expected at least {least}")
+    if job.save_seconds is not None and not job.save_seconds >= 0:
+        raise ConfigError(f"--save-seconds is {job.save_seconds:g}; expected at least 0")
     if not job.dataset:
         raise ConfigError("--dataset names no calibration text; give at least one SRC")
     if job.threads is not None:

@@ -17,6 +17,10 @@ class States:
     ours_BTD: Tensor
     parent_BTD: Tensor
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Both, by what a checkpoint calls them."""
+        return {f"{name}.ours": self.ours_BTD, f"{name}.parent": self.parent_BTD}
+
     def walk(
         self, block: Block, parent: Block
     ) -> Iterator[tuple[dict[str, nn.Linear], Callable[[], Evidence]]]:

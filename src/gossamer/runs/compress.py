@@ -30,6 +30,7 @@ DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
 HOW = (
     "overwrite",
     "resume",
+    "save_seconds",
     "save_steps",
     "report_to",
     "offline",

@@ -15,6 +15,7 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.pruning import prune_block
+from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import States
 
 
@@ -71,17 +72,21 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
     check(job, source)
     num_held = max(1, job.num_calibration_samples // 8)
-    errors: list[float] = []
-    reconstruction: list[list[float]] = []
     shares: dict[str, float] = {}
-    with source.derive(job.output_dir, job, stage="prune", overwrite=job.overwrite) as output:
+    with source.derive(
+        job.output_dir, job, stage="prune", overwrite=job.overwrite, resume=job.resume
+    ) as output:
         output.data = [manifest(name) for name in job.dataset]
         ids_BT = calibration_ids(source, job)
         rows, held = (
             States(hidden_BTD, hidden_BTD.clone())
             for hidden_BTD in embed(source, ids_BT).split((len(ids_BT) - num_held, num_held))
         )
-        for block, parent in zip(blocks(source), blocks(source), strict=True):
+        output.metrics |= {"errors": [], "reconstruction": []}
+        saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
+        first = saving.begin(progress)
+        errors, reconstruction = output.metrics["errors"], output.metrics["reconstruction"]
+        for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
             inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.reconstruct_epochs else []
             for done, name in enumerate(prune_block(block, parent, rows, held, job, shares), 1):
                 metrics = {"error": errors[-1]} if errors else {}
@@ -93,16 +98,16 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
                 reconstruction.append(reconstruct_block(block, inputs, rows, held, job, progress))
             errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
             write_block(output, block)
+            saving.after(block.index + 1)
         output.copy_rest()
         before, after = (
             perplexity(source, hidden_BTD, ids_BT[-num_held:])
             for hidden_BTD in (held.parent_BTD, held.ours_BTD)
         )
         output.num_threads = torch.get_num_threads()
-        output.metrics |= {"errors": errors, "reconstruction": reconstruction}
         output.metrics |= {"parent_perplexity": before, "perplexity": after}
     figures = (output.sparsity, before, after, errors, reconstruction, ids_BT.numel())
-    return PruneResult(job.output_dir, *figures, time.monotonic() - start)
+    return PruneResult(job.output_dir, *figures, saving.seconds())
 
 
 def check(job: Prune, source: Checkpoint) -> None:

@@ -5,6 +5,7 @@ Every method of the Trainer that is overridden here is in `trainer_contract.SIGN
 
 import contextlib
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from gossamer.checkpoint.directory import companions
+from gossamer.checkpoint.resumable import Checkpoints
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.training.adamw import AdamW
-from gossamer.training.checkpoints import Checkpoints
 from gossamer.training.kernel_choice import TrainingKernel
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
@@ -162,7 +164,9 @@ class RowTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             wait_for_all()
             if is_first():
-                self.checkpoints.publish(step, mask, self.kernel)
+                for file in companions(self.checkpoints.run_dir):
+                    shutil.copyfile(file, self.checkpoints.staged(step) / file.name)
+                self.checkpoints.publish(step, {"mask": mask, "kernel": self.kernel})
         finally:
             if is_first():
                 self.checkpoints.discard_staged()
@@ -205,7 +209,7 @@ class RowTrainer(Trainer):
         model.load_state_dict({name: shard_like(tensor, shards[name]) for name, tensor in state.items()})
         found, expected = (
             self.masks.enforced_mask_hash(),
-            self.checkpoints.recorded_mask_hash(int(folder.name.split("-")[1])),
+            self.checkpoints.recorded(int(folder.name.split("-")[1]))["mask"],
         )
         if found != expected:
             raise CheckpointError(

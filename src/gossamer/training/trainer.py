@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from gossamer import _native
 from gossamer.checkpoint.directory import Derived
+from gossamer.checkpoint.resumable import Checkpoints, RunIdentity
 from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
-from gossamer.training.checkpoints import Checkpoints, RunIdentity
 from gossamer.training.distillation import SquareHead, Teacher
 from gossamer.training.history import History
 from gossamer.training.interruption import Interruption
@@ -98,7 +98,7 @@ def _find_start(job: TrainingOptions, checkpoints: Checkpoints) -> _Start:
     start = _Start()
     if job.resume:
         step, notes = from_first(checkpoints.newest_sound)
-        start = _Start(step, checkpoints.recorded_kernel(step), tuple(notes))
+        start = _Start(step, checkpoints.recorded(step)["kernel"], tuple(notes))
     if job.parallel == "fsdp":
         refuse_sharded(start.kernel or job.kernel)
     return start

@@ -1,10 +1,11 @@
-"""The checkpoints of a training run. Each is either complete or not there; the newest two are kept.
+"""The checkpoints of a run that can be resumed. Each is either complete or not there.
 
 A checkpoint is written into a staging directory, hashed, flushed to disk, and only then renamed into place:
 
     OUT.partial/checkpoints/checkpoint-120/
-        checkpoint.json          the run it belongs to, its mask's hash, sha256 of every file and of itself
-        model.safetensors ...    what transformers' Trainer saves, and the tokenizer: a model directory
+        checkpoint.json          the run it belongs to, what it found, sha256 of every file and of itself
+        ...                      whatever the run saves: training a model directory and the optimizer's state,
+                                 prune and quantize hidden states and tensors (layerwise/saving.py)
 
 If the process is killed at any moment, the earlier checkpoints are untouched. A resumed run skips a damaged
 checkpoint and tells the user so.
@@ -19,13 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.checkpoint.directory import companions
 from gossamer.checkpoint.partial import CHECKPOINTS, checkpoint_steps
 from gossamer.errors import CheckpointError, ConfigError
-from gossamer.training.kernel_choice import TrainingKernel
 
 RECORD = "checkpoint.json"
-NUM_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,11 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints in the folder `run_dir`, which all belong to the run `identity`."""
+    """The newest `num_kept` checkpoints in the folder `run_dir`, which all belong to the run `identity`."""
 
     run_dir: Path
     identity: RunIdentity
+    num_kept: int = 2
 
     @property
     def folder(self) -> Path:
@@ -64,22 +63,23 @@ class Checkpoints:
         """The steps that have a checkpoint, oldest first."""
         return checkpoint_steps(self.run_dir)
 
-    def publish(self, step: int, mask_hash: str, kernel: TrainingKernel) -> None:
-        """Hash, flush and rename the staged checkpoint, then delete all but the newest two.
+    def staged(self, step: int) -> Path:
+        """Where the files of `checkpoint-STEP` are written first."""
+        return self.staging / self.path(step).name
 
-        mask_hash: of the masks that the run enforces (`MaskCallback.enforced_mask_hash`).
+    def publish(self, step: int, found: Mapping[str, Any]) -> None:
+        """Hash, flush and rename the staged checkpoint, then delete all but the newest `num_kept`.
+
+        `found`: what `recorded` is to give back.
         """
-        staged = self.staging / self.path(step).name
-        for file in companions(self.run_dir):
-            shutil.copyfile(file, staged / file.name)
+        staged = self.staged(step)
         files = {str(file.relative_to(staged)): _sha256(file) for file in _files(staged)}
-        found = {"step": step, "mask": mask_hash, "kernel": kernel, "files": files}
-        _write_record(staged, found | _plain(self.identity))
+        _write_record(staged, {"step": step, **found, "files": files} | _plain(self.identity))
         for path in [*_files(staged), *_folders(staged)]:
-            _sync(path)
+            sync(path)
         staged.rename(self.path(step))
-        _sync(self.folder)
-        for old in self.steps()[:-NUM_KEPT]:
+        sync(self.folder)
+        for old in self.steps()[: -self.num_kept]:
             shutil.rmtree(self.path(old))
 
     def discard_staged(self) -> None:
@@ -107,13 +107,9 @@ class Checkpoints:
             f"{self.folder}: no sound checkpoint to resume from: {found}; --overwrite starts anew"
         )
 
-    def recorded_mask_hash(self, step: int) -> str:
-        """The hash of the masks that the run enforced (more weights than those may have become zero)."""
-        return _read_record(self.path(step))["mask"]
-
-    def recorded_kernel(self, step: int) -> TrainingKernel:
-        """The training kernel that was chosen when the run began."""
-        return _read_record(self.path(step))["kernel"]
+    def recorded(self, step: int) -> dict[str, Any]:
+        """What `publish` was given, and the rest of the record."""
+        return _read_record(self.path(step))
 
     def _check_same_run(self, path: Path) -> list[str]:
         """Raise ConfigError naming every difference in `must_match`; returns notes on the others."""
@@ -182,7 +178,8 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
