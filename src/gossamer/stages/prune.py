@@ -87,7 +87,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         first = saving.begin(progress)
         errors, reconstruction = output.metrics["errors"], output.metrics["reconstruction"]
         for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
-            inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.reconstruct_epochs else []
+            inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.epochs else []
             for done, name in enumerate(prune_block(block, parent, rows, held, job, shares), 1):
                 metrics = {"error": errors[-1]} if errors else {}
                 num_linears = len(block.anatomy.linears)
@@ -125,8 +125,8 @@ def check(job: Prune, source: Checkpoint) -> None:
             f"--num-calibration-samples is {job.num_calibration_samples}; prune needs at least 2: an eighth "
             "of the rows, one or more, is held out from calibration to judge by"
         )
-    if job.reconstruct_epochs < 0:
-        raise ConfigError(f"--reconstruct-epochs is {job.reconstruct_epochs}; expected 0 or more")
+    if job.epochs < 0:
+        raise ConfigError(f"--reconstruct-epochs is {job.epochs}; expected 0 or more")
     if not 0 < job.reconstruct_learning_rate < float("inf"):
         raise ConfigError(
             f"--reconstruct-learning-rate is {job.reconstruct_learning_rate:g}; expected a number above 0"
