@@ -76,10 +76,19 @@ def largest(amax: Iterable[Tensor]) -> Tensor:
 
 
 def quantize_group(
-    target: Derived, group: Mapping[str, nn.Linear], H_KK: Tensor, job: RoundingOptions
+    target: Derived,
+    group: Mapping[str, nn.Linear],
+    H_KK: Tensor,
+    job: RoundingOptions,
+    dampening: dict[str, float],
 ) -> list[float]:
-    """Round the linears that share an input, in place and to disk; returns the relative error of each."""
+    """Round the linears that share an input, in place and to disk; returns the relative error of each.
+
+    `dampening` receives what the Hessian of a linear took instead of the job's.
+    """
     errors, factor = [], inverse_factor(H_KK, job.dampening_frac, name=", ".join(group))
+    if factor.dampening_frac != job.dampening_frac:
+        dampening |= dict.fromkeys(group, factor.dampening_frac)
     for name, linear in group.items():
         w_NK = linear.weight.detach()
         scale_N1 = row_scales(w_NK, TORCH_DTYPE[target.parent.dtype(f"{name}.weight")])

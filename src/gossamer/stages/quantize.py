@@ -11,6 +11,7 @@ from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.checkpoint.fused import stored_names
 from gossamer.checkpoint.schemes import SCHEMES
 from gossamer.compress.gptq import hessian
+from gossamer.compress.hessian import dampened_more
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
 from gossamer.decoder import Block, blocks, embed, refuse_quantized, write_tensor
@@ -18,6 +19,7 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.rounding import RoundingOptions, quantize_group, smooth
+from gossamer.layerwise.saving import Saving
 
 
 @dataclass(frozen=True)
@@ -59,25 +61,34 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         raise ConfigError(
             f"--smoothing-strength is {job.smoothing_strength:g}; expected a number from 0 to 1"
         )
-    errors: list[float] = []
-    with source.derive(job.output_dir, job, stage="quantize", overwrite=job.overwrite) as target:
+    with source.derive(
+        job.output_dir, job, stage="quantize", overwrite=job.overwrite, resume=job.resume
+    ) as target:
         target.data = [manifest(name) for name in job.dataset]
-        hidden_BTD = embed(source, calibration_ids(source, job))
-        for block in blocks(source):
+        hidden_BTD = embed(source, ids_BT := calibration_ids(source, job))
+        target.metrics |= {"errors": {}, "dampening": {}}
+        saving = Saving(target, job, ids_BT, {"hidden": hidden_BTD}, start)
+        first = saving.begin(progress)
+        errors, dampening = target.metrics["errors"], target.metrics["dampening"]
+        for block in blocks(source, first):
             smooth(block, source, hidden_BTD, job.smoothing_strength, ignored)
             for group, inputs in block.walk(hidden_BTD):
                 rounded = {name: linear for name, linear in group.items() if name not in ignored}
-                errors += quantize_group(target, rounded, hessian(inputs), job) if rounded else []
+                if rounded:
+                    found = quantize_group(target, rounded, hessian(inputs), job, dampening)
+                    errors |= zip(rounded, found, strict=True)
+                for name in dampening.keys() & rounded.keys():
+                    progress(Event("quantize", dampened_more(name, dampening[name]), lasting=True))
                 progress(
                     Event("quantize", next(iter(group)), len(errors), len(source.linears) - len(ignored))
                 )
             write_unquantized(target, block, ignored)
+            saving.after(block.index + 1)
         target.copy_rest()
         target.config["quantization_config"] = SCHEMES[job.scheme].config(stored)
         target.num_threads = torch.get_num_threads()
-        target.metrics["mean_error"] = sum(errors) / len(errors)
-    error, seconds = sum(errors) / len(errors), time.monotonic() - start
-    return QuantizeResult(job.output_dir, target.sparsity, len(errors), ignored, error, seconds)
+        target.metrics["mean_error"] = error = sum(errors.values()) / len(errors)
+    return QuantizeResult(job.output_dir, target.sparsity, len(errors), ignored, error, saving.seconds())
 
 
 def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
