@@ -55,7 +55,7 @@ def main() -> None:
     w_NK = torch.randn(job.rows, job.columns)
     u_KK = torch.randn(job.columns, job.columns).mul_(0.5 / job.columns**0.5).triu_(1)
     u_KK.diagonal().uniform_(0.5, 1.5)
-    factor = InverseFactor(u_KK, torch.zeros(job.columns, dtype=torch.bool))
+    factor = InverseFactor(u_KK, torch.zeros(job.columns, dtype=torch.bool), 0.01)
     seconds: dict[str, list[float]] = {"plain": [], "native": []}
     differ = 0
     for _ in range(job.repeats):

@@ -6,14 +6,15 @@ from gossamer.checkpoint import directory
 from gossamer.job.report import Progress, quiet
 from gossamer.layerwise import saving
 from gossamer.stages.prune import Prune, prune
+from gossamer.stages.quantize import Quantize, quantize
 
 SHARD_BYTES = 150_000
-Job = Prune
+Job = Prune | Quantize
 
 
 def run(job: Job, progress: Progress = quiet) -> Any:
     """Run the job's stage."""
-    return prune(job, progress)
+    return prune(job, progress) if isinstance(job, Prune) else quantize(job, progress)
 
 
 def run_alone(job: Job) -> None:

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.decoder import blocks, embed
 from gossamer.engine import LLM, SamplingParams
+from gossamer.layerwise.rounding import smooth
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.packed.reader import Packed
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
-from gossamer.stages.quantize import Quantize, quantize, smooth
+from gossamer.stages.quantize import Quantize, quantize
 from gossamer.tools.inspect import Inspect, inspect
 from gossamer.tools.verify import Verify, verify
 from gossamer.training.whole_model import load_model

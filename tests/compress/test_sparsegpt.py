@@ -148,12 +148,21 @@ def test_dead_inputs_are_zeroed_and_need_no_dampening() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_singular_hessian_is_an_error_that_names_the_layer(dtype: torch.dtype) -> None:
+def test_a_singular_hessian_takes_the_least_dampening_that_helps(dtype: torch.dtype) -> None:
     x_TK = torch.randn(10, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     H_KK = x_TK.T @ x_TK
-    with pytest.raises(CalibrationError, match=r"layers\.7\.mlp\.down_proj.*--dampening-frac.*samples"):
-        inverse_factor(H_KK, 0.0, name="model.layers.7.mlp.down_proj")
-    assert torch.isfinite(inverse_factor(H_KK, 0.01).u_KK).all()
+    factor, expected = inverse_factor(H_KK, 0.0), inverse_factor(H_KK, 0.01)
+    assert factor.dampening_frac == expected.dampening_frac == 0.01
+    assert torch.equal(factor.u_KK, expected.u_KK)
+    below = H_KK - 0.05 * H_KK.diagonal().mean() * torch.eye(32, dtype=dtype)
+    assert inverse_factor(below, 0.01).dampening_frac == 0.1
+
+
+def test_a_hessian_that_no_dampening_helps_is_an_error_that_names_the_layer() -> None:
+    with pytest.raises(
+        CalibrationError, match=r"layers\.7\.mlp\.down_proj.* of 0\.02, 0\.2, 2, 20:.*samples"
+    ):
+        inverse_factor(-torch.eye(8), 0.02, name="model.layers.7.mlp.down_proj")
 
 
 def test_infinite_activations_are_an_error() -> None:

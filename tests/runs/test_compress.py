@@ -135,6 +135,43 @@ def test_an_interrupted_training_goes_on(job: Compress, tmp_path: Path) -> None:
     assert [how for _, _, how in compress(broken).stages] == ["stood"] * 4
 
 
+def test_interrupted_pruning_and_rounding_go_on(job: Compress, tmp_path: Path) -> None:
+    """Ctrl-C in the second layer of each, with the first one saved; other threads only with --overwrite."""
+    whole = dataclasses.replace(
+        job, output_dir=str(tmp_path / "whole"), sparsity=0.5, pretrain_dataset=(), finetune_dataset=()
+    )
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"), save_seconds=0.0)
+
+    def interrupt(event: Event) -> None:
+        if event.done == 10 and event.stage not in interrupted:
+            interrupted.append(event.stage)
+            signal.raise_signal(signal.SIGINT)
+
+    compress(whole)
+    interrupted: list[str] = []
+    for _ in range(2):
+        with pytest.raises(Interrupted, match=r"checkpoint-1 is saved"):
+            compress(broken, interrupt)
+    assert interrupted == ["prune", "quantize"]
+    shutil.copytree(broken.output_dir, tmp_path / "kept")
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ConfigError, match=r"num_threads: found 2, expected 1; .*--overwrite"):
+            compress(broken)
+        events: list[Event] = []
+        anew = compress(dataclasses.replace(broken, overwrite=True), events.append)
+        assert [how for _, _, how in anew.stages] == ["stood", "ran", "ran"]
+        assert any("starts anew: " in event.message and event.lasting for event in events)
+    finally:
+        torch.set_num_threads(1)
+    shutil.rmtree(broken.output_dir)
+    (tmp_path / "kept").rename(broken.output_dir)
+    assert [how for _, _, how in compress(broken).stages] == ["stood", "went on", "ran"]
+    for name in ("1-prune", "2-quantize"):
+        weights = [tmp_path / run / name / "model.safetensors" for run in ("whole", "broken")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_other_data_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Path) -> None:
     """The text has changed under its name: its training starts anew."""
     text = tmp_path / "text.txt"

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.compress import hessian
 from gossamer.data.calibration import calibration_ids
 from gossamer.errors import CalibrationError, ConfigError, GossamerError
 from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
+from gossamer.stages.quantize import Quantize, quantize
 
 TinyLlama = Callable[[str], Path]
 
@@ -136,22 +138,52 @@ def test_short_calibration_text_is_refused(tiny_llama: TinyLlama, text_file: Pat
     assert left_nothing(tmp_path / "out")
 
 
-def test_a_failing_layer_is_named_and_leaves_nothing(
-    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def twins(tiny_llama: TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two equal neurons in the second layer: the Hessian of its down_proj is singular without dampening."""
-    model = tmp_path / "twins"
+    model = tmp_path_factory.mktemp("twins") / "model"
     shutil.copytree(tiny_llama("llama2"), model)
     weights = load_file(model / "model.safetensors")
     for projection in ("gate_proj", "up_proj"):
         weight_NK = weights[f"model.layers.1.mlp.{projection}.weight"]
         weight_NK[7] = weight_NK[4]
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    job = replace(small(model, tmp_path / "out", text_file), sparsity=0.0, dampening_frac=0.0)
-    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.down_proj.*--dampening-frac"):
+    return model
+
+
+def test_a_singular_hessian_takes_more_dampening_and_that_is_said(
+    twins: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Ten times the least; quantize does the same, and only for the linear that needs it."""
+    quantizing = Quantize(
+        str(twins),
+        str(tmp_path / "rounded"),
+        dataset=(str(text_file),),
+        num_calibration_samples=16,
+        max_seq_length=64,
+        dampening_frac=0.0,
+    )
+    pruning = replace(small(twins, tmp_path / "out", text_file), sparsity=0.0, dampening_frac=0.0)
+    for stage, job in ((prune, pruning), (quantize, quantizing)):
+        events: list[Event] = []
+        stage(job, events.append)  # type: ignore[operator]
+        [said] = [event.message for event in events if event.lasting]
+        assert said.startswith("model.layers.1.mlp.down_proj: took a dampening_frac of 0.01")
+        record = json.loads((Path(job.output_dir) / "gossamer.json").read_text())
+        assert record["metrics"]["dampening"] == {"model.layers.1.mlp.down_proj": 0.01}
+
+
+def test_a_layer_that_no_dampening_helps_is_named_and_leaves_nothing(
+    twins: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hessian, "LADDER", (1e-18, 1e-17))
+    job = replace(small(twins, tmp_path / "out", text_file), sparsity=0.0, dampening_frac=0.0)
+    with pytest.raises(
+        CalibrationError,
+        match=r"model\.layers\.1\.mlp\.down_proj.* of 0, 1e-21, 1e-20:.*--num-calibration-samples",
+    ):
         prune(job)
     assert left_nothing(tmp_path / "out")
-    prune(replace(job, dampening_frac=0.01))
 
 
 def test_an_output_that_exists_is_kept_unless_told_otherwise(

@@ -16,9 +16,10 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.int8 import fake_quantize_tokens
 from gossamer.decoder import blocks, embed
 from gossamer.errors import CalibrationError, ConfigError, UnsupportedError
+from gossamer.layerwise.rounding import smooth
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
-from gossamer.stages.quantize import Quantize, matching, quantize, smooth
+from gossamer.stages.quantize import Quantize, matching, quantize
 from gossamer.training.whole_model import load_model
 from llamas import walk_through
 

@@ -23,6 +23,7 @@ from gossamer import _native
 from gossamer.errors import CalibrationError
 
 SLAB = 128
+LADDER, LEAST_DAMPENING = (10, 100, 1000), 1e-3  # where a factorization fails
 
 
 def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -48,10 +49,14 @@ def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """Upper Cholesky factor of the dampened H^-1, and the inputs that never were anything but zero."""
+    """Upper Cholesky factor of the dampened H^-1, and the inputs that never were anything but zero.
+
+    `dampening_frac`: the one with which it succeeded.
+    """
 
     u_KK: Tensor
     dead_K: Tensor
+    dampening_frac: float
 
 
 def dampened(H_KK: Tensor, dampening_frac: float) -> Tensor:
@@ -64,25 +69,39 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
     """Factor (H + dampening_frac mean(diag H) I)^-1 = U^T U, dead inputs with 1 on the diagonal.
 
     With J the reversal, J H J = L L^T gives U = J L^-1 J: one Cholesky and one triangular inverse, in
-    float64, and the inverse itself is never formed. Raises CalibrationError naming the layer if H is not
-    finite or, beyond the rounding errors of its own data type, not positive definite.
+    float64, and the inverse itself is never formed. Where that matrix is not positive definite, beyond the
+    rounding errors of H's data type, ten times the dampening is tried, and so on (`LADDER`). Raises
+    CalibrationError naming the layer if H is not finite or no dampening helps.
     """
-    h_KK, dead_K = dampened(H_KK.double(), dampening_frac), H_KK.diagonal() == 0
-    if not torch.isfinite(h_KK).all():
+    if not torch.isfinite(H_KK).all():
         raise CalibrationError(
             f"{name}: the Hessian holds infinite or NaN values; the activations overflow here"
         )
-    l_KK, info = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
-    pivots_K, scale_K = l_KK.diagonal().square(), h_KK.diagonal().flip(0)
-    if info.item() or (pivots_K <= torch.finfo(H_KK.dtype).eps * scale_K).any():
-        raise CalibrationError(
-            f"{name}: factorization of the Hessian failed: it is singular with dampening_frac "
-            f"{dampening_frac:g}, so the calibration tokens do not span this layer's inputs; "
-            "raise --dampening-frac (0.01 is usual) or --num-calibration-samples"
-        )
-    eye_KK = torch.eye(len(l_KK), dtype=l_KK.dtype, device=l_KK.device)
-    inverse_KK = torch.linalg.solve_triangular(l_KK, eye_KK, upper=False)
-    return InverseFactor(inverse_KK.flip(0, 1).to(H_KK.dtype).contiguous(), dead_K)
+    tried = [dampening_frac, *(max(dampening_frac, LEAST_DAMPENING) * times for times in LADDER)]
+    for fraction in tried:
+        l_KK = _cholesky(dampened(H_KK.double(), fraction).flip(0, 1), torch.finfo(H_KK.dtype).eps)
+        if l_KK is not None:
+            eye_KK = torch.eye(len(l_KK), dtype=l_KK.dtype, device=l_KK.device)
+            inverse_KK = torch.linalg.solve_triangular(l_KK, eye_KK, upper=False)
+            u_KK = inverse_KK.flip(0, 1).to(H_KK.dtype).contiguous()
+            return InverseFactor(u_KK, H_KK.diagonal() == 0, fraction)
+    raise CalibrationError(
+        f"{name}: factorization of the Hessian failed with a dampening_frac of "
+        f"{', '.join(f'{fraction:g}' for fraction in tried)}: the calibration tokens do not span this "
+        "layer's inputs; raise --num-calibration-samples, or give other text"
+    )
+
+
+def dampened_more(name: str, fraction: float) -> str:
+    """What the user is told of a linear whose Hessian could not be factored as wanted."""
+    return f"{name}: took a dampening_frac of {fraction:g}; its Hessian could not be factored with less"
+
+
+def _cholesky(h_KK: Tensor, rounding: float) -> Tensor | None:
+    """Its lower factor; None if a pivot is not positive, or within the rounding of its diagonal element."""
+    l_KK, info = torch.linalg.cholesky_ex(h_KK)
+    lost = l_KK.diagonal().square() <= rounding * h_KK.diagonal()
+    return None if info.item() or lost.any() else l_KK
 
 
 def fix_rows(w_BN: Tensor, u_BB: Tensor, kept_BN: Tensor, scale_N: Tensor | None = None) -> Tensor:

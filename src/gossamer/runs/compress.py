@@ -56,7 +56,7 @@ class Compress(options_of(STAGES, without=DECIDED, defaults=DEFAULTS)):
 class CompressResult(Result):
     """`packed`: the .goss file; `stages`: (name, output, how) in order.
 
-    How: "ran"; "went on" with training that was interrupted; "stood", as its output was there already.
+    How: "ran"; "went on" with what was interrupted; "stood", as its output was there already.
     """
 
     packed: str
@@ -75,7 +75,7 @@ class CompressResult(Result):
 def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     """Run every stage whose output is not there yet; raises what the stages raise.
 
-    If the same command was interrupted during training, that goes on from its last checkpoint. An output
+    If the same command was interrupted, its step goes on from the last checkpoint. An output
     directory must be new, or made by an earlier `compress`; finished training, which may have taken days, is
     replaced only with `overwrite`.
     """
@@ -174,7 +174,10 @@ def plan(job: Compress) -> list[Step]:
 
 
 def run(step: Step, left: Left, overwrite: bool, progress: Progress) -> str:
-    """Run the stage, unless its output is there already; go on with training that the same job began."""
+    """Run the stage, unless its output is there already; go on with what the same job began.
+
+    Where that cannot be gone on with, because of other threads or of damage, `overwrite` starts it anew.
+    """
     if is_up_to_date(step, left):
         progress(Event(step.stage, "is there already", 1, 1))
         return "stood"
@@ -185,8 +188,13 @@ def run(step: Step, left: Left, overwrite: bool, progress: Progress) -> str:
         )
     unfinished = step.output.with_name(step.output.name + ".partial")
     if left.same_job and holds_checkpoint(unfinished):
-        step.function(dataclasses.replace(step.job, overwrite=True, resume=True), progress)
-        return "went on"
+        try:
+            step.function(dataclasses.replace(step.job, overwrite=True, resume=True), progress)
+            return "went on"
+        except (ConfigError, CheckpointError) as error:
+            if not overwrite:
+                raise
+            progress(Event(step.stage, f"starts anew: {error}", lasting=True))
     step.function(dataclasses.replace(step.job, overwrite=True), progress)
     return "ran"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.compress.hessian import dampened_more
 from gossamer.compress.target import token_error
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
@@ -82,13 +83,18 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             States(hidden_BTD, hidden_BTD.clone())
             for hidden_BTD in embed(source, ids_BT).split((len(ids_BT) - num_held, num_held))
         )
-        output.metrics |= {"errors": [], "reconstruction": []}
+        output.metrics |= {"errors": [], "reconstruction": [], "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)
-        errors, reconstruction = output.metrics["errors"], output.metrics["reconstruction"]
+        errors, reconstruction, dampening = (
+            output.metrics[name] for name in ("errors", "reconstruction", "dampening")
+        )
         for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
             inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.epochs else []
-            for done, name in enumerate(prune_block(block, parent, rows, held, job, shares), 1):
+            pruned = prune_block(block, parent, rows, held, job, shares, dampening)
+            for done, name in enumerate(pruned, 1):
+                if name in dampening:
+                    progress(Event("prune", dampened_more(name, dampening[name]), lasting=True))
                 metrics = {"error": errors[-1]} if errors else {}
                 num_linears = len(block.anatomy.linears)
                 progress(Event("prune", name, block.index * num_linears + done, len(source.linears), metrics))
