@@ -68,7 +68,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pruning(place: Path, output: Path, model: str = "bf16", **changes: Any) -> Prune:
     """A job that saves after every layer."""
-    options = {"num_calibration_samples": 8, "max_seq_length": 64, "save_seconds": 0.0} | changes
+    sizes = {"num_calibration_samples": 8, "max_seq_length": 64}
+    options: dict[str, Any] = {"method": "sparsegpt", "save_seconds": 0.0, **sizes} | changes
     return Prune(str(place / model), str(output), dataset=(str(place / "text.txt"),), **options)
 
 
@@ -90,7 +91,7 @@ JOBS: dict[str, Callable[[Path, Path], Job]] = {
     "prune-f32": lambda place, output: pruning(place, output, "f32", method="magnitude"),
     "prune-fused": lambda place, output: pruning(place, output, "fused"),
     "quantize": rounding,
-    "reconstruct": lambda place, output: pruning(place, output, reconstruct_epochs=1),
+    "reconstruct": lambda place, output: pruning(place, output, method="admm"),
 }
 STAGES = ("prune", "quantize")
 
