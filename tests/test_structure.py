@@ -68,6 +68,7 @@ def test_prune_loads_at_most_2500_lines_all_for_its_own_work(
         "architecture.frequencies",
         "checkpoint.fused",
         "compress.admm",
+        "compress.budget",
         "compress.magnitude",
         "compress.pattern",
         "compress.reconstruct",

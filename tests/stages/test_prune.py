@@ -277,6 +277,14 @@ def test_a_pattern_stays_through_reconstruction_and_pruning_again(
     [
         ({"pattern": "2:4", "sparsity": 0.7}, r"2:4 fixes the sparsity at 0\.5, and --sparsity is 0\.7"),
         ({"pattern": "1:4", "sparsity": 0.5}, r"1:4 fixes the sparsity at 0\.75, and --sparsity is 0\.5"),
+        (
+            {"pattern": "2:4", "sparsity_profile": "auto"},
+            r"--sparsity-profile auto gives linears different shares .* --pattern 2:4 fixes them all at 0\.5",
+        ),
+        ({"pattern": "2:4", "sparsity_profile": "owl"}, "--sparsity-profile owl gives .* leave out one"),
+        ({"sparsity_profile": "owl", "owl_m": 0.0}, "--owl-m is 0 .* above 0"),
+        ({"sparsity_profile": "owl", "owl_lambda": 1.0}, "--owl-lambda 1; expected"),
+        ({"sparsity_profile": "owl", "owl_lambda": float("nan")}, "--owl-lambda nan; expected"),
         ({"pattern": "4:2"}, "--pattern is 4:2; expected unstructured, or N:M"),
         ({"pattern": "7:14"}, r"q_proj has \d+ inputs, of which --pattern 7:14 makes no whole groups"),
     ],
@@ -287,6 +295,74 @@ def test_patterns_that_do_not_fit_are_refused(
     with pytest.raises(GossamerError, match=words):
         prune(replace(small(tiny_llama("llama2"), tmp_path / "out", text_file), **options))
     assert left_nothing(tmp_path / "out")
+
+
+@pytest.mark.parametrize("profile", ["owl", "auto"])
+def test_a_profile_shares_out_exactly_the_zeros_asked_for_and_records_how(
+    profile: Any, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = replace(small(tiny_llama("llama3"), tmp_path / "out", text_file, 0.6), sparsity_profile=profile)
+    events: list[Event] = []
+    result = prune(job, events.append)
+    child = Checkpoint.open(job.output_dir)
+    zeros = {name: child.zeros(f"{name}.weight") for name in child.linears}
+    for name, share in result.budget.items():
+        assert np.count_nonzero(zeros[name]) == round(share * zeros[name].size)
+    assert sum(map(np.count_nonzero, zeros.values())) == round(0.6 * sum(it.size for it in zeros.values()))
+    metrics = json.loads((Path(job.output_dir) / "gossamer.json").read_text())["metrics"]
+    assert metrics["budget"] == result.budget and list(result.budget) == child.linears
+    table = result.tables()[-1]
+    assert table.columns == ("layer", "q", "k", "v", "o", "gate", "up", "down") and len(table.rows) == 2
+    assert table.rows[1][7] == f"{result.budget[child.linears[-1]]:.1%}"
+    layers = [set(row[1:]) for row in table.rows]
+    assert all(len(shares) == 1 for shares in layers) if profile == "owl" else len(layers[0]) > 3
+    assert [event.message for event in events if event.stage == "budget"] == ["layer 0", "layer 1"]
+
+
+def test_owl_keeps_more_of_the_layer_with_more_outliers(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "outliers"
+    shutil.copytree(tiny_llama("llama2"), model)
+    weights = load_file(model / "model.safetensors")
+    for name, weight in weights.items():
+        if "layers.1.mlp" in name:
+            weight[::8] *= 30
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    job = replace(
+        small(model, tmp_path / "out", text_file, 0.5),
+        method="wanda",
+        sparsity_profile="owl",
+        owl_lambda=0.1,
+    )
+    budget = prune(job).budget
+    first, second = (budget[f"model.layers.{layer}.mlp.up_proj"] for layer in range(2))
+    assert (first, second) == pytest.approx((0.6, 0.4), abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda", "magnitude"])
+def test_auto_keeps_zeros_that_came_in_with_every_method(
+    method: Any, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """One linear comes with 90% zeros, and keeps at least those."""
+    model = tmp_path / "sparse"
+    shutil.copytree(tiny_llama("llama2"), model)
+    weights, name = load_file(model / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    weights[name][:, : int(0.9 * weights[name].shape[1])] = 0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    job = replace(
+        small(model, tmp_path / "out", text_file, 0.6),
+        method=method,
+        sparsity_profile="auto",
+    )
+    prune(job)
+    before, after = Checkpoint.open(model), Checkpoint.open(job.output_dir)
+    num_zeros = num_weights = 0
+    for linear in after.linears:
+        zeros = after.zeros(f"{linear}.weight")
+        assert (zeros | ~before.zeros(f"{linear}.weight")).all()
+        num_zeros, num_weights = num_zeros + np.count_nonzero(zeros), num_weights + zeros.size
+    assert num_zeros == round(0.6 * num_weights)
 
 
 def test_admm_counts_zeros_exactly_and_keeps_those_that_came_in(

@@ -18,6 +18,11 @@ class PruneOptions(CalibrationOptions):
     pattern: str = option(
         "unstructured", help="where zeros may be: anywhere, or N:M, so that N of each M weights stay (2:4)"
     )
+    sparsity_profile: Literal["uniform", "owl", "auto"] = option(
+        "uniform", help="how zeros are shared out: alike, among layers by outliers, or by measured error"
+    )
+    owl_m: float = option(5.0, help="owl: weights count as outliers above so many times their layer's mean")
+    owl_lambda: float = option(0.08, help="owl: how far a layer's sparsity may be from the total")
     reconstruct_epochs: int | None = option(
         None,
         help="passes over the calibration rows in which each pruned layer is trained towards its parent's "

@@ -35,6 +35,7 @@ class PruneResult(Result):
 
     `errors`: after each layer, how far the hidden states are from the parent's (see `token_error`);
     `reconstruction`: of each layer that was trained, the same error as pruned, and after each epoch;
+    `budget`: the sparsity of each linear where it is not the same for all;
     `parent_perplexity`, `perplexity`: of these rows, before and after.
     """
 
@@ -44,6 +45,7 @@ class PruneResult(Result):
     perplexity: float
     errors: list[float]
     reconstruction: list[list[float]]
+    budget: dict[str, float]
     num_tokens: int
     seconds: float
 
@@ -58,10 +60,15 @@ class PruneResult(Result):
             (f"{layer}", *(f"{column[layer]:.4f}" for _, column in errors)) for layer in range(len(pruned))
         ]
         heads = ("layer", *(name for name, _ in errors))
-        return [
+        tables = [
             Table(self.output_dir, columns, [row]),
             Table("error of hidden states a token, held-out rows", heads, layers),
         ]
+        if self.budget:
+            from gossamer.layerwise.budget import budget_table
+
+            tables.append(budget_table(self.budget))
+        return tables
 
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
@@ -79,6 +86,10 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     ) as output:
         output.data = [manifest(name) for name in job.dataset]
         ids_BT = calibration_ids(source, job)
+        if job.sparsity_profile != "uniform":
+            from gossamer.layerwise.budget import measured_shares
+
+            shares = measured_shares(source, ids_BT[:-num_held], job, progress)
         rows, held = (
             States(hidden_BTD, hidden_BTD.clone())
             for hidden_BTD in embed(source, ids_BT).split((len(ids_BT) - num_held, num_held))
@@ -111,8 +122,8 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             for hidden_BTD in (held.parent_BTD, held.ours_BTD)
         )
         output.num_threads = torch.get_num_threads()
-        output.metrics |= {"parent_perplexity": before, "perplexity": after}
-    figures = (output.sparsity, before, after, errors, reconstruction, ids_BT.numel())
+        output.metrics |= {"parent_perplexity": before, "perplexity": after, "budget": shares}
+    figures = (output.sparsity, before, after, errors, reconstruction, shares, ids_BT.numel())
     return PruneResult(job.output_dir, *figures, saving.seconds())
 
 
@@ -122,10 +133,10 @@ def check(job: Prune, source: Checkpoint) -> None:
     refuse_quantized(source)
     if job.pattern == "unstructured":
         check_sparsity(source, job.sparsity)
-    else:
-        from gossamer.layerwise.budget import check_pattern
+    if job.pattern != "unstructured" or job.sparsity_profile != "uniform":
+        from gossamer.layerwise.budget import check_budget
 
-        check_pattern(source, job)
+        check_budget(source, job)
     if job.num_calibration_samples < 2:
         raise ConfigError(
             f"--num-calibration-samples is {job.num_calibration_samples}; prune needs at least 2: an eighth "
