@@ -240,6 +240,68 @@ obcq_modifiers:
 """,
         ["gossamer compress MODEL -o OUT --sparsity 0.7 --dataset TEXT --smoothing-strength 0.8"],
     ),
+    "2:4 of SparseGPT": (
+        "yaml",
+        """
+sparsity_stage:
+  sparsity_modifiers:
+    SparseGPTModifier: {sparsity: 0.5, mask_structure: "2:4", targets: [Linear], ignore: ["re:.*lm_head"]}
+""",
+        ["gossamer prune MODEL -o OUT --sparsity 0.5 --pattern 2:4 --dataset TEXT"],
+    ),
+    "pattern without quotes, which says how many are zeros": (
+        "yaml",
+        "p_modifiers: {SparseGPTModifier: {sparsity: 0.25, mask_structure: 1:4}}",
+        ["gossamer prune MODEL -o OUT --sparsity 0.25 --pattern 3:4 --dataset TEXT"],
+    ),
+    "pattern of older files": (
+        "yaml",
+        "p_modifiers: {SparseGPTModifier: {sparsity: 0.5, prunen: 4, prunem: 8}}",
+        ["gossamer prune MODEL -o OUT --sparsity 0.5 --pattern 4:8 --dataset TEXT"],
+    ),
+    "a pattern, whose share of zeros counts, trained and quantized": (
+        "yaml",
+        """
+sparse_stage: {p_modifiers: {WandaPruningModifier: {sparsity: 0.5, mask_structure: "48:64"}}}
+train_stage: {run_type: train, p_modifiers: {ConstantPruningModifier: {targets: __ALL__, start: 0}}}
+quant_stage: {q_modifiers: {GPTQModifier: {scheme: W8A8}}}
+""",
+        [
+            "gossamer compress MODEL -o OUT --sparsity 0.75 --dataset TEXT --pretrain-dataset TRAINING_TEXT "
+            "--method wanda --pattern 16:64"
+        ],
+    ),
+    "Wanda": (
+        "yaml",
+        """
+sparsity_stage:
+  run_type: oneshot
+  sparsity_modifiers:
+    WandaPruningModifier:
+      sparsity: 0.6
+      mask_structure: '0:0'
+      targets: [Linear]
+      sequential_update: true
+      sequential_targets: null
+""",
+        ["gossamer prune MODEL -o OUT --sparsity 0.6 --method wanda --dataset TEXT"],
+    ),
+    "OWL": (
+        "yaml",
+        "p_modifiers: {SparseGPTModifier: {sparsity: 0.7, sparsity_profile: owl, owl_m: 7, owl_lmbda: 0.1}}",
+        [
+            "gossamer prune MODEL -o OUT --sparsity 0.7 --sparsity-profile owl --owl-m 7.0 --owl-lambda 0.1 "
+            "--dataset TEXT"
+        ],
+    ),
+    "OWL with Wanda, as in its paper": (
+        "yaml",
+        """
+p_modifiers:
+  WandaPruningModifier: {sparsity: 0.7, sparsity_profile: owl, owl_m: 5, owl_lmbda: 0.08}
+""",
+        ["gossamer prune MODEL -o OUT --sparsity 0.7 --sparsity-profile owl --method wanda --dataset TEXT"],
+    ),
 }
 
 _SPARSE = "m_stage: {obcq_modifiers: {SparseGPTModifier: {sparsity: 0.5, %s}}}"
@@ -249,10 +311,16 @@ _INPUTS = "num_bits: 8, strategy: token, dynamic: true"
 
 # name: (the file's text, words of the message)
 REFUSED: dict[str, tuple[str, str]] = {
-    "pattern": (_SPARSE % 'mask_structure: "2:4"', "mask_structure is '2:4'; supported: '0:0'"),
-    "pattern without quotes": (_SPARSE % "mask_structure: 2:4", "mask_structure is '2:4'; supported: '0:0'"),
-    "pattern of older files": (_SPARSE % "prunen: 2, prunem: 4", "prunen is 2; supported: 0"),
-    "OWL": (_SPARSE % "sparsity_profile: owl, owl_m: 5, owl_lmbda: 0.08", "sparsity_profile is 'owl'"),
+    "all of a group": (_SPARSE % 'mask_structure: "4:4"', "mask_structure is '4:4'; supported: '0:0'"),
+    "blocks": (_SPARSE % "mask_structure: block", "mask_structure is 'block'; supported: '0:0'"),
+    "half a pattern": (_SPARSE % "prunen: 2", "prunen, prunem is '2:None'; supported: '0:0'"),
+    "two patterns": (_SPARSE % 'mask_structure: "2:4", prunen: 4, prunem: 8', "say the same; keep one"),
+    "OWL without its profile": (_SPARSE % "owl_m: 5, owl_lmbda: 0.08", "owl_m is 5; supported: beside"),
+    "OWL and a pattern": (
+        _SPARSE % 'sparsity_profile: owl, mask_structure: "2:4"',
+        "sparsity_profile is 'owl'; supported: owl, and no pattern",
+    ),
+    "another profile": (_SPARSE % "sparsity_profile: bell", "sparsity_profile is 'bell'; supported: owl"),
     "sparsity by layer": (
         "pruning_modifiers: {SparseGPTModifier: {sparsity: [0.5, 0.6]}}",
         "sparsity is [0.5, 0.6]; supported: one number",
@@ -265,9 +333,9 @@ REFUSED: dict[str, tuple[str, str]] = {
     "layers left dense": (_SPARSE % "ignore: ['re:.*down_proj']", "ignore is 're:.*down_proj'"),
     "no sparsity": ("pruning_modifiers: {SparseGPTModifier: {}}", "has no sparsity"),
     "unknown field": (_SPARSE % "blocksize: 128", "SparseGPTModifier.blocksize is 128; this field is not"),
-    "Wanda": (
-        "pruning_modifiers: {WandaPruningModifier: {sparsity: 0.5}}",
-        "found WandaPruningModifier; supp",
+    "a field that Wanda does not have": (
+        "pruning_modifiers: {WandaPruningModifier: {sparsity: 0.5, block_size: 128}}",
+        "WandaPruningModifier.block_size is 128; this field is not",
     ),
     "AWQ": (
         _GPTQ.replace("GPTQ", "AWQ") % "scheme: W4A16",

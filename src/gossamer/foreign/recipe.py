@@ -85,16 +85,11 @@ def _order(modifier: Modifier) -> int:
 
 
 def _sparsegpt(fields: Fields, run: _Run) -> None:
-    step = _prune(fields, run, ["sparsity"])
+    step = _one_shot(fields, run)
     step.options |= fields.number(["block_size"], "block_size", 128)
     step.options |= fields.number(["dampening_frac", "percdamp"], "dampening_frac", 0.01)
-    for name in ("sparsity_profile", "owl_m", "owl_lmbda"):
-        fields.only([name], (), "the same sparsity in all layers, without this field")
-    for name in ("prunen", "prunem"):
-        fields.only([name], (0,), "0: zeros anywhere")
     fields.aside("zeros that are there already are always kept", "preserve_sparsity_mask")
-    fields.aside("layers always see the earlier ones pruned", "sequential_update")
-    fields.aside(_NO_EFFECT, "sequential_targets", "offload_hessians", "target_ids", "layer_prefix")
+    fields.aside(_NO_EFFECT, "offload_hessians", "target_ids", "layer_prefix")
     name, quantize = fields.take("quantize")
     if quantize:
         fields.tell(name, "...", "all linears are pruned, and then rounded")
@@ -106,6 +101,30 @@ def _sparsegpt(fields: Fields, run: _Run) -> None:
         _HOW[modifier.name](Fields(modifier, run.rows), run)
     fields.whole_run()
     fields.close()
+
+
+def _wanda(fields: Fields, run: _Run) -> None:
+    _one_shot(fields, run).options["method"] = "wanda"
+    fields.whole_run()
+    fields.close()
+
+
+def _one_shot(fields: Fields, run: _Run) -> Step:
+    """The step of SparseGPT or Wanda, with what both have beside `_prune`'s."""
+    step = _prune(fields, run, ["sparsity"])
+    name, profile = fields.take("sparsity_profile")
+    if profile is None:
+        for alone in ("owl_m", "owl_lmbda"):
+            fields.only([alone], (), "beside `sparsity_profile: owl`")
+    elif profile != "owl" or "pattern" in step.options:
+        raise fields.refusal(name, profile, "owl, and no pattern beside it, which fixes the share of zeros")
+    else:
+        step.options |= {"sparsity_profile": "owl"} | fields.number(["owl_m"], "owl_m", 5.0)
+        step.options |= fields.number(["owl_lmbda"], "owl_lambda", 0.08)
+        fields.tell(name, profile, "--sparsity-profile owl")
+    fields.aside("layers always see the earlier ones pruned", "sequential_update")
+    fields.aside(_NO_EFFECT, "sequential_targets")
+    return step
 
 
 def _magnitude(fields: Fields, run: _Run) -> None:
@@ -127,8 +146,10 @@ def _magnitude(fields: Fields, run: _Run) -> None:
 
 def _prune(fields: Fields, run: _Run, sparsities: Sequence[str]) -> Step:
     """The step of a pruning, with what all methods share."""
-    fields.only(["mask_structure", "mask_type"], ("0:0", "unstructured"), "'0:0': zeros anywhere, no pattern")
     step = Step("prune", fields.modifier.where, fields.number(sparsities, "sparsity"))
+    if groups := fields.zeros_in_groups():
+        zeros, size = groups
+        step.options |= {"pattern": f"{size - zeros}:{size}", "sparsity": zeros / size}
     fields.all_linears("targets", "params")
     fields.no_linear()
     run.steps.append(step)
@@ -296,6 +317,7 @@ def _finished(step: Step, run: _Run, path: Path) -> Step:
 
 _HOW: dict[str, Callable[[Fields, _Run], None]] = {
     "SparseGPTModifier": _sparsegpt,
+    "WandaPruningModifier": _wanda,
     "MagnitudePruningModifier": _magnitude,
     "GMPruningModifier": _magnitude,
     "ConstantPruningModifier": _constant,

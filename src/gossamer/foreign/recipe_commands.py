@@ -11,7 +11,15 @@ from typing import Any, Literal
 MODEL, OUTPUT, TEXT, TRAINING_TEXT, EXAMPLES = "MODEL", "OUT", "TEXT", "TRAINING_TEXT", "EXAMPLES"
 # What the verbs do without a word. Steps have all of these that their verb has, so that they can be compared.
 DEFAULTS = {
-    "prune": {"method": "sparsegpt", "block_size": 128, "dampening_frac": 0.01},
+    "prune": {
+        "method": "sparsegpt",
+        "pattern": "unstructured",
+        "sparsity_profile": "uniform",
+        "owl_m": 5.0,
+        "owl_lambda": 0.08,
+        "block_size": 128,
+        "dampening_frac": 0.01,
+    },
     "pretrain": {"lr_schedule": "linear"},
     "finetune": {"lr_schedule": "linear", "distill": "squarehead"},
     "quantize": {"block_size": 128, "dampening_frac": 0.01},
@@ -56,8 +64,9 @@ def _of_compress(steps: Sequence[Step]) -> dict[str, Any] | None:
     if not sparsities or "quantize" not in verbs:
         return None
     trained, last = "pretrain" in verbs, sparsities[-1]
+    two_steps = trained and last > 0.5 and not any("pattern" in step.options for step in steps)
     made: list[tuple[str, float | None]] = []
-    for sparsity in (0.5, last) if trained and last > 0.5 else (last,):
+    for sparsity in (0.5, last) if two_steps else (last,):
         made += [("prune", sparsity), ("pretrain", None)] if trained else [("prune", sparsity)]
     made += [("finetune", None), ("quantize", None)] if "finetune" in verbs else [("quantize", None)]
     if [(step.verb, step.options.get("sparsity")) for step in steps] != made:

@@ -1,5 +1,6 @@
 """The fields of one modifier of a recipe, read strictly: each is taken once, and what is left is refused."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,22 @@ class Fields:
             number = int(number)
         self.tell(name, value, f"--{option.replace('_', '-')} {number}")
         return {option: number}
+
+    def zeros_in_groups(self) -> tuple[int, int] | None:
+        """N and M of a pattern in which N of each M weights become zero; None where zeros may be anywhere."""
+        name, structure = self.take("mask_structure", "mask_type")
+        if self.gives("prunen", "prunem"):
+            if structure not in (None, "0:0", "unstructured"):
+                raise ConfigError(f"{self.where}: {name} and prunen say the same; keep one of them")
+            name, structure = "prunen, prunem", f"{self.take('prunen')[1]}:{self.take('prunem')[1]}"
+        if structure in (None, "0:0", "unstructured"):
+            return None
+        found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", str(structure))
+        if not found or not 0 < int(found[1]) < int(found[2]):
+            raise self.refusal(name, structure, "'0:0': zeros anywhere, or 'N:M': N zeros in each M weights")
+        zeros, size = int(found[1]), int(found[2])
+        self.tell(name, structure, f"--pattern {size - zeros}:{size}, which fixes the sparsity")
+        return zeros, size
 
     def aside(self, becomes: str, *names: str) -> None:
         """Fields that leave the result as it is, or whose part in it Gossamer decides by itself."""

@@ -161,7 +161,8 @@ def plan(job: Compress) -> list[Step]:
         steps.append(Step(stage, function, kind(**options), output))
 
     dense = Checkpoint.open(job.model, offline=job.offline)
-    two_steps = job.pretrain_dataset and job.sparsity > 0.5 > dense.sparsity()
+    anywhere = job.pattern == "unstructured"  # a pattern fixes the sparsity
+    two_steps = anywhere and job.pretrain_dataset and job.sparsity > 0.5 > dense.sparsity()
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
         add(prune, Prune, sparsity=sparsity)
         if job.pretrain_dataset:
