@@ -36,7 +36,7 @@ def reconstruct_block(
         {f"{name}.weight": weights[name] != 0 for name, share in zeros.items() if share < SPARSE_FROM},
         Rows(inputs[0], rows.parent_BTD),
         Rows(inputs[1], held_out.parent_BTD),
-        Schedule(job.reconstruct_epochs, job.reconstruct_learning_rate, job.seed),
+        Schedule(job.epochs, job.reconstruct_learning_rate, job.seed),
     )
     densify(block.layer)
     if errors[0] <= min(errors):

@@ -184,7 +184,8 @@ def prune_and_pack(
         pruned, quantized = f"{name}/pruned", f"{name}/quantized"
         text_of: dict[str, Any] = {"dataset": (str(text),), "max_seq_length": budget.row_length}
         rows, few = budget.num_rows, budget.num_rounding_rows
-        prune(Prune(str(dense), pruned, sparsity=sparsity, num_calibration_samples=rows, **text_of), progress)
+        how: dict[str, Any] = {"sparsity": sparsity, "method": "sparsegpt", "num_calibration_samples": rows}
+        prune(Prune(str(dense), pruned, **how, **text_of), progress)
         quantize(Quantize(pruned, quantized, num_calibration_samples=few, **text_of), progress)
         pack(Pack(quantized, str(file), overwrite=True), progress)
 

@@ -35,6 +35,7 @@ DECIDED = (
     *("resume", "overwrite", "parallel", "seed", "threads"),
 )
 DEFAULTS = {
+    "method": "sparsegpt",  # the other way takes longer, and training comes after it anyway
     "num_calibration_samples": 128,
     "max_seq_length": 128,
     "max_length": 128,

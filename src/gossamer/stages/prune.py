@@ -1,5 +1,6 @@
 """`prune`: zeros in the decoder's linear weights, in one shot and without training."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from gossamer.decoder import blocks, embed, perplexity, refuse_quantized, write_
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.layerwise.finite import finite, telling_text
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.pruning import prune_block
+from gossamer.layerwise.report import layer_errors, report_pruning
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import States
 
@@ -52,16 +55,7 @@ class PruneResult(Result):
         before_after = f"{self.parent_perplexity:.2f} -> {self.perplexity:.2f}"
         row = (f"{self.sparsity:.2%}", before_after, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
         columns = ("zeros", "held-out perplexity", "calibration tokens", "seconds")
-        pruned = [errors[0] for errors in self.reconstruction] or self.errors
-        errors = [("as pruned", pruned), *([("trained", self.errors)] if self.reconstruction else [])]
-        layers = [
-            (f"{layer}", *(f"{column[layer]:.4f}" for _, column in errors)) for layer in range(len(pruned))
-        ]
-        heads = ("layer", *(name for name, _ in errors))
-        return [
-            Table(self.output_dir, columns, [row]),
-            Table("error of hidden states a token, held-out rows", heads, layers),
-        ]
+        return [Table(self.output_dir, columns, [row]), layer_errors(self.errors, self.reconstruction)]
 
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
@@ -74,14 +68,19 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     check(job, source)
     num_held = max(1, job.num_calibration_samples // 8)
     shares: dict[str, float] = {}
-    with source.derive(
-        job.output_dir, job, stage="prune", overwrite=job.overwrite, resume=job.resume
-    ) as output:
+    with (
+        source.derive(
+            job.output_dir, job, stage="prune", overwrite=job.overwrite, resume=job.resume
+        ) as output,
+        telling_text(source, job),
+    ):
         output.data = [manifest(name) for name in job.dataset]
-        ids_BT = calibration_ids(source, job)
+        ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
         rows, held = (
-            States(hidden_BTD, hidden_BTD.clone())
-            for hidden_BTD in embed(source, ids_BT).split((len(ids_BT) - num_held, num_held))
+            States(hidden_BTD, hidden_BTD.clone(), first_row)
+            for first_row, hidden_BTD in zip(
+                (0, num_rows), embed(source, ids_BT).split((num_rows, num_held)), strict=True
+            )
         )
         output.metrics |= {"errors": [], "reconstruction": [], "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
@@ -90,7 +89,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             output.metrics[name] for name in ("errors", "reconstruction", "dampening")
         )
         for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
-            inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.reconstruct_epochs else []
+            inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.epochs else []
             pruned = prune_block(block, parent, rows, held, job, shares, dampening)
             for done, name in enumerate(pruned, 1):
                 if name in dampening:
@@ -103,6 +102,9 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
 
                 reconstruction.append(reconstruct_block(block, inputs, rows, held, job, progress))
             errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
+            if not math.isfinite(errors[-1]):
+                for hidden_BTD in (held.ours_BTD, held.parent_BTD):
+                    list(finite([hidden_BTD], [f"what follows layer {block.index}"], held.first_row))
             write_block(output, block)
             saving.after(block.index + 1)
         output.copy_rest()
@@ -111,6 +113,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             for hidden_BTD in (held.parent_BTD, held.ours_BTD)
         )
         output.num_threads = torch.get_num_threads()
+        output.report = lambda tensors: report_pruning(output, tensors, num_held, saving.seconds())
         output.metrics |= {"parent_perplexity": before, "perplexity": after}
     figures = (output.sparsity, before, after, errors, reconstruction, ids_BT.numel())
     return PruneResult(job.output_dir, *figures, saving.seconds())
@@ -131,8 +134,8 @@ def check(job: Prune, source: Checkpoint) -> None:
             f"--num-calibration-samples is {job.num_calibration_samples}; prune needs at least 2: an eighth "
             "of the rows, one or more, is held out from calibration to judge by"
         )
-    if job.reconstruct_epochs < 0:
-        raise ConfigError(f"--reconstruct-epochs is {job.reconstruct_epochs}; expected 0 or more")
+    if job.epochs < 0:
+        raise ConfigError(f"--reconstruct-epochs is {job.epochs}; expected 0 or more")
     if not 0 < job.reconstruct_learning_rate < float("inf"):
         raise ConfigError(
             f"--reconstruct-learning-rate is {job.reconstruct_learning_rate:g}; expected a number above 0"
