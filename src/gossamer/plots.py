@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 INK, ACCENT, PALE = "#22313f", "#1f7a8c", "#b8c4cc"
-COLORS = (ACCENT, "#c8553d", "#6a4c93", "#8a9a5b")
+COLORS = (ACCENT, "#c8553d", "#6a4c93", "#8a9a5b", "#d4a017", "#4f7cac", "#7d5a50")
 
 
 def demo(
@@ -140,3 +140,27 @@ def _open(axes, title: str) -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=11)
     axes.legend(frameon=False, labelcolor=INK, loc="upper left")
     _bare(axes)
+
+
+def layer_curves(path: Path, panels: Sequence[tuple[str, Mapping[str, Sequence[float]]]], title: str) -> None:
+    """A panel for each (what it shows, its curves) over the layers; logarithmic if values are far apart."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(1 + 6.5 * len(panels), 4.2), layout="constrained")
+    for axes, (shown, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        values = np.array(list(curves.values()), dtype=float)
+        for (label, curve), color in zip(curves.items(), COLORS, strict=False):
+            axes.plot(range(len(curve)), curve, color=color, marker="o", markersize=3.5, label=label)
+        found = values[np.isfinite(values) & (values > 0)]
+        if found.size and found.max() > 30 * found.min():
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.12 * found.max() if found.size else 1)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("layer", color=INK)
+        axes.set_title(shown, loc="left", color=INK, fontsize=11)
+        axes.legend(frameon=False, labelcolor=INK, ncols=1 if len(curves) < 4 else 4)
+        _bare(axes)
+    figure.suptitle(title, color=INK, fontsize=12, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)

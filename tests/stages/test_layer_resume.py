@@ -68,8 +68,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pruning(place: Path, output: Path, model: str = "bf16", **changes: Any) -> Prune:
     """A job that saves after every layer."""
-    sizes = {"num_calibration_samples": 8, "max_seq_length": 64}
-    options: dict[str, Any] = {"method": "sparsegpt", "save_seconds": 0.0, **sizes} | changes
+    options: dict[str, Any] = {"method": "sparsegpt", "num_calibration_samples": 8, "max_seq_length": 64}
+    options |= {"save_seconds": 0.0} | changes
     return Prune(str(place / model), str(output), dataset=(str(place / "text.txt"),), **options)
 
 
@@ -97,8 +97,9 @@ STAGES = ("prune", "quantize")
 
 
 def contents(job: Job) -> dict[str, bytes]:
-    """The output's files, but for its name in `gossamer.json`."""
+    """The output's files, but for its name in `gossamer.json`, and the report, which has the seconds."""
     files = {file.name: file.read_bytes() for file in Path(job.output_dir).iterdir()}
+    assert len(files.pop("report.md")) > 1000
     files["gossamer.json"] = files["gossamer.json"].replace(job.output_dir.encode(), b"OUT")
     return files
 
@@ -358,7 +359,9 @@ def test_shards_that_have_their_last_names_already_are_taken_up(
 def nursery() -> Iterator[ForkServerContext]:
     """Forks processes that have everything imported, with one thread as here."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gossamer.stages.prune", "gossamer.stages.quantize", "many_shards"])
+    context.set_forkserver_preload(
+        ["gossamer.stages.prune", "gossamer.stages.quantize", "many_shards", "matplotlib.figure"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         context.Process(target=abs, args=(1,)).start()

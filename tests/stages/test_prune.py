@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.directory import Checkpoint, companions
 from gossamer.compress import hessian
 from gossamer.data.calibration import calibration_ids
 from gossamer.errors import CalibrationError, ConfigError, GossamerError
@@ -22,6 +23,7 @@ from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
+from gossamer.tokens.tokenizer import Tokenizer
 
 TinyLlama = Callable[[str], Path]
 
@@ -165,6 +167,7 @@ def test_a_singular_hessian_takes_more_dampening_and_that_is_said(
         dampening_frac=0.0,
     )
     pruning = replace(small(twins, tmp_path / "out", text_file), sparsity=0.0, dampening_frac=0.0)
+    pruning = replace(pruning, method="sparsegpt")
     for stage, job in ((prune, pruning), (quantize, quantizing)):
         events: list[Event] = []
         stage(job, events.append)  # type: ignore[operator]
@@ -172,6 +175,65 @@ def test_a_singular_hessian_takes_more_dampening_and_that_is_said(
         assert said.startswith("model.layers.1.mlp.down_proj: took a dampening_frac of 0.01")
         record = json.loads((Path(job.output_dir) / "gossamer.json").read_text())
         assert record["metrics"]["dampening"] == {"model.layers.1.mlp.down_proj": 0.01}
+
+
+@pytest.mark.parametrize("method", ["admm", "sparsegpt", "wanda", "magnitude", "quantize"])
+def test_activations_that_overflow_are_laid_to_their_linear_and_row(
+    method: Any, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """A token that one row has, alone in its embedding's sixth place, times a norm's weight near infinity."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama("llama2"), model)
+    job = small(model, tmp_path / "out", text_file)
+    ids_BT = calibration_ids(Checkpoint.open(model), job)
+    first = 14 if method == "magnitude" else 0  # which computes no inputs: errors tell, of held-out rows
+    row, token = next(
+        (row, token)
+        for row in reversed(range(first, 16))
+        for token in ids_BT[row].tolist()
+        if (ids_BT[first:] == token).any(1).sum() == 1
+    )
+    weights = load_file(model / "model.safetensors")
+    weights["model.embed_tokens.weight"][:, 5] = 0.0
+    weights["model.embed_tokens.weight"][token, 5] = 1.0
+    weights["model.layers.0.input_layernorm.weight"][5] = 3e38
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    words = Tokenizer.open(model).decode(ids_BT[row, 1:16].tolist())
+    linears = "what follows layer 0" if method == "magnitude" else "model.layers.0.self_attn.q_proj, .*v_proj"
+    message = (
+        rf"{linears}: the inputs .* in row {row} of the calibration text \(it begins {re.escape(repr(words))}"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        if method == "quantize":
+            options = {"num_calibration_samples": 16, "max_seq_length": 64}
+            quantize(Quantize(job.model, job.output_dir, dataset=job.dataset, **options))
+        else:
+            prune(replace(job, method=method))
+    assert left_nothing(tmp_path / "out")
+
+
+@pytest.mark.parametrize("reconstruct_epochs", [0, 2])
+def test_the_report_has_the_figures_and_is_not_taken_along(
+    reconstruct_epochs: int, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = small(tiny_llama("llama2"), tmp_path / "pruned", text_file)
+    job = replace(job, reconstruct_epochs=reconstruct_epochs)
+    result = prune(job)
+    text = (tmp_path / "pruned" / "report.md").read_text()
+    assert f"calibrated on: {result.parent_perplexity:.2f} -> {result.perplexity:.2f}." in text
+    assert all(f" {error:.4f} |" in text for error in result.errors)
+    assert ("| gained |" in text) == bool(reconstruct_epochs)
+    assert "| layer | q | k | v | o | gate | up | down |" in text and "| sparsity | 0.5 |" in text
+    assert "](errors.png)" in text
+    assert (tmp_path / "pruned" / "errors.png").stat().st_size > 5000
+    options = {"num_calibration_samples": 16, "max_seq_length": 64}
+    second = Quantize(job.output_dir, str(tmp_path / "rounded"), dataset=job.dataset, **options)
+    quantize(second)
+    metrics = json.loads((tmp_path / "rounded" / "gossamer.json").read_text())["metrics"]
+    text = (tmp_path / "rounded" / "report.md").read_text()
+    assert all(f"{error:.2e}" in text for error in metrics["errors"].values())
+    assert len(metrics["errors"]) == 14
+    assert not {"report.md", "errors.png"} & {file.name for file in companions(Path(job.output_dir))}
 
 
 def test_a_layer_that_no_dampening_helps_is_named_and_leaves_nothing(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -176,8 +176,11 @@ class Derived:
     """A child directory in the making, at `path` (`OUT.partial`).
 
     `sparsity`: the fraction of zeros over all decoder linears, once the child is whole; NaN before.
-    `written`: the names of the tensors that came so far; `shards`: their files.
+    `written`: the names of the tensors that came so far; `shards`: their files. `report`, if there is one,
+    writes further files in the end, and is given what `gossamer.json` says of each linear.
     """
+
+    report: Callable[[dict[str, Any]], None] | None = None
 
     def __init__(
         self, parent: Checkpoint, output: Path, partial: Path, job: dict[str, Any], stage: str
@@ -224,6 +227,8 @@ class Derived:
         child = Checkpoint.open(self.path)
         tensors, self.sparsity = _check_zeros(self.parent, child)
         _write_json(self.path / MANIFEST, self._record(tensors))
+        if self.report is not None:
+            self.report(tensors)
         publish(self.path, self.output)
         shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)  # only now: a kill may come in between
 

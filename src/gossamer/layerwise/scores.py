@@ -9,6 +9,7 @@ from gossamer.compress.magnitude import magnitude
 from gossamer.compress.pattern import parse_pattern
 from gossamer.compress.wanda import wanda
 from gossamer.decoder import Block
+from gossamer.layerwise.finite import finite
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.states import States
 
@@ -24,7 +25,7 @@ def prune_by_scores(
     """As `prune_block`. The parent does not matter here: its states are only taken through the layer."""
     pattern = parse_pattern(job.pattern)
     for group, inputs in block.walk(rows.ours_BTD):
-        norm_K = input_norms(inputs) if job.method == "wanda" else torch.empty(0)
+        norm_K = input_norms(finite(inputs, group)) if job.method == "wanda" else torch.empty(0)
         for name, linear in group.items():
             w_NK, share = linear.weight.data, shares.get(name, job.sparsity)
             if job.method == "wanda":

@@ -8,14 +8,19 @@ from torch import Tensor, nn
 
 from gossamer.compress.target import Evidence, added_to_hidden, read_by_others
 from gossamer.decoder import Block, in_pieces
+from gossamer.layerwise.finite import finite
 
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states [rows, T, D] of the pruned model and of its parent, on their way through the layers."""
+    """Hidden states [rows, T, D] of the pruned model and of its parent, on their way through the layers.
+
+    `first_row`: which row of the calibration text theirs begin with.
+    """
 
     ours_BTD: Tensor
     parent_BTD: Tensor
+    first_row: int = 0
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Both, by what a checkpoint calls them."""
@@ -29,7 +34,8 @@ class States:
             block.anatomy.groups, block.walk(self.ours_BTD), parent.follow(self.parent_BTD), strict=True
         )
         for anatomy, (group, inputs), (_, parent_inputs) in walks:
-            pairs = zip(inputs, parent_inputs, strict=True)
+            checked = (finite(pieces, group, self.first_row) for pieces in (inputs, parent_inputs))
+            pairs = zip(*checked, strict=True)
             if anatomy.adds_to_hidden:
                 hidden = zip(in_pieces(self.ours_BTD), in_pieces(self.parent_BTD), strict=True)
                 yield group, partial(added_to_hidden, next(iter(group.values())).weight.data, pairs, hidden)

@@ -1,5 +1,6 @@
 """`prune`: zeros in the decoder's linear weights, in one shot and without training."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from gossamer.decoder import blocks, embed, perplexity, refuse_quantized, write_
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.layerwise.finite import finite, telling_text
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.pruning import prune_block
+from gossamer.layerwise.report import layer_errors, report_pruning
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import States
 
@@ -54,16 +57,7 @@ class PruneResult(Result):
         before_after = f"{self.parent_perplexity:.2f} -> {self.perplexity:.2f}"
         row = (f"{self.sparsity:.2%}", before_after, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
         columns = ("zeros", "held-out perplexity", "calibration tokens", "seconds")
-        pruned = [errors[0] for errors in self.reconstruction] or self.errors
-        errors = [("as pruned", pruned), *([("trained", self.errors)] if self.reconstruction else [])]
-        layers = [
-            (f"{layer}", *(f"{column[layer]:.4f}" for _, column in errors)) for layer in range(len(pruned))
-        ]
-        heads = ("layer", *(name for name, _ in errors))
-        tables = [
-            Table(self.output_dir, columns, [row]),
-            Table("error of hidden states a token, held-out rows", heads, layers),
-        ]
+        tables = [Table(self.output_dir, columns, [row]), layer_errors(self.errors, self.reconstruction)]
         if self.budget:
             from gossamer.layerwise.budget import budget_table
 
@@ -81,18 +75,23 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
     check(job, source)
     num_held = max(1, job.num_calibration_samples // 8)
     shares: dict[str, float] = {}
-    with source.derive(
-        job.output_dir, job, stage="prune", overwrite=job.overwrite, resume=job.resume
-    ) as output:
+    with (
+        source.derive(
+            job.output_dir, job, stage="prune", overwrite=job.overwrite, resume=job.resume
+        ) as output,
+        telling_text(source, job),
+    ):
         output.data = [manifest(name) for name in job.dataset]
-        ids_BT = calibration_ids(source, job)
+        ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
         if job.sparsity_profile != "uniform":
             from gossamer.layerwise.budget import measured_shares
 
-            shares = measured_shares(source, ids_BT[:-num_held], job, progress)
+            shares = measured_shares(source, ids_BT[:num_rows], job, progress)
         rows, held = (
-            States(hidden_BTD, hidden_BTD.clone())
-            for hidden_BTD in embed(source, ids_BT).split((len(ids_BT) - num_held, num_held))
+            States(hidden_BTD, hidden_BTD.clone(), first_row)
+            for first_row, hidden_BTD in zip(
+                (0, num_rows), embed(source, ids_BT).split((num_rows, num_held)), strict=True
+            )
         )
         output.metrics |= {"errors": [], "reconstruction": [], "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
@@ -114,6 +113,9 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
 
                 reconstruction.append(reconstruct_block(block, inputs, rows, held, job, progress))
             errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
+            if not math.isfinite(errors[-1]):
+                for hidden_BTD in (held.ours_BTD, held.parent_BTD):
+                    list(finite([hidden_BTD], [f"what follows layer {block.index}"], held.first_row))
             write_block(output, block)
             saving.after(block.index + 1)
         output.copy_rest()
@@ -122,6 +124,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             for hidden_BTD in (held.parent_BTD, held.ours_BTD)
         )
         output.num_threads = torch.get_num_threads()
+        output.report = lambda tensors: report_pruning(output, tensors, num_held, saving.seconds())
         output.metrics |= {"parent_perplexity": before, "perplexity": after, "budget": shares}
     figures = (output.sparsity, before, after, errors, reconstruction, shares, ids_BT.numel())
     return PruneResult(job.output_dir, *figures, saving.seconds())

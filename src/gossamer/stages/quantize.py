@@ -18,6 +18,8 @@ from gossamer.decoder import Block, blocks, embed, refuse_quantized, write_tenso
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.layerwise.finite import finite, telling_text
+from gossamer.layerwise.report import report_rounding
 from gossamer.layerwise.rounding import RoundingOptions, quantize_group, smooth
 from gossamer.layerwise.saving import Saving
 
@@ -61,9 +63,12 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         raise ConfigError(
             f"--smoothing-strength is {job.smoothing_strength:g}; expected a number from 0 to 1"
         )
-    with source.derive(
-        job.output_dir, job, stage="quantize", overwrite=job.overwrite, resume=job.resume
-    ) as target:
+    with (
+        source.derive(
+            job.output_dir, job, stage="quantize", overwrite=job.overwrite, resume=job.resume
+        ) as target,
+        telling_text(source, job),
+    ):
         target.data = [manifest(name) for name in job.dataset]
         hidden_BTD = embed(source, ids_BT := calibration_ids(source, job))
         target.metrics |= {"errors": {}, "dampening": {}}
@@ -75,7 +80,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
             for group, inputs in block.walk(hidden_BTD):
                 rounded = {name: linear for name, linear in group.items() if name not in ignored}
                 if rounded:
-                    found = quantize_group(target, rounded, hessian(inputs), job, dampening)
+                    found = quantize_group(target, rounded, hessian(finite(inputs, group)), job, dampening)
                     errors |= zip(rounded, found, strict=True)
                 for name in dampening.keys() & rounded.keys():
                     progress(Event("quantize", dampened_more(name, dampening[name]), lasting=True))
@@ -87,6 +92,12 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         target.copy_rest()
         target.config["quantization_config"] = SCHEMES[job.scheme].config(stored)
         target.num_threads = torch.get_num_threads()
+        target.report = lambda _: report_rounding(
+            target,
+            f"{source.path.name} in {job.scheme}",
+            [f"It took {saving.seconds():.1f} s on {target.num_threads} threads; mean error {error:.2g}."],
+            [],
+        )
         target.metrics["mean_error"] = error = sum(errors.values()) / len(errors)
     return QuantizeResult(job.output_dir, target.sparsity, len(errors), ignored, error, saving.seconds())
 
