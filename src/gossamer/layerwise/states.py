@@ -18,14 +18,14 @@ class States:
     parent_BTD: Tensor
 
     def walk(
-        self, block: Block, parent: Block
+        self, block: Block, parent: Block, seen: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[tuple[dict[str, nn.Linear], Callable[[], Evidence]]]:
-        """Through a layer, group by group, with what its inputs and outputs say once; see `Block.walk`."""
+        """Through a layer by groups, with what their inputs (as `seen` by them) and outputs say once."""
         walks = zip(
             block.anatomy.groups, block.walk(self.ours_BTD), parent.walk(self.parent_BTD), strict=True
         )
         for anatomy, (group, inputs), (_, parent_inputs) in walks:
-            pairs = zip(inputs, parent_inputs, strict=True)
+            pairs = zip(map(seen, inputs) if seen else inputs, parent_inputs, strict=True)
             if anatomy.adds_to_hidden:
                 hidden = zip(in_pieces(self.ours_BTD), in_pieces(self.parent_BTD), strict=True)
                 yield group, partial(added_to_hidden, next(iter(group.values())).weight.data, pairs, hidden)
