@@ -2,7 +2,7 @@
 // make up for each (compress/hessian.py has where it comes from). Every output is for itself:
 //
 //   fixed_j = kept_j ? w_j : 0                                               pruning
-//           = clamp(round(w_j / scale), -127, 127) scale, 0 unless kept_j    rounding on the output's scale
+//           = clamp(round(w_j / scale), -L, L) scale, 0 unless kept_j        rounding on the output's scale
 //   error_j = (w_j - fixed_j) / U_jj
 //   w_i     = w_i - U_ji error_j     for the i behind j
 //   w_j     = fixed_j
@@ -25,12 +25,12 @@ constexpr int kLanes = kSweepLanes;
 [[gnu::always_inline]] inline void fix(const SweepTask& task, int j, int first, int count, float* row,
                                        float* error) {
     const std::uint8_t* kept = task.kept_BN + j * task.stride + first;
-    const float pivot = task.u_BB[j * task.u_stride + j];
+    const float pivot = task.u_BB[j * task.u_stride + j], largest = task.largest;
     alignas(64) float fixed[kLanes] = {};
     if (task.scale_N) {
         for (int n = 0; n < count; ++n) {
             const float scale = task.scale_N[first + n];
-            const float whole = std::clamp(std::nearbyint(row[n] / scale), -127.0f, 127.0f);
+            const float whole = std::clamp(std::nearbyint(row[n] / scale), -largest, largest);
             fixed[n] = kept[n] ? whole * scale : 0.0f;
         }
     } else {

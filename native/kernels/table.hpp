@@ -133,6 +133,7 @@ struct SweepTask {
     const float* u_BB;
     const std::uint8_t* kept_BN;  // 1: the weight stays, or may round to something
     const float* scale_N;         // of each output, to round to; null: nothing is rounded
+    float largest;                // whole number of scales (L), such as 127 of int8
     float* w_BN;                  // in place
     float* error_BN;              // written: what is left to make up for, over U_jj
 };

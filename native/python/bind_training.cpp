@@ -144,7 +144,7 @@ void adamw(FloatsOut values, Floats gradient, FloatsOut exp_avg, FloatsOut exp_a
 }
 
 void sweep(FloatMatrixOut w_BN, StridedMatrix u_BB, Mask kept_BN, std::optional<Floats> scale_N,
-           FloatMatrixOut error_BN, int num_threads, const Level& level) {
+           FloatMatrixOut error_BN, float largest, int num_threads, const Level& level) {
     const std::size_t B = w_BN.shape(0), N = w_BN.shape(1);
     const bool fits = u_BB.shape(0) == B && u_BB.shape(1) == B && u_BB.stride(1) == 1 &&
                       kept_BN.shape(0) == B && kept_BN.shape(1) == N && error_BN.shape(0) == B &&
@@ -157,6 +157,7 @@ void sweep(FloatMatrixOut w_BN, StridedMatrix u_BB, Mask kept_BN, std::optional<
                          .u_BB = u_BB.data(),
                          .kept_BN = reinterpret_cast<const std::uint8_t*>(kept_BN.data()),
                          .scale_N = scale_N ? scale_N->data() : nullptr,
+                         .largest = largest,
                          .w_BN = w_BN.data(),
                          .error_BN = error_BN.data()};
     const SweepKernels& kernels = find_sweep(level ? runnable(*level) : isa());
@@ -192,7 +193,8 @@ void bind_training(nb::module_& m) {
           "exp_avg_sq"_a.noconvert(), nb::kw_only(), "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
           "weight_decay"_a, "step"_a, "num_threads"_a, "isa"_a = nb::none());
     m.def("sweep", &sweep, "w_BN"_a.noconvert(), "u_BB"_a.noconvert(), "kept_BN"_a.noconvert(),
-          "scale_N"_a.none(), "error_BN"_a.noconvert(), nb::kw_only(), "num_threads"_a, "isa"_a = nb::none());
+          "scale_N"_a.none(), "error_BN"_a.noconvert(), nb::kw_only(), "largest"_a, "num_threads"_a,
+          "isa"_a = nb::none());
 }
 
 }  // namespace gossamer

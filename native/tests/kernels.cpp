@@ -116,8 +116,9 @@ void run_sweep(const SweepKernels& kernels, Numbers& numbers) {
     for (const float* scales :
          {static_cast<const float*>(nullptr), static_cast<const float*>(scale.data())}) {
         std::vector<float> w = numbers.floats(kInputs * kOutputs), error(w.size());
-        kernels.sweep({kInputs, kOutputs, kInputs, u.data(), kept.data(), scales, w.data(), error.data()}, 0,
-                      kOutputs, scratch.data());
+        kernels.sweep(
+            {kInputs, kOutputs, kInputs, u.data(), kept.data(), scales, 127, w.data(), error.data()}, 0,
+            kOutputs, scratch.data());
         hash.add(w);
         hash.add(error);
     }

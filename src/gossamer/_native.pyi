@@ -261,6 +261,7 @@ def sweep(
     scale_N: np.ndarray | None,
     error_BN: np.ndarray,
     *,
+    largest: float,
     num_threads: int,
     isa: str | None = None,
 ) -> None:

@@ -13,6 +13,7 @@ from gossamer.errors import EngineError
 
 RUNNABLE = tuple(level for level, runs in _native.levels().items() if runs)
 ISAS = [row["isa"] for row in _native.kernels() if row["family"] == "sweep" and row["isa"] in RUNNABLE]
+LARGEST = 60  # whole numbers of a scale; weights are up to 100 or 400 of them, so that some are clamped
 SHAPES = [(1, 1), (3, 31), (5, 33), (64, 100), (128, 257)]
 
 
@@ -30,7 +31,8 @@ def swept(isa: str, given: tuple[Any, ...], num_threads: int = 1) -> tuple[np.nd
     w_BN, u_BB, kept_BN, scale_N = given
     found, error = w_BN.clone().numpy(), np.full(tuple(w_BN.shape), np.nan, np.float32)
     scales = None if scale_N is None else scale_N.numpy()
-    _native.sweep(found, u_BB.numpy(), kept_BN.numpy(), scales, error, num_threads=num_threads, isa=isa)
+    more: dict[str, Any] = {"largest": LARGEST, "num_threads": num_threads, "isa": isa}
+    _native.sweep(found, u_BB.numpy(), kept_BN.numpy(), scales, error, **more)
     return found, error
 
 
@@ -42,7 +44,9 @@ def test_every_level_equals_torch_in_float64(isa: str, shape: tuple[int, int], r
     scales = scale_N if rounded else None
     found, error = swept(isa, (w_BN, u_BB, kept_BN, scales))
     expected = w_BN.double()
-    expected_error = fix_rows(expected, u_BB.double(), kept_BN, scale_N.double() if rounded else None)
+    expected_error = fix_rows(
+        expected, u_BB.double(), kept_BN, scale_N.double() if rounded else None, LARGEST
+    )
     assert not found[~kept_BN.numpy()].any()
     steps = scale_N.numpy()[None] if rounded else 1.0
     # A weight that lies between two whole numbers may go either way, and takes those behind it along.
@@ -85,4 +89,4 @@ def test_shapes_that_do_not_fit_are_errors() -> None:
         (w[:0], u[:0, :0], kept[:0], scale, error[:0]),
     ):
         with pytest.raises(EngineError, match="must fit the weights"):
-            _native.sweep(*wrong, num_threads=1)
+            _native.sweep(*wrong, largest=LARGEST, num_threads=1)

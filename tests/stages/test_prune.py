@@ -231,8 +231,8 @@ def test_the_report_has_the_figures_and_is_not_taken_along(
     quantize(second)
     metrics = json.loads((tmp_path / "rounded" / "gossamer.json").read_text())["metrics"]
     text = (tmp_path / "rounded" / "report.md").read_text()
-    assert all(f"{error:.2e}" in text for error in metrics["errors"].values())
-    assert len(metrics["errors"]) == 14
+    assert all(f"{error:.2e}" in text for error in metrics["linear_errors"].values())
+    assert len(metrics["linear_errors"]) == 14
     assert not {"report.md", "errors.png"} & {file.name for file in companions(Path(job.output_dir))}
 
 

@@ -114,8 +114,8 @@ class Checkpoint:
 
     def zeros(self, name: str) -> np.ndarray:
         """Boolean array, True where the stored weight is zero (-0.0 counts): the mask's complement."""
-        array = self.raw(name)
-        return (array & 0x7FFF) == 0 if self.dtype(name) == "BF16" else array == 0
+        array, magnitude = self.raw(name), {"BF16": 0x7FFF, "F8_E4M3": 0x7F}.get(self.dtype(name))
+        return array == 0 if magnitude is None else (array & magnitude) == 0
 
     def sparsity(self) -> float:
         """Fraction of zeros over all decoder linears."""
@@ -332,8 +332,10 @@ def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     """Exactly the architecture's tensors (and their scales), or an error that names the odd one."""
     found, shapes = checkpoint.entries, dict(checkpoint.architecture.tensor_shapes)
     for name in checkpoint.linears:
-        if (entry := found.get(f"{name}.weight")) and entry.dtype == "I8":
-            shapes[f"{name}.weight_scale"] = (shapes[f"{name}.weight"][0], 1)
+        if (entry := found.get(f"{name}.weight")) and entry.dtype in ("I8", "F8_E4M3"):
+            from gossamer.checkpoint.schemes import scale_shape
+
+            shapes[f"{name}.weight_scale"] = scale_shape(checkpoint.config, shapes[f"{name}.weight"])
     names = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
     fit = all(found[n].shape == shapes[n] and found[n].dtype in STORAGE for n in names & shapes.keys())
     if names != shapes.keys() or not fit:

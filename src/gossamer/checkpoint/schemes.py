@@ -9,14 +9,23 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gossamer.errors import UnsupportedError
+import numpy as np
 
+from gossamer.errors import CheckpointError, UnsupportedError
+
+GROUP_INPUTS = 128  # consecutive inputs of a row that share an INT4 scale
+LEAST_GROUP = 4
+MAX_MULTIPLIER = 16
 _DEFAULTS = {"type": "int", "symmetric": True, "dynamic": False}  # for what a file leaves out
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to store weights and to round activations; `dtype` is the weights' in safetensors."""
+    """One way to store weights and to round activations; `dtype` is the weights' in safetensors.
+
+    Where the strategy of `weights` is "group", the directory says how many inputs share a scale: 128, or a
+    power of two below it. `in_engine`: whether `pack` takes such a directory, for Gossamer's engine to run.
+    """
 
     name: str
     format: str
@@ -24,9 +33,16 @@ class Scheme:
     weights: Mapping[str, Any]
     inputs: Mapping[str, Any]
     summary: str
+    in_engine: bool = True
 
-    def config(self, ignored: Collection[str]) -> dict[str, Any]:
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of inputs have a scale each, and not whole rows."""
+        return self.weights["strategy"] == "group"
+
+    def config(self, ignored: Collection[str], group_size: int = GROUP_INPUTS) -> dict[str, Any]:
         """The `quantization_config` of a directory in which the `ignored` linears, and the head, are not."""
+        weights = {**self.weights, **({"group_size": group_size} if self.grouped else {})}
         return {
             "quant_method": "compressed-tensors",
             "format": self.format,
@@ -34,7 +50,7 @@ class Scheme:
             "config_groups": {
                 "group_0": {
                     "targets": ["Linear"],
-                    "weights": dict(self.weights),
+                    "weights": weights,
                     "input_activations": dict(self.inputs),
                 }
             },
@@ -62,6 +78,9 @@ class Scheme:
                 for key, value in expected.items():
                     if settings.get(key) != value:
                         return f"{part}.{key} = {settings.get(key)!r}"
+                size = settings.get("group_size")
+                if part == "weights" and self.grouped and not (isinstance(size, int) and is_group_size(size)):
+                    return f"weights.group_size = {size!r}"
         return None
 
 
@@ -74,7 +93,26 @@ W8A8 = Scheme(
     inputs={**_INT8, "strategy": "token", "dynamic": True},
     summary="compressed-tensors int-quantized W8A8, weights symmetric per channel, inputs dynamic per token",
 )
-SCHEMES = {scheme.name: scheme for scheme in (W8A8,)}
+W4A8 = Scheme(
+    name="W4A8",
+    format="int-quantized",
+    dtype="I8",
+    weights={"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False},
+    inputs={**_INT8, "strategy": "token", "dynamic": True},
+    summary="compressed-tensors int-quantized W4A8, weights symmetric per group of 4 to 128 inputs, inputs "
+    "dynamic per token",
+)
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+FP8_DYNAMIC = Scheme(
+    name="FP8_DYNAMIC",
+    format="float-quantized",
+    dtype="F8_E4M3",
+    weights={**_FP8, "strategy": "channel", "dynamic": False},
+    inputs={**_FP8, "strategy": "token", "dynamic": True},
+    summary="compressed-tensors float-quantized FP8, weights symmetric per channel, inputs dynamic per token",
+    in_engine=False,
+)
+SCHEMES = {scheme.name: scheme for scheme in (W8A8, W4A8, FP8_DYNAMIC)}
 _METHODS = {  # transformers' words for quantizations that are not read here
     "gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8", "fbgemm_fp8": "FP8",
     "hqq": "HQQ", "aqlm": "AQLM", "quanto": "Quanto", "torchao": "torchao", "eetq": "EETQ", "mxfp4": "MXFP4",
@@ -125,3 +163,84 @@ def read_scheme(config: Mapping[str, Any], file: str) -> Scheme | None:
         f"{file}: the weights are quantized: {_describe(found)}; quantization_config has "
         f"{'; or '.join(problems)}; give the model that was quantized, in floating point"
     )
+
+
+def is_group_size(size: int) -> bool:
+    """Whether groups of so many inputs can be read: 128 of them, or a power of two that is not tiny."""
+    return LEAST_GROUP <= size <= GROUP_INPUTS and GROUP_INPUTS % size == 0
+
+
+def group_size(columns: Mapping[str, int], ignore: str) -> int:
+    """The largest group of at most 128 inputs that every linear (name -> inputs) divides into.
+
+    compressed-tensors has no shorter last group. UnsupportedError names a linear that no group fits; `ignore`
+    is the option that leaves it out.
+    """
+    for name, inputs in columns.items():
+        if inputs % LEAST_GROUP:
+            raise UnsupportedError(
+                f"{name} has {inputs} inputs, which groups of {LEAST_GROUP} to {GROUP_INPUTS} do not divide; "
+                f"W4A8 has a scale for each: use W8A8, which has one for each row, or {ignore} '{name}'"
+            )
+    size = GROUP_INPUTS
+    while any(inputs % size for inputs in columns.values()):
+        size //= 2
+    return size
+
+
+def scale_shape(config: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the scales of a quantized weight [N, K] in a directory with this `config.json`."""
+    scheme = read_scheme(config, "config.json")
+    if scheme is None or not scheme.grouped:
+        return (shape[0], 1)
+    groups = config["quantization_config"]["config_groups"].values()
+    return (shape[0], -(-shape[1] // next(iter(groups))["weights"]["group_size"]))
+
+
+def dequantized(q_NK: np.ndarray, scale_NG: np.ndarray) -> np.ndarray:
+    """float32 [N, K]: integer weights times the scales of their rows, or of their rows' groups of inputs."""
+    columns = q_NK.shape[1]
+    return q_NK * np.repeat(scale_NG, -(-columns // scale_NG.shape[1]), axis=1)[:, :columns]
+
+
+def e4m3_to_float32(patterns: np.ndarray) -> np.ndarray:
+    """float32 of E4M3 bit patterns: 2^8 times float16, which has the same fields with more bits."""
+    wide = (patterns & 0x80).astype(np.uint16) << 8 | (patterns & 0x7F).astype(np.uint16) << 7
+    return wide.view(np.float16).astype(np.float32) * 256
+
+
+def row_scales_and_multipliers(scale_NG: np.ndarray, inputs: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The engine's numbers for INT4 group scales: float32 [N], and uint8 [N, ceil(K / 128)] from 1 to 16.
+
+    Their products are the scales, exactly. `inputs` is K. UnsupportedError, with the linear's `name`, where
+    no such numbers exist; CheckpointError for scales that are not above 0.
+    """
+    if not (scale_NG > 0).all():
+        raise CheckpointError(f"{name}.weight_scale is not above 0 somewhere; expected only such scales")
+    each = GROUP_INPUTS * scale_NG.shape[1] // inputs  # stored scales of 128 inputs
+    wide_NG = scale_NG[:, ::each].astype(np.float64)
+    shared = np.array_equal(np.repeat(wide_NG, each, axis=1)[:, : scale_NG.shape[1]], scale_NG)
+    row_N, multiplier_NG = np.zeros(len(wide_NG)), np.zeros(wide_NG.shape, np.uint8)
+    for largest in range(MAX_MULTIPLIER, 0, -1):  # the smallest multipliers that do are found last
+        unit_N1 = wide_NG.max(axis=1, keepdims=True) / largest
+        whole_NG = np.rint(wide_NG / unit_N1)
+        fits_N = ((whole_NG >= 1) & (whole_NG * unit_N1 == wide_NG)).all(axis=1)
+        fits_N &= unit_N1[:, 0].astype(np.float32) == unit_N1[:, 0]
+        row_N[fits_N], multiplier_NG[fits_N] = unit_N1[fits_N, 0], whole_NG[fits_N]
+    if not shared or not (row_N > 0).all():
+        raise UnsupportedError(
+            f"{name}: the engine's INT4 has group scales that are 1 to {MAX_MULTIPLIER} times a number of "
+            f"their row, one for {GROUP_INPUTS} inputs; these are not. vLLM runs them as they are; `gossamer "
+            "quantize --scheme W4A8` of the model in floating point makes scales that both can run"
+        )
+    return row_N.astype(np.float32), multiplier_NG
+
+
+def refuse_in_engine(scheme: Scheme, place: str) -> None:
+    """Raise UnsupportedError if the engine has no kernels for the scheme."""
+    if not scheme.in_engine:
+        able = " or ".join(name for name, other in SCHEMES.items() if other.in_engine)
+        raise UnsupportedError(
+            f"{place}: quantized as {scheme.name}, which vLLM and transformers run on GPUs; Gossamer's "
+            f"engine runs {able}: quantize the model in floating point with --scheme {able}"
+        )

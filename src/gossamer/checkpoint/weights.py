@@ -1,6 +1,6 @@
 """safetensors files as mapped NumPy arrays: headers in, tensors out, and back.
 
-bfloat16 has no NumPy type: raw arrays hold its bit patterns as uint16.
+bfloat16 and float8 have no NumPy types: raw arrays hold their bit patterns, as uint16 and uint8.
 """
 
 import errno
@@ -17,10 +17,12 @@ STORAGE = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(np.uint16),
+    "F8_E4M3": np.dtype(np.uint8),
     "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
 }
+_PATTERNS = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}  # the library's names of what NumPy lacks
 _CHUNK = 1 << 24
 
 
@@ -64,6 +66,10 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
     """Storage form -> float32, exactly."""
     if dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E4M3":
+        from gossamer.checkpoint.schemes import e4m3_to_float32
+
+        return e4m3_to_float32(array)
     return array.astype(np.float32)
 
 
@@ -71,7 +77,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, tuple[np.ndarray, str]])
     """Write one safetensors file; a failing disk is an OSError."""
     views = {
         name: TensorSpec(
-            dtype="bfloat16" if dtype == "BF16" else array.dtype.name,
+            dtype=_PATTERNS.get(dtype, array.dtype.name),
             shape=list(array.shape),
             data_ptr=array.ctypes.data,
             data_len=array.nbytes,
@@ -87,7 +93,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, tuple[np.ndarray, str]])
 def is_finite(array: np.ndarray, dtype: str) -> bool:
     """Whether all values are finite, looked at in pieces that fit the cache's neighbourhood."""
     if dtype not in ("F32", "F16", "BF16"):
-        return True
+        return dtype != "F8_E4M3" or not ((array & 0x7F) == 0x7F).any()
     flat = array.reshape(-1)
     for start in range(0, flat.size, _CHUNK):
         piece = flat[start : start + _CHUNK]

@@ -104,18 +104,20 @@ def _cholesky(h_KK: Tensor, rounding: float) -> Tensor | None:
     return None if info.item() or lost.any() else l_KK
 
 
-def fix_rows(w_BN: Tensor, u_BB: Tensor, kept_BN: Tensor, scale_N: Tensor | None = None) -> Tensor:
+def fix_rows(
+    w_BN: Tensor, u_BB: Tensor, kept_BN: Tensor, scale_N: Tensor | None = None, largest: int = 127
+) -> Tensor:
     """Fix row after row of a block in place, those below making up for it: at 0 unless kept, else as it is.
 
-    With `scale_N` the kept ones are fixed at the nearest of the 255 whole numbers of their output's scale.
+    With `scale_N` the kept ones are fixed at whole numbers, up to `largest`, of their output's scale.
     `w_BN` holds B inputs of N outputs (a block of W^T), `u_BB` the block's part of U.
     Returns error_BN; the inputs after the block still have to move by -U[block, after]^T error_BN.
     """
     if w_BN.device.type != "cpu" or w_BN.dtype != torch.float32:
         from gossamer.compress.plain_sweep import plain_sweep
 
-        return plain_sweep(w_BN, u_BB, kept_BN, scale_N)
+        return plain_sweep(w_BN, u_BB, kept_BN, scale_N, largest)
     error_BN = torch.empty_like(w_BN)
     arrays = (w_BN.numpy(), u_BB.numpy(), kept_BN.numpy(), None if scale_N is None else scale_N.numpy())
-    _native.sweep(*arrays, error_BN.numpy(), num_threads=torch.get_num_threads())
+    _native.sweep(*arrays, error_BN.numpy(), largest=largest, num_threads=torch.get_num_threads())
     return error_BN

@@ -33,18 +33,29 @@ def fake_quantize_tokens(x_TK: Tensor) -> Tensor:
 
 
 def row_scales(w_NK: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scales [N, 1] of the weights' output rows, float32, to values that `dtype` holds exactly.
+    """Scales [N, 1] of the weights' output rows, float32, to values that `dtype` holds exactly."""
+    return storable_scales(w_NK.float().abs().amax(1, keepdim=True) / 127, dtype)
+
+
+def storable_scales(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest scales that `dtype` holds exactly, none of them zero, float32.
 
     Whoever loads the model casts the scales to the model's type; so it changes nothing. Below 2^-18 float16
     grows too coarse for a scale; smoothing makes rows that small.
     """
     least = 2.0**-18 if dtype == torch.float16 else torch.finfo(dtype).tiny
-    return nonzero(w_NK.float().abs().amax(1, keepdim=True) / 127).clamp_min(least).to(dtype).float()
+    return nonzero(scale).clamp_min(least).to(dtype).float()
 
 
-def quantize_weights(w: Tensor, scale: Tensor) -> Tensor:
-    """Round weights to nearest on their scale: whole numbers in [-127, 127], still floating point."""
-    return (w / scale).round().clamp(-127, 127)
+def quantize_weights(w: Tensor, scale: Tensor, largest: int = 127) -> Tensor:
+    """Round weights to nearest on their scale: whole numbers in [-largest, largest], still floating point."""
+    return (w / scale).round().clamp(-largest, largest)
+
+
+def nearest(w_NK: Tensor) -> Tensor:
+    """Weights rounded to nearest on the scales of their rows, and back."""
+    scale_N1 = row_scales(w_NK)
+    return quantize_weights(w_NK, scale_N1) * scale_N1
 
 
 def nonzero(scale: Tensor) -> Tensor:

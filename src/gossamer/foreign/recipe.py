@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gossamer.checkpoint.schemes import SCHEMES, W8A8
+from gossamer.checkpoint.schemes import W8A8
 from gossamer.errors import UnsupportedError
 from gossamer.foreign.recipe_commands import EXAMPLES, MODEL, Step, commands
 from gossamer.foreign.recipe_fields import LINEARS, Fields, Row
@@ -271,7 +271,7 @@ def _check_scheme(fields: Fields) -> None:
         _check_group(fields, name, {"group_0": scheme})
         return
     for key, targets in scheme.items() if isinstance(scheme, dict) else ((scheme, None),):
-        if str(key).upper() not in (*SCHEMES, "INT8"):
+        if str(key).upper() not in (W8A8.name, "INT8"):
             raise fields.refusal(name, key, f"W8A8 ({W8A8.summary})")
         _check_targets(fields, name, targets)
         fields.tell(name, key, "--scheme W8A8 (the default)")

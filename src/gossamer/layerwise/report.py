@@ -39,7 +39,7 @@ def report_pruning(output: Derived, tensors: Mapping[str, Any], num_held: int, s
 
 def report_rounding(output: Derived, title: str, facts: Sequence[str], tables: Sequence[Table]) -> None:
     """Write the report of `quantize`: its own facts and tables, then each linear's error."""
-    errors = by_role(output.parent.architecture, output.metrics["errors"])
+    errors = by_role(output.parent.architecture, output.metrics["linear_errors"])
     name = "squared error of a linear's outputs, relative"
     layer_curves(output.path / PICTURE, [(name, errors)], title)
     _write(output, title, facts, [*tables, _table_by_role(name, errors, "{:.2e}")])

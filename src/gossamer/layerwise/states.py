@@ -27,15 +27,15 @@ class States:
         return {f"{name}.ours": self.ours_BTD, f"{name}.parent": self.parent_BTD}
 
     def walk(
-        self, block: Block, parent: Block
+        self, block: Block, parent: Block, seen: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[tuple[dict[str, nn.Linear], Callable[[], Evidence]]]:
-        """Through a layer, group by group, with what its inputs and outputs say once; see `Block.walk`."""
+        """Through a layer by groups, with what their inputs (as `seen` by them) and outputs say once."""
         walks = zip(
             block.anatomy.groups, block.walk(self.ours_BTD), parent.follow(self.parent_BTD), strict=True
         )
         for anatomy, (group, inputs), (_, parent_inputs) in walks:
-            checked = (finite(pieces, group, self.first_row) for pieces in (inputs, parent_inputs))
-            pairs = zip(*checked, strict=True)
+            ours, parents = (finite(pieces, group, self.first_row) for pieces in (inputs, parent_inputs))
+            pairs = zip(map(seen, ours) if seen else ours, parents, strict=True)
             if anatomy.adds_to_hidden:
                 hidden = zip(in_pieces(self.ours_BTD), in_pieces(self.parent_BTD), strict=True)
                 yield group, partial(added_to_hidden, next(iter(group.values())).weight.data, pairs, hidden)

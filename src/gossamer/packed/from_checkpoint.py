@@ -1,8 +1,9 @@
 """From a checkpoint directory to one .goss file.
 
 Value types come from the checkpoint: float32 and bfloat16 stay what they are, float16 becomes float32, and
-int8 weights (compressed-tensors' int-quantized W8A8) stay int8. Every matrix but the embedding is sparse if
-that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs torch.
+int8 and int4 weights (compressed-tensors' int-quantized W8A8 and W4A8) stay integers. Every matrix but the
+embedding is sparse if that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs
+torch.
 """
 
 import json
@@ -16,7 +17,13 @@ from gossamer import _native
 from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.provenance import read_provenance
-from gossamer.checkpoint.schemes import SCHEMES, Scheme, read_scheme
+from gossamer.checkpoint.schemes import (
+    SCHEMES,
+    Scheme,
+    read_scheme,
+    refuse_in_engine,
+    row_scales_and_multipliers,
+)
 from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import CheckpointError
 from gossamer.job.report import Event, Progress, quiet
@@ -98,6 +105,8 @@ def scheme_of(source: Checkpoint) -> Scheme | None:
     """
     file = source.path / "config.json"
     scheme = read_scheme(source.config, str(file))
+    if scheme:
+        refuse_in_engine(scheme, str(file))
     integers = [name for name in source.linears if source.dtype(f"{name}.weight") == "I8"]
     if scheme is None and integers:
         known = " or ".join(scheme.summary for scheme in SCHEMES.values())
@@ -129,6 +138,10 @@ def _write_matrix(
     writer: PackedWriter, source: Checkpoint, name: str, int8: Literal["auto", "dense"]
 ) -> StoredMatrix:
     dtype = source.dtype(f"{name}.weight")
+    if dtype == "I8" and (scheme := scheme_of(source)) and scheme.grouped:
+        q_NK, scale_NG = source.raw(f"{name}.weight"), source.float32(f"{name}.weight_scale")
+        scale_N, multiplier_NG = row_scales_and_multipliers(scale_NG, q_NK.shape[1], name)
+        return writer.int4(name, q_NK, multiplier_NG, scale_N)
     if dtype == "I8":
         return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name), int8)
     if dtype in ("F32", "BF16"):

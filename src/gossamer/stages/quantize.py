@@ -1,16 +1,17 @@
-"""`quantize`: INT8 weights and activations in the compressed-tensors format, every zero kept."""
+"""`quantize`: weights and activations of few bits in the compressed-tensors format, every zero kept."""
 
 import fnmatch
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.checkpoint.fused import stored_names
-from gossamer.checkpoint.schemes import SCHEMES
-from gossamer.compress.gptq import hessian
+from gossamer.checkpoint.schemes import GROUP_INPUTS, SCHEMES, Scheme, group_size
 from gossamer.compress.hessian import dampened_more
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
@@ -18,15 +19,16 @@ from gossamer.decoder import Block, blocks, embed, refuse_quantized, write_tenso
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
-from gossamer.layerwise.finite import finite, telling_text
+from gossamer.layerwise.finite import telling_text
 from gossamer.layerwise.report import report_rounding
-from gossamer.layerwise.rounding import RoundingOptions, quantize_group, smooth
+from gossamer.layerwise.rounding import SAMPLE_TOKENS, Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
+from gossamer.layerwise.states import States
 
 
 @dataclass(frozen=True)
 class Quantize(RoundingOptions):
-    """Round the decoder's linears to INT8 (SmoothQuant, then GPTQ under the mask)."""
+    """Round the decoder's linears to INT8, INT4 or FP8 (SmoothQuant, then GPTQ under the mask)."""
 
     model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
@@ -35,71 +37,153 @@ class Quantize(RoundingOptions):
 
 @dataclass(frozen=True)
 class QuantizeResult(Result):
-    """`mean_error`: mean over the linears of the squared output error relative to the squared outputs."""
+    """What rounding cost, on rows held out from calibration.
+
+    `mean_error`: mean over the linears of the squared output error over the squared output, a token's, with
+    activations rounded; `errors`: the same of each kind of linear (q, k, v, o, gate, up, down); `worst`: the
+    three linears that lose most. `strengths`: mean smoothing strength of each kind.
+    """
 
     output_dir: str
+    scheme: str
     sparsity: float
     num_quantized: int
     ignored: list[str]
     mean_error: float
+    errors: dict[str, float]
+    strengths: dict[str, float]
+    worst: dict[str, float]
     seconds: float
 
     def tables(self) -> list[Table]:
-        """What was reached."""
+        """What was reached, and which linears pay for it."""
         figures = (f"{self.sparsity:.2%}", f"{self.mean_error:.2g}", f"{self.seconds:.1f}")
-        columns = ("linears in INT8", "left as they are", "zeros", "mean error", "seconds")
+        columns = (f"linears in {self.scheme}", "left as they are", "zeros", "mean error", "seconds")
         rows = [(f"{self.num_quantized}", f"{len(self.ignored)}", *figures)]
-        return [Table(self.output_dir, columns, rows)]
+        costs = cost_tables(self.errors, self.strengths, self.worst)
+        return [Table(self.output_dir, columns, rows), *costs]
 
 
 def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
-    """Quantize layer by layer; later groups and layers see earlier weights and activations rounded."""
+    """Quantize layer by layer; later groups and layers see earlier weights and activations rounded.
+
+    Two copies of the model go in step, the one that is rounded and the one that is not. The last eighth of
+    the rows is held out from calibration: the strength of smoothing is chosen there, and errors are of it.
+    """
     start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
-    check_options(job)
-    refuse_quantized(source)
-    ignored = matching(source.linears, job.ignore)
-    stored = stored_names(source.architecture, ignored)
-    if not 0 <= job.smoothing_strength <= 1:
-        raise ConfigError(
-            f"--smoothing-strength is {job.smoothing_strength:g}; expected a number from 0 to 1"
-        )
+    ignored = check(job, source)
+    stored, group_size = stored_names(source.architecture, ignored), shared_group(job, source, ignored)
+    num_linears, num_held = len(source.linears) - len(ignored), max(1, job.num_calibration_samples // 8)
     with (
         source.derive(
             job.output_dir, job, stage="quantize", overwrite=job.overwrite, resume=job.resume
-        ) as target,
+        ) as output,
         telling_text(source, job),
     ):
-        target.data = [manifest(name) for name in job.dataset]
-        hidden_BTD = embed(source, ids_BT := calibration_ids(source, job))
-        target.metrics |= {"errors": {}, "dampening": {}}
-        saving = Saving(target, job, ids_BT, {"hidden": hidden_BTD}, start)
-        first = saving.begin(progress)
-        errors, dampening = target.metrics["errors"], target.metrics["dampening"]
-        for block in blocks(source, first):
-            smooth(block, source, hidden_BTD, job.smoothing_strength, ignored)
-            for group, inputs in block.walk(hidden_BTD):
-                rounded = {name: linear for name, linear in group.items() if name not in ignored}
-                if rounded:
-                    found = quantize_group(target, rounded, hessian(finite(inputs, group)), job, dampening)
-                    errors |= zip(rounded, found, strict=True)
-                for name in dampening.keys() & rounded.keys():
-                    progress(Event("quantize", dampened_more(name, dampening[name]), lasting=True))
-                progress(
-                    Event("quantize", next(iter(group)), len(errors), len(source.linears) - len(ignored))
-                )
-            write_unquantized(target, block, ignored)
-            saving.after(block.index + 1)
-        target.copy_rest()
-        target.config["quantization_config"] = SCHEMES[job.scheme].config(stored)
-        target.num_threads = torch.get_num_threads()
-        target.report = lambda _: report_rounding(
-            target,
-            f"{source.path.name} in {job.scheme}",
-            [f"It took {saving.seconds():.1f} s on {target.num_threads} threads; mean error {error:.2g}."],
-            [],
+        output.data = [manifest(name) for name in job.dataset]
+        ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
+        rows, held = (
+            States(part_BTD, part_BTD.clone(), first_row)
+            for first_row, part_BTD in zip(
+                (0, num_rows), embed(source, ids_BT).split((num_rows, num_held)), strict=True
+            )
         )
-        target.metrics["mean_error"] = error = sum(errors.values()) / len(errors)
-    return QuantizeResult(job.output_dir, target.sparsity, len(errors), ignored, error, saving.seconds())
+        output.metrics |= {"linear_errors": {}, "linear_strengths": {}, "dampening": {}}
+        saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
+        first = saving.begin(progress)
+        errors, strengths, dampening = (
+            output.metrics[name] for name in ("linear_errors", "linear_strengths", "dampening")
+        )
+        num_sampled = max(1, SAMPLE_TOKENS // ids_BT.shape[1])
+        for block in blocks(source, first):
+            sample_BTD = held.ours_BTD[:num_sampled]
+            smoothed = smooth(block, source, sample_BTD, job.smoothing_strength, ignored, job.scheme)
+            for group, found in zip(block.groups, smoothed, strict=True):
+                strengths |= {name: found.strength for name in group if name not in ignored}
+            for rounded in round_block(block, smoothed, (rows, held), source, job, ignored, dampening):
+                if rounded.name in dampening:
+                    message = dampened_more(rounded.name, dampening[rounded.name])
+                    progress(Event("quantize", message, lasting=True))
+                write(output, rounded, SCHEMES[job.scheme], group_size)
+                errors[rounded.name] = rounded.error
+                metrics = {"error": rounded.error}
+                progress(Event("quantize", rounded.name, len(errors), num_linears, metrics))
+            write_unquantized(output, block, ignored)
+            saving.after(block.index + 1)
+        output.copy_rest()
+        output.config["quantization_config"] = SCHEMES[job.scheme].config(stored, group_size)
+        output.num_threads = torch.get_num_threads()
+        figures = summary(source, errors, strengths)
+        output.metrics |= figures
+        title = f"{source.path.name} in {job.scheme}"
+        facts = [
+            f"Mean error {figures['mean_error']:.2g}.",
+            f"It took {saving.seconds():.1f} s on {output.num_threads} threads.",
+        ]
+        tables = cost_tables(figures["errors"], figures["strengths"], figures["worst"])
+        output.report = lambda _: report_rounding(output, title, facts, tables)
+    return QuantizeResult(
+        output_dir=job.output_dir,
+        scheme=job.scheme,
+        sparsity=output.sparsity,
+        num_quantized=len(errors),
+        ignored=ignored,
+        **figures,
+        seconds=saving.seconds(),
+    )
+
+
+def check(job: Quantize, source: Checkpoint) -> list[str]:
+    """The ignored linears; ConfigError or UnsupportedError for a job that cannot be done."""
+    check_options(job)
+    refuse_quantized(source)
+    if job.num_calibration_samples < 2:
+        raise ConfigError(
+            f"--num-calibration-samples is {job.num_calibration_samples}; quantize needs at least 2: an "
+            "eighth of the rows, one or more, is held out from calibration to judge by"
+        )
+    if job.smoothing_strength != "auto" and not 0 <= job.smoothing_strength <= 1:
+        raise ConfigError(
+            f"--smoothing-strength is {job.smoothing_strength:g}; expected auto or a number from 0 to 1"
+        )
+    return matching(source.linears, job.ignore)
+
+
+def shared_group(job: Quantize, source: Checkpoint, ignored: Collection[str]) -> int:
+    """How many inputs share a scale in the directory, where the scheme has scales for groups."""
+    if not SCHEMES[job.scheme].grouped:
+        return GROUP_INPUTS
+    shapes = source.architecture.tensor_shapes
+    return group_size({n: shapes[f"{n}.weight"][1] for n in source.linears if n not in ignored}, "--ignore")
+
+
+def summary(
+    source: Checkpoint, errors: Mapping[str, float], strengths: Mapping[str, float]
+) -> dict[str, Any]:
+    """Means over all linears and over each kind, and the three linears with the largest errors."""
+    kinds: dict[str, list[str]] = {}
+    for index, block in enumerate(source.architecture.blocks):
+        for linear in block.linears.values():
+            name = f"{source.architecture.prefix(index)}{linear.name}"
+            if name in errors:
+                kinds.setdefault(linear.role, []).append(name)
+    return {
+        "mean_error": fmean(errors.values()),
+        "errors": {kind: fmean(errors[name] for name in names) for kind, names in kinds.items()},
+        "strengths": {kind: fmean(strengths[name] for name in names) for kind, names in kinds.items()},
+        "worst": {name: errors[name] for name in sorted(errors, key=lambda name: -errors[name])[:3]},
+    }
+
+
+def cost_tables(
+    errors: Mapping[str, float], strengths: Mapping[str, float], worst: Mapping[str, float]
+) -> list[Table]:
+    """Which kinds of linears pay for rounding, and which linears most."""
+    kinds = [(kind, f"{error:.2g}", f"{strengths[kind]:.2f}") for kind, error in errors.items()]
+    return [
+        Table("kinds of linears", ("", "mean error", "smoothing strength"), kinds),
+        Table("linears that lose most", ("", "error"), [(name, f"{e:.2g}") for name, e in worst.items()]),
+    ]
 
 
 def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
@@ -114,6 +198,16 @@ def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
     if len(matched) == len(names):
         raise ConfigError("--ignore matches every linear of the decoder; nothing is left to quantize")
     return matched
+
+
+def write(output: Derived, rounded: Rounded, scheme: Scheme, group_size: int) -> None:
+    """Store a linear's weights and scales; groups that are smaller than the engine's repeat its scales."""
+    q_NK, scale_NG = rounded.q_NK, rounded.scale_NG
+    if scheme.grouped:
+        scale_NG = scale_NG.repeat_interleave(GROUP_INPUTS // group_size, 1)[:, : q_NK.shape[1] // group_size]
+    stored_NK = q_NK if scheme.dtype == "I8" else q_NK.view(torch.uint8)
+    output.write(f"{rounded.name}.weight", stored_NK.numpy(), scheme.dtype)
+    output.write(f"{rounded.name}.weight_scale", scale_NG.contiguous().numpy(), "F32")
 
 
 def write_unquantized(target: Derived, block: Block, ignored: Collection[str]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.architecture.config import read_json
 from gossamer.checkpoint.directory import Checkpoint, hash_mask
+from gossamer.checkpoint.schemes import dequantized
 from gossamer.engine import LLM
 from gossamer.errors import CheckpointError, EngineError, FormatError
 from gossamer.job.options import option
@@ -189,6 +190,8 @@ def _expected(parent: Checkpoint, name: str, int8: bool) -> tuple[np.ndarray, np
     """What matrix `name` must decode to: int8 weights and scales, or float32 weights."""
     tied = parent.architecture.tie_word_embeddings and name == HEAD
     tensor = f"{EMBEDDING if tied else name}.weight"
+    if not int8 and parent.dtype(tensor) == "I8":
+        return dequantized(parent.raw(tensor), parent.float32(f"{name}.weight_scale")), None
     if not int8:
         return parent.float32(tensor), None
     if parent.dtype(tensor) == "I8":
