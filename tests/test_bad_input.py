@@ -165,6 +165,28 @@ TABLE: list[Case] = [
     ("infinite", "llama2", put(float("inf")), PRUNE, ["model.safetensors", Q_PROJ]),
     ("sparsity of 1", "llama2", nothing, [*PRUNE, "--sparsity", "1.0"], ["--sparsity is 1", "below 1"]),
     ("negative sparsity", "llama2", nothing, [*PRUNE, "--sparsity", "-0.1"], ["-0.1", "at least 0"]),
+    (
+        "a pattern of another sparsity",
+        "llama2",
+        nothing,
+        [*PRUNE, "--sparsity", "0.7", "--pattern", "2:4"],
+        ["2:4 fixes the sparsity at 0.5", "--sparsity is 0.7"],
+    ),
+    (
+        "a pattern that widths do not divide by",
+        "llama2",
+        nothing,
+        [*PRUNE, "--pattern", "32:64"],
+        ["model.layers.0.self_attn.q_proj has 48 inputs", "--pattern 32:64"],
+    ),
+    (
+        "a profile and a pattern",
+        "llama2",
+        nothing,
+        [*PRUNE, "--pattern", "2:4", "--sparsity-profile", "auto"],
+        ["--sparsity-profile auto", "--pattern 2:4", "leave out one"],
+    ),
+    ("no pattern", "llama2", nothing, [*PRUNE, "--pattern", "2-4"], ["--pattern is 2-4", "N:M"]),
     ("below the parent's", "llama2", make_sparse, [*PRUNE, "--sparsity", "0.3"], ["0.3", "0.5"]),
     (
         "short calibration",
