@@ -189,6 +189,20 @@ TABLE: list[Case] = [
     ("no pattern", "llama2", nothing, [*PRUNE, "--pattern", "2-4"], ["--pattern is 2-4", "N:M"]),
     ("below the parent's", "llama2", make_sparse, [*PRUNE, "--sparsity", "0.3"], ["0.3", "0.5"]),
     (
+        "smoothing beyond 1",
+        "llama2",
+        nothing,
+        ["quantize", *PRUNE[1:], "--smoothing-strength", "1.5"],
+        ["--smoothing-strength is 1.5", "auto or a number from 0 to 1"],
+    ),
+    (
+        "quantizing by one row",
+        "llama2",
+        nothing,
+        ["quantize", *PRUNE[1:], "--num-calibration-samples", "1"],
+        ["--num-calibration-samples is 1", "quantize needs at least 2"],
+    ),
+    (
         "short calibration",
         "llama2",
         nothing,
