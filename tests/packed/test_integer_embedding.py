@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from gossamer.errors import FormatError
 from gossamer.packed.header import DEFLATED, EMBEDDING
 from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter
+from gossamer.stages.pack import Pack, pack
+from gossamer.tools.inspect import Inspect, inspect
+from gossamer.tools.verify import Verify, verify
 from packed.damage import join, set_entry, split, with_bytes
 from packed.make_files import FILES, IDS
 
@@ -133,6 +137,39 @@ def test_a_damaged_deflated_tokenizer_is_refused(tmp_path: Path) -> None:
         damaged = with_bytes(TABLES["i8"], tmp_path / "z.goss", stored.offset + place, replaced)
         with pytest.raises(FormatError, match=r"z\.goss: tokenizer\.json\.zlib"):
             _ = damaged.tokenizer_json
+
+
+@pytest.mark.parametrize("values", TABLES)
+def test_verify_and_inspect_know_the_table(
+    values: Any, tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The engine agrees with transformers' model of the rounded weights; the parts are the file's bytes."""
+    file = tmp_path / "model.goss"
+    pack(Pack(str(tiny_llama("llama3")), str(file), embedding=values))
+    checks = verify(Verify(str(file), parent=str(tiny_llama("llama3")))).checks
+    assert {"tensors", "backends agree"} <= {check.name for check in checks if not check.skipped}
+    parts = inspect(Inspect(str(file))).parts
+    assert parts is not None and sum(parts.values()) == file.stat().st_size
+    assert parts["embedding and head"] == Packed.open(file).matrix_bytes(EMBEDDING)
+
+
+@pytest.mark.parametrize("values", TABLES)
+def test_flipped_bytes_never_crash(values: str, tmp_path: Path) -> None:
+    """Anywhere in the file: a model or a FormatError, for the reader and for the engine."""
+    content, rng, refused = TABLES[values].read_bytes(), np.random.default_rng(5), 0
+    path = tmp_path / "flipped.goss"
+    for _ in range(150):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            packed = Packed.open(path)
+            _ = packed.tokenizer_json
+            packed.check()
+            forward(packed, IDS)
+        except FormatError:
+            refused += 1
+    assert refused > 50
 
 
 def test_a_tokenizer_does_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
