@@ -58,7 +58,10 @@ class Types:
         return Types(embedding, head, self.linears)
 
     def of_matrix(self, name: str) -> TableType | LinearType:
-        return {EMBEDDING: self.embedding, HEAD: self.head}.get(name, self.linears)
+        """What becomes of this matrix."""
+        if name == EMBEDDING:
+            return self.embedding
+        return self.head if name == HEAD else self.linears
 
 
 @dataclass(frozen=True)
