@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+
+#include "engine/embedding.hpp"
 
 namespace gossamer {
 
@@ -68,23 +69,12 @@ void Decoder::run(Pass& pass) {
     });
 }
 
-// Rows of the embedding, from its panels, and the rotary angles.
+// Rows of the embedding, and the rotary angles.
 void Decoder::embed(const Pass& pass, int thread) {
-    const Linear& embedding = weights_.embedding;
     const Part part(int(pass.tokens.size()), thread, pool_.size());
     for (int t = part.begin; t < part.end; ++t) {
         const auto [id, position] = pass.tokens[t];
-        const std::uint8_t* panel = embedding.panel(id / kPanelRows) + id % kPanelRows * 4;
-        float* hidden = hidden_.floats() + t * hidden_stride_;
-        for (int d = 0; d < config_.hidden_size; ++d) {
-            if (embedding.values == Values::f32) {
-                std::memcpy(&hidden[d], panel + std::size_t(d) * kVectorBytes, sizeof(float));
-            } else {
-                std::uint16_t bits;
-                std::memcpy(&bits, panel + std::size_t(d / 2) * kVectorBytes + d % 2 * 2, sizeof bits);
-                hidden[d] = std::bit_cast<float>(std::uint32_t(bits) << 16);
-            }
-        }
+        look_up(weights_.embedding, id, hidden_.floats() + t * hidden_stride_);
     }
     rotary_angles(pass, thread);
     pool_.barrier();
@@ -166,7 +156,7 @@ double Decoder::time_linears(int num_tokens) {
 std::size_t Decoder::bytes_per_step() const {
     const std::size_t norm = std::size_t(config_.hidden_size) * sizeof(float);
     std::size_t total = norm + weights_.head.bytes();
-    total += std::size_t(config_.hidden_size) * (weights_.embedding.values == Values::f32 ? 4 : 2);
+    total += row_bytes(weights_.embedding);
     for (const Block& block : weights_.blocks) {
         total += 2 * norm;
         for (const float* head_norm : {block.query_norm, block.key_norm})

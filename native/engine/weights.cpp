@@ -112,8 +112,8 @@ DecoderWeights read_weights(const Packed& packed, const DecoderConfig& config, T
     check_config(config);
     Reader reader(packed, config, pool.size());
     const Linear embedding = reader.matrix(config.embedding, config.vocab_size, config.hidden_size);
-    if (embedding.storage == Storage::sparse || is_integer(embedding.values))
-        throw FormatError(config.embedding + ": expected dense f32 or bf16");
+    if (embedding.storage == Storage::sparse)
+        throw FormatError(config.embedding + ": expected dense storage, as rows are looked up one by one");
     const Linear head = reader.matrix(config.head, config.vocab_size, config.hidden_size);
     DecoderWeights weights{.embedding = embedding,
                            .final_norm = packed.vector(config.final_norm, config.hidden_size),

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import ConfigError
-from gossamer.packed.from_checkpoint import pack_checkpoint, round_rows
+from gossamer.packed.from_checkpoint import pack_checkpoint
+from gossamer.packed.rounding import round_rows
 from gossamer.packed.writer import PackedWriter
 
 VARIANTS = ["llama2", "llama3", "linear", "sharded", "bf16", "fp16"]

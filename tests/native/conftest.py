@@ -11,8 +11,8 @@ import pytest
 
 from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
-from gossamer.packed.from_checkpoint import round_rows
 from gossamer.packed.reader import Packed
+from gossamer.packed.rounding import round_rows
 from gossamer.packed.writer import PackedWriter
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "i8": "I8", "i4": "U8"}

@@ -15,7 +15,7 @@ import pytest
 from gossamer import _native
 from gossamer.errors import FormatError
 from gossamer.packed import panels, streams
-from gossamer.packed.from_checkpoint import round_rows
+from gossamer.packed.rounding import round_rows
 from native.conftest import aligned
 
 Kv = Literal["f32", "bf16", "i8"]

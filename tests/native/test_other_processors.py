@@ -13,8 +13,8 @@ import pytest
 
 from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
-from gossamer.packed.from_checkpoint import round_rows
 from gossamer.packed.reader import Packed
+from gossamer.packed.rounding import round_rows
 from gossamer.packed.writer import PackedWriter
 from native.conftest import CONFIG as LLAMA
 

@@ -1,9 +1,9 @@
 """Makes files/*.goss and what each decodes to: the program of each version wrote its own, once, for ever.
 
-    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2|3
+    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2|3|4
 
 Version 1 was written by the program as it was at commit 1df9987, before it knew another version; versions 2
-and 3 by the first programs that wrote them. A file that is there is never made again: it stands for those
+to 4 by the first programs that wrote them. A file that is there is never made again: it stands for those
 that people have.
 """
 
@@ -55,7 +55,9 @@ TIED = {
     "eos_token_id": 1,
     "tie_word_embeddings": True,
 }
-# name -> settings beside the common ones, types of the linears; tied models have a tokenizer and an int8 head
+WIDE = {"hidden_size": 132, "intermediate_size": 20}  # two groups of inputs, the second a short one
+# name -> settings beside the common ones, types of the linears. Tied models have a tokenizer, and an int8
+# head beside the embedding; from version 4 on an embedding of the type in the name, which is the head.
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "v1-floats": (UNTIED | {"architectures": LLAMA, "head_dim": 8}, FLOATS),
     "v1-integers": (TIED | {"architectures": LLAMA, "head_dim": 8, "rope_scaling": LLAMA3}, INTEGERS),
@@ -63,6 +65,8 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "v2-qwen3-integers": (TIED | {"architectures": QWEN3, "head_dim": 12, "rope_scaling": LINEAR}, INTEGERS),
     "v3-mistral-integers": (TIED | {"architectures": MISTRAL, "head_dim": 8, "sliding_window": 4}, INTEGERS),
     "v3-qwen3-floats": (UNTIED | {"architectures": QWEN3, "head_dim": 12} | WINDOWS, FLOATS),
+    "v4-i8-integers": (TIED | {"architectures": LLAMA, "head_dim": 8}, INTEGERS),
+    "v4-i4-integers": (TIED | WIDE | {"architectures": LLAMA, "head_dim": 8}, INTEGERS),
 }
 
 
@@ -77,11 +81,15 @@ def write(name: str, program: Any) -> None:
         for vector, size in vectors(config).items():
             add_vector(writer, vector, rng.normal(1, 0.1, size).astype(np.float32))
         embedding = rng.normal(0, 0.3, (config["vocab_size"], config["hidden_size"])).astype(np.float32)
-        writer.floats("model.embed_tokens", bfloat16(embedding))
+        if name.startswith("v4"):
+            write_linear(writer, "model.embed_tokens", name.split("-")[1], embedding.shape, "dense", rng)
+        else:
+            writer.floats("model.embed_tokens", bfloat16(embedding))
         for index, (linear, shape) in enumerate(linears(config).items()):
             storage = "sparse" if index // 2 % 2 else "dense"
             write_linear(writer, linear, types[index % 2], shape, storage, rng)
-        write_linear(writer, "lm_head", types[0], embedding.shape, "dense", rng)
+        if not name.startswith("v4"):
+            write_linear(writer, "lm_head", types[0], embedding.shape, "dense", rng)
 
 
 def vectors(config: dict[str, Any]) -> dict[str, int]:

@@ -122,10 +122,10 @@ def swap(header: Header) -> None:
 
 
 EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
-    "newer version": (lambda h: set_version(h, "4"), "version '4'; expected 1, 2 or 3; it is newer than"),
+    "newer version": (lambda h: set_version(h, "5"), "version '5'; expected 1, 2, 3 or 4; it is newer than"),
     "much newer version": (lambda h: set_version(h, "9" * 5000), "newer than this program"),
-    "version 0": (lambda h: set_version(h, "0"), "version '0'; expected 1, 2 or 3"),
-    "version a number": (lambda h: set_version(h, 1), "version 1; expected 1, 2 or 3"),
+    "version 0": (lambda h: set_version(h, "0"), "version '0'; expected 1, 2, 3 or 4"),
+    "version a number": (lambda h: set_version(h, 1), "version 1; expected 1, 2, 3 or 4"),
     "version in other digits": (lambda h: set_version(h, "\u0661"), "expected 1"),
     "no version": (lambda h: h["__metadata__"].pop("version"), "version None"),
     "no metadata": (lambda h: h.pop("__metadata__"), "no packed model"),
@@ -175,7 +175,8 @@ EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
     "sparse embedding": (lambda h: set_entry(h, "model.embed_tokens", storage="sparse"), "'sparse' 'bf16'"),
     "int4 stream not flat": (lambda h: split_shape(h[f"{I4}.weight.stream"]), "expected U8 .bytes."),
     "multipliers not flat": (lambda h: split_shape(h[f"{I4}.weight_multiplier"]), "expected U8 .128."),
-    "int8 embedding": (lambda h: set_entry(h, "model.embed_tokens", values="i8"), "stored as 'dense' 'i8'"),
+    "int8 embedding": (lambda h: set_entry(h, "model.embed_tokens", values="i8"), "which takes version 4"),
+    "bf16 called version 4": (lambda h: set_version(h, "4"), "has an unknown tensor 'tokenizer.json'"),
     "dense instead of sparse": (lambda h: set_entry(h, storage="dense"), "up_proj"),
     "nonzeros too many": (lambda h: set_entry(h, nonzeros=10**9), "expected sizes"),
     "nonzeros wrong": (lambda h: set_entry(h, nonzeros=1), "expected U8"),

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.engine.model import OpenModel
 from gossamer.errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.packed.cache import cached_pack
@@ -22,6 +23,7 @@ from gossamer.packed.from_checkpoint import expands_int8_fast
 from gossamer.packed.header import EMBEDDING
 from gossamer.packed.reader import Packed
 from gossamer.stages.pack import Pack, pack
+from gossamer.tokens.tokenizer import Tokenizer
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 W8A8 = {
@@ -91,7 +93,9 @@ def test_dense_directories(variant: str, tiny_llama: Callable[[str], Path], tmp_
     tied = source.architecture.tie_word_embeddings
     assert packed.head == (EMBEDDING if tied else "lm_head") and tied == (variant == "llama3")
     assert packed.architecture == source.architecture and packed.metadata["parent"] == source.hash
-    assert packed.tokenizer_json == (source.path / "tokenizer.json").read_bytes()
+    text = (source.path / "tokenizer.json").read_bytes()
+    assert packed.tokenizer_json is not None and len(packed.tokenizer_json) < len(text)
+    assert json.loads(packed.tokenizer_json) == json.loads(text)
     assert packed.tokenizer_config == json.loads((source.path / "tokenizer_config.json").read_text())
 
 
@@ -134,10 +138,13 @@ def test_rounded_head_and_its_reported_error(quantized: Path, tmp_path: Path) ->
     )
     step_V = np.abs(w_VD).max(axis=1) / 127
     assert (np.abs(w_VD - rounded_VD) <= 0.5001 * step_V[:, None]).all()
-    assert result.head_error == pytest.approx(
-        np.linalg.norm(w_VD - rounded_VD) / np.linalg.norm(w_VD), rel=1e-5
-    )
-    assert any("head is int8" in line for line in result.closing)
+    [head] = result.rounded
+    off_VD, sizes_V = w_VD - rounded_VD, np.linalg.norm(w_VD, axis=1)
+    assert head.error == pytest.approx(np.linalg.norm(off_VD) / np.linalg.norm(w_VD), rel=1e-5)
+    errors_V = np.linalg.norm(off_VD, axis=1) / sizes_V
+    assert head.worst_row_error == pytest.approx(errors_V.max(), rel=1e-5)
+    assert (head.part, head.values, head.worst) == ("head", "i8", f"lm_head, row {errors_V.argmax()}")
+    assert any("The head: weights moved by" in line for line in result.closing)
     smallest = pack(Pack(str(quantized), str(tmp_path / "smallest.goss"), storage="smallest"))
     assert result.dense_for_speed == (not expands_int8_fast()) and not smallest.dense_for_speed
     assert any("--storage smallest" in line for line in result.closing) == result.dense_for_speed
@@ -150,7 +157,7 @@ def test_rounded_head_and_its_reported_error(quantized: Path, tmp_path: Path) ->
         ("llama2", "auto", "f32"),
         ("llama2", "i8", "i8"),
         ("llama3", "auto", "f32 (the embedding)"),
-        ("llama3", "i8", "i8"),
+        ("llama3", "i8", "i8 (the embedding)"),
     ],
 )
 def test_head_of_float_models(
@@ -161,15 +168,91 @@ def test_head_of_float_models(
     tmp_path: Path,
 ) -> None:
     result = pack(Pack(str(tiny_llama(variant)), str(tmp_path / "model.goss"), head=head))
-    assert result.head == expected and (result.head_error is None) == (head == "auto")
+    assert result.head == expected and (not result.rounded) == (head == "auto")
 
 
 def test_head_of_quantized_models(quantized: Path, tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
     assert packed_from(quantized, tmp_path / "kept.goss", head="keep").matrices["lm_head"].values == "f32"
     tied = quantize_by_hand(tiny_llama("llama3"), tmp_path / "tied")
     packed = packed_from(tied, tmp_path / "tied.goss")
-    assert packed.matrices["lm_head"].values == "i8" and packed.matrices[EMBEDDING].values == "f32"
-    assert packed_from(tied, tmp_path / "kept-tied.goss", head="keep").head == EMBEDDING
+    assert packed.head == EMBEDDING and packed.matrices[EMBEDDING].values == "i8"
+    assert packed.metadata["version"] == "4"
+    kept = packed_from(tied, tmp_path / "kept-tied.goss", head="keep")
+    assert kept.head == EMBEDDING and kept.matrices[EMBEDDING].values == "f32"
+    assert kept.metadata["version"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("options", "embedding", "head", "version"),
+    [
+        ({"embedding": "keep"}, "f32", "i8", "1"),  # two tables, as older programs read them
+        ({"embedding": "i4"}, "i4", "i4", "4"),
+        ({"embedding": "i4", "head": "i8"}, "i4", "i8", "4"),
+        ({"embedding": "i8", "head": "keep"}, "i8", "f32", "4"),
+        ({"head": "i4"}, "i4", "i4", "4"),
+    ],
+)
+def test_tied_tables_of_chosen_types(
+    options: Any, embedding: str, head: str, version: str, tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What is tied and of one type is stored once."""
+    tied = quantize_by_hand(tiny_llama("llama3"), tmp_path / "tied")
+    packed = packed_from(tied, tmp_path / "tied.goss", **options)
+    assert packed.matrices[EMBEDDING].values == embedding and packed.matrices[packed.head].values == head
+    assert (packed.head == EMBEDDING) == (embedding == head) and packed.metadata["version"] == version
+    w_VD, step = Checkpoint.open(tied).float32(f"{EMBEDDING}.weight"), {"f32": 0, "i8": 0.013, "i4": 0.2}
+    for name, values in ((EMBEDDING, embedding), (packed.head, head)):
+        error = np.linalg.norm(packed.linear(name) - w_VD) / np.linalg.norm(w_VD)
+        assert error <= step[values] and (error > 0) == (values != "f32")
+
+
+def test_an_untied_embedding_is_rounded_where_asked(quantized: Path, tmp_path: Path) -> None:
+    kept = packed_from(quantized, tmp_path / "kept.goss")
+    assert kept.matrices[EMBEDDING].values == "f32" and kept.metadata["version"] == "1"
+    packed = packed_from(quantized, tmp_path / "i8.goss", embedding="i8")
+    assert packed.matrices[EMBEDDING].values == "i8" and packed.head == "lm_head"
+    assert packed.file_bytes < kept.file_bytes
+
+
+def test_linears_in_int4(quantized: Path, tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of a float directory and of one in int8: zeros stay, and weights move little."""
+    pruned = prune_by_hand(tiny_llama("llama2"), tmp_path / "pruned")
+    for directory in (pruned, quantized):
+        source, packed = (
+            Checkpoint.open(directory),
+            packed_from(directory, tmp_path / f"{directory.name}.goss", linears="i4"),
+        )
+        assert {packed.matrices[name].values for name in packed.decoder} == {"i4"}
+        assert packed.matrices["lm_head"].values == "i8"
+        for name in packed.decoder:
+            w_NK = source.float32(f"{name}.weight")
+            if source.dtype(f"{name}.weight") == "I8":
+                w_NK *= source.float32(f"{name}.weight_scale")
+            found_NK = packed.linear(name)
+            assert not found_NK[w_NK == 0].any()
+            assert np.linalg.norm(found_NK - w_NK) <= 0.16 * np.linalg.norm(w_NK)
+
+
+def test_the_bytes_of_all_parts_are_those_of_the_file(quantized: Path, tmp_path: Path) -> None:
+    result = pack(Pack(str(quantized), str(tmp_path / "model.goss")))
+    packed = Packed.open(tmp_path / "model.goss")
+    assert sum(result.parts.values()) == result.num_bytes == packed.file_bytes
+    assert result.parts["head"] == packed.matrix_bytes("lm_head")
+    assert result.parts["tokenizer"] == packed.tensors["tokenizer.json"].nbytes
+    assert "linears" in [row[0] for row in result.tables()[1].rows]
+
+
+def test_a_packed_tokenizer_gives_the_same_ids(
+    tiny_llama: Callable[[str], Path], shared_data: Path, tmp_path: Path
+) -> None:
+    """Minified, and deflated too beside an embedding of integers."""
+    text = (shared_data / "text" / "c4.txt").read_bytes()[:20_000].decode(errors="ignore")
+    text += "naïve \u2028 \U0001f600 \t\n <|endoftext|>"
+    for directory in (tiny_llama("llama3"), shared_data / "models" / "stories3m"):
+        expected = Tokenizer.open(directory).encode(text)
+        for embedding in ("keep", "i8"):
+            packed_from(directory, tmp_path / "model.goss", embedding=embedding, overwrite=True)
+            assert OpenModel.open(tmp_path / "model.goss", 1).tokenizer.encode(text) == expected
 
 
 def changed(**changes: Any) -> dict[str, Any]:

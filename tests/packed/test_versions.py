@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from gossamer import _native
+from gossamer.architecture.families import read_anatomy
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import FormatError
-from gossamer.packed.header import vector_tensors
+from gossamer.packed.header import needed_version, vector_tensors
 from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter
 from packed.conftest import CONFIG
@@ -18,6 +19,7 @@ from packed.damage import Header, join, split
 from packed.make_files import COMMON, FILES, IDS, MODELS, contents
 
 QWEN3, MISTRAL = FILES / "v2-qwen3-floats.goss", FILES / "v3-mistral-integers.goss"
+INT8_TABLE = FILES / "v4-i8-integers.goss"
 Q_NORM = "model.layers.1.self_attn.q_norm.weight"
 # Of the largest logit. AMX multiplies float32 as two bfloat16 (native/kernels/x86/floats.cpp).
 TOLERANCE = 1e-4 if _native.isa() == "amx" else 1e-5
@@ -30,7 +32,7 @@ def test_a_file_of_each_version_is_read_as_when_it_was_written(name: str) -> Non
     expected = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     packed = Packed.open(path)
     packed.check()
-    assert path.stat().st_size < 60_000 and packed.metadata["version"] == name[1]
+    assert path.stat().st_size < 61_000 and packed.metadata["version"] == name[1]
     assert packed.config == COMMON | MODELS[name][0]
     found = contents(packed)
     assert found["sha256"] == expected["sha256"]
@@ -58,18 +60,24 @@ def test_what_nobody_had_to_change_is_still_written_as_version_1(tmp_path: Path)
     for config, version in ((CONFIG, "1"), (Packed.open(QWEN3).config, "2"), (windows, "3"), (none, "1")):
         writer = PackedWriter(tmp_path / "model.goss", config=json.dumps(config))
         assert writer._metadata["version"] == version  # pyright: ignore[reportPrivateUsage]
+        anatomy = read_anatomy(config)
+        assert needed_version(anatomy, "bf16") == version and needed_version(anatomy, "i8") == "4"
 
 
 @pytest.mark.parametrize(
     ("version", "path", "needed"),
-    [("1", QWEN3, "qwen3, which takes version 2"), ("2", MISTRAL, "mistral, which takes version 3")],
+    [
+        ("1", QWEN3, "qwen3, which takes version 2"),
+        ("2", MISTRAL, "mistral, which takes version 3"),
+        ("3", INT8_TABLE, "embedding of i8, which takes version 4"),
+    ],
 )
 def test_a_version_with_a_model_that_it_cannot_say_is_refused(
     version: str, path: Path, needed: str, tmp_path: Path
 ) -> None:
     header, data = split(path)
     header["__metadata__"]["version"] = version
-    with pytest.raises(FormatError, match=f"version {version} with a {needed}"):
+    with pytest.raises(FormatError, match=f"version {version} with an? {needed}"):
         Packed.open(join(tmp_path / "old.goss", header, data))
 
 

@@ -13,7 +13,7 @@ from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed.from_checkpoint import expands_int8_fast, pack_checkpoint, packed_companions
 from gossamer.packed.reader import Packed
 
-_LAYOUT = 3  # grows when the same directory is stored otherwise than before: files in the cache are made anew
+_LAYOUT = 4  # grows when the same directory is stored otherwise than before: files in the cache are made anew
 
 
 def cache_directory() -> Path:

@@ -1,9 +1,9 @@
 """From a checkpoint directory to one .goss file.
 
 Value types come from the checkpoint: float32 and bfloat16 stay what they are, float16 becomes float32, and
-int8 and int4 weights (compressed-tensors' int-quantized W8A8 and W4A8) stay integers. Every matrix but the
-embedding is sparse if that is smaller. Tensors are read, packed and dropped one at a time; nothing here needs
-torch.
+int8 and int4 weights (compressed-tensors' int-quantized W8A8 and W4A8) stay integers. `Types` says what is
+rounded here instead. Every matrix but the embedding is sparse if that is smaller. Tensors are read, packed and
+dropped one at a time; nothing here needs torch.
 """
 
 import json
@@ -20,6 +20,7 @@ from gossamer.checkpoint.provenance import read_provenance
 from gossamer.checkpoint.schemes import (
     SCHEMES,
     Scheme,
+    dequantized,
     read_scheme,
     refuse_in_engine,
     row_scales_and_multipliers,
@@ -28,53 +29,95 @@ from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import CheckpointError
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
-from gossamer.packed.panels import panel_chunks
+from gossamer.packed.rounding import Rounded, RoundedMatrix, round_matrix
 from gossamer.packed.writer import PackedWriter
 from gossamer.tokens.encoder import read_files
 from gossamer.tokens.tokenizer import Tokenizer, read_template
 
 SMALLER_SPARSE = 1 / 8  # a mask bit a weight against the 8 bits of each zero
-Head = Literal["auto", "keep", "i8"]
+TableType = Literal["auto", "keep", "i8", "i4"]
+LinearType = Literal["keep", "i4"]
 Storage = Literal["auto", "smallest"]
 
 
 @dataclass(frozen=True)
+class Types:
+    """What is rounded to integers while packing, where it is not "keep".
+
+    `head` "auto" is int8 if the decoder is of integers. `embedding` "auto" is what the head is, where the
+    two are tied, and else as the checkpoint has it. What is tied and of one type is stored once, for both.
+    """
+
+    embedding: TableType = "auto"
+    head: TableType = "auto"
+    linears: LinearType = "keep"
+
+    def of(self, source: Checkpoint) -> "Types":
+        """The same without "auto"."""
+        tied, scheme = source.architecture.tie_word_embeddings, scheme_of(source)
+        head, embedding = self.head, self.embedding
+        if head == "auto" and tied and embedding in ("i8", "i4"):
+            head = embedding
+        if head == "auto":
+            head = "i8" if scheme or self.linears == "i4" else "keep"
+        if embedding == "auto":
+            embedding = head if tied else "keep"
+        return Types(embedding, head, "keep" if scheme and scheme.grouped else self.linears)
+
+    def of_matrix(self, name: str) -> TableType | LinearType:
+        """What becomes of this matrix."""
+        if name == EMBEDDING:
+            return self.embedding
+        return self.head if name == HEAD else self.linears
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding moved: |rounded - w| / |w| of a whole matrix, and of the row that moved most."""
+
+    values: Rounded
+    error: float
+    worst_row_error: float
+    worst_row: int
+
+
+@dataclass(frozen=True)
 class Packing:
-    """What was written: every matrix, and the relative error of a head that was rounded to int8 here.
+    """What was written: every matrix, and by name what rounding did to those that were rounded here.
 
     `dense_for_speed`: whether int8 was left dense for this machine though zeros would have made it smaller.
     """
 
     matrices: dict[str, StoredMatrix]
-    head_error: float | None
+    roundings: dict[str, Rounding]
     dense_for_speed: bool
 
 
 def pack_checkpoint(
     source: Checkpoint,
     path: Path,
-    head: Head = "auto",
+    types: Types = Types(),
     progress: Progress = quiet,
     storage: Storage = "auto",
 ) -> Packing:
     """Write `source` as one .goss file, whole or not at all.
 
-    `head`: "keep" stores the output head as the checkpoint does, "i8" rounds it to int8 with a scale a row,
-    "auto" does so if the decoder is int8. `storage`: "smallest" stores every matrix sparse where that takes
-    fewer bytes; "auto" too, but leaves int8 dense where this machine reads it faster so. Raises
-    UnsupportedError for a quantization that we do not run.
+    `storage`: "smallest" stores every matrix sparse where that takes fewer bytes; "auto" too, but leaves int8
+    dense where this machine reads it faster so. UnsupportedError for a quantization that we do not run.
     """
-    round_head = head == "i8" or (head == "auto" and scheme_of(source) is not None)
-    names = [*matrix_shapes(source.architecture)]
-    if round_head and HEAD not in names:
+    types, names = types.of(source), [*matrix_shapes(source.architecture)]
+    if HEAD not in names and types.head != types.embedding:
         names.append(HEAD)
     Tokenizer.open(source.path)  # which must be sound, and its ids have rows in the embedding
-    error = None
+    roundings: dict[str, Rounding] = {}
     int8 = "auto" if storage == "smallest" or expands_int8_fast() else "dense"
-    with PackedWriter(path, **packed_companions(source)) as writer:
+    companions = packed_companions(source)
+    companions["tokenizer"] = _minified(companions["tokenizer"])
+    with PackedWriter(path, **companions) as writer:
         for index, name in enumerate(names, start=1):
-            if name == HEAD and round_head:
-                matrix, error = _write_rounded(writer, source, int8)
+            wanted = types.of_matrix(name)
+            if wanted in ("i8", "i4"):
+                matrix, roundings[name] = _write_rounded(writer, source, name, wanted, int8)
             else:
                 matrix = _write_matrix(writer, source, name, int8)
             metrics = {
@@ -87,7 +130,7 @@ def pack_checkpoint(
             writer.vector(name, source.float32(name))
     integers = [matrix for matrix in writer.matrices.values() if matrix.values == "i8"]
     dense = int8 == "dense" and any(matrix.sparsity > SMALLER_SPARSE for matrix in integers)
-    return Packing(writer.matrices, error, dense)
+    return Packing(writer.matrices, roundings, dense)
 
 
 def expands_int8_fast() -> bool:
@@ -134,19 +177,59 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _minified(text: bytes) -> bytes:
+    """The same JSON without spaces and indentation, which are most of a large tokenizer.json."""
+    return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def _write_matrix(
     writer: PackedWriter, source: Checkpoint, name: str, int8: Literal["auto", "dense"]
 ) -> StoredMatrix:
-    dtype = source.dtype(f"{name}.weight")
+    """Store a matrix as the checkpoint has it."""
+    tensor = _tensor(source, name)
+    dtype = source.dtype(tensor)
     if dtype == "I8" and (scheme := scheme_of(source)) and scheme.grouped:
-        q_NK, scale_NG = source.raw(f"{name}.weight"), source.float32(f"{name}.weight_scale")
+        q_NK, scale_NG = source.raw(tensor), source.float32(f"{name}.weight_scale")
         scale_N, multiplier_NG = row_scales_and_multipliers(scale_NG, q_NK.shape[1], name)
         return writer.int4(name, q_NK, multiplier_NG, scale_N)
     if dtype == "I8":
-        return writer.int8(name, source.raw(f"{name}.weight"), stored_scales(source, name), int8)
+        return writer.int8(name, source.raw(tensor), stored_scales(source, name), int8)
     if dtype in ("F32", "BF16"):
-        return writer.floats(name, source.raw(f"{name}.weight"))
-    return writer.floats(name, source.float32(f"{name}.weight"))
+        return writer.floats(name, source.raw(tensor))
+    return writer.floats(name, source.float32(tensor))
+
+
+def _write_rounded(
+    writer: PackedWriter, source: Checkpoint, name: str, values: Rounded, int8: Literal["auto", "dense"]
+) -> tuple[StoredMatrix, Rounding]:
+    """Store a matrix rounded to integers."""
+    found = rounded_matrix(source, name, values)
+    if found.multiplier_NG is None:
+        matrix = writer.int8(name, found.q_NK, found.scale_N, int8)
+    else:
+        matrix = writer.int4(name, found.q_NK, found.multiplier_NG, found.scale_N)
+    worst = int(found.row_errors.argmax())
+    return matrix, Rounding(values, found.error, float(found.row_errors[worst]), worst)
+
+
+def rounded_matrix(source: Checkpoint, name: str, values: Rounded) -> RoundedMatrix:
+    """A matrix of a checkpoint as `pack` rounds it; of an int8 linear, what its weights stand for."""
+    tensor = _tensor(source, name)
+    raw_NK, dtype = source.raw(tensor), source.dtype(tensor)
+    scale_NG = source.float32(f"{name}.weight_scale") if dtype == "I8" else None
+
+    def read(begin: int, end: int) -> np.ndarray:
+        if scale_NG is not None:
+            return dequantized(raw_NK[begin:end], scale_NG[begin:end])
+        return to_float32(raw_NK[begin:end], dtype)
+
+    return round_matrix(values, raw_NK.shape, read)
+
+
+def _tensor(source: Checkpoint, name: str) -> str:
+    """The tensor that holds matrix `name`: of a tied head the embedding's."""
+    tied = name == HEAD and source.architecture.tie_word_embeddings
+    return f"{EMBEDDING if tied else name}.weight"
 
 
 def stored_scales(source: Checkpoint, name: str) -> np.ndarray:
@@ -155,27 +238,3 @@ def stored_scales(source: Checkpoint, name: str) -> np.ndarray:
     if (scale_N < 0).any():
         raise CheckpointError(f"{source.path}: {name}.weight_scale is negative somewhere; expected none")
     return scale_N
-
-
-def _write_rounded(
-    writer: PackedWriter, source: Checkpoint, int8: Literal["auto", "dense"]
-) -> tuple[StoredMatrix, float]:
-    """Store the head in int8, some rows at a time; returns |w - rounded w| / |w| too."""
-    tensor = f"{EMBEDDING if source.architecture.tie_word_embeddings else HEAD}.weight"
-    raw_NK, dtype = source.raw(tensor), source.dtype(tensor)
-    q_NK, scale_N = np.empty(raw_NK.shape, np.int8), np.empty(len(raw_NK), np.float32)
-    square_error = square = 0.0
-    for begin, end in panel_chunks(*raw_NK.shape):
-        w_NK = to_float32(raw_NK[begin:end], dtype)
-        q_NK[begin:end], scale_N[begin:end] = round_rows(w_NK)
-        back_NK = q_NK[begin:end] * scale_N[begin:end, None]
-        square_error += float(np.square(w_NK - back_NK).sum(dtype=np.float64))
-        square += float(np.square(w_NK).sum(dtype=np.float64))
-    return writer.int8(HEAD, q_NK, scale_N, int8), (square_error / square) ** 0.5 if square else 0.0
-
-
-def round_rows(w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round float32 weights to int8 [N, K], scales [N] = max |row| / 127; a row of zeros has scale 0."""
-    scale_N = np.abs(w_NK).max(axis=1) / np.float32(127)
-    divisor_N1 = np.where(scale_N > 0, scale_N, np.float32(1))[:, None]
-    return np.clip(np.rint(w_NK / divisor_N1), -127, 127).astype(np.int8), scale_N

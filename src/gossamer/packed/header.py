@@ -22,8 +22,8 @@ from gossamer.packed import panels, streams
 from gossamer.packed.panels import ALIGNMENT
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, NumberType, Values
 
-VERSIONS = ("1", "2", "3")  # that are read; `needed_version` says which one a model is written in
-TOKENIZER = "tokenizer.json"
+VERSIONS = ("1", "2", "3", "4")  # that are read; `needed_version` says which one a model is written in
+TOKENIZER, DEFLATED = "tokenizer.json", "tokenizer.json.zlib"  # the latter from version 4 on
 PROVENANCE = "gossamer"  # member of the configuration, where readers that do not know it leave it alone
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
@@ -125,13 +125,16 @@ def vector_tensors(anatomy: Anatomy) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: ("F32", (panels.round_up(size, ALIGNMENT // 4),)) for name, size in sizes.items()}
 
 
-def needed_version(anatomy: Anatomy) -> str:
-    """The oldest version of the format that can say what the model is.
+def needed_version(anatomy: Anatomy, embedding: Values = "f32") -> str:
+    """The oldest version of the format that can say what the model is, with an embedding of this type.
 
     Version 1 knows two norms a block, as wide as the hidden states, no biases, and blocks that all attend to
     every position and encode it by rope; version 2 knows further norms, biases, and blocks without rope;
-    version 3 windows of attention. A program that reads only older ones would run such a model wrong.
+    version 3 windows of attention; version 4 an embedding of integers. A program that reads only older ones
+    would run such a model wrong, or call the file damaged.
     """
+    if NUMBER_TYPES[embedding].integer:
+        return "4"
     if any(block.attention.window is not None for block in anatomy.blocks):
         return "3"
     plain = all(
@@ -252,21 +255,28 @@ def read_model(
         anatomy = read_anatomy(config, f"{source}, config")
     except (GossamerError, TypeError, ValueError, ArithmeticError) as error:
         raise FormatError(f"{source}: the model config will not do: {str(error)!a}") from error
-    if metadata["version"] < needed_version(anatomy):
+    version = metadata["version"]
+    if version < (needed := needed_version(anatomy)):
         raise FormatError(
-            f"{source}: found format version {metadata['version']} with a {anatomy.model_type}, which takes "
-            f"version {needed_version(anatomy)}; the file is damaged"
+            f"{source}: found format version {version} with a {anatomy.model_type}, which takes "
+            f"version {needed}; the file is damaged"
         )
     if anatomy.num_layers * len(anatomy.blocks[0].linears) > num_tensors:
         raise FormatError(f"{source}: {num_tensors} tensors cannot hold {anatomy.num_layers} layers")
     table = _json_object(metadata[TABLE], "table of matrices", source)
     matrices = {name: _matrix(name, entry, source) for name, entry in table.items()}
     _check_shapes(matrices, anatomy, source)
+    embedding = matrices[EMBEDDING].values
+    if version < (needed := needed_version(anatomy, embedding)):
+        raise FormatError(
+            f"{source}: found format version {version} with an embedding of {embedding}, which takes "
+            f"version {needed}; the file is damaged"
+        )
     return config, provenance, anatomy, matrices
 
 
 def _check_shapes(matrices: Mapping[str, StoredMatrix], anatomy: Anatomy, source: str) -> None:
-    """The table has exactly the matrices of the model; a tied head may have been stored in int8 beside."""
+    """The table has exactly the matrices of the model; a tied head may be stored beside, in another type."""
     shapes = matrix_shapes(anatomy)
     if HEAD in matrices:
         shapes[HEAD] = shapes[EMBEDDING]
@@ -293,7 +303,7 @@ def _matrix(name: str, entry: Any, source: str) -> StoredMatrix:
     storage, values = entry["storage"], entry["values"]
     storages, types = ("sparse", "dense"), get_args(Values)
     if name == EMBEDDING:
-        storages, types = ("dense",), ("f32", "bf16")
+        storages = ("dense",)
     if storage not in storages or values not in types:
         raise FormatError(
             f"{source}: matrix {name!a} is stored as {storage!a} {values!a}; "
@@ -302,15 +312,24 @@ def _matrix(name: str, entry: Any, source: str) -> StoredMatrix:
     return StoredMatrix(**entry)
 
 
+def tokenizer_tensor(version: str) -> str:
+    """Under which name a file of this version holds the tokenizer: as text, or deflated."""
+    return TOKENIZER if version < "4" else DEFLATED
+
+
 def check_tensors(
-    tensors: Mapping[str, Stored], anatomy: Anatomy, matrices: Mapping[str, StoredMatrix], source: str
+    tensors: Mapping[str, Stored],
+    anatomy: Anatomy,
+    matrices: Mapping[str, StoredMatrix],
+    version: str,
+    source: str,
 ) -> None:
     """The file holds what its matrices and vectors call for and nothing else; the tokenizer may be absent."""
     expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**vector_tensors(anatomy)}
     for name, matrix in matrices.items():
         expected |= matrix.tensors(name)
-    if TOKENIZER in tensors:
-        expected[TOKENIZER] = ("U8", tensors[TOKENIZER].shape[:1])
+    if (tokenizer := tokenizer_tensor(version)) in tensors:
+        expected[tokenizer] = ("U8", tensors[tokenizer].shape[:1])
     if different := sorted(expected.keys() ^ tensors.keys()):
         state = "lacks" if different[0] in expected else "has an unknown"
         raise FormatError(f"{source}: the file {state} tensor {different[0]!a}")

@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,18 +18,22 @@ from gossamer.checkpoint.gguf import refuse_gguf
 from gossamer.checkpoint.provenance import Provenance
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
+from gossamer.job.report import Table
 from gossamer.packed import panels, streams
 from gossamer.packed.header import (
+    DEFLATED,
     DTYPES,
-    TOKENIZER,
     Stored,
     StoredMatrix,
     check_tensors,
     read_header,
     read_model,
+    tokenizer_tensor,
     vector_tensors,
 )
 from gossamer.packed.values import PANEL_ROWS
+
+MAX_TOKENIZER_BYTES = 1 << 28  # seven times the largest tokenizers that there are
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +67,7 @@ class Packed:
             mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
         metadata, tensors = read_header(memoryview(mapped), str(path))
         config, provenance, architecture, matrices = read_model(metadata, len(tensors), str(path))
-        check_tensors(tensors, architecture, matrices, str(path))
+        check_tensors(tensors, architecture, matrices, metadata["version"], str(path))
         buffer = np.frombuffer(mapped, np.uint8)
         return cls(path, config, architecture, metadata, tensors, matrices, buffer, provenance)
 
@@ -78,7 +83,25 @@ class Packed:
     @property
     def tokenizer_json(self) -> bytes | None:
         """The tokenizer.json text, or None in a file without one (a synthetic model)."""
-        return self.array(TOKENIZER).tobytes().rstrip(b"\0") if TOKENIZER in self.tensors else None
+        name = tokenizer_tensor(self.metadata["version"])
+        if name not in self.tensors:
+            return None
+        stored = self.array(name).tobytes()
+        return self._inflated(stored, name) if name == DEFLATED else stored.rstrip(b"\0")
+
+    def _inflated(self, stored: bytes, name: str) -> bytes:
+        """What zlib made of a text; FormatError where that is damaged, or far larger than any tokenizer."""
+        stream = zlib.decompressobj()
+        try:
+            text = stream.decompress(stored, MAX_TOKENIZER_BYTES)
+        except zlib.error as error:
+            raise FormatError(f"{self.path}: {name} cannot be inflated ({error})") from error
+        if not stream.eof or stream.unused_data.strip(b"\0"):
+            raise FormatError(
+                f"{self.path}: {name} is cut off, or more than {MAX_TOKENIZER_BYTES:,} bytes, or has bytes "
+                "behind its end; the file is damaged"
+            )
+        return text
 
     @property
     def chat_template(self) -> str | None:
@@ -180,6 +203,20 @@ class Packed:
         """Bytes in the file of matrix `name`: values, masks, offsets, multipliers, scales and sums."""
         return sum(self.tensors[tensor].nbytes for tensor in self.matrices[name].tensors(name))
 
+    def bytes_by_part(self) -> dict[str, int]:
+        """The file's bytes: embedding, head (unless it is the embedding), linears, tokenizer, and the rest.
+
+        The rest is the header, with the texts that the file carries, and the weights of norms and biases.
+        """
+        embedding = "embedding" if HEAD in self.matrices else "embedding and head"
+        parts = {embedding: self.matrix_bytes(EMBEDDING)}
+        if HEAD in self.matrices:
+            parts["head"] = self.matrix_bytes(HEAD)
+        parts["linears"] = sum(map(self.matrix_bytes, self.decoder))
+        tokenizer = self.tensors.get(tokenizer_tensor(self.metadata["version"]))
+        parts["tokenizer"] = tokenizer.nbytes if tokenizer else 0
+        return parts | {"header, norms and biases": self.file_bytes - sum(parts.values())}
+
     @property
     def decoder(self) -> list[str]:
         """Names of the decoder's linears: every matrix but the embedding and the head."""
@@ -204,6 +241,13 @@ class Packed:
     def native_config(self) -> dict[str, Any]:
         """What the model is made of and the table of its matrices, as `_native.Model` wants them."""
         return native_config(self.architecture, self.matrices)
+
+
+def table_of_parts(parts: Mapping[str, int]) -> Table:
+    """`Packed.bytes_by_part` for people."""
+    total = sum(parts.values())
+    rows = [(part, f"{size:,}", f"{size / total:.1%}") for part, size in parts.items()]
+    return Table("", ("part", "bytes", "of the file"), rows)
 
 
 def native_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dict[str, Any]:

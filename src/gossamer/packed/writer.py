@@ -18,6 +18,7 @@ first kernel runs.
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -31,13 +32,14 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.provenance import Provenance
 from gossamer.packed import panels, streams
 from gossamer.packed.header import (
+    DEFLATED,
     DTYPES,
     PROVENANCE,
     TABLE,
-    TOKENIZER,
     StoredMatrix,
     matrix_shapes,
     needed_version,
+    tokenizer_tensor,
     vector_sizes,
 )
 from gossamer.packed.panels import ALIGNMENT, count_nonzero, padded
@@ -71,10 +73,10 @@ class PackedWriter:
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.matrices: dict[str, StoredMatrix] = {}
-        anatomy = read_anatomy(json.loads(config))
-        version = needed_version(anatomy)
+        self._anatomy = anatomy = read_anatomy(json.loads(config))
         if provenance and (known := provenance.to_json()):
             config = json.dumps(json.loads(config) | {PROVENANCE: known})
+        version = needed_version(anatomy)
         self._metadata = {"format": "gossamer", "version": version, "config": config, "parent": parent}
         self._metadata |= dict(metadata or {})
         self._tokenizer = tokenizer
@@ -88,8 +90,6 @@ class PackedWriter:
         self._file = self.partial.open("w+b", buffering=0)
         try:
             self._file.seek(self._data_begin)
-            if self._tokenizer:
-                self._tensor(TOKENIZER, "U8", [padded(np.frombuffer(self._tokenizer, np.uint8), ALIGNMENT)])
         except BaseException:
             self._abandon()
             raise
@@ -112,14 +112,10 @@ class PackedWriter:
         """Add a matrix of float32, or of bfloat16 bit patterns (uint16), under its name without `.weight`.
 
         "auto" stores every matrix sparse where that takes fewer bytes, but the embedding, whose rows are
-        looked up one by one.
+        looked up one by one: it is always dense.
         """
-        return self._matrix(
-            name,
-            "f32" if w_NK.dtype == NUMBER_TYPES["f32"].dtype else "bf16",
-            w_NK,
-            "dense" if name == EMBEDDING else storage,
-        )
+        values = "f32" if w_NK.dtype == NUMBER_TYPES["f32"].dtype else "bf16"
+        return self._matrix(name, values, w_NK, storage)
 
     def int8(
         self, name: str, q_NK: np.ndarray, scale_N: np.ndarray, storage: Storage = "auto"
@@ -170,7 +166,9 @@ class PackedWriter:
             yield np.frombuffer(data, np.uint8)
 
     def _matrix(self, name: str, values: Values, w_NK: np.ndarray, storage: Storage) -> StoredMatrix:
-        if storage == "auto":
+        if name == EMBEDDING:
+            storage, self._metadata["version"] = "dense", needed_version(self._anatomy, values)
+        elif storage == "auto":
             storage = smaller_storage(values, w_NK)
         matrix = self.matrices[name] = StoredMatrix(
             storage, values, *w_NK.shape, nonzeros=count_nonzero(w_NK)
@@ -216,7 +214,15 @@ class PackedWriter:
             reason = f"cannot write the packed model: {error.strerror}"
             raise OSError(error.errno, reason, str(self.path)) from error
 
+    def _write_tokenizer(self) -> None:
+        """As the version has it, which the embedding's type decides with: so it comes last."""
+        name, text = tokenizer_tensor(self._metadata["version"]), self._tokenizer
+        stored = zlib.compress(text, 9) if name == DEFLATED else text
+        self._tensor(name, "U8", [padded(np.frombuffer(stored, np.uint8), ALIGNMENT)])
+
     def _finish(self) -> None:
+        if self._tokenizer:
+            self._write_tokenizer()
         table = json.dumps({name: asdict(matrix) for name, matrix in self.matrices.items()})
         header = {"__metadata__": self._metadata | {TABLE: table}} | self._entries
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -1,11 +1,12 @@
 """`pack`: a checkpoint directory becomes the one .goss file that `run`, `serve` and `bench` map."""
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gossamer.architecture.anatomy import EMBEDDING
+from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import refuse_existing
 from gossamer.checkpoint.provenance import text_files
@@ -13,8 +14,8 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.processes import refuse_several
 from gossamer.job.report import Progress, Result, Table, quiet
-from gossamer.packed.from_checkpoint import pack_checkpoint
-from gossamer.packed.reader import Packed
+from gossamer.packed.from_checkpoint import LinearType, Rounding, TableType, Types, pack_checkpoint
+from gossamer.packed.reader import Packed, table_of_parts
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class Pack:
         positional=True,
     )
     output_file: str = option(help="file to write (.goss)", short="-o")
-    head: Literal["auto", "keep", "i8"] = option(
-        "auto", help="output head: as it is, int8, or (auto) int8 if the decoder is"
+    head: TableType = option(
+        "auto", help="output head: as it is, rounded, or (auto) int8 if the decoder is of integers"
     )
+    embedding: TableType = option(
+        "auto", help="as it is, rounded, or (auto) one table for both where the head is tied to it"
+    )
+    linears: LinearType = option("keep", help="the decoder's linears: as they are, or rounded to int4")
     storage: Literal["auto", "smallest"] = option(
         "auto", help="auto: INT8 layers stay dense on CPUs that read them faster so; smallest: fewest bytes"
     )
@@ -50,11 +55,31 @@ class StoredAs:
 
 
 @dataclass(frozen=True)
+class RoundedPart:
+    """What rounding moved of a part of the model: |rounded - w| / |w|, of matrices in the mean.
+
+    `worst` names the matrix and the row that moved most; of embedding and head a row is a token's.
+    """
+
+    part: str
+    values: str
+    error: float
+    worst_row_error: float
+    worst: str
+
+    def __str__(self) -> str:
+        return (
+            f"The {self.part}: weights moved by {self.error:.2%} in rounding to {self.values}, "
+            f"a row by {self.worst_row_error:.2%} at most ({self.worst})."
+        )
+
+
+@dataclass(frozen=True)
 class PackResult(Result):
     """`bits_per_weight` and `sparsity` are of the decoder's linears.
 
     `left_out` are files beside the model, such as a licence as PDF, that cannot be carried in the file.
-    `head_error` is |rounded - w| / |w| of an output head rounded to int8 here, None where it was kept.
+    `parts` are the file's bytes by part, and `rounded` says what rounding here did to the weights.
     """
 
     output_file: str
@@ -62,14 +87,15 @@ class PackResult(Result):
     sparsity: float
     bits_per_weight: float
     head: str
-    head_error: float | None
     dense_for_speed: bool
     seconds: float
+    parts: dict[str, int]
+    rounded: tuple[RoundedPart, ...]
     stored: tuple[StoredAs, ...]
     left_out: tuple[str, ...]
 
     def tables(self) -> list[Table]:
-        """One row per kind of layer and way of storage."""
+        """One row per kind of layer and way of storage, then the file's bytes by part."""
         rows = [
             (
                 f"{group.num_matrices} x {group.kind}",
@@ -81,11 +107,14 @@ class PackResult(Result):
             for group in self.stored
         ]
         title = f"{self.output_file}: {self.num_bytes:,} bytes in {self.seconds:.1f} s"
-        return [Table(title, ("matrices", "stored", "zeros", "bits/weight", "bytes"), rows)]
+        return [
+            Table(title, ("matrices", "stored", "zeros", "bits/weight", "bytes"), rows),
+            table_of_parts(self.parts),
+        ]
 
     @property
     def closing(self) -> tuple[str, ...]:
-        """What to know about the head, and the next command."""
+        """What to know about what was rounded, and the next command."""
         run = f"Run it: gossamer run {self.output_file} 'Once upon a time'"
         lines = []
         if self.dense_for_speed:
@@ -93,10 +122,8 @@ class PackResult(Result):
                 "INT8 stays dense: this CPU reads it faster so than with its zeros left out; "
                 "`--storage smallest` leaves them out, for a file that is small or goes elsewhere."
             )
-        if self.head_error is not None:
-            lines.append(
-                f"The head is int8, its weights moved by {self.head_error:.2%}; `evaluate` shows the cost."
-            )
+        if self.rounded:
+            lines += [*map(str, self.rounded), "`evaluate` shows what that costs."]
         if self.left_out:
             lines.append(
                 f"Not in the file, as no text or too long: {', '.join(self.left_out)}; keep it beside."
@@ -113,7 +140,8 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
         raise ConfigError(f"{output} is a directory; -o of pack is the file to write, such as model.goss")
     source = Checkpoint.open(job.model, offline=job.offline)
     output.parent.mkdir(parents=True, exist_ok=True)
-    packing = pack_checkpoint(source, output, job.head, progress, job.storage)
+    types = Types(job.embedding, job.head, job.linears)
+    packing = pack_checkpoint(source, output, types, progress, job.storage)
     packed = Packed.open(output)
     head = packed.matrices[packed.head]
     return PackResult(
@@ -122,14 +150,33 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
         sparsity=packed.sparsity(packed.decoder),
         bits_per_weight=packed.bits_per_weight(packed.decoder),
         head=f"{head.values}{' (the embedding)' if packed.head == EMBEDDING else ''}",
-        head_error=packing.head_error,
         dense_for_speed=packing.dense_for_speed,
         seconds=time.monotonic() - start,
+        parts=packed.bytes_by_part(),
+        rounded=tuple(rounded_parts(packing.roundings, source.architecture.tie_word_embeddings)),
         stored=stored_as(packed),
         left_out=tuple(
             file.name for file in text_files(source.path) if file.name not in packed.provenance.texts
         ),
     )
+
+
+def rounded_parts(roundings: Mapping[str, Rounding], tied: bool) -> Iterator[RoundedPart]:
+    """What rounding did to the embedding, the head and the linears, to those of them that were rounded."""
+    both = tied and HEAD not in roundings
+    names = {"embedding and head" if both else "embedding": [EMBEDDING], "head": [HEAD]}
+    names["decoder's linears"] = [name for name in roundings if name not in (EMBEDDING, HEAD)]
+    for part, members in names.items():
+        found = {name: roundings[name] for name in members if name in roundings}
+        if found:
+            worst = max(found, key=lambda name: found[name].worst_row_error)
+            yield RoundedPart(
+                part,
+                found[worst].values,
+                sum(rounding.error for rounding in found.values()) / len(found),
+                found[worst].worst_row_error,
+                f"{worst}, row {found[worst].worst_row}",
+            )
 
 
 def stored_as(packed: Packed) -> tuple[StoredAs, ...]:

@@ -15,7 +15,7 @@ from gossamer.checkpoint.provenance import Provenance, Step, read_provenance
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.header import matrix_shapes
-from gossamer.packed.reader import Packed
+from gossamer.packed.reader import Packed, table_of_parts
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class InspectResult(Result):
     """`sparsity` and `bits_per_weight` are of the decoder's linears; `provenance` is oldest first.
 
     `license` is what the model card says, or how the licence's text begins; `texts` has the texts by name.
+    `parts` are the bytes of a packed file by part (None for a directory).
     """
 
     model: str
@@ -68,6 +69,7 @@ class InspectResult(Result):
     provenance: tuple[Step, ...]
     license: str | None
     texts: Mapping[str, str]
+    parts: Mapping[str, int] | None = None
 
     def tables(self) -> list[Table]:
         """The model as a whole, and a row per decoder layer."""
@@ -101,7 +103,8 @@ class InspectResult(Result):
         parts = dict.fromkeys(matrix.layer for matrix in self.matrices)
         rows = [_row(part, [matrix for matrix in self.matrices if matrix.layer == part]) for part in parts]
         columns = ("part", "stored", "zeros", "bits/weight", "bytes")
-        return [Table(self.model, ("", ""), facts), Table("", columns, rows)]
+        layers = [Table(self.model, ("", ""), facts), Table("", columns, rows)]
+        return [*layers, table_of_parts(self.parts)] if self.parts else layers
 
 
 def inspect(job: Inspect, progress: Progress = quiet) -> InspectResult:
@@ -128,7 +131,8 @@ def _packed(packed: Packed) -> InspectResult:
     kind = f"packed file, format version {packed.metadata['version']}"
     found, parent = packed.provenance, packed.metadata["parent"]
     known = replace(found, lineage=(*found.lineage, Step("pack", parent))) if parent else found
-    return _result(str(packed.path), kind, packed.architecture, packed.file_bytes, matrices, known)
+    result = _result(str(packed.path), kind, packed.architecture, packed.file_bytes, matrices, known)
+    return replace(result, parts=packed.bytes_by_part())
 
 
 def _directory(source: Checkpoint, progress: Progress) -> InspectResult:

@@ -20,7 +20,7 @@ from gossamer.errors import CheckpointError, EngineError, FormatError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.cache import open_packed
-from gossamer.packed.from_checkpoint import round_rows, scheme_of, stored_scales
+from gossamer.packed.from_checkpoint import rounded_matrix, scheme_of, stored_scales
 from gossamer.packed.header import vector_sizes
 from gossamer.packed.reader import Packed
 
@@ -173,12 +173,9 @@ def _zeros_kept(
 
 
 def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
-    """The file decodes to the directory's numbers, bit for bit (a head rounded here: to its rounding)."""
-    for name, matrix in packed.matrices.items():
-        expected_NK, scale_N = _expected(parent, name, matrix.values == "i8")
-        found_NK = packed.stored(name) if matrix.values == "i8" else packed.linear(name)
-        same = np.array_equal(found_NK, expected_NK)
-        if not same or (scale_N is not None and not np.array_equal(packed.scale(name), scale_N)):
+    """The file decodes to the directory's numbers, bit for bit (what was rounded here: to its rounding)."""
+    for name in packed.matrices:
+        if not _is_same(packed, parent, name):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
     for name in vector_sizes(parent.architecture):
         if not np.array_equal(packed.vector(name), parent.float32(name)):
@@ -186,17 +183,21 @@ def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
     return Check("tensors", f"all decode to those of {parent.path}")
 
 
-def _expected(parent: Checkpoint, name: str, int8: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """What matrix `name` must decode to: int8 weights and scales, or float32 weights."""
+def _is_same(packed: Packed, parent: Checkpoint, name: str) -> bool:
+    """Whether matrix `name` decodes to what `pack` makes of the parent's: numbers, scales, multipliers."""
     tied = parent.architecture.tie_word_embeddings and name == HEAD
-    tensor = f"{EMBEDDING if tied else name}.weight"
-    if not int8 and parent.dtype(tensor) == "I8":
-        return dequantized(parent.raw(tensor), parent.float32(f"{name}.weight_scale")), None
-    if not int8:
-        return parent.float32(tensor), None
-    if parent.dtype(tensor) == "I8":
-        return parent.raw(tensor), stored_scales(parent, name)
-    return round_rows(parent.float32(tensor))
+    tensor, values = f"{EMBEDDING if tied else name}.weight", packed.matrices[name].values
+    if values in ("f32", "bf16"):
+        return np.array_equal(packed.linear(name), parent.float32(tensor))
+    if values == "i4" and (scheme := scheme_of(parent)) and scheme.grouped and name in parent.linears:
+        expected_NK = dequantized(parent.raw(tensor), parent.float32(f"{name}.weight_scale"))
+        return np.array_equal(packed.linear(name), expected_NK)
+    if values == "i8" and parent.dtype(tensor) == "I8":
+        expected_NK, scale_N = parent.raw(tensor), stored_scales(parent, name)
+    else:
+        rounded = rounded_matrix(parent, name, values)
+        expected_NK, scale_N = rounded.whole_NK, rounded.scale_N
+    return np.array_equal(packed.stored(name), expected_NK) and np.array_equal(packed.scale(name), scale_N)
 
 
 def _backends(packed: Packed, directory: Path | None) -> Iterator[Check]:
@@ -255,6 +256,7 @@ def _torch_logits(packed: Packed, ids: list[int], *, rounded: bool = True) -> np
             values = packed.linear(matrix) if matrix in packed.matrices else packed.vector(name)
             parameter.copy_(torch.from_numpy(values.copy()))
         for name, module in model.named_modules():
-            if rounded and name in packed.matrices and packed.matrices[name].type.integer:
+            matrix = packed.matrices.get(packed.head if name == HEAD else name)
+            if rounded and name != EMBEDDING and matrix is not None and matrix.type.integer:
                 module.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
         return model(torch.tensor([ids])).logits[0].numpy()
