@@ -8,7 +8,7 @@ linear pruned (`token_error`: no attention sink can dominate it).
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -98,6 +98,13 @@ def _outlier_ratio(block: Block, hidden_BTD: Tensor, threshold: float) -> float:
     return outlier_ratio(weights, threshold)
 
 
+def _per_token(pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of the same input, each token divided by the norm of its hidden state."""
+    for x_BTK, h_BTD in pieces:
+        scaled_BTK = x_BTK / h_BTD.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        yield scaled_BTK, scaled_BTK
+
+
 def _curves(block: Block, hidden_BTD: Tensor, job: PruneOptions) -> dict[str, Curve]:
     """The errors of each linear of a layer, through which the hidden states are taken."""
     before_BTD = hidden_BTD.clone()
@@ -106,11 +113,8 @@ def _curves(block: Block, hidden_BTD: Tensor, job: PruneOptions) -> dict[str, Cu
     walk = zip(block.anatomy.groups, block.walk(hidden_BTD), strict=True)
     for anatomy, (group, inputs) in walk:
         pieces = zip(inputs, in_pieces(hidden_BTD), strict=True)
-        H_KK, _ = moments(
-            (x_BTK / h_BTD.norm(dim=-1, keepdim=True).clamp_min(1e-30) if anatomy.adds_to_hidden else x_BTK,)
-            * 2
-            for x_BTK, h_BTD in pieces
-        )
+        seen = _per_token(pieces) if anatomy.adds_to_hidden else ((x_BTK, x_BTK) for x_BTK, _ in pieces)
+        H_KK, _ = moments(seen)
         prunes = _pruner(job, H_KK, ", ".join(group))
         for name, linear in group.items():
             curves[name], pruned[name] = _curve(linear.weight.data, H_KK, prunes, job.sparsity)

@@ -2,8 +2,8 @@
 
 Value types come from the checkpoint: float32 and bfloat16 stay what they are, float16 becomes float32, and
 int8 and int4 weights (compressed-tensors' int-quantized W8A8 and W4A8) stay integers. `Types` says what is
-rounded here instead. Every matrix but the embedding is sparse if that is smaller. Tensors are read, packed and
-dropped one at a time; nothing here needs torch.
+rounded here instead. Every matrix but the embedding is sparse if that is smaller. Tensors are read, packed
+and dropped one at a time; nothing here needs torch.
 """
 
 import json
