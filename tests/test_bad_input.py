@@ -83,17 +83,6 @@ def make_sparse(model: Path) -> None:
     rewrite(model, zero)
 
 
-def dead_input(model: Path) -> None:
-    """Two inputs that are always equal: without dampening their Hessian is singular."""
-
-    def twin(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.embed_tokens.weight"][:, 1] = tensors["model.embed_tokens.weight"][:, 0]
-        norm = tensors["model.layers.0.input_layernorm.weight"]
-        norm[1] = norm[0]
-
-    rewrite(model, twin)
-
-
 def other_tokenizer(model: Path) -> None:
     teacher = Path(shutil.copytree(model, model.parent / "teacher"))
     text = (teacher / "tokenizer.json").read_text()
@@ -208,13 +197,6 @@ TABLE: list[Case] = [
         nothing,
         [*PRUNE, "--num-calibration-samples", "4000"],
         ["4000 samples", "128000 are needed"],
-    ),
-    (
-        "singular Hessian",
-        "llama2",
-        dead_input,
-        [*PRUNE, "--dampening-frac", "0"],
-        ["model.layers.0.self_attn.q_proj", "--dampening-frac"],
     ),
     (
         "teacher of another shape",

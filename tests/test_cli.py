@@ -102,7 +102,7 @@ def test_an_interrupted_verb_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) 
     words = ["pretrain", "model", "-o", "my out", "--dataset", "a"]
     assert cli.resuming(words, job) == "gossamer pretrain model -o 'my out' --dataset a --resume"
     assert cli.resuming([*words, "--resume"], job).count("--resume") == 1
-    assert "--resume" not in cli.resuming(["compress"], Prune("model", "out", dataset=("a",)))
+    assert "--resume" not in cli.resuming(["compress"], Pack("model", "out.goss"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.resuming(words, job).startswith("torchrun --nproc-per-node 2 -m gossamer pretrain")
 

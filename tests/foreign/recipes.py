@@ -60,7 +60,10 @@ test_stage:
       targets: ["re:model.layers.\\d*$"]
       target_ids: [attention_mask, position_ids]
 """,
-        ["gossamer prune MODEL -o OUT --sparsity 0.6 --block-size 64 --dampening-frac 0.02 --dataset TEXT"],
+        [
+            "gossamer prune MODEL -o OUT --sparsity 0.6 --method sparsegpt --block-size 64 "
+            "--dampening-frac 0.02 --dataset TEXT"
+        ],
     ),
     "W8A8 of llm-compressor": (
         "yaml",
@@ -72,16 +75,16 @@ test_stage:
         ALTERNATING + QUANTIZATION,
         [
             "gossamer compress MODEL -o OUT --sparsity 0.75 --dataset TEXT --pretrain-dataset TRAINING_TEXT "
-            "--smoothing-strength 0.6"
+            "--method sparsegpt --smoothing-strength 0.6"
         ],
     ),
     "trained but not quantized": (
         "yaml",
         ALTERNATING,
         [
-            "gossamer prune MODEL -o OUT/1-prune --sparsity 0.5 --dataset TEXT",
+            "gossamer prune MODEL -o OUT/1-prune --sparsity 0.5 --method sparsegpt --dataset TEXT",
             "gossamer pretrain OUT/1-prune -o OUT/2-pretrain --dataset TRAINING_TEXT",
-            "gossamer prune OUT/2-pretrain -o OUT/3-prune --sparsity 0.75 --dataset TEXT",
+            "gossamer prune OUT/2-pretrain -o OUT/3-prune --sparsity 0.75 --method sparsegpt --dataset TEXT",
             "gossamer pretrain OUT/3-prune -o OUT/4-pretrain --dataset TRAINING_TEXT",
         ],
     ),
@@ -110,7 +113,10 @@ quantization_stage:
   quantization_modifiers:
     GPTQModifier: {scheme: {W8A8: [Linear]}, ignore: [lm_head], sequential_update: false}
 """,
-        ["gossamer compress MODEL -o OUT --sparsity 0.6 --dataset TEXT --finetune-dataset EXAMPLES"],
+        [
+            "gossamer compress MODEL -o OUT --sparsity 0.6 --dataset TEXT --finetune-dataset "
+            "EXAMPLES --method sparsegpt"
+        ],
     ),
     "card of older SparseML": (
         "md",
@@ -196,7 +202,8 @@ stages:
     - modifiers: [{GPTQModifier: {scheme: int8, dampening_frac: 0.01}}]
 """,
         [
-            "gossamer prune MODEL -o OUT/1-prune --sparsity 0.5 --dampening-frac 0.1 --dataset TEXT",
+            "gossamer prune MODEL -o OUT/1-prune --sparsity 0.5 --method sparsegpt --dampening-frac "
+            "0.1 --dataset TEXT",
             "gossamer quantize OUT/1-prune -o OUT/2-quantize --dataset TEXT",
         ],
     ),
@@ -206,7 +213,10 @@ stages:
 - SparseGPTModifier: {sparsity: 0.5, dampening_frac: 0.1}
 - GPTQModifier: {scheme: W8A8, dampening_frac: 0.1}
 """,
-        ["gossamer compress MODEL -o OUT --sparsity 0.5 --dataset TEXT --dampening-frac 0.1"],
+        [
+            "gossamer compress MODEL -o OUT --sparsity 0.5 --dataset TEXT --method sparsegpt "
+            "--dampening-frac 0.1"
+        ],
     ),
     "rounded to nearest, zeros held": (
         "yaml",
@@ -227,7 +237,7 @@ DEFAULT_stage:
       ignore: [lm_head]
     ConstantPruningModifier: {targets: ['re:.*_proj.weight'], start: 0}
 """,
-        ["gossamer compress MODEL -o OUT --sparsity 0.5 --dataset TEXT"],
+        ["gossamer compress MODEL -o OUT --sparsity 0.5 --dataset TEXT --method sparsegpt"],
     ),
     "OBCQ, rounding inside": (
         "yaml",
@@ -238,7 +248,10 @@ obcq_modifiers:
     sparsity: 0.7
     quantize: {QuantizationModifier: {scheme: W8A8, ignore: [SiLUActivation, LlamaRotaryEmbedding]}}
 """,
-        ["gossamer compress MODEL -o OUT --sparsity 0.7 --dataset TEXT --smoothing-strength 0.8"],
+        [
+            "gossamer compress MODEL -o OUT --sparsity 0.7 --dataset TEXT --method sparsegpt "
+            "--smoothing-strength 0.8"
+        ],
     ),
     "2:4 of SparseGPT": (
         "yaml",
@@ -247,17 +260,17 @@ sparsity_stage:
   sparsity_modifiers:
     SparseGPTModifier: {sparsity: 0.5, mask_structure: "2:4", targets: [Linear], ignore: ["re:.*lm_head"]}
 """,
-        ["gossamer prune MODEL -o OUT --sparsity 0.5 --pattern 2:4 --dataset TEXT"],
+        ["gossamer prune MODEL -o OUT --sparsity 0.5 --pattern 2:4 --method sparsegpt --dataset TEXT"],
     ),
     "pattern without quotes, which says how many are zeros": (
         "yaml",
         "p_modifiers: {SparseGPTModifier: {sparsity: 0.25, mask_structure: 1:4}}",
-        ["gossamer prune MODEL -o OUT --sparsity 0.25 --pattern 3:4 --dataset TEXT"],
+        ["gossamer prune MODEL -o OUT --sparsity 0.25 --pattern 3:4 --method sparsegpt --dataset TEXT"],
     ),
     "pattern of older files": (
         "yaml",
         "p_modifiers: {SparseGPTModifier: {sparsity: 0.5, prunen: 4, prunem: 8}}",
-        ["gossamer prune MODEL -o OUT --sparsity 0.5 --pattern 4:8 --dataset TEXT"],
+        ["gossamer prune MODEL -o OUT --sparsity 0.5 --pattern 4:8 --method sparsegpt --dataset TEXT"],
     ),
     "a pattern, whose share of zeros counts, trained and quantized": (
         "yaml",
@@ -291,7 +304,7 @@ sparsity_stage:
         "p_modifiers: {SparseGPTModifier: {sparsity: 0.7, sparsity_profile: owl, owl_m: 7, owl_lmbda: 0.1}}",
         [
             "gossamer prune MODEL -o OUT --sparsity 0.7 --sparsity-profile owl --owl-m 7.0 --owl-lambda 0.1 "
-            "--dataset TEXT"
+            "--method sparsegpt --dataset TEXT"
         ],
     ),
     "OWL with Wanda, as in its paper": (

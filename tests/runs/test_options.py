@@ -83,12 +83,12 @@ def test_a_run_takes_every_flag_of_its_stages(run: str, stage: str) -> None:
         if name in decided or name not in {field.name for field in dataclasses.fields(kind)}:
             continue
         flag = f"--{name.replace('_', '-')}"
-        choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
-        value = (
-            choices[-1]
-            if choices
-            else {bool: True, int: 7, int | None: 7, float: 0.25, str: "none"}.get(hint, ("x",))
-        )
+        kinds, of_type = typing.get_args(hint), {bool: True, int: 7, float: 0.25, str: "none"}
+        value: typing.Any = next((of_type[kind] for kind in (hint, *kinds) if kind in of_type), None)
+        if typing.get_origin(hint) is typing.Literal:
+            value = kinds[-1]
+        elif typing.get_origin(hint) is tuple:
+            value = ("x",)
         words = [flag] if hint is bool else [flag, *(value if isinstance(value, tuple) else [str(value)])]
         job, _ = cli.parse(run, [*given, *words])
         assert options_for(job, stage, kind)[name] == value

@@ -165,6 +165,7 @@ def test_a_singular_hessian_takes_more_dampening_and_that_is_said(
         num_calibration_samples=16,
         max_seq_length=64,
         dampening_frac=0.0,
+        smoothing_strength=0.0,  # any other makes the twins differ
     )
     pruning = replace(small(twins, tmp_path / "out", text_file), sparsity=0.0, dampening_frac=0.0)
     pruning = replace(pruning, method="sparsegpt")
@@ -487,17 +488,21 @@ def test_reconstruction_that_fails_leaves_layers_as_pruned_and_says_so(
     [
         ("stories260k", 0.5, 21.85),
         ("stories260k", 0.7, 126.9),
-        ("stories3m", 0.5, 19.26),
-        ("stories3m", 0.7, 101.1),
+        ("stories3m", 0.5, 11.8),
+        ("stories3m", 0.7, 31.0),
     ],
 )
 def test_no_worse_than_llm_compressor(
     model: str, sparsity: float, bound: float, shared_data: Path, reserved_slice: Path, tmp_path: Path
 ) -> None:
-    """The setting of shared/data/README.md: 128 rows of 512 tokens, perplexity on the reserved slice."""
+    """The setting of shared/data/README.md: 128 rows of 512 tokens, perplexity on the reserved slice.
+
+    llm-compressor has 21.85 and 126.9 there, and 19.26 and 101.1 for stories3m; ADMM alone is far below.
+    """
     calibration = str(shared_data / "text" / "tinystories-train-a.txt")
     source = str(shared_data / "models" / model)
-    job = Prune(source, str(tmp_path / "out"), sparsity=sparsity, dataset=(calibration,), max_seq_length=512)
+    options = {"dataset": (calibration,), "max_seq_length": 512, "reconstruct_epochs": 0}
+    job = Prune(source, str(tmp_path / "out"), sparsity=sparsity, **options)
     torch.set_num_threads(os.cpu_count() or 1)
     prune(job)
     torch.set_num_threads(1)

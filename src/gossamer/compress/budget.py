@@ -84,7 +84,8 @@ def exactly(
     least = np.array([zeros[name] for name in shares])
     most = np.array([_most(zeros[name], sizes[name], total) for name in shares]) * size
     goal = max(round(total * int(size.sum())), int(least.sum()))
-    low, high, counts = -1.0, 1.0, least
+    reach = 1.0 + max(abs(share) for share in shares.values())
+    low, high, counts = -reach, reach, least
     for _ in range(60):
         middle = (low + high) / 2
         counts = np.clip((np.array(list(shares.values())) + middle) * size, least, most)

@@ -86,6 +86,7 @@ def _order(modifier: Modifier) -> int:
 
 def _sparsegpt(fields: Fields, run: _Run) -> None:
     step = _one_shot(fields, run)
+    step.options["method"] = "sparsegpt"
     step.options |= fields.number(["block_size"], "block_size", 128)
     step.options |= fields.number(["dampening_frac", "percdamp"], "dampening_frac", 0.01)
     fields.aside("zeros that are there already are always kept", "preserve_sparsity_mask")

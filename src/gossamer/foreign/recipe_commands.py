@@ -12,7 +12,7 @@ MODEL, OUTPUT, TEXT, TRAINING_TEXT, EXAMPLES = "MODEL", "OUT", "TEXT", "TRAINING
 # What the verbs do without a word. Steps have all of these that their verb has, so that they can be compared.
 DEFAULTS = {
     "prune": {
-        "method": "sparsegpt",
+        "method": "admm",
         "pattern": "unstructured",
         "sparsity_profile": "uniform",
         "owl_m": 5.0,
