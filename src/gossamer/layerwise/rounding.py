@@ -126,12 +126,12 @@ def least_error(
     if len(factors) == 1:
         return next(iter(factors))
     x_TK = x_TK[:: -(-len(x_TK) // SEARCH_TOKENS)]
+    weights = [linear.weight.data for linear in linears]
+    outputs = [x_TK @ w_NK.T for w_NK in weights]
     errors = {}
     for strength, scale_K in factors.items():
         seen_TK = numbers.activations(x_TK / scale_K)
-        weights = [linear.weight.data for linear in linears]
         changed = [seen_TK @ numbers.nearest(w_NK * scale_K).T for w_NK in weights]
-        outputs = [x_TK @ w_NK.T for w_NK in weights]
         errors[strength] = sum(token_error(*pair).item() for pair in zip(changed, outputs, strict=True))
     return min(errors, key=lambda strength: errors[strength])
 

@@ -36,7 +36,7 @@ def prune_by_scores(
     for layer, hidden_BTD in (
         (block, held_out.ours_BTD), (parent, rows.parent_BTD), (parent, held_out.parent_BTD)
     ):  # fmt: skip
-        for _ in layer.walk(hidden_BTD):
+        for _ in layer.follow(hidden_BTD):
             pass
 
 

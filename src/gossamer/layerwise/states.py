@@ -41,3 +41,9 @@ class States:
                 yield group, partial(added_to_hidden, next(iter(group.values())).weight.data, pairs, hidden)
             else:
                 yield group, partial(read_by_others, pairs)
+
+
+def at_the_start(hidden_BTD: Tensor, num_rows: int) -> tuple[States, States]:
+    """Those of the first rows, for calibration, and of the others, held out, before the first layer."""
+    rows_BTD, held_BTD = hidden_BTD.tensor_split((num_rows,))
+    return States(rows_BTD, rows_BTD.clone()), States(held_BTD, held_BTD.clone(), num_rows)

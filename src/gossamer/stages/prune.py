@@ -20,7 +20,7 @@ from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.pruning import prune_block
 from gossamer.layerwise.report import layer_errors, report_pruning
 from gossamer.layerwise.saving import Saving
-from gossamer.layerwise.states import States
+from gossamer.layerwise.states import at_the_start
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             from gossamer.layerwise.budget import measured_shares
 
             shares = measured_shares(source, ids_BT[:num_rows], job, progress)
-        rows, held = (
-            States(hidden_BTD, hidden_BTD.clone(), first_row)
-            for first_row, hidden_BTD in zip(
-                (0, num_rows), embed(source, ids_BT).split((num_rows, num_held)), strict=True
-            )
-        )
+        rows, held = at_the_start(embed(source, ids_BT), num_rows)
         output.metrics |= {"errors": [], "reconstruction": [], "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)

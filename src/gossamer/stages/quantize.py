@@ -23,7 +23,7 @@ from gossamer.layerwise.finite import telling_text
 from gossamer.layerwise.report import report_rounding
 from gossamer.layerwise.rounding import SAMPLE_TOKENS, Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
-from gossamer.layerwise.states import States
+from gossamer.layerwise.states import at_the_start
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     ):
         output.data = [manifest(name) for name in job.dataset]
         ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
-        rows, held = (
-            States(part_BTD, part_BTD.clone(), first_row)
-            for first_row, part_BTD in zip(
-                (0, num_rows), embed(source, ids_BT).split((num_rows, num_held)), strict=True
-            )
-        )
+        rows, held = at_the_start(embed(source, ids_BT), num_rows)
         output.metrics |= {"linear_errors": {}, "linear_strengths": {}, "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)
