@@ -111,6 +111,20 @@ struct Linear {
         return multipliers + group * kPanelRows;
     }
 
+    // The rows of the panels from `panel` on.
+    Linear from(int panel) const {
+        Linear rest = *this;
+        rest.rows -= panel * kPanelRows;
+        if (storage == Storage::sparse)
+            rest.offsets += panel;
+        else
+            rest.data = this->panel(panel);
+        if (scale != nullptr) rest.scale += panel * kPanelRows;
+        if (sum != nullptr) rest.sum += panel * kPanelRows;
+        rest.multipliers = panel_multipliers(panel, 0);
+        return rest;
+    }
+
     // File bytes that one product with this matrix touches.
     std::size_t bytes() const {
         std::size_t total = panel_bytes(0, num_panels());

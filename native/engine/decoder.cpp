@@ -112,9 +112,13 @@ void Decoder::run_block(const Pass& pass, int index, int thread) {
 }
 
 void Decoder::head(const Pass& pass, int thread) {
-    const int count = int(pass.outputs.size());
-    normalize(weights_.final_norm, weights_.head, count, pass.outputs.data(), thread);
-    linears_.multiply(weights_.head, count, {pass.logits}, thread);
+    const int total = int(pass.outputs.size()), most = kMaxTokens / weights_.head.rows_per_token();
+    for (int done = 0; done < total; done += most) {
+        if (done > 0) pool_.barrier();  // until then others read the inputs that are overwritten
+        const int count = std::min(most, total - done);
+        normalize(weights_.final_norm, weights_.head, count, pass.outputs.data() + done, thread);
+        linears_.multiply(weights_.head, count, {pass.logits + std::size_t(done) * padded_vocab()}, thread);
+    }
 }
 
 // RMSNorm of hidden rows (all, or those listed) as the input of a group.

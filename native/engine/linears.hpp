@@ -68,13 +68,15 @@ struct Group {
     std::vector<std::vector<Share>> shares;  // of each thread
     bool paired;
     bool needs_f32 = false, needs_i8 = false, needs_split = false;  // forms of the inputs, see Activations
+    bool fine;  // an input row is two of int8: its own, and that of what rounding took from it
 
     // `paired`: all matrices have as many rows, and a thread that has some rows of the first has the same
     // rows of the others, so that it can combine them without a barrier (gate and up of SwiGLU). Shares then
-    // name matrix 0 only.
-    Group(std::vector<Affine> group, bool paired_rows, int num_threads);
+    // name matrix 0 only. `fine_inputs` is for one matrix, and means nothing unless that is of integers.
+    Group(std::vector<Affine> group, bool paired_rows, int num_threads, bool fine_inputs = false);
 
     int columns() const { return matrices[0].w.columns; }
+    int rows_per_token() const { return fine ? 2 : 1; }
 
     // File bytes that one product with every matrix touches.
     std::size_t bytes() const;
@@ -82,7 +84,7 @@ struct Group {
 
 class Linears {
   public:
-    static constexpr int kMaxTokens = 256;  // of one pass
+    static constexpr int kMaxTokens = 256;  // of one pass; half as many where the inputs are fine
 
     // For groups of at most `max_columns` inputs.
     Linears(int max_columns, ThreadPool& pool);
@@ -147,7 +149,12 @@ class Linears {
     }
 
   private:
-    Activations inputs(int num_tokens, int thread) const;
+    static constexpr int kFinePanels =
+        16;  // that are multiplied with both rows of a token before these are added
+
+    Activations inputs(const Group& group, int num_tokens, int thread) const;
+    void multiply_fine(const Group& group, const Share& share, const Activations& x, float* y,
+                       int thread) const;
     void make_up_inputs();
 
     ThreadPool& pool_;
@@ -156,6 +163,8 @@ class Linears {
     const std::size_t num_rows_;
     Scratch x_, x_i8_, x_block_, x_high_, x_low_, scales_;
     Scratch largest_;  // [thread][token]
+    Scratch rest_;     // [thread][K]: of an input row, what rounding took
+    Scratch fine_;     // [thread][token][rows of kFinePanels]
 };
 
 }  // namespace gossamer

@@ -117,7 +117,7 @@ DecoderWeights read_weights(const Packed& packed, const DecoderConfig& config, T
     const Linear head = reader.matrix(config.head, config.vocab_size, config.hidden_size);
     DecoderWeights weights{.embedding = embedding,
                            .final_norm = packed.vector(config.final_norm, config.hidden_size),
-                           .head = Group({{.w = head}}, false, pool.size()),
+                           .head = Group({{.w = head}}, false, pool.size(), true),
                            .blocks = {}};
     for (int i = 0; i < int(config.blocks.size()); ++i) weights.blocks.push_back(reader.block(i));
     check_contents(reader.matrices(), pool);

@@ -1,8 +1,9 @@
 """The INT8 decoder in NumPy: what the engine computes, written for reading and without its kernels.
 
 Per token and matrix: scale = max|x| / 127.5, q = clamp(round(x / scale), -128, 127),
-y = (integer product) * (x_scale * w_scale). Everything else is float32 as in transformers' Llama, in the
-order that the kernels' headers state: rounding to int8 turns a sum's last bit into a whole step.
+y = (integer product) * (x_scale * w_scale); the head adds the same of x - q * scale. Everything else is
+float32 as in transformers' Llama, in the order that the kernels' headers state: rounding to int8 turns a
+sum's last bit into a whole step.
 """
 
 import numpy as np
@@ -29,7 +30,8 @@ class Reference:
             gate_TF, up_TF = (self.linear(x_TD, f"{prefix}.mlp.{name}_proj") for name in ("gate", "up"))
             silu_TF = gate_TF / (1 + exponential(-gate_TF))
             hidden_TD = hidden_TD + self.linear(silu_TF * up_TF, f"{prefix}.mlp.down_proj")
-        return self.linear(self.rmsnorm(hidden_TD, "model.norm.weight"), self.packed.head)
+        x_TD = self.rmsnorm(hidden_TD, "model.norm.weight")
+        return self.linear(x_TD, self.packed.head) + self.linear(rest(x_TD), self.packed.head)
 
     def rmsnorm(self, x_TD: np.ndarray, name: str) -> np.ndarray:
         mean_T1 = np.square(x_TD, dtype=np.float64).mean(axis=1, keepdims=True).astype(np.float32)
@@ -38,9 +40,9 @@ class Reference:
     def linear(self, x_TK: np.ndarray, name: str) -> np.ndarray:
         w_NK = self.cache[name]
         assert w_NK.dtype == np.int8
-        x_scale_T1 = np.abs(x_TK).max(axis=1, keepdims=True) / np.float32(127.5)
-        q_TK = np.clip(np.rint(x_TK / x_scale_T1), -128, 127).astype(np.float64)
-        sums_TN = (q_TK @ w_NK.T.astype(np.float64)).astype(np.float32)  # exact: integers below 2^53
+        q_TK, x_scale_T1 = rounded(x_TK)
+        exact_TN = q_TK.astype(np.float64) @ w_NK.T.astype(np.float64)  # integers below 2^53
+        sums_TN = exact_TN.astype(np.float32)
         return sums_TN * (x_scale_T1 * self.packed.scale(name))
 
     def attention(self, x_TD: np.ndarray, prefix: str) -> np.ndarray:
@@ -72,6 +74,18 @@ class Reference:
         cosine, sine = (np.concatenate([half, half], axis=1) for half in halves)
         first, second = np.split(x_HTE, 2, axis=2)
         return x_HTE * cosine + np.concatenate([-second, first], axis=2) * sine
+
+
+def rounded(x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers, in float32, and the scale [T, 1] of each token."""
+    scale_T1 = np.abs(x_TK).max(axis=1, keepdims=True) / np.float32(127.5)
+    return np.clip(np.rint(x_TK / scale_T1), -128, 127), scale_T1
+
+
+def rest(x_TK: np.ndarray) -> np.ndarray:
+    """What rounding took from each token."""
+    q_TK, scale_T1 = rounded(x_TK)
+    return x_TK - scale_T1 * q_TK
 
 
 def cached(x_SE: np.ndarray, kv: str) -> tuple[np.ndarray, np.ndarray]:

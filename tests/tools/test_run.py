@@ -41,6 +41,8 @@ run.Conversation = Interrupting
 sys.exit(cli.call(["run", *sys.argv[1:]]))
 """
 
+CTRL_C = b"\x03"
+
 
 @pytest.fixture(scope="session")
 def plain(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,17 +72,24 @@ def talk(
     if child == 0:
         os.execvpe(sys.executable, [*command, *arguments], os.environ | {"GOSSAMER_THREADS": "1"})
     shown, seen, deadline = "", 0, time.monotonic() + 120
-    waiting = [*steps, ("\0never", b"")]
+    waiting, typed, silent = [*steps, ("\0never", b"")], b"", 0
     while waiting and time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.1)[0]:
+            silent = 0
             with contextlib.suppress(OSError):  # the child has gone
                 if piece := os.read(terminal, 4096):
                     shown += piece.decode(errors="replace")
                     while (place := shown.find(waiting[0][0], seen)) >= 0:
                         seen = place + len(waiting[0][0])
-                        os.write(terminal, waiting.pop(0)[1])
+                        typed = waiting.pop(0)[1]
+                        os.write(terminal, typed)
                     continue
             break
+        silent += 1
+        if (
+            typed == CTRL_C and silent % 50 == 0
+        ):  # readline loses one between its prompt and its wait for keys
+            os.write(terminal, typed)
     os.close(terminal)
     assert time.monotonic() < deadline, shown
     return shown.replace("\r", ""), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -105,7 +114,7 @@ def test_a_talk_keeps_its_history_and_ends_at_quit(chatty: Path) -> None:
 
 def test_ctrl_c_stops_an_answer_and_ctrl_d_the_program(chatty: Path) -> None:
     whole = LLM(chatty, 1).chat([{"role": "user", "content": "a"}], SamplingParams(max_tokens=None)).text
-    steps = [("> ", b"\x03"), ("> ", b"a\n"), ("\n> ", b"b\n"), ("\n> ", b"\x04")]
+    steps = [("> ", CTRL_C), ("> ", b"a\n"), ("\n> ", b"b\n"), ("\n> ", b"\x04")]
     shown, code = talk([str(chatty)], steps, [sys.executable, "-c", INTERRUPTS_ITSELF])
     assert code == 0 and "Traceback" not in shown
     answer = shown.split("> a\n")[1].split("\n> b\n")[0]

@@ -32,6 +32,12 @@ def fake_quantize_tokens(x_TK: Tensor) -> Tensor:
     return (q_TK * scale_T1).to(x_TK.dtype)
 
 
+def fake_quantize_twice(x_TK: Tensor) -> Tensor:
+    """Activations as the engine's head reads them: rounded to INT8, and so is what that took from them."""
+    first_TK = fake_quantize_tokens(x_TK)
+    return first_TK + fake_quantize_tokens(x_TK - first_TK)
+
+
 def row_scales(w_NK: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Scales [N, 1] of the weights' output rows, float32, to values that `dtype` holds exactly."""
     return storable_scales(w_NK.float().abs().amax(1, keepdim=True) / 127, dtype)

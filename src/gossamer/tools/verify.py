@@ -245,7 +245,7 @@ def _torch_logits(packed: Packed, ids: list[int], *, rounded: bool = True) -> np
     """float32 [T, V] of transformers' model; inputs of integer matrices are `rounded` as in the engine."""
     import torch
 
-    from gossamer.compress.int8 import fake_quantize_tokens
+    from gossamer.compress.int8 import fake_quantize_tokens, fake_quantize_twice
     from gossamer.training.whole_model import new_model
 
     config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
@@ -258,5 +258,6 @@ def _torch_logits(packed: Packed, ids: list[int], *, rounded: bool = True) -> np
         for name, module in model.named_modules():
             matrix = packed.matrices.get(packed.head if name == HEAD else name)
             if rounded and name != EMBEDDING and matrix is not None and matrix.type.integer:
-                module.register_forward_pre_hook(lambda _, inputs: fake_quantize_tokens(inputs[0]))
+                round_ = fake_quantize_twice if name == HEAD else fake_quantize_tokens
+                module.register_forward_pre_hook(lambda _, inputs, round_=round_: round_(inputs[0]))
         return model(torch.tensor([ids])).logits[0].numpy()
