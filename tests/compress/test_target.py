@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.compress.hessian import inverse_factor, moments
 from gossamer.compress.target import Evidence, added_to_hidden, read_by_others, target, token_error
@@ -52,18 +52,23 @@ def test_a_linear_that_others_read_aims_at_its_outputs_in_the_parent() -> None:
     assert torch.equal(target(w_NK, factor, same, same), w_NK)
 
 
-def test_a_linear_that_is_added_to_hidden_states_makes_up_for_what_they_lack() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_that_is_added_to_hidden_states_makes_up_for_what_they_lack(bias: bool) -> None:
     """Each token is divided by the norm of the parent's hidden state; one is 1,000 times as large."""
     x, noise, h, lost = tokens(1, 12, 12, 5, 5)
-    other, parent = x + 0.3 * noise, h + 0.2 * lost
-    w_NK = torch.randn(5, 12, dtype=torch.float64)
+    other, parent, linear = (
+        x + 0.3 * noise,
+        h + 0.2 * lost,
+        nn.Linear(12, 5, bias).double().requires_grad_(False),
+    )
+    w_NK = linear.weight
     for states in (x, other, h, parent):
         states[:, 0] *= 1000
-    seen = added_to_hidden(
-        w_NK, [(x[:2], other[:2]), (x[2:], other[2:])], [(h[:2], parent[:2]), (h[2:], parent[2:])]
-    )
+    parent = parent + linear(other)
+    bias_N = linear.bias if bias else torch.zeros(5)
+    seen = added_to_hidden(linear.float(), [x[:2], x[2:]], [(h[:2], parent[:2]), (h[2:], parent[2:])])
     scale = 1 / parent.norm(dim=-1, keepdim=True)
-    wanted = (parent + other @ w_NK.T - h) * scale
+    wanted = (parent - h - bias_N) * scale
     expected = least_squares(w_NK, (x * scale).flatten(0, 1), wanted.flatten(0, 1), seen.h_KK)
     found = target(w_NK.float(), inverse_factor(seen.h_KK, DAMPENING), seen, seen)
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=2e-4)

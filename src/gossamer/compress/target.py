@@ -7,9 +7,10 @@ be what the output lacks. The weights V that make up for it best are
     M = P (H + l I)^-1        P = 2/n sum e x^T        H = 2/n sum x x^T        l: the dampening
 
 For a linear whose output other modules read, e = W x' - W x. One whose output is added to hidden states h
-makes up for what they lack as well: e = (h' + W x') - (h + W x). There each token counts by 1 / |h'|^2,
-because one token, the attention sink, may hold nearly all of the hidden states' squared norm. (The inputs of
-the other linears come out of a norm, so that tokens count alike.)
+makes up for what they lack as well: e = h' - (h + W x), where h' has the parent's W x' in it already. There
+each token counts by 1 / |h'|^2, because one token, the attention sink, may hold nearly all of the hidden
+states' squared norm. (The inputs of the other linears come out of a norm, so that tokens count alike.) Their
+P is 2/n sum (h' - h) x^T - W H: no token is multiplied by W for it.
 
 M fits the text of calibration better than any other. How much of it holds elsewhere is told by rows held out,
 with their moments P~ and H~: of the weights W + s M those are best with
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer.compress.hessian import InverseFactor, moments
 
@@ -49,17 +50,22 @@ def read_by_others(inputs: Pieces) -> Evidence:
     return Evidence(*moments((x_BTK, other_BTK - x_BTK) for x_BTK, other_BTK in inputs), shared=True)
 
 
-def added_to_hidden(w_NK: Tensor, inputs: Pieces, hidden: Pieces) -> Evidence:
-    """For a linear of weights W, from pieces (x, x') [rows, T, K] and (h, h') [rows, T, N]."""
-    return Evidence(*moments(_lacking(w_NK, inputs, hidden)), shared=False)
+def added_to_hidden(linear: nn.Linear, inputs: Iterable[Tensor], hidden: Pieces) -> Evidence:
+    """From pieces of x [rows, T, K] and (h, h') [rows, T, N]: h before the linear, h' after the parent's."""
+    h_KK, p_NK = moments(_what_it_adds(linear.bias, inputs, hidden))
+    return Evidence(h_KK, p_NK - linear.weight.detach() @ h_KK, shared=False)
 
 
-def _lacking(w_NK: Tensor, inputs: Pieces, hidden: Pieces) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of x and e, each token divided by |h'|."""
-    for (x_BTK, other_BTK), (h_BTN, parent_BTN) in zip(inputs, hidden, strict=True):
-        lacking_BTN = parent_BTN - h_BTN + (other_BTK - x_BTK) @ w_NK.T
-        scale_BT1 = parent_BTN.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(w_NK.dtype).tiny).reciprocal()
-        yield x_BTK * scale_BT1, lacking_BTN * scale_BT1
+def _what_it_adds(
+    bias_N: Tensor | None, inputs: Iterable[Tensor], hidden: Pieces
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of x and of e + W x, each token divided by |h'|."""
+    for x_BTK, (h_BTN, parent_BTN) in zip(inputs, hidden, strict=True):
+        scale_BT1 = (
+            parent_BTN.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(h_BTN.dtype).tiny).reciprocal()
+        )
+        added_BTN = parent_BTN - h_BTN if bias_N is None else parent_BTN - h_BTN - bias_N
+        yield x_BTK * scale_BT1, added_BTN * scale_BT1
 
 
 def target(w_NK: Tensor, factor: InverseFactor, rows: Evidence, held_out: Evidence) -> Tensor:

@@ -1,5 +1,6 @@
 """Two copies of a model on their way through the layers: the one being changed, and its parent."""
 
+import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,12 +36,13 @@ class States:
         )
         for anatomy, (group, inputs), (_, parent_inputs) in walks:
             ours, parents = (finite(pieces, group, self.first_row) for pieces in (inputs, parent_inputs))
-            pairs = zip(map(seen, ours) if seen else ours, parents, strict=True)
+            ours = map(seen, ours) if seen else ours
             if anatomy.adds_to_hidden:
+                collections.deque(parents, maxlen=0)  # after which the parent's hidden states have moved on
                 hidden = zip(in_pieces(self.ours_BTD), in_pieces(self.parent_BTD), strict=True)
-                yield group, partial(added_to_hidden, next(iter(group.values())).weight.data, pairs, hidden)
+                yield group, partial(added_to_hidden, next(iter(group.values())), ours, hidden)
             else:
-                yield group, partial(read_by_others, pairs)
+                yield group, partial(read_by_others, zip(ours, parents, strict=True))
 
 
 def at_the_start(hidden_BTD: Tensor, num_rows: int) -> tuple[States, States]:
