@@ -8,14 +8,13 @@ from gossamer.compress.squarehead import squarehead_loss
 
 
 def numpy_squarehead(student: np.ndarray, teacher: np.ndarray, mask_BT: np.ndarray) -> float:
-    """Sum over layers of mean((s - t)^2) / mean(t^2) over kept tokens; [L, B, T, D], token by token."""
+    """Sum over layers of the mean over kept tokens of |s - t|^2 / |t|^2; [L, B, T, D], token by token."""
     total = 0.0
     for s_BTD, t_BTD in zip(student, teacher, strict=True):
-        errors, squares = [], []
+        errors = []
         for b, t in zip(*np.nonzero(mask_BT), strict=True):
-            errors.append(np.mean((s_BTD[b, t] - t_BTD[b, t]) ** 2))
-            squares.append(np.mean(t_BTD[b, t] ** 2))
-        total += float(np.mean(errors) / np.mean(squares))
+            errors.append(np.sum((s_BTD[b, t] - t_BTD[b, t]) ** 2) / np.sum(t_BTD[b, t] ** 2))
+        total += float(np.mean(errors))
     return total
 
 
@@ -36,13 +35,36 @@ def test_equals_the_formula(padded: bool) -> None:
 
 
 def test_gradient_reaches_the_student_only() -> None:
-    """d/ds of sum((s-t)^2)/sum(t^2) is 2(s-t)/sum(t^2)."""
+    """Of one token, d/ds of |s-t|^2/|t|^2 is 2(s-t)/|t|^2."""
     student = torch.tensor([[[1.0, 2.0]]], requires_grad=True)
     teacher = torch.tensor([[[3.0, 4.0]]], requires_grad=True)
     squarehead_loss([student], [teacher]).backward()
     assert student.grad is not None
     torch.testing.assert_close(student.grad, torch.tensor([[[-4.0 / 25, -4.0 / 25]]]))
     assert teacher.grad is None
+
+
+def test_an_attention_sink_hides_no_other_token() -> None:
+    """Of ten tokens one is 1e4 times as large and without error; the others are lost."""
+    teacher = torch.ones(1, 10, 4)
+    teacher[:, 0] *= 1e4
+    student = teacher.clone()
+    student[:, 1:] = 0
+    student.requires_grad_(True)
+    loss = squarehead_loss([student], [teacher])
+    loss.backward()
+    assert loss.item() == pytest.approx(0.9)
+    assert student.grad is not None and student.grad[:, 1:].norm(dim=-1).min().item() > 0.09
+
+
+def test_padding_may_hold_anything() -> None:
+    student = torch.zeros(1, 3, 4, requires_grad=True)
+    teacher = torch.ones(1, 3, 4)
+    teacher[:, 2] = float("nan")
+    loss = squarehead_loss([student], [teacher], torch.tensor([[1, 1, 0]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0) and student.grad is not None
+    torch.testing.assert_close(student.grad[0, :, 0], torch.tensor([-0.25, -0.25, 0.0]))
 
 
 def test_layers_must_pair_up() -> None:

@@ -64,7 +64,7 @@ def squarehead_written_out(
     total = 0.0
     for s_BTD, t_BTD in zip(hidden[0][1:], hidden[1][1:], strict=True):
         s_ND, t_ND = s_BTD[mask_BT.bool()], t_BTD[mask_BT.bool()]
-        total += float(((s_ND - t_ND) ** 2).mean() / (t_ND**2).mean())
+        total += float((((s_ND - t_ND) ** 2).sum(-1) / (t_ND**2).sum(-1)).mean())
     return total
 
 

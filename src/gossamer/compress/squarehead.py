@@ -1,10 +1,12 @@
-"""SquareHead: per-layer distillation with a normalized squared error.
+"""SquareHead: per-layer distillation with a normalized squared error, here a token's own.
 
-    loss = sum over layers l = 1..L of  mean((s_l - t_l)^2) / mean(t_l^2)
+    loss = sum over layers l = 1..L of  mean over tokens of |s_l - t_l|^2 / |t_l|^2
 
-s_l, t_l: hidden states [B, T, D] of student and teacher after layer l, the means taken over D and the tokens
-that are not padding. Dividing by the teacher's mean square makes the layers weigh the same although the
-magnitude of hidden states grows with depth.
+s_l, t_l: hidden states [B, T, D] of student and teacher after layer l; tokens that are padding are left out.
+Dividing by the teacher's square makes the layers weigh the same although the magnitude of hidden states grows
+with depth. The published loss divides the mean square of a layer's error by that of its states. One token,
+the attention sink, may hold 97% of both, so that nothing is learned of the others; a token at a time, each
+counts once.
 Source: Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models" (2023).
 """
 
@@ -12,7 +14,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
+
+from gossamer.compress.target import token_error
 
 
 def squarehead_loss(
@@ -27,19 +30,8 @@ def squarehead_loss(
         raise ValueError(
             f"found {len(student)} hidden states of the student and {len(teacher)} of the teacher"
         )
-    kept = None if token_mask_BT is None else token_mask_BT.bool()
-    return torch.stack([_layer_loss(s, t, kept) for s, t in zip(student, teacher, strict=True)]).sum()
-
-
-def _layer_loss(student_BTD: Tensor, teacher_BTD: Tensor, kept_BT: Tensor | None) -> Tensor:
-    """mean((s - t)^2) / mean(t^2) over the kept tokens; both means share their denominator, so it cancels.
-
-    At padding the target becomes the student itself, which adds neither error nor gradient and copies nothing
-    of the student.
-    """
-    student, target = student_BTD.float(), teacher_BTD.detach().float()
-    if kept_BT is None:
-        return mse_loss(student, target, reduction="sum") / target.square().sum()
-    square = target.square().sum(-1)[kept_BT].sum()
-    target = torch.where(kept_BT.unsqueeze(-1), target, student.detach())
-    return mse_loss(student, target, reduction="sum") / square
+    kept_BT = None if token_mask_BT is None else token_mask_BT.bool()
+    errors = [
+        token_error(s.float(), t.detach().float(), kept_BT) for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(errors).sum()

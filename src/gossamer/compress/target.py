@@ -77,7 +77,13 @@ def target(w_NK: Tensor, factor: InverseFactor, rows: Evidence, held_out: Eviden
     return w_NK + strength * move_NK
 
 
-def token_error(ours_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
-    """Mean over tokens of |ours - parent|^2 / |parent|^2, a scalar: no attention sink can dominate it."""
+def token_error(ours_BTD: Tensor, parent_BTD: Tensor, kept_BT: Tensor | None = None) -> Tensor:
+    """Mean over the kept tokens of |ours - parent|^2 / |parent|^2, a scalar: no attention sink dominates it.
+
+    Other tokens, whatever is in them, add neither to the error nor to a gradient.
+    """
+    if kept_BT is not None:
+        parent_BTD = torch.where(kept_BT.unsqueeze(-1), parent_BTD, ours_BTD.detach())
     square_BT = parent_BTD.square().sum(-1).clamp_min(torch.finfo(parent_BTD.dtype).tiny)
-    return ((ours_BTD - parent_BTD).square().sum(-1) / square_BT).mean()
+    error_BT = (ours_BTD - parent_BTD).square().sum(-1) / square_BT
+    return error_BT.mean() if kept_BT is None else error_BT.sum() / kept_BT.sum()
