@@ -143,7 +143,7 @@ def test_a_save_that_takes_more_than_a_step_counts() -> None:
     model.requires_grad_(False)
     small, large = (estimate_memory(model, 1, length, "f32") for length in (1, 512))
     dense = 12 * 4 * (2 * 96 * 96 + 2 * 96 * 24 + 3 * 96 * 256)
-    assert small.saving == dense - small.micro_batch > 0
+    assert small.saving == dense - small.micro_batch - small.logits > 0
     assert large.saving == 0 and large.micro_batch > dense
     assert estimate_memory(llama(), 1, 1, "f32").saving == 0
 
@@ -177,7 +177,7 @@ def test_too_little_memory_is_an_error_with_numbers_and_advice() -> None:
         "about 7.0 GB",
         "(gradients 1.0 GB, moments 2.0 GB, activations 3.0 GB, logits 1.0 GB)",
         "found 5.0 GB",
-        "lower --max-length and --batch-tokens to 1024 or less (a micro-batch has 2048 tokens now)",
+        "lower --max-length and --batch-tokens to 672 or less (a micro-batch has 2048 tokens now)",
         "--kernel sparse",
     ):
         assert part in str(raised.value)

@@ -7,7 +7,7 @@ query width Q, key and value width S, query heads A and row length T:
     f32    a layer  32 D + 8 Q + 8 S + 16 F, if attention is eager + 4 A T, if q and k are normed + 8 (Q + S)
     bf16   a layer  32 D + 8 Q + 4 S +  8 F, if attention is eager + 6 A T, if q and k are normed + 6 (Q + S),
                     and a copy of each weight of a dense product
-    the head        12 V
+    the head        for 256 tokens at a time 24 V, and 4 D V in all for the gradient of its weights
     a teacher       8 D a layer
 
 The numbers were counted in transformers' own models; a test counts them again. A checkpoint is written when
@@ -29,6 +29,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.families import read_anatomy
 from gossamer.errors import ConfigError
 from gossamer.machine import available_memory_bytes
+from gossamer.training.head_loss import CHUNK_TOKENS
 from gossamer.training.masks import local
 from gossamer.training.parallel import is_first
 from gossamer.training.sparse_linear import SparseLinear
@@ -53,7 +54,7 @@ class MemoryEstimate:
     @property
     def micro_batch(self) -> int:
         """The part that is proportional to the tokens of a micro-batch."""
-        return self.activations + self.logits + self.teacher
+        return self.activations + self.teacher
 
 
 def estimate_memory(
@@ -80,10 +81,11 @@ def estimate_memory(
         moments=8 * trained,
         activations=num_tokens * num_layers * _layer_bytes(model, row_length, precision)
         + _copied_weights(model, precision, device),
-        logits=12 * num_tokens * anatomy.vocab_size,
+        logits=24 * min(num_tokens, CHUNK_TOKENS) * anatomy.vocab_size
+        + 4 * anatomy.hidden_size * anatomy.vocab_size,
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )
-    freed = step.gradients + step.micro_batch
+    freed = step.gradients + step.logits + step.micro_batch
     return replace(step, saving=max(0, _saved_bytes(model, device) - freed))
 
 

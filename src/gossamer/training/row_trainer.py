@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -25,6 +24,7 @@ from gossamer.checkpoint.resumable import Checkpoints
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.training.adamw import AdamW
+from gossamer.training.head_loss import head_loss
 from gossamer.training.kernel_choice import TrainingKernel
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
@@ -38,8 +38,7 @@ WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.p
 class RowTrainer(Trainer):
     """Trains on rows in their given order, and writes checkpoints that are complete or not there.
 
-    Logits, whose number would be that of the tokens times the vocabulary, are computed only for tokens that
-    have a label.
+    Logits are computed only for tokens that have a label, and never all at once (`head_loss`).
     """
 
     def __init__(
@@ -98,8 +97,7 @@ class RowTrainer(Trainer):
         kept_BT = targets_BT != IGNORED
         hidden = outputs.hidden_states[-1][:, :-1][kept_BT]
         with self.accelerator.autocast():
-            logits = self.head(hidden)
-        loss = cross_entropy(logits.float(), targets_BT[kept_BT], reduction="sum")
+            loss, _ = head_loss(hidden, self.head.weight, targets_BT[kept_BT])
         if num_items_in_batch is None:
             loss = loss / kept_BT.sum()
         else:

@@ -1,0 +1,113 @@
+"""The loss at a language model's head: logits, one for each token of the vocabulary, a few tokens at a time.
+
+For tokens n with last hidden states h_n and the head's weights W:
+
+    cross-entropy   sum over n of  -log softmax(W h_n)[target_n]
+    divergence      sum over n of  t^2 KL(softmax(z_n / t) || softmax(W h_n / t)),   z_n the teacher's logits
+
+(t: a temperature; t^2 keeps the gradient's size, as in Hinton et al., arXiv 1503.02531). Both are computed
+from the same logits, and their gradients at once, in the forward pass: so no logits [N, V] are ever held, and
+none is computed twice. That a loss and its gradient can be had together, a piece at a time, is known from
+fused kernels such as Liger's (Hsu et al., arXiv 2410.10989).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class HeadTeacher:
+    """Logits to learn from: `logits(begin, end)` are [end - begin, V] of those tokens, in float32.
+
+    `weight` is what the divergence counts for, beside a cross-entropy that counts 1.
+    """
+
+    logits: Callable[[int, int], Tensor]
+    temperature: float = 1.0
+    weight: float = 1.0
+
+
+def head_loss(
+    hidden_ND: Tensor, w_VD: Tensor, targets_N: Tensor, teacher: HeadTeacher | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy + weight x divergence over all tokens, a sum that has gradients; and cross-entropy alone.
+
+    Under autocast products are of autocast's type; all else is float32.
+    """
+    device = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+    with torch.autocast(device, enabled=False):
+        total, cross_entropy = _HeadLoss.apply(hidden_ND, w_VD, targets_N, teacher, dtype)  # pyright: ignore[reportGeneralTypeIssues]
+    return total, cross_entropy
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The sums, and in the forward pass already their gradients, which the backward pass only scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        w_VD: Tensor,
+        targets_N: Tensor,
+        teacher: HeadTeacher | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_weights = ctx.needs_input_grad[:2]
+        x_ND, w_of_type_VD = hidden_ND.detach().to(dtype), w_VD.detach().to(dtype)
+        total, cross_entropy = hidden_ND.new_zeros(2, dtype=torch.float32).unbind()
+        dx_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        dw_VD = torch.zeros_like(w_VD) if wants_weights else None
+        for begin in range(0, len(x_ND), CHUNK_TOKENS):
+            end = min(begin + CHUNK_TOKENS, len(x_ND))
+            logits_NV = (x_ND[begin:end] @ w_of_type_VD.T).float()
+            found, both, d_NV = _losses(logits_NV, targets_N[begin:end], teacher, begin)
+            cross_entropy, total = cross_entropy + found, total + both
+            d_NV = d_NV.to(dtype)
+            if dx_ND is not None:
+                dx_ND[begin:end] = d_NV @ w_of_type_VD
+            if dw_VD is not None:
+                dw_VD += d_NV.T @ x_ND[begin:end]
+        ctx.save_for_backward(dx_ND, dw_VD)
+        ctx.mark_non_differentiable(cross_entropy)
+        return total, cross_entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, d_total: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        dx_ND, dw_VD = (None if saved is None else saved * d_total for saved in ctx.saved_tensors)
+        return dx_ND, dw_VD, None, None, None
+
+
+def _losses(
+    logits_NV: Tensor, targets_N: Tensor, teacher: HeadTeacher | None, begin: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some tokens: cross-entropy, the whole loss, and the gradient [N, V] of the logits.
+
+    The logits are overwritten.
+    """
+    rows_N = torch.arange(len(logits_NV), device=logits_NV.device)
+    divergence = None
+    if teacher is not None:
+        log_p_NV = (teacher.logits(begin, begin + len(logits_NV)) / teacher.temperature).log_softmax(-1)
+        log_q_NV = (logits_NV / teacher.temperature).log_softmax(-1)
+        p_NV = log_p_NV.exp()
+        divergence = teacher.temperature**2 * (p_NV * (log_p_NV - log_q_NV)).sum()
+        # d/dz of t^2 KL is t (q - p).
+        towards_NV = log_q_NV.exp_().sub_(p_NV).mul_(teacher.temperature * teacher.weight)
+    chosen_N = logits_NV[rows_N, targets_N]
+    total_N = logits_NV.logsumexp(-1)
+    cross_entropy = (total_N - chosen_N).sum()
+    d_NV = logits_NV.sub_(total_N[:, None]).exp_()
+    d_NV[rows_N, targets_N] -= 1
+    if teacher is None or divergence is None:
+        return cross_entropy, cross_entropy, d_NV
+    return cross_entropy, cross_entropy + teacher.weight * divergence, d_NV.add_(towards_NV)

@@ -1,0 +1,84 @@
+"""The loss at the head, in pieces, against torch's own losses over all logits, and against finite steps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+
+from gossamer.training import head_loss as module
+from gossamer.training.head_loss import HeadTeacher, head_loss
+
+N, D, V = 37, 16, 50
+
+
+@pytest.fixture(autouse=True)
+def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 10)
+
+
+def made_up(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, W, targets, and a teacher's logits."""
+    torch.manual_seed(0)
+    hidden_ND, w_VD = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+    return hidden_ND.requires_grad_(), w_VD.requires_grad_(), torch.randint(V, (N,)), torch.randn(N, V) * 2
+
+
+def written_out(
+    hidden_ND: Tensor, w_VD: Tensor, targets_N: Tensor, z_NV: Tensor | None, t: float, weight: float
+) -> Tensor:
+    logits_NV = hidden_ND @ w_VD.T
+    total = cross_entropy(logits_NV, targets_N, reduction="sum")
+    if z_NV is None:
+        return total
+    log_q_NV, log_p_NV = ((x.to(logits_NV) / t).log_softmax(-1) for x in (logits_NV, z_NV))
+    return total + weight * t**2 * kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
+
+
+@pytest.mark.parametrize(("temperature", "weight"), [(None, 0.0), (1.0, 1.0), (2.0, 0.3)])
+def test_equals_torchs_losses_and_their_gradients(temperature: float | None, weight: float) -> None:
+    hidden_ND, w_VD, targets_N, z_NV = made_up(torch.float32)
+    teacher = None
+    if temperature is not None:
+        teacher = HeadTeacher(lambda begin, end: z_NV[begin:end], temperature, weight)
+    found, found_cross_entropy = head_loss(hidden_ND, w_VD, targets_N, teacher)
+    (found * 0.5).backward()
+    gradients: list[Any] = [hidden_ND.grad, w_VD.grad]
+    wide = [x.detach().double().requires_grad_() for x in (hidden_ND, w_VD)]
+    expected = written_out(*wide, targets_N, None if teacher is None else z_NV, temperature or 1.0, weight)
+    (expected * 0.5).backward()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    alone = written_out(*wide, targets_N, None, 1.0, 0.0)
+    torch.testing.assert_close(found_cross_entropy.double(), alone, rtol=1e-5, atol=0)
+    assert not found_cross_entropy.requires_grad
+    for gradient, tensor in zip(gradients, wide, strict=True):
+        torch.testing.assert_close(gradient.double(), tensor.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_and_no_tokens() -> None:
+    hidden_ND, w_VD, targets_N, _ = made_up(torch.float32)
+    head_loss(hidden_ND, w_VD.detach(), targets_N)[0].backward()
+    assert hidden_ND.grad is not None and hidden_ND.grad.abs().sum() > 0
+    total, _ = head_loss(hidden_ND[:0], w_VD, targets_N[:0])
+    total.backward()
+    assert total.item() == 0 and w_VD.grad is not None and not w_VD.grad.any()
+
+
+def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
+    hidden_ND, w_VD, targets_N, _ = made_up(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = head_loss(hidden_ND, w_VD, targets_N)
+    found.backward()
+    exact = written_out(hidden_ND.detach(), w_VD.detach(), targets_N, None, 1.0, 0.0)
+    assert found.dtype == torch.float32 and 0 < abs(found.item() / exact.item() - 1) < 0.01
+    assert w_VD.grad is not None and w_VD.grad.dtype == torch.float32
+
+
+def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
+    """What autograd keeps is the two gradients, and no logits."""
+    hidden_ND, w_VD, targets_N, _ = made_up(torch.float32)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        head_loss(hidden_ND, w_VD, targets_N)
+    assert sorted(kept) == sorted([N * D, V * D])
