@@ -213,6 +213,20 @@ TABLE: list[Case] = [
         ["tokenizer"],
     ),
     (
+        "teacher that is not learned from",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--teacher", "dense"],
+        ["--teacher dense", "--distill none"],
+    ),
+    (
+        "temperature of zero",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "kl", "--teacher", "dense", "--distill-temperature", "0"],
+        ["--distill-temperature is 0", "above 0"],
+    ),
+    (
         "row without its fields",
         "llama2",
         bad_row,

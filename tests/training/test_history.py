@@ -6,9 +6,9 @@ from gossamer.training.history import History
 from gossamer.training.kernel_choice import KernelChoice
 
 
-def history(losses: list[float], tokens: list[int], cross_entropies: tuple[float, ...] = ()) -> History:
+def history(losses: list[float], tokens: list[int], **parts: tuple[float, ...]) -> History:
     kernel = KernelChoice("dense", "asked for")
-    return History(tuple(losses), cross_entropies, tuple(tokens), 2.0, "f32", 1, (), kernel, None)
+    return History(tuple(losses), parts, tuple(tokens), 2.0, "f32", 1, (), kernel, None)
 
 
 def test_a_short_last_step_counts_by_its_tokens() -> None:
@@ -27,11 +27,12 @@ def test_means_are_over_several_steps_and_never_more_than_half(num_steps: int, w
 
 
 def test_the_teachers_part_is_given_apart() -> None:
-    result = history([3.0, 2.0], [4, 4], (2.5, 1.75)).result("out", 0.5)
+    run = history([3.0, 2.0], [4, 4], cross_entropy=(2.5, 1.75), squarehead=(0.5, 0.25))
+    result = run.result("out", 0.5)
     found = (
         result.cross_entropy_first,
         result.cross_entropy_last,
         result.squarehead_first,
         result.squarehead_last,
     )
-    assert found == (2.5, 1.75, 0.5, 0.25)
+    assert found == (2.5, 1.75, 0.5, 0.25) and result.kl_first is result.kl_last is None

@@ -120,12 +120,48 @@ def test_packed_teacher_sees_the_same_and_padding_does_not_count(
     alone = train(job, copy.deepcopy(model), packed_rows(made, 24, 1, seed=0), target, quiet)
     taught = train(job, model, packed_rows(made, 24, 1, seed=0), target, quiet, Teacher(teacher, "hash"))
     assert taught.losses[0] - alone.losses[0] == pytest.approx(error / num_tokens, rel=1e-4)
-    assert taught.cross_entropies == pytest.approx(alone.losses, rel=1e-5) and alone.cross_entropies == ()
+    assert taught.parts["cross_entropy"] == pytest.approx(alone.losses, rel=1e-5) and alone.parts == {}
     metrics = taught.metrics()
     assert metrics["squarehead_last"] == pytest.approx(error / num_tokens, rel=1e-3)
     assert metrics["cross_entropy_last"] == pytest.approx(alone.losses[0], rel=1e-3)
     assert taught.result("out", 0.5).squarehead_first == metrics["squarehead_first"]
     assert alone.result("out", 0.5).squarehead_first is None and "squarehead_first" not in alone.metrics()
+
+
+@pytest.mark.parametrize("distill", ["kl", "both"])
+def test_what_the_teacher_expects_next_is_learned_at_a_temperature(
+    model: LlamaForCausalLM, target: Derived, distill: Any
+) -> None:
+    """The first logged divergence is t^2 KL over the answers' tokens, run alone; training then heeds it."""
+    made, teacher = examples(6), copy.deepcopy(model)
+
+    @torch.no_grad()
+    def divergence(student: LlamaForCausalLM) -> float:
+        total, count = 0.0, 0
+        for ids, labels in made:
+            kept = torch.tensor(labels[1:]) != -100
+            q_NV, p_NV = (
+                (llama(input_ids=torch.tensor([ids])).logits[0, :-1][kept] / 2).log_softmax(-1)
+                for llama in (student, teacher)
+            )
+            total, count = total + float(4 * (p_NV.exp() * (p_NV - q_NV)).sum()), count + int(kept.sum())
+        return total / count
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight.mul_(0.7)
+    before, untaught = divergence(model), copy.deepcopy(model)
+    rows = packed_rows(made, 24, 10, seed=0)
+    job = replace(JOB, batch_tokens=6 * 24, distill=distill, distill_temperature=2.0)
+    history = train(job, model, rows, target, quiet, Teacher(teacher, "hash"))
+    train(replace(job, distill="none"), untaught, rows, target, quiet)
+    parts = history.parts
+    assert parts["kl"][0] == pytest.approx(before, rel=1e-3)
+    assert divergence(model) < 0.9 * divergence(untaught) and ("squarehead" in parts) == (distill == "both")
+    sums = [sum(values) for values in zip(*parts.values(), strict=True)]
+    assert sums == pytest.approx(history.losses, rel=1e-4)
+    assert history.result("out", 0.5).kl_first == history.metrics()["kl_first"]
 
 
 def test_training_is_deterministic_and_learns(model: LlamaForCausalLM, target: Derived) -> None:

@@ -166,7 +166,7 @@ def plan(job: Compress) -> list[Step]:
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
         add(prune, Prune, sparsity=sparsity)
         if job.pretrain_dataset:
-            add(pretrain, Pretrain)
+            add(pretrain, Pretrain, distill="none")
     if job.finetune_dataset:
         add(finetune, Finetune, teacher=None if job.distill == "none" else job.model)
     add(quantize, Quantize)

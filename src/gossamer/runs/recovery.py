@@ -110,7 +110,7 @@ def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Pla
         return Prune(**options(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity))
 
     def pretrained(model: Path, made: Path) -> Pretrain:
-        return Pretrain(**options(Pretrain, model, made, dataset=TEXT))
+        return Pretrain(**options(Pretrain, model, made, dataset=TEXT, distill="none"))
 
     def finetuned(model: Path, made: Path, teacher: Path | None) -> Finetune:
         """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""

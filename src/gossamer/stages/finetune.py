@@ -25,13 +25,12 @@ ROW_LENGTH = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune(TrainingOptions):
-    """Teach a model to answer, with its zeros held fixed and a dense model as its teacher (SquareHead)."""
+    """Teach a model to answer, with its zeros held fixed and a dense model as its teacher."""
 
     dataset: tuple[str, ...] = option(help="examples: SRC... (.jsonl[.zst], .parquet or python:doctests)")
     format: Literal["chat", "instruct", "prompt-completion"] = option(
         "prompt-completion", help="the fields of an example"
     )
-    distill: Literal["squarehead", "none"] = option("squarehead", help="the teacher's share of the loss")
     skip_bad_rows: int = option(0, help="rows that cannot be used and are left out; one more is an error")
     num_train_epochs: int = option(2, help="times that every example is seen")
     batch_tokens: int = inherited(TrainingOptions, "batch_tokens", 8192)
@@ -97,8 +96,6 @@ def _check(job: Finetune) -> None:
         raise ConfigError(
             f"--distill {job.distill} needs --teacher DIR, the dense tuned model; else --distill none"
         )
-    if job.distill == "none" and job.teacher is not None:
-        raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
     if job.skip_bad_rows < 0:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if job.num_train_epochs < 1:

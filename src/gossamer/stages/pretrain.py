@@ -58,3 +58,5 @@ def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:
 def _check(job: Pretrain) -> None:
     if job.num_tokens < 1:
         raise ConfigError(f"--num-tokens {job.num_tokens}: expected at least 1")
+    if job.distill in ("kl", "both") and job.teacher is None:
+        raise ConfigError(f"--distill {job.distill} needs --teacher DIR, the dense model")

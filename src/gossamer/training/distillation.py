@@ -1,4 +1,7 @@
-"""Distillation from a dense teacher in any transformers `Trainer`: `SquareHead(teacher).attach(trainer)`."""
+"""Distillation from a dense teacher in any transformers `Trainer`: `SquareHead(teacher).attach(trainer)`.
+
+`RowTrainer` learns of the teacher's logits as well, whose states `SquareHead` has at hand.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -28,6 +31,7 @@ class SquareHead:
     loss is over the tokens at which the batch's `token_mask`, or else its 2-d `attention_mask`, is nonzero,
     and over all tokens if the batch has neither. A micro-batch is weighted by its share of the tokens that
     all processes accumulate for an optimizer step. `last` is the latest value of the loss.
+    With a `weight` of 0 the teacher only watches, for what asks for its `states`.
     """
 
     def __init__(self, teacher: PreTrainedModel, weight: float = 1.0) -> None:
@@ -35,6 +39,7 @@ class SquareHead:
         self.weight = weight
         self.last = float("nan")
         self._seen: dict[str, Any] = {}
+        self._states: tuple[Tensor, ...] | None = None
         self._step_tokens = 0
 
     def attach(self, trainer: Trainer) -> None:
@@ -67,12 +72,12 @@ class SquareHead:
             with self._watching(decoder):
                 result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if isinstance(result, tuple) else (result, None)
-            if torch.is_grad_enabled() and num_tokens:
+            if torch.is_grad_enabled() and num_tokens and self.weight:
                 # Gradients are averaged over processes and, without num_items_in_batch, over micro-batches.
                 steps = trainer.current_gradient_accumulation_steps if num_items_in_batch is None else 1
                 share = num_tokens * steps * trainer.args.world_size / self._step_tokens
                 loss = loss + self._loss(mask_BT) * (self.weight * share)
-            self._seen = {}
+            self._seen, self._states = {}, None
             return (loss, outputs) if return_outputs else loss
 
         trainer.compute_loss = with_squarehead
@@ -102,12 +107,21 @@ class SquareHead:
             before.remove()
             after.remove()
 
-    def _loss(self, mask_BT: Tensor | None) -> Tensor:
-        with torch.no_grad():
+    @torch.no_grad()
+    def states(self) -> tuple[Tensor, ...]:
+        """The teacher's hidden states [B, T, D] after embedding and layers, of what the student last read.
+
+        To be had while the student computes its loss; computed once. The last ones are what its head reads.
+        """
+        if self._states is None:
             outputs = self.teacher.get_decoder()(
                 **self._seen["inputs"], output_hidden_states=True, use_cache=False
             )
-        loss = squarehead_loss(self._seen["hidden"][1:], outputs.hidden_states[1:], mask_BT)
+            self._states = tuple(outputs.hidden_states)
+        return self._states
+
+    def _loss(self, mask_BT: Tensor | None) -> Tensor:
+        loss = squarehead_loss(self._seen["hidden"][1:], self.states()[1:], mask_BT)
         self.last = loss.item()
         return loss
 

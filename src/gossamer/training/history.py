@@ -1,7 +1,7 @@
 """The outcome of a training run, for its caller and for `gossamer.json`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from gossamer.job.report import Result
 from gossamer.training.kernel_choice import KernelChoice
 
 WINDOW_STEPS = 10
-PARTS = ("cross_entropy_first", "cross_entropy_last", "squarehead_first", "squarehead_last")
+PARTS = ("cross_entropy", "kl", "squarehead")  # of a loss with a teacher, as the log calls them
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class TrainingResult(Result):
     """What a training stage returns. `losses`: one for each optimizer step, the teacher's loss included.
 
     First and last are means over several steps, see `History.metrics`. With a teacher, the loss is the sum of
-    cross-entropy and SquareHead, which are given apart; without one these are None.
+    cross-entropy and of what is learned of the teacher (KL, SquareHead), which are given apart; what is no
+    part of it is None.
     """
 
     output_dir: str
@@ -30,6 +31,8 @@ class TrainingResult(Result):
     loss_last: float
     cross_entropy_first: float | None
     cross_entropy_last: float | None
+    kl_first: float | None
+    kl_last: float | None
     squarehead_first: float | None
     squarehead_last: float | None
     tokens_per_s: float
@@ -42,14 +45,14 @@ class TrainingResult(Result):
 class History:
     """The losses and the speed of a run, from its first step on however often it was interrupted.
 
-    `cross_entropies` are the part of the losses that is not the teacher's, empty without a teacher;
+    `parts` are what the losses are sums of, by `PARTS`, empty without a teacher;
     `step_tokens`: the tokens of each step, which in the last can be few.
     `notes`: what the user should know about how it went; `kernel`: the training kernel;
     `optimizer_gradient_bytes`: None if a resumed run had no step left at which to measure it.
     """
 
     losses: tuple[float, ...]
-    cross_entropies: tuple[float, ...]
+    parts: Mapping[str, tuple[float, ...]]
     step_tokens: tuple[int, ...]
     seconds: float
     precision: str
@@ -67,14 +70,16 @@ class History:
 
         These are at least `WINDOW_STEPS` steps, but no more than half of the run.
         """
-        held = self.optimizer_gradient_bytes
+        held, parts = self.optimizer_gradient_bytes, {}
+        for name, values in self.parts.items():
+            parts |= self._means(name, values)
         return {
             "num_steps": len(self.losses),
             "num_tokens": self.num_tokens,
             "tokens_per_s": round(self.num_tokens / self.seconds, 1),
             "seconds": round(self.seconds, 1),
             **self._means("loss", self.losses),
-            **self._parts(),
+            **parts,
             "precision": self.precision,
             "notes": self.notes,
             **self.kernel.metrics(),
@@ -84,17 +89,10 @@ class History:
     def result(self, output_dir: str, sparsity: float) -> TrainingResult:
         """The stage's result, for its caller."""
         names = {field.name for field in fields(TrainingResult)}
-        figures: dict[str, Any] = dict.fromkeys(PARTS) | self.metrics()
+        places = (f"{name}_{place}" for name in PARTS for place in ("first", "last"))
+        figures: dict[str, Any] = dict.fromkeys(places) | self.metrics()
         shown: dict[str, Any] = {name: value for name, value in figures.items() if name in names}
         return TrainingResult(output_dir, sparsity, losses=self.losses, **shown)
-
-    def _parts(self) -> dict[str, float]:
-        """Cross-entropy and the teacher's loss apart, if there was a teacher."""
-        if not self.cross_entropies:
-            return {}
-        pairs = zip(self.losses, self.cross_entropies, strict=True)
-        squareheads = [loss - cross_entropy for loss, cross_entropy in pairs]
-        return self._means("cross_entropy", self.cross_entropies) | self._means("squarehead", squareheads)
 
     def _means(self, name: str, values: Sequence[float]) -> dict[str, float]:
         num_steps = len(values)

@@ -97,6 +97,7 @@ class Monitor(TrainerCallback):
         names = (
             "loss",
             "cross_entropy",
+            "kl",
             "squarehead",
             "tokens_per_s",
             "eta_s",

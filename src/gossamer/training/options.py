@@ -18,8 +18,14 @@ class TrainingOptions(ThreadOptions):
     output_dir: str = option(help="directory to write", short="-o")
     _: KW_ONLY
     teacher: str | None = option(
-        None, help="a dense model like MODEL, tuned on the same task if this is fine-tuning: SquareHead"
+        None, help="a dense model like MODEL, tuned on the same task if this is fine-tuning"
     )
+    distill: Literal["squarehead", "kl", "both", "none"] = option(
+        "squarehead",
+        help="what is learned of the teacher: its hidden states after each layer (squarehead), what it "
+        "expects next (kl), or both",
+    )
+    distill_temperature: float = option(1.0, help="by which logits are divided before kl compares them")
     max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
     batch_tokens: int = option(16_384, help="tokens an optimizer step, prompts included")
     learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
@@ -77,6 +83,10 @@ def check_options(job: TrainingOptions) -> None:
             f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
             "expected a rate above 0 and a ratio in [0, 1)"
         )
+    if not 0 < job.distill_temperature < math.inf:
+        raise ConfigError(f"--distill-temperature is {job.distill_temperature:g}; expected a number above 0")
+    if job.distill == "none" and job.teacher is not None:
+        raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
     if job.save_steps < 0:
         raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")
     check_reporter(job.report_to)

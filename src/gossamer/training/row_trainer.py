@@ -7,6 +7,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from gossamer.checkpoint.resumable import Checkpoints
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.training.adamw import AdamW
-from gossamer.training.head_loss import head_loss
+from gossamer.training.distillation import SquareHead
+from gossamer.training.head_loss import HeadTeacher, head_loss
 from gossamer.training.kernel_choice import TrainingKernel
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
@@ -33,6 +35,28 @@ from gossamer.training.rows import IGNORED, Rows
 from gossamer.unfused import join, part
 
 WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them."""
+
+    watching: SquareHead
+    parts: tuple[str, ...]
+    temperature: float
+
+    def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
+        """What it expects after the kept tokens [B, T - 1], if that is learned."""
+        if "kl" not in self.parts:
+            return None
+        hidden_ND = self.watching.states()[-1][:, :-1][kept_BT]
+        head: Any = self.watching.teacher.get_output_embeddings()
+
+        @torch.no_grad()
+        def logits(begin: int, end: int) -> Tensor:
+            return head(hidden_ND[begin:end]).float()
+
+        return HeadTeacher(logits, self.temperature)
 
 
 class RowTrainer(Trainer):
@@ -64,9 +88,8 @@ class RowTrainer(Trainer):
         self.masks, self.monitor = masks, monitor
         self.head: Any = model.get_output_embeddings()
         self.kernel: TrainingKernel = kernel
-        self.distills = False
-        """Whether a teacher's loss is added to ours: the log then has both."""
-        self._cross_entropy = torch.zeros((), device=args.device)  # of the step so far, in this process
+        self.distillation: Distillation | None = None
+        self._parts = torch.zeros(2, device=args.device)  # of the step's loss so far, in this process
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -96,13 +119,15 @@ class RowTrainer(Trainer):
         targets_BT = labels_BT[:, 1:]
         kept_BT = targets_BT != IGNORED
         hidden = outputs.hidden_states[-1][:, :-1][kept_BT]
+        teacher = None if self.distillation is None else self.distillation.at_the_head(kept_BT)
         with self.accelerator.autocast():
-            loss, _ = head_loss(hidden, self.head.weight, targets_BT[kept_BT])
+            loss, cross_entropy = head_loss(hidden, self.head.weight, targets_BT[kept_BT], teacher)
         if num_items_in_batch is None:
             loss = loss / kept_BT.sum()
         else:
-            loss = loss * (num_processes() / num_items_in_batch)
-            self._cross_entropy += loss.detach()
+            scale = num_processes() / num_items_in_batch
+            self._parts += torch.stack([cross_entropy, loss.detach() - cross_entropy]) * scale
+            loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -128,18 +153,21 @@ class RowTrainer(Trainer):
         if "loss" in logs:
             own_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
             num_tokens = self.rows.num_tokens(self.state.global_step * own_rows * num_processes())
-            logs |= self._parts(logs["loss"]) | self.monitor.figures(
+            logs |= self._parts_of(logs["loss"]) | self.monitor.figures(
                 self.state.global_step, self.state.max_steps, num_tokens
             )
         super().log(logs, start_time)
 
-    def _parts(self, loss: float) -> dict[str, float]:
+    def _parts_of(self, loss: float) -> dict[str, float]:
         """Of a step's loss what is cross-entropy and what the teacher's; nothing without a teacher."""
-        gathered = self.accelerator.gather(self._cross_entropy[None])
+        gathered = self.accelerator.gather(self._parts[None])
         assert isinstance(gathered, Tensor)
-        cross_entropy = gathered.mean().item()
-        self._cross_entropy.zero_()
-        return {"cross_entropy": cross_entropy, "squarehead": loss - cross_entropy} if self.distills else {}
+        cross_entropy, divergence = gathered.mean(0).tolist()
+        self._parts.zero_()
+        parts = {"cross_entropy": cross_entropy, "kl": divergence}
+        parts["squarehead"] = loss - cross_entropy - divergence
+        wanted = self.distillation.parts if self.distillation else ()
+        return {name: value for name, value in parts.items() if name in wanted}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step, unless there is one; all processes take part.

@@ -18,7 +18,7 @@ from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
 from gossamer.training.distillation import SquareHead, Teacher
-from gossamer.training.history import History
+from gossamer.training.history import PARTS, History
 from gossamer.training.interruption import Interruption
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
 from gossamer.training.masks import MaskCallback, model_mask_hash
@@ -27,7 +27,7 @@ from gossamer.training.monitor import Monitor, reporters, training_log
 from gossamer.training.options import TrainingOptions, deciding_options
 from gossamer.training.parallel import Parallel, distribute, from_first, rows_of_this_process
 from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
-from gossamer.training.row_trainer import RowTrainer, SaveEvery
+from gossamer.training.row_trainer import Distillation, RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
 from gossamer.training.trainer_contract import check_trainer
@@ -70,7 +70,8 @@ def train(
     shared = rows.padded(num_processes() * batch.num_rows)
     masks, kernel = MaskCallback(model), choice.kernel
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
-    _attach(teacher_model, trainer, precision)
+    if teacher_model is not None:
+        _attach(job, teacher_model, trainer, precision)
     _run(trainer, start.step, job.save_steps)
     state = trainer.state
     del trainer
@@ -109,11 +110,12 @@ def _say(progress: Progress, stage: str, *lines: str) -> None:
         progress(Event(stage, line, lasting=True))
 
 
-def _attach(teacher: PreTrainedModel | None, trainer: RowTrainer, precision: str) -> None:
-    if teacher is not None:
-        nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
-        SquareHead(teacher).attach(trainer)
-        trainer.distills = True
+def _attach(job: TrainingOptions, teacher: PreTrainedModel, trainer: RowTrainer, precision: str) -> None:
+    nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
+    watching = SquareHead(teacher, weight=0.0 if job.distill == "kl" else 1.0)
+    watching.attach(trainer)
+    parts = ("cross_entropy", *(("kl", "squarehead") if job.distill == "both" else (job.distill,)))
+    trainer.distillation = Distillation(watching, parts, job.distill_temperature)
 
 
 def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
@@ -161,7 +163,7 @@ def _history(
     ends = [entry["num_tokens"] for entry in log[:-1]] + [rows.num_tokens(len(rows))]
     return History(
         losses=tuple(entry["loss"] for entry in log),
-        cross_entropies=tuple(entry["cross_entropy"] for entry in log if "cross_entropy" in entry),
+        parts={name: tuple(entry[name] for entry in log) for name in PARTS if name in log[-1]},
         step_tokens=tuple(after - before for before, after in pairwise([0, *ends])),
         seconds=log[-1]["seconds"],
         precision=precision,
