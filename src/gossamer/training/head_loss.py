@@ -73,7 +73,7 @@ class _HeadLoss(torch.autograd.Function):
             if dx_ND is not None:
                 dx_ND[begin:end] = d_NV @ w_of_type_VD
             if dw_VD is not None:
-                dw_VD += d_NV.T @ x_ND[begin:end]
+                _add_product(dw_VD, d_NV.T, x_ND[begin:end])
         ctx.save_for_backward(dx_ND, dw_VD)
         ctx.mark_non_differentiable(cross_entropy)
         return total, cross_entropy
@@ -85,6 +85,14 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         dx_ND, dw_VD = (None if saved is None else saved * d_total for saved in ctx.saved_tensors)
         return dx_ND, dw_VD, None, None, None
+
+
+def _add_product(sum_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:
+    """sum += a b, in place where the types are one."""
+    if a_VN.dtype == sum_VD.dtype:
+        sum_VD.addmm_(a_VN, b_ND)
+    else:
+        sum_VD += a_VN @ b_ND
 
 
 def _losses(
