@@ -178,6 +178,20 @@ TABLE: list[Case] = [
     ("no pattern", "llama2", nothing, [*PRUNE, "--pattern", "2-4"], ["--pattern is 2-4", "N:M"]),
     ("below the parent's", "llama2", make_sparse, [*PRUNE, "--sparsity", "0.3"], ["0.3", "0.5"]),
     (
+        "fewer than no epochs of training through the rounding",
+        "llama2",
+        nothing,
+        ["quantize", *PRUNE[1:], "--reconstruct-epochs", "-1"],
+        ["--reconstruct-epochs is -1", "expected 0 or more"],
+    ),
+    (
+        "training through the rounding at no rate",
+        "llama2",
+        nothing,
+        ["quantize", *PRUNE[1:], "--reconstruct-epochs", "1", "--reconstruct-learning-rate", "0"],
+        ["--reconstruct-learning-rate is 0", "a number above 0"],
+    ),
+    (
         "smoothing beyond 1",
         "llama2",
         nothing,

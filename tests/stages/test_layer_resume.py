@@ -73,7 +73,7 @@ def pruning(place: Path, output: Path, model: str = "bf16", **changes: Any) -> P
     return Prune(str(place / model), str(output), dataset=(str(place / "text.txt"),), **options)
 
 
-def rounding(place: Path, output: Path) -> Quantize:
+def rounding(place: Path, output: Path, **changes: Any) -> Quantize:
     """The same, with one linear left as it is."""
     return Quantize(
         str(place / "bf16"),
@@ -83,6 +83,7 @@ def rounding(place: Path, output: Path) -> Quantize:
         num_calibration_samples=8,
         max_seq_length=64,
         save_seconds=0.0,
+        **changes,
     )
 
 
@@ -91,6 +92,9 @@ JOBS: dict[str, Callable[[Path, Path], Job]] = {
     "prune-f32": lambda place, output: pruning(place, output, "f32", method="magnitude"),
     "prune-fused": lambda place, output: pruning(place, output, "fused"),
     "quantize": rounding,
+    "quantize-trained": lambda place, output: rounding(
+        place, output, scheme="W4A8", reconstruct_epochs=2, reconstruct_learning_rate=0.1
+    ),
     "reconstruct": lambda place, output: pruning(place, output, method="admm"),
 }
 STAGES = ("prune", "quantize")

@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.schemes import SCHEMES, dequantized
 from gossamer.compress import hessian
+from gossamer.data.calibration import calibration_ids
 from gossamer.decoder import TORCH_DTYPE, blocks, embed
 from gossamer.engine import LLM
 from gossamer.errors import CalibrationError, ConfigError, UnsupportedError
+from gossamer.job.report import Event
 from gossamer.layerwise.rounding import NUMBERS, smooth
+from gossamer.layerwise.through_rounding import as_read_by_head
 from gossamer.packed.reader import Packed
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.pack import Pack, pack
@@ -97,7 +100,8 @@ def fake_quantized_logits(source: Checkpoint) -> Tensor:
         if not scheme.difference(source.config["quantization_config"])
     ]
     for name in source.linears:
-        model.get_submodule(name).register_forward_pre_hook(lambda _, x: rounding(x[0]))
+        if source.dtype(f"{name}.weight") in ("I8", "F8_E4M3"):
+            model.get_submodule(name).register_forward_pre_hook(lambda _, x: rounding(x[0]))
     return logits(model.eval())
 
 
@@ -286,3 +290,86 @@ def test_real_model_in_int4_after_pruning(shared_data: Path, reserved_slice: Pat
         str(tmp_path / "out"), dataset=str(reserved_slice), baseline=str(tmp_path / "pruned"), limit=100
     )
     assert evaluate(job).recovery["perplexity"] > 0.8
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("variant", ["llama2", "bf16"])
+def test_training_through_the_rounding_keeps_zeros_and_is_what_transformers_loads(
+    variant: str, scheme: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    parent = pruned(tiny_llama(variant), tmp_path / "pruned", text_file)
+    job = replace(small(parent, tmp_path / "rounded", text_file), scheme=scheme, ignore=("*.0.mlp.up_proj",))
+    rate = 3e-3 if scheme == "W4A8" else 3e-4
+    trained = replace(job, output_dir=str(tmp_path / "trained"), reconstruct_epochs=3)
+    trained = replace(trained, reconstruct_learning_rate=rate)
+    assert quantize(job).reconstruction == []
+    result = quantize(trained)
+    assert len(result.reconstruction) == 2 and all(len(errors) == 4 for errors in result.reconstruction)
+    assert all(min(errors) <= errors[0] for errors in result.reconstruction)
+    assert any(min(errors) < errors[0] for errors in result.reconstruction)
+    before, rounded, after = (Checkpoint.open(each) for each in (parent, job.output_dir, trained.output_dir))
+    for name in after.linears:
+        assert after.zeros(f"{name}.weight")[before.zeros(f"{name}.weight")].all()
+        assert after.dtype(f"{name}.weight") == rounded.dtype(f"{name}.weight")
+    first = f"{after.linears[0]}.weight"
+    np.testing.assert_array_equal(after.raw(f"{first}_scale"), rounded.raw(f"{first}_scale"))
+    assert any((after.raw(name) != rounded.raw(name)).any() for name in after.names)
+    theirs = AutoModelForCausalLM.from_pretrained(trained.output_dir, dtype=torch.float32)
+    assert distance(fake_quantized_logits(after), logits(theirs)) < 1e-5
+    text = (tmp_path / "trained" / "report.md").read_text()
+    assert "| as rounded | trained | gained |" in text
+    if scheme != "FP8_DYNAMIC":
+        pack(Pack(trained.output_dir, str(tmp_path / "model.goss")))
+        verify(Verify(str(tmp_path / "model.goss"), parent=trained.output_dir))
+
+
+def test_the_error_that_training_reports_is_that_of_what_is_stored(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """The last hidden states of the model that transformers loads, against the unrounded model's."""
+    job = replace(small(tiny_llama("bf16"), tmp_path / "out", text_file), scheme="W4A8", reconstruct_epochs=2)
+    result = quantize(job)
+    source = Checkpoint.open(job.model)
+    held_BT = calibration_ids(source, job)[-2:]
+    found = []
+    for model in (
+        AutoModelForCausalLM.from_pretrained(job.output_dir, dtype=torch.float32),
+        load_model(source),
+    ):
+        states: list[Tensor] = []
+        model.model.layers[-1].register_forward_hook(lambda *call, to=states: to.append(call[2]))
+        with torch.no_grad():
+            model(held_BT)
+        found.append(states[0] if isinstance(states[0], Tensor) else states[0][0])
+    lacks_BTD = (found[0].float() - found[1].float()) @ as_read_by_head(source)
+    error = (lacks_BTD.square().sum(-1) / found[1].float().square().sum(-1)).mean().item()
+    assert error == pytest.approx(min(result.reconstruction[-1]), rel=1e-3)
+
+
+def test_half_of_the_error_is_as_the_head_reads_it(tiny_llama: TinyLlama) -> None:
+    """On directions at random, what the final norm's weights and the head make of one counts as itself."""
+    model = load_model(source := Checkpoint.open(tiny_llama("llama3")))
+    d_TD = torch.randn(5000, source.architecture.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits_T = model.lm_head(d_TD * model.model.norm.weight).square().sum(-1)
+    square_T = d_TD.square().sum(-1)
+    expected_T = (square_T + logits_T * (square_T.sum() / logits_T.sum())) / 2
+    found_T = (d_TD @ as_read_by_head(source)).square().sum(-1)
+    assert torch.allclose(found_T, expected_T, rtol=0.03)
+
+
+def test_training_that_fails_leaves_layers_as_rounded_and_says_so(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    job = replace(small(tiny_llama("bf16"), tmp_path / "rounded", text_file), scheme="W4A8")
+    failing = replace(
+        job, output_dir=str(tmp_path / "failed"), reconstruct_epochs=1, reconstruct_learning_rate=1e4
+    )
+    events: list[Event] = []
+    quantize(job)
+    quantize(failing, events.append)
+    said = [event.message for event in events if event.lasting]
+    assert len(said) == 2 and "layer 0 stays as rounded" in said[0]
+    rounded, failed = Checkpoint.open(job.output_dir), Checkpoint.open(failing.output_dir)
+    for name in rounded.names:
+        np.testing.assert_array_equal(failed.raw(name), rounded.raw(name))

@@ -26,6 +26,11 @@ def quantize_e4m3(w: Tensor, scale: Tensor) -> Tensor:
     return (w.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3)
 
 
+def to_e4m3(x: Tensor) -> Tensor:
+    """The nearest E4M3 numbers, in the type of x."""
+    return x.to(E4M3).to(x.dtype)
+
+
 def nearest(w_NK: Tensor) -> Tensor:
     """Weights rounded to nearest on the scales of their rows, and back."""
     scale_N1 = row_scales(w_NK)

@@ -52,14 +52,17 @@ def reconstruct(
     rows: Rows,
     held_out: Rows,
     schedule: Schedule,
+    after_step: Callable[[float], None] = lambda learning_rate: None,
+    error_of: Callable[[Tensor, Tensor], Tensor] = token_error,
 ) -> list[float]:
     """Train the block's `parameters` in place; returns the held-out error before, and after each epoch.
 
     `kept` has masks for those whose zeros are to stay, True where a weight may change. In the end the
     parameters are those of the least held-out error. Training ends early where that error is infinite or NaN,
-    which is not among those returned.
+    which is not among those returned. `after_step` is called with the learning rate that a step was made at.
+    `error_of` says how far outputs are from those that should come out.
     """
-    errors, best = [_error(block, held_out)], _copy(parameters)
+    errors, best = [_error(block, held_out, error_of)], _copy(parameters)
     num_rows, order = len(rows.inputs_BTD), torch.Generator().manual_seed(schedule.seed)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -69,9 +72,11 @@ def reconstruct(
         parameter.requires_grad_(True)
     for _ in range(schedule.epochs):
         for chosen in torch.randperm(num_rows, generator=order).split(1):
-            _step(block, parameters, kept, Rows(rows.inputs_BTD[chosen], rows.wanted_BTD[chosen]), optimizer)
+            row = Rows(rows.inputs_BTD[chosen], rows.wanted_BTD[chosen])
+            _step(block, parameters, kept, row, optimizer, error_of)
+            after_step(float(rates.get_last_lr()[0]))
             rates.step()
-        if not math.isfinite(error := _error(block, held_out)):
+        if not math.isfinite(error := _error(block, held_out, error_of)):
             break
         errors.append(error)
         if error <= min(errors):
@@ -87,9 +92,10 @@ def _step(
     kept: Mapping[str, Tensor],
     rows: Rows,
     optimizer: torch.optim.Optimizer,
+    error_of: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     with torch.enable_grad():
-        token_error(block(rows.inputs_BTD), rows.wanted_BTD).backward()
+        error_of(block(rows.inputs_BTD), rows.wanted_BTD).backward()
     for name, mask in kept.items():
         gradient = parameters[name].grad
         assert gradient is not None
@@ -99,10 +105,10 @@ def _step(
 
 
 @torch.no_grad()
-def _error(block: Function, rows: Rows) -> float:
+def _error(block: Function, rows: Rows, error_of: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The loss over all rows, one at a time."""
     pairs = zip(rows.inputs_BTD.split(1), rows.wanted_BTD.split(1), strict=True)
-    return torch.stack([token_error(block(x_BTD), y_BTD) for x_BTD, y_BTD in pairs]).mean().item()
+    return torch.stack([error_of(block(x_BTD), y_BTD) for x_BTD, y_BTD in pairs]).mean().item()
 
 
 def _copy(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

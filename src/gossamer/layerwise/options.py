@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gossamer.data.calibration import CalibrationOptions
+from gossamer.errors import ConfigError
 from gossamer.job.options import option
 
 
@@ -37,3 +38,11 @@ class PruneOptions(CalibrationOptions):
         if self.reconstruct_epochs is None:
             return 1 if self.method == "admm" else 0
         return self.reconstruct_epochs
+
+
+def check_training(epochs: int, learning_rate: float) -> None:
+    """Raise ConfigError for a reconstruction that cannot be."""
+    if epochs < 0:
+        raise ConfigError(f"--reconstruct-epochs is {epochs}; expected 0 or more")
+    if not 0 < learning_rate < float("inf"):
+        raise ConfigError(f"--reconstruct-learning-rate is {learning_rate:g}; expected a number above 0")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
-from gossamer.decoder import Block, in_pieces
+from gossamer.decoder import Block
 from gossamer.job.report import Event, Progress
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.states import States
@@ -43,6 +43,5 @@ def reconstruct_block(
         failed = f"layer {block.index} stays as pruned: training it did not lower its error on held-out rows"
         progress(Event("prune", failed, lasting=True))
     for states, input_BTD in zip((rows, held_out), inputs, strict=True):
-        for h_BTD, x_BTD in zip(in_pieces(states.ours_BTD), in_pieces(input_BTD), strict=True):
-            h_BTD.copy_(block(x_BTD))
+        states.retake(block, input_BTD)
     return errors

@@ -55,16 +55,20 @@ def by_role(anatomy: Anatomy, values: Mapping[str, float]) -> dict[str, list[flo
     return found
 
 
-def by_training(errors: Sequence[float], reconstruction: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """Each layer's error as pruned, and, where layers were trained, after that."""
+def by_training(
+    errors: Sequence[float], reconstruction: Sequence[Sequence[float]], before: str = "as pruned"
+) -> dict[str, list[float]]:
+    """Each layer's error before, and, where layers were trained, after that."""
     if not reconstruction:
-        return {"as pruned": list(errors)}
-    return {"as pruned": [epochs[0] for epochs in reconstruction], "trained": list(errors)}
+        return {before: list(errors)}
+    return {before: [epochs[0] for epochs in reconstruction], "trained": list(errors)}
 
 
-def layer_errors(errors: Sequence[float], reconstruction: Sequence[Sequence[float]]) -> Table:
+def layer_errors(
+    errors: Sequence[float], reconstruction: Sequence[Sequence[float]], before: str = "as pruned"
+) -> Table:
     """Each layer's error, and what training it gained."""
-    curves = by_training(errors, reconstruction)
+    curves = by_training(errors, reconstruction, before)
     rows = [
         (f"{layer}", *(f"{e:.4f}" for e in found))
         for layer, found in enumerate(zip(*curves.values(), strict=True))

@@ -16,7 +16,7 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import finite, telling_text
-from gossamer.layerwise.options import PruneOptions
+from gossamer.layerwise.options import PruneOptions, check_training
 from gossamer.layerwise.pruning import prune_block
 from gossamer.layerwise.report import layer_errors, report_pruning
 from gossamer.layerwise.saving import Saving
@@ -140,12 +140,7 @@ def check(job: Prune, source: Checkpoint) -> None:
             f"--num-calibration-samples is {job.num_calibration_samples}; prune needs at least 2: an eighth "
             "of the rows, one or more, is held out from calibration to judge by"
         )
-    if job.epochs < 0:
-        raise ConfigError(f"--reconstruct-epochs is {job.epochs}; expected 0 or more")
-    if not 0 < job.reconstruct_learning_rate < float("inf"):
-        raise ConfigError(
-            f"--reconstruct-learning-rate is {job.reconstruct_learning_rate:g}; expected a number above 0"
-        )
+    check_training(job.epochs, job.reconstruct_learning_rate)
 
 
 def check_sparsity(source: Checkpoint, sparsity: float) -> None:

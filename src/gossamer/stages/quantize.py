@@ -2,7 +2,7 @@
 
 import fnmatch
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -20,7 +20,8 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import telling_text
-from gossamer.layerwise.report import report_rounding
+from gossamer.layerwise.options import check_training
+from gossamer.layerwise.report import layer_errors, report_rounding
 from gossamer.layerwise.rounding import SAMPLE_TOKENS, Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
@@ -41,7 +42,9 @@ class QuantizeResult(Result):
 
     `mean_error`: mean over the linears of the squared output error over the squared output, a token's, with
     activations rounded; `errors`: the same of each kind of linear (q, k, v, o, gate, up, down); `worst`: the
-    three linears that lose most. `strengths`: mean smoothing strength of each kind.
+    three linears that lose most. `strengths`: mean smoothing strength of each kind. `reconstruction`: of each
+    layer that was trained, how far hidden states are from the unrounded model's (see `token_error`) as
+    rounded, and after each epoch; `errors` are those before training.
     """
 
     output_dir: str
@@ -53,6 +56,7 @@ class QuantizeResult(Result):
     errors: dict[str, float]
     strengths: dict[str, float]
     worst: dict[str, float]
+    reconstruction: list[list[float]]
     seconds: float
 
     def tables(self) -> list[Table]:
@@ -60,7 +64,7 @@ class QuantizeResult(Result):
         figures = (f"{self.sparsity:.2%}", f"{self.mean_error:.2g}", f"{self.seconds:.1f}")
         columns = (f"linears in {self.scheme}", "left as they are", "zeros", "mean error", "seconds")
         rows = [(f"{self.num_quantized}", f"{len(self.ignored)}", *figures)]
-        costs = cost_tables(self.errors, self.strengths, self.worst)
+        costs = cost_tables(self.errors, self.strengths, self.worst, self.reconstruction)
         return [Table(self.output_dir, columns, rows), *costs]
 
 
@@ -83,11 +87,12 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         output.data = [manifest(name) for name in job.dataset]
         ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
         rows, held = at_the_start(embed(source, ids_BT), num_rows)
-        output.metrics |= {"linear_errors": {}, "linear_strengths": {}, "dampening": {}}
+        output.metrics |= {"linear_errors": {}, "linear_strengths": {}, "dampening": {}, "reconstruction": []}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)
-        errors, strengths, dampening = (
-            output.metrics[name] for name in ("linear_errors", "linear_strengths", "dampening")
+        errors, strengths, dampening, reconstruction = (
+            output.metrics[name]
+            for name in ("linear_errors", "linear_strengths", "dampening", "reconstruction")
         )
         num_sampled = max(1, SAMPLE_TOKENS // ids_BT.shape[1])
         for block in blocks(source, first):
@@ -95,7 +100,14 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
             smoothed = smooth(block, source, sample_BTD, job.smoothing_strength, ignored, job.scheme)
             for group, found in zip(block.groups, smoothed, strict=True):
                 strengths |= {name: found.strength for name in group if name not in ignored}
-            for rounded in round_block(block, smoothed, (rows, held), source, job, ignored, dampening):
+            task = (block, smoothed, (rows, held), source, job, ignored, dampening)
+            if job.reconstruct_epochs:
+                from gossamer.layerwise.through_rounding import round_and_train
+
+                found = round_and_train(*task, reconstruction)
+            else:
+                found = round_block(*task)
+            for rounded in found:
                 if rounded.name in dampening:
                     message = dampened_more(rounded.name, dampening[rounded.name])
                     progress(Event("quantize", message, lasting=True))
@@ -103,6 +115,9 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
                 errors[rounded.name] = rounded.error
                 metrics = {"error": rounded.error}
                 progress(Event("quantize", rounded.name, len(errors), num_linears, metrics))
+            if reconstruction and reconstruction[-1][0] <= min(reconstruction[-1]):
+                failed = f"layer {block.index} stays as rounded: training it did not lower its error"
+                progress(Event("quantize", f"{failed} on held-out rows", lasting=True))
             write_unquantized(output, block, ignored)
             saving.after(block.index + 1)
         output.copy_rest()
@@ -115,7 +130,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
             f"Mean error {figures['mean_error']:.2g}.",
             f"It took {saving.seconds():.1f} s on {output.num_threads} threads.",
         ]
-        tables = cost_tables(figures["errors"], figures["strengths"], figures["worst"])
+        tables = cost_tables(figures["errors"], figures["strengths"], figures["worst"], reconstruction)
         output.report = lambda _: report_rounding(output, title, facts, tables)
     return QuantizeResult(
         output_dir=job.output_dir,
@@ -124,6 +139,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         num_quantized=len(errors),
         ignored=ignored,
         **figures,
+        reconstruction=reconstruction,
         seconds=saving.seconds(),
     )
 
@@ -141,6 +157,7 @@ def check(job: Quantize, source: Checkpoint) -> list[str]:
         raise ConfigError(
             f"--smoothing-strength is {job.smoothing_strength:g}; expected auto or a number from 0 to 1"
         )
+    check_training(job.reconstruct_epochs, job.reconstruct_learning_rate)
     return matching(source.linears, job.ignore)
 
 
@@ -171,14 +188,22 @@ def summary(
 
 
 def cost_tables(
-    errors: Mapping[str, float], strengths: Mapping[str, float], worst: Mapping[str, float]
+    errors: Mapping[str, float],
+    strengths: Mapping[str, float],
+    worst: Mapping[str, float],
+    reconstruction: Sequence[Sequence[float]],
 ) -> list[Table]:
-    """Which kinds of linears pay for rounding, and which linears most."""
+    """Which kinds of linears pay for rounding, which linears most, and what training gained."""
     kinds = [(kind, f"{error:.2g}", f"{strengths[kind]:.2f}") for kind, error in errors.items()]
-    return [
+    lose_most = [(name, f"{e:.2g}") for name, e in worst.items()]
+    tables = [
         Table("kinds of linears", ("", "mean error", "smoothing strength"), kinds),
-        Table("linears that lose most", ("", "error"), [(name, f"{e:.2g}") for name, e in worst.items()]),
+        Table("linears that lose most", ("", "error"), lose_most),
     ]
+    if reconstruction:
+        trained = [min(epochs) for epochs in reconstruction]
+        tables.append(layer_errors(trained, reconstruction, before="as rounded"))
+    return tables
 
 
 def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
