@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class Block:
     layer: nn.Module
     rotary: nn.Module
 
-    @cached_property
+    @property
     def groups(self) -> list[dict[str, nn.Linear]]:
         """The linears that share an input, by checkpoint name: q,k,v | o | gate,up | down."""
         return [

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.schemes import SCHEMES, dequantized
 from gossamer.compress import hessian
+from gossamer.compress.target import token_error
 from gossamer.data.calibration import calibration_ids
 from gossamer.decoder import TORCH_DTYPE, blocks, embed
 from gossamer.engine import LLM
@@ -84,6 +86,38 @@ def test_loads_in_transformers_with_zeros_kept_and_our_logits(
     assert set(result.errors) == {"q", "k", "v", "o", "gate", "up", "down"} and len(result.worst) == 3
     recorded = (after.manifest or {})["metrics"]
     assert recorded["errors"] == result.errors and len(recorded["linear_errors"]) == 14
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "FP8_DYNAMIC"])
+@pytest.mark.parametrize("variant", ["llama3", "bf16"])
+def test_prune_can_round_in_the_same_pass(
+    variant: str, scheme: Any, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """The first layer has the mask of a run that does not round; what is loaded gives the reported error."""
+    source = Checkpoint.open(tiny_llama(variant))
+    options = {"dataset": (str(text_file),), "num_calibration_samples": 16, "max_seq_length": 64}
+    job = Prune(str(source.path), str(tmp_path / "both"), sparsity=0.6, scheme=scheme, **options)
+    result, plain = prune(job), replace(job, output_dir=str(tmp_path / "plain"), scheme="none")
+    prune(plain)
+    after, unrounded = Checkpoint.open(job.output_dir), Checkpoint.open(plain.output_dir)
+    assert result.sparsity >= 0.6 - 1e-3
+    for name in after.linears:
+        assert after.dtype(f"{name}.weight") == SCHEMES[scheme].dtype
+        if ".layers.0." in name:
+            assert after.zeros(f"{name}.weight")[unrounded.zeros(f"{name}.weight")].all()
+    theirs = AutoModelForCausalLM.from_pretrained(job.output_dir, dtype=torch.float32)
+    assert distance(fake_quantized_logits(after), logits(theirs)) < 1e-5
+    held_BT = calibration_ids(source, job)[-2:]
+    with torch.no_grad():
+        ours, parents = (
+            model(held_BT, output_hidden_states=True).hidden_states[1]
+            for model in (theirs, load_model(source))
+        )
+    assert token_error(ours.float(), parents.float()).item() == pytest.approx(result.errors[0], rel=0.05)
+    if SCHEMES[scheme].in_engine:
+        file = str(tmp_path / "both.goss")
+        pack(Pack(job.output_dir, file))
+        verify(Verify(file, parent=job.output_dir))
 
 
 def fake_quantized_logits(source: Checkpoint) -> Tensor:

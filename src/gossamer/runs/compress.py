@@ -23,9 +23,12 @@ from gossamer.stages.quantize import Quantize, quantize
 
 TRAINED = ("pretrain", "finetune")
 STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
-# What compress decides: where a stage reads and writes, who teaches, and what is done again. It runs in one
-# process, so `parallel` has nothing to choose.
-DECIDED = ("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel")
+# What compress decides: where a stage reads and writes, who teaches whom, that `quantize` rounds, and what is
+# done again. It runs in one process, so `parallel` has nothing to choose.
+DECIDED = (
+    *("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel"),
+    *("prune_scheme", "pretrain_distill", "pretrain_distill_temperature"),
+)
 DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
 HOW = (
     "overwrite",
@@ -164,7 +167,7 @@ def plan(job: Compress) -> list[Step]:
     anywhere = job.pattern == "unstructured"  # a pattern fixes the sparsity
     two_steps = anywhere and job.pretrain_dataset and job.sparsity > 0.5 > dense.sparsity()
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
-        add(prune, Prune, sparsity=sparsity)
+        add(prune, Prune, sparsity=sparsity, scheme="none")
         if job.pretrain_dataset:
             add(pretrain, Pretrain, distill="none")
     if job.finetune_dataset:

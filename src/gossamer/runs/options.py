@@ -15,12 +15,13 @@ def options_of(
 
     An option keeps its name and sets it in every verb that has it. One on whose default the verbs differ is
     None, which leaves each verb its own, and is also there for each verb alone, as VERB_OPTION. `without`
-    names options that the caller decides by itself; `defaults` are those that it changes.
+    names options that the caller decides by itself (VERB_OPTION: for that verb); `defaults` are those that
+    it changes.
     """
     owners: dict[str, dict[str, dataclasses.Field[Any]]] = {}
     for verb, kind in verbs.items():
         for field in dataclasses.fields(kind):
-            if field.name not in without:
+            if field.name not in without and f"{verb}_{field.name}" not in without:
                 owners.setdefault(field.name, {})[verb] = field
     hints = {name: hint for kind in verbs.values() for name, hint in typing.get_type_hints(kind).items()}
     made: list[tuple[str, Any, Any]] = []

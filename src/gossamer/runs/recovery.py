@@ -33,6 +33,7 @@ STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize"
 DECIDED = (
     *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
     *("resume", "overwrite", "parallel", "seed", "threads"),
+    *("prune_scheme", "pretrain_distill", "pretrain_distill_temperature"),
 )
 DEFAULTS = {
     "method": "sparsegpt",  # the other way takes longer, and training comes after it anyway
@@ -107,7 +108,7 @@ def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Pla
         return options_for(job, kind.__name__.lower(), kind) | {"overwrite": True} | place | decided
 
     def pruned(model: Path, made: Path, sparsity: float) -> Prune:
-        return Prune(**options(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity))
+        return Prune(**options(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity, scheme="none"))
 
     def pretrained(model: Path, made: Path) -> Pretrain:
         return Pretrain(**options(Pretrain, model, made, dataset=TEXT, distill="none"))

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -30,6 +31,11 @@ class Prune(PruneOptions):
     model: str = option(help="directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory to write", short="-o")
     overwrite: bool = option(False, help="replace the output directory")
+    scheme: Literal["none", "W8A8", "W4A8", "FP8_DYNAMIC"] = option(
+        "none",
+        help="also round each layer, as `quantize` does, before the next one sees it: the output is "
+        "quantized, and cannot be trained",
+    )
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             output.metrics[name] for name in ("errors", "reconstruction", "dampening")
         )
         for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
-            inputs = [states.ours_BTD.clone() for states in (rows, held)] if job.epochs else []
+            anew = job.epochs or job.scheme != "none"
+            inputs = [states.ours_BTD.clone() for states in (rows, held)] if anew else []
             pruned = prune_block(block, parent, rows, held, job, shares, dampening)
             for done, name in enumerate(pruned, 1):
                 if name in dampening:
@@ -103,17 +110,26 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
                 metrics = {"error": errors[-1]} if errors else {}
                 num_linears = len(block.anatomy.linears)
                 progress(Event("prune", name, block.index * num_linears + done, len(source.linears), metrics))
-            if inputs:
+            if job.epochs:
                 from gossamer.layerwise.reconstruction import reconstruct_block
 
                 reconstruction.append(reconstruct_block(block, inputs, rows, held, job, progress))
+            if job.scheme == "none":
+                write_block(output, block)
+            else:
+                from gossamer.layerwise.one_pass import round_pruned
+
+                round_pruned(block, inputs, (rows, held), output, job, job.scheme)
             errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
             if not math.isfinite(errors[-1]):
                 for hidden_BTD in (held.ours_BTD, held.parent_BTD):
                     list(finite([hidden_BTD], [f"what follows layer {block.index}"], held.first_row))
-            write_block(output, block)
             saving.after(block.index + 1)
         output.copy_rest()
+        if job.scheme != "none":
+            from gossamer.layerwise.rounded import say_quantized
+
+            say_quantized(output, job.scheme, ())
         before, after = (
             perplexity(source, hidden_BTD, ids_BT[-num_held:])
             for hidden_BTD in (held.parent_BTD, held.ours_BTD)
@@ -141,6 +157,10 @@ def check(job: Prune, source: Checkpoint) -> None:
             "of the rows, one or more, is held out from calibration to judge by"
         )
     check_training(job.epochs, job.reconstruct_learning_rate)
+    if job.scheme != "none":
+        from gossamer.layerwise.rounded import shared_group
+
+        shared_group(source, job.scheme, ())
 
 
 def check_sparsity(source: Checkpoint, sparsity: float) -> None:

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from gossamer.checkpoint.directory import Checkpoint, Derived
-from gossamer.checkpoint.fused import stored_names
-from gossamer.checkpoint.schemes import GROUP_INPUTS, SCHEMES, Scheme, group_size
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.schemes import SCHEMES
 from gossamer.compress.hessian import dampened_more
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
-from gossamer.decoder import Block, blocks, embed, refuse_quantized, write_tensor
+from gossamer.decoder import blocks, embed, refuse_quantized
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import telling_text
 from gossamer.layerwise.options import check_training
 from gossamer.layerwise.report import layer_errors, report_rounding
-from gossamer.layerwise.rounding import SAMPLE_TOKENS, Rounded, RoundingOptions, round_block, smooth
+from gossamer.layerwise.rounded import say_quantized, shared_group, write_rounded, write_unquantized
+from gossamer.layerwise.rounding import SAMPLE_TOKENS, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
 
@@ -76,7 +76,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     """
     start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
     ignored = check(job, source)
-    stored, group_size = stored_names(source.architecture, ignored), shared_group(job, source, ignored)
+    group_size = shared_group(source, job.scheme, ignored)
     num_linears, num_held = len(source.linears) - len(ignored), max(1, job.num_calibration_samples // 8)
     with (
         source.derive(
@@ -111,7 +111,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
                 if rounded.name in dampening:
                     message = dampened_more(rounded.name, dampening[rounded.name])
                     progress(Event("quantize", message, lasting=True))
-                write(output, rounded, SCHEMES[job.scheme], group_size)
+                write_rounded(output, rounded, SCHEMES[job.scheme], group_size)
                 errors[rounded.name] = rounded.error
                 metrics = {"error": rounded.error}
                 progress(Event("quantize", rounded.name, len(errors), num_linears, metrics))
@@ -121,7 +121,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
             write_unquantized(output, block, ignored)
             saving.after(block.index + 1)
         output.copy_rest()
-        output.config["quantization_config"] = SCHEMES[job.scheme].config(stored, group_size)
+        say_quantized(output, job.scheme, ignored)
         output.num_threads = torch.get_num_threads()
         figures = summary(source, errors, strengths)
         output.metrics |= figures
@@ -159,14 +159,6 @@ def check(job: Quantize, source: Checkpoint) -> list[str]:
         )
     check_training(job.reconstruct_epochs, job.reconstruct_learning_rate)
     return matching(source.linears, job.ignore)
-
-
-def shared_group(job: Quantize, source: Checkpoint, ignored: Collection[str]) -> int:
-    """How many inputs share a scale in the directory, where the scheme has scales for groups."""
-    if not SCHEMES[job.scheme].grouped:
-        return GROUP_INPUTS
-    shapes = source.architecture.tensor_shapes
-    return group_size({n: shapes[f"{n}.weight"][1] for n in source.linears if n not in ignored}, "--ignore")
 
 
 def summary(
@@ -218,22 +210,3 @@ def matching(names: Collection[str], patterns: Collection[str]) -> list[str]:
     if len(matched) == len(names):
         raise ConfigError("--ignore matches every linear of the decoder; nothing is left to quantize")
     return matched
-
-
-def write(output: Derived, rounded: Rounded, scheme: Scheme, group_size: int) -> None:
-    """Store a linear's weights and scales; groups that are smaller than the engine's repeat its scales."""
-    q_NK, scale_NG = rounded.q_NK, rounded.scale_NG
-    if scheme.grouped:
-        scale_NG = scale_NG.repeat_interleave(GROUP_INPUTS // group_size, 1)[:, : q_NK.shape[1] // group_size]
-    stored_NK = q_NK if scheme.dtype == "I8" else q_NK.view(torch.uint8)
-    output.write(f"{rounded.name}.weight", stored_NK.numpy(), scheme.dtype)
-    output.write(f"{rounded.name}.weight_scale", scale_NG.contiguous().numpy(), "F32")
-
-
-def write_unquantized(target: Derived, block: Block, ignored: Collection[str]) -> None:
-    """Store what stays floating point: the norms and the ignored linears, smoothed."""
-    rounded = {f"{name}.weight" for group in block.groups for name in group if name not in ignored}
-    for name, parameter in block.layer.named_parameters():
-        name = f"{block.prefix}{name}"
-        if name not in rounded:
-            write_tensor(target, name, parameter)
