@@ -203,7 +203,7 @@ TABLE: list[Case] = [
         "llama2",
         nothing,
         ["quantize", *PRUNE[1:], "--num-calibration-samples", "1"],
-        ["--num-calibration-samples is 1", "quantize needs at least 2"],
+        ["--num-calibration-samples is 1", "expected at least 2"],
     ),
     (
         "short calibration",

@@ -19,7 +19,7 @@ class CalibrationOptions(ThreadOptions):
     """What `Prune` and `Quantize` share."""
 
     dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
-    num_calibration_samples: int = option(128, help="rows of calibration text")
+    num_calibration_samples: int = option(128, help="rows of calibration text; an eighth is kept to judge by")
     max_seq_length: int = option(2048, help="tokens a row; the model's context where that is shorter")
     block_size: int = option(
         128, help="inputs of a linear that are treated as one block, before its error moves on to the rest"
@@ -37,7 +37,7 @@ class CalibrationOptions(ThreadOptions):
 def check_options(job: CalibrationOptions) -> None:
     """Raise ConfigError for a number that means nothing; take the threads that are asked for."""
     for flag, value, least in (
-        ("--num-calibration-samples", job.num_calibration_samples, 1),
+        ("--num-calibration-samples", job.num_calibration_samples, 2),
         ("--max-seq-length", job.max_seq_length, 2),
         ("--block-size", job.block_size, 1),
         ("--dampening-frac", job.dampening_frac, 0),

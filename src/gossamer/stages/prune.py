@@ -32,9 +32,7 @@ class Prune(PruneOptions):
     output_dir: str = option(help="directory to write", short="-o")
     overwrite: bool = option(False, help="replace the output directory")
     scheme: Literal["none", "W8A8", "W4A8", "FP8_DYNAMIC"] = option(
-        "none",
-        help="also round each layer, as `quantize` does, before the next one sees it: the output is "
-        "quantized, and cannot be trained",
+        "none", help="also round each layer as `quantize` does, before the next one sees it"
     )
 
 
@@ -97,12 +95,10 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         output.metrics |= {"errors": [], "reconstruction": [], "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)
-        errors, reconstruction, dampening = (
-            output.metrics[name] for name in ("errors", "reconstruction", "dampening")
-        )
+        errors, dampening = output.metrics["errors"], output.metrics["dampening"]
+        reconstruction = output.metrics["reconstruction"]
         for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
-            anew = job.epochs or job.scheme != "none"
-            inputs = [states.ours_BTD.clone() for states in (rows, held)] if anew else []
+            inputs = [s.ours_BTD.clone() for s in (rows, held)] if job.epochs or job.scheme != "none" else []
             pruned = prune_block(block, parent, rows, held, job, shares, dampening)
             for done, name in enumerate(pruned, 1):
                 if name in dampening:
@@ -126,10 +122,6 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
                     list(finite([hidden_BTD], [f"what follows layer {block.index}"], held.first_row))
             saving.after(block.index + 1)
         output.copy_rest()
-        if job.scheme != "none":
-            from gossamer.layerwise.rounded import say_quantized
-
-            say_quantized(output, job.scheme, ())
         before, after = (
             perplexity(source, hidden_BTD, ids_BT[-num_held:])
             for hidden_BTD in (held.parent_BTD, held.ours_BTD)
@@ -151,11 +143,6 @@ def check(job: Prune, source: Checkpoint) -> None:
         from gossamer.layerwise.budget import check_budget
 
         check_budget(source, job)
-    if job.num_calibration_samples < 2:
-        raise ConfigError(
-            f"--num-calibration-samples is {job.num_calibration_samples}; prune needs at least 2: an eighth "
-            "of the rows, one or more, is held out from calibration to judge by"
-        )
     check_training(job.epochs, job.reconstruct_learning_rate)
     if job.scheme != "none":
         from gossamer.layerwise.rounded import shared_group

@@ -148,11 +148,6 @@ def check(job: Quantize, source: Checkpoint) -> list[str]:
     """The ignored linears; ConfigError or UnsupportedError for a job that cannot be done."""
     check_options(job)
     refuse_quantized(source)
-    if job.num_calibration_samples < 2:
-        raise ConfigError(
-            f"--num-calibration-samples is {job.num_calibration_samples}; quantize needs at least 2: an "
-            "eighth of the rows, one or more, is held out from calibration to judge by"
-        )
     if job.smoothing_strength != "auto" and not 0 <= job.smoothing_strength <= 1:
         raise ConfigError(
             f"--smoothing-strength is {job.smoothing_strength:g}; expected auto or a number from 0 to 1"
