@@ -9,7 +9,7 @@ from gossamer.checkpoint.directory import Derived
 from gossamer.checkpoint.schemes import SCHEMES
 from gossamer.decoder import Block
 from gossamer.layerwise.options import PruneOptions
-from gossamer.layerwise.rounded import say_quantized, shared_group, write_rounded, write_unquantized
+from gossamer.layerwise.rounded import quantization_config, shared_group, write_rounded, write_unquantized
 from gossamer.layerwise.rounding import SAMPLE_TOKENS, RoundingOptions, round_block, smooth
 from gossamer.layerwise.states import States
 
@@ -38,6 +38,6 @@ def round_pruned(
     for rounded in round_block(block, smoothed, (rows, held), source, options, (), dampening):
         write_rounded(output, rounded, SCHEMES[scheme], shared_group(source, scheme, ()))
     write_unquantized(output, block, ())
-    say_quantized(output, scheme, ())
+    output.config["quantization_config"] = quantization_config(source, scheme, ())
     for after, of in zip((rows, held), states, strict=True):
         of.ours_BTD.copy_(after.ours_BTD)

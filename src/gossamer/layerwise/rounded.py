@@ -1,6 +1,7 @@
 """How a rounded layer is stored: integers or FP8 with their scales, and a configuration that says so."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -19,11 +20,13 @@ def shared_group(source: Checkpoint, scheme: str, ignored: Collection[str]) -> i
     return group_size({n: shapes[f"{n}.weight"][1] for n in source.linears if n not in ignored}, "--ignore")
 
 
-def say_quantized(output: Derived, scheme: str, ignored: Collection[str]) -> None:
-    """Put into the configuration what the linears are, but for those `ignored`."""
-    stored = stored_names(output.parent.architecture, ignored)
-    size = shared_group(output.parent, scheme, ignored)
-    output.config["quantization_config"] = SCHEMES[scheme].config(stored, size)
+def quantization_config(source: Checkpoint, scheme: str, ignored: Collection[str]) -> dict[str, Any]:
+    """What the configuration will say of the linears, but for those `ignored`.
+
+    ConfigError where they are a part of a stored matrix, UnsupportedError where no group fits.
+    """
+    stored = stored_names(source.architecture, ignored)
+    return SCHEMES[scheme].config(stored, shared_group(source, scheme, ignored))
 
 
 def write_rounded(output: Derived, rounded: Rounded, scheme: Scheme, group_size: int) -> None:

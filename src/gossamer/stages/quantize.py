@@ -21,7 +21,7 @@ from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import telling_text
 from gossamer.layerwise.options import check_training
 from gossamer.layerwise.report import layer_errors, report_rounding
-from gossamer.layerwise.rounded import say_quantized, shared_group, write_rounded, write_unquantized
+from gossamer.layerwise.rounded import quantization_config, shared_group, write_rounded, write_unquantized
 from gossamer.layerwise.rounding import SAMPLE_TOKENS, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
@@ -76,6 +76,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     """
     start, source = time.monotonic(), Checkpoint.open(job.model, offline=job.offline)
     ignored = check(job, source)
+    config = quantization_config(source, job.scheme, ignored)
     group_size = shared_group(source, job.scheme, ignored)
     num_linears, num_held = len(source.linears) - len(ignored), max(1, job.num_calibration_samples // 8)
     with (
@@ -121,7 +122,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
             write_unquantized(output, block, ignored)
             saving.after(block.index + 1)
         output.copy_rest()
-        say_quantized(output, job.scheme, ignored)
+        output.config["quantization_config"] = config
         output.num_threads = torch.get_num_threads()
         figures = summary(source, errors, strengths)
         output.metrics |= figures
