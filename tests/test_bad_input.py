@@ -203,7 +203,7 @@ TABLE: list[Case] = [
         "llama2",
         nothing,
         ["quantize", *PRUNE[1:], "--num-calibration-samples", "1"],
-        ["--num-calibration-samples is 1", "expected at least 2"],
+        ["--num-calibration-samples is 1", "at least 2: an eighth of the rows"],
     ),
     (
         "short calibration",

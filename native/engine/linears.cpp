@@ -70,7 +70,7 @@ void Linears::prepare(const Group& group, const float* x_K, float largest, int t
     const int columns = group.columns();
     if (group.needs_i8) {
         const int each = group.rows_per_token(), rows = each * num_tokens, first = each * token;
-        const std::size_t mine = num_tokens == 1 ? std::size_t(each) * std::size_t(thread) : 0;
+        const std::size_t mine = first_row(group, num_tokens, thread);
         for (int row = first; row < first + each; ++row) {
             const std::size_t index = mine + std::size_t(row);
             std::uint8_t* q = x_i8_.bytes() + index * stride_;
@@ -136,14 +136,13 @@ void Linears::multiply_fine(const Group& group, const Share& share, const Activa
 
 // Where a thread finds the inputs of a group: its own copy of a single token's rows, else the shared rows.
 Activations Linears::inputs(const Group& group, int num_tokens, int thread) const {
-    const int each = group.rows_per_token();
-    const std::size_t mine = num_tokens == 1 ? std::size_t(each) * std::size_t(thread) : 0;
-    const std::size_t first = mine * stride_;
-    return {.num_tokens = each * num_tokens,
+    const int rows = group.rows_per_token() * num_tokens;
+    const std::size_t mine = first_row(group, num_tokens, thread), first = mine * stride_;
+    return {.num_tokens = rows,
             .stride = stride_,
             .x = x_.floats() + first,
             .q = x_i8_.bytes() + first,
-            .q_block = (each * num_tokens == 1 ? x_i8_ : x_block_).bytes() + first,
+            .q_block = (rows == 1 ? x_i8_ : x_block_).bytes() + first,
             .scale = scales_.floats() + mine,
             .high = x_high_.halves(),
             .low = x_low_.halves()};

@@ -149,9 +149,12 @@ class Linears {
     }
 
   private:
-    static constexpr int kFinePanels =
-        16;  // that are multiplied with both rows of a token before these are added
+    static constexpr int kFinePanels = 16;  // of which a token's two products are added at a time
 
+    // The first of a group's input rows: a thread has its own of a single token, several tokens share theirs.
+    static std::size_t first_row(const Group& group, int num_tokens, int thread) {
+        return num_tokens == 1 ? std::size_t(group.rows_per_token()) * std::size_t(thread) : 0;
+    }
     Activations inputs(const Group& group, int num_tokens, int thread) const;
     void multiply_fine(const Group& group, const Share& share, const Activations& x, float* y,
                        int thread) const;

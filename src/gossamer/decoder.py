@@ -62,7 +62,7 @@ class Block:
 
     @property
     def groups(self) -> list[dict[str, nn.Linear]]:
-        """The linears that share an input, by checkpoint name: q,k,v | o | gate,up | down."""
+        """The linears that now share an input, by checkpoint name: q,k,v | o | gate,up | down."""
         return [
             {f"{self.prefix}{linear.name}": self.linear(linear.role) for linear in group.linears}
             for group in self.anatomy.groups

@@ -56,11 +56,8 @@ def test_a_linear_that_others_read_aims_at_its_outputs_in_the_parent() -> None:
 def test_a_linear_that_is_added_to_hidden_states_makes_up_for_what_they_lack(bias: bool) -> None:
     """Each token is divided by the norm of the parent's hidden state; one is 1,000 times as large."""
     x, noise, h, lost = tokens(1, 12, 12, 5, 5)
-    other, parent, linear = (
-        x + 0.3 * noise,
-        h + 0.2 * lost,
-        nn.Linear(12, 5, bias).double().requires_grad_(False),
-    )
+    other, parent = x + 0.3 * noise, h + 0.2 * lost
+    linear = nn.Linear(12, 5, bias).double().requires_grad_(False)
     w_NK = linear.weight
     for states in (x, other, h, parent):
         states[:, 0] *= 1000

@@ -148,7 +148,7 @@ def test_the_stages_of_a_default_demo_are_those_that_its_figures_were_measured_w
     dense = str(SHIPPED)
     assert jobs.one_shot == Prune(dense, "out/one-shot-70", sparsity=0.7, **BY_SPARSEGPT)
     assert jobs.prune_50 == Prune(dense, "out/pruned-50", sparsity=0.5, **BY_SPARSEGPT)
-    assert jobs.pretrain_50 == Pretrain("out/pruned-50", "out/pretrained-50", distill="none", **TEXT)
+    assert jobs.pretrain_50 == Pretrain("out/pruned-50", "out/pretrained-50", **TEXT)
     assert jobs.prune_70 == Prune("out/pretrained-50", "out/pruned-70", sparsity=0.7, **BY_SPARSEGPT)
     assert jobs.finetune == Finetune(
         "out/pruned-70",
@@ -160,7 +160,7 @@ def test_the_stages_of_a_default_demo_are_those_that_its_figures_were_measured_w
     )
     assert jobs.quantize == Quantize("out/recovered-70", "out/quantized-70", seed=3, **CALIBRATED)
     assert jobs.pack == Pack("out/quantized-70", "out/model.goss", overwrite=True)
-    assert jobs.control_pretrain == Pretrain(dense, "out/control-pretrained", distill="none", **TEXT)
+    assert jobs.control_pretrain == Pretrain(dense, "out/control-pretrained", **TEXT)
     assert jobs.control_finetune == Finetune(
         "out/control-pretrained",
         "out/control",

@@ -447,9 +447,10 @@ def test_reconstruction_keeps_masks_and_types_and_repeats_itself(
     variant: str, tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
 ) -> None:
     job = small(tiny_llama(variant), tmp_path / "as-pruned", text_file, 0.6)
+    job = replace(job, num_calibration_samples=64)  # of fewer rows a layer is learned by heart
     trained = replace(job, output_dir=str(tmp_path / "trained"), reconstruct_epochs=2)
     as_pruned, result = prune(job), prune(trained)
-    assert min(result.reconstruction[0]) < result.reconstruction[0][0]
+    assert all(min(errors) < errors[0] for errors in result.reconstruction)
     assert result.errors == pytest.approx([min(errors) for errors in result.reconstruction], rel=1e-4)
     assert result.reconstruction[0][0] == pytest.approx(as_pruned.errors[0], rel=1e-5)
     parent, child = Checkpoint.open(job.model), Checkpoint.open(trained.output_dir)

@@ -174,7 +174,7 @@ def test_smoothing_strength_zero_and_one_and_beyond(
     for beyond in (1.5, -0.1, float("nan")):
         with pytest.raises(ConfigError, match="expected auto or a number from 0 to 1"):
             quantize(replace(job, smoothing_strength=beyond, overwrite=True))
-    with pytest.raises(ConfigError, match="samples is 1; expected at least 2"):
+    with pytest.raises(ConfigError, match="at least 2: an eighth"):
         quantize(replace(job, num_calibration_samples=1, overwrite=True))
 
 

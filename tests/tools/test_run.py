@@ -86,10 +86,8 @@ def talk(
                     continue
             break
         silent += 1
-        if (
-            typed == CTRL_C and silent % 50 == 0
-        ):  # readline loses one between its prompt and its wait for keys
-            os.write(terminal, typed)
+        if typed == CTRL_C and silent % 50 == 0:
+            os.write(terminal, typed)  # again: readline loses one between its prompt and its wait for keys
     os.close(terminal)
     assert time.monotonic() < deadline, shown
     return shown.replace("\r", ""), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,4 +1,4 @@
-"""The loss at the head, in pieces, against torch's own losses over all logits, and against finite steps."""
+"""The loss at the head, in pieces, against torch's own losses over all logits."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", 10)
 
 
-def made_up(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def made_up() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h, W, targets, and a teacher's logits."""
     torch.manual_seed(0)
-    hidden_ND, w_VD = torch.randn(N, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+    hidden_ND, w_VD = torch.randn(N, D), torch.randn(V, D)
     return hidden_ND.requires_grad_(), w_VD.requires_grad_(), torch.randint(V, (N,)), torch.randn(N, V) * 2
 
 
@@ -38,7 +38,7 @@ def written_out(
 
 @pytest.mark.parametrize(("temperature", "weight"), [(None, 0.0), (1.0, 1.0), (2.0, 0.3)])
 def test_equals_torchs_losses_and_their_gradients(temperature: float | None, weight: float) -> None:
-    hidden_ND, w_VD, targets_N, z_NV = made_up(torch.float32)
+    hidden_ND, w_VD, targets_N, z_NV = made_up()
     teacher = None
     if temperature is not None:
         teacher = HeadTeacher(lambda begin, end: z_NV[begin:end], temperature, weight)
@@ -57,7 +57,7 @@ def test_equals_torchs_losses_and_their_gradients(temperature: float | None, wei
 
 
 def test_a_frozen_head_and_no_tokens() -> None:
-    hidden_ND, w_VD, targets_N, _ = made_up(torch.float32)
+    hidden_ND, w_VD, targets_N, _ = made_up()
     head_loss(hidden_ND, w_VD.detach(), targets_N)[0].backward()
     assert hidden_ND.grad is not None and hidden_ND.grad.abs().sum() > 0
     total, _ = head_loss(hidden_ND[:0], w_VD, targets_N[:0])
@@ -66,7 +66,7 @@ def test_a_frozen_head_and_no_tokens() -> None:
 
 
 def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
-    hidden_ND, w_VD, targets_N, _ = made_up(torch.float32)
+    hidden_ND, w_VD, targets_N, _ = made_up()
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = head_loss(hidden_ND, w_VD, targets_N)
     found.backward()
@@ -77,7 +77,7 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32() -> None:
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
     """What autograd keeps is the two gradients, and no logits."""
-    hidden_ND, w_VD, targets_N, _ = made_up(torch.float32)
+    hidden_ND, w_VD, targets_N, _ = made_up()
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         head_loss(hidden_ND, w_VD, targets_N)

@@ -52,20 +52,16 @@ def read_by_others(inputs: Pieces) -> Evidence:
 
 def added_to_hidden(linear: nn.Linear, inputs: Iterable[Tensor], hidden: Pieces) -> Evidence:
     """From pieces of x [rows, T, K] and (h, h') [rows, T, N]: h before the linear, h' after the parent's."""
-    h_KK, p_NK = moments(_what_it_adds(linear.bias, inputs, hidden))
+    bias_N = 0.0 if linear.bias is None else linear.bias
+
+    def what_it_adds() -> Iterator[tuple[Tensor, Tensor]]:  # x and e + W x, each token divided by |h'|
+        for x_BTK, (h_BTN, parent_BTN) in zip(inputs, hidden, strict=True):
+            least = torch.finfo(h_BTN.dtype).tiny
+            scale_BT1 = parent_BTN.norm(dim=-1, keepdim=True).clamp_min(least).reciprocal()
+            yield x_BTK * scale_BT1, (parent_BTN - h_BTN - bias_N) * scale_BT1
+
+    h_KK, p_NK = moments(what_it_adds())
     return Evidence(h_KK, p_NK - linear.weight.detach() @ h_KK, shared=False)
-
-
-def _what_it_adds(
-    bias_N: Tensor | None, inputs: Iterable[Tensor], hidden: Pieces
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of x and of e + W x, each token divided by |h'|."""
-    for x_BTK, (h_BTN, parent_BTN) in zip(inputs, hidden, strict=True):
-        scale_BT1 = (
-            parent_BTN.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(h_BTN.dtype).tiny).reciprocal()
-        )
-        added_BTN = parent_BTN - h_BTN if bias_N is None else parent_BTN - h_BTN - bias_N
-        yield x_BTK * scale_BT1, added_BTN * scale_BT1
 
 
 def target(w_NK: Tensor, factor: InverseFactor, rows: Evidence, held_out: Evidence) -> Tensor:
@@ -77,13 +73,16 @@ def target(w_NK: Tensor, factor: InverseFactor, rows: Evidence, held_out: Eviden
     return w_NK + strength * move_NK
 
 
-def token_error(ours_BTD: Tensor, parent_BTD: Tensor, kept_BT: Tensor | None = None) -> Tensor:
-    """Mean over the kept tokens of |ours - parent|^2 / |parent|^2, a scalar: no attention sink dominates it.
+def token_error(
+    ours_BTD: Tensor, parent_BTD: Tensor, kept_BT: Tensor | None = None, read_DD: Tensor | None = None
+) -> Tensor:
+    """Mean over the kept tokens of |d R|^2 / |parent|^2, d = ours - parent: no attention sink dominates it.
 
-    Other tokens, whatever is in them, add neither to the error nor to a gradient.
+    Other tokens, whatever is in them, add neither to the error nor to a gradient. R is I by default.
     """
     if kept_BT is not None:
         parent_BTD = torch.where(kept_BT.unsqueeze(-1), parent_BTD, ours_BTD.detach())
     square_BT = parent_BTD.square().sum(-1).clamp_min(torch.finfo(parent_BTD.dtype).tiny)
-    error_BT = (ours_BTD - parent_BTD).square().sum(-1) / square_BT
+    lacking_BTD = ours_BTD - parent_BTD if read_DD is None else (ours_BTD - parent_BTD) @ read_DD
+    error_BT = lacking_BTD.square().sum(-1) / square_BT
     return error_BT.mean() if kept_BT is None else error_BT.sum() / kept_BT.sum()

@@ -36,14 +36,14 @@ class CalibrationOptions(ThreadOptions):
 
 def check_options(job: CalibrationOptions) -> None:
     """Raise ConfigError for a number that means nothing; take the threads that are asked for."""
-    for flag, value, least in (
-        ("--num-calibration-samples", job.num_calibration_samples, 2),
-        ("--max-seq-length", job.max_seq_length, 2),
-        ("--block-size", job.block_size, 1),
-        ("--dampening-frac", job.dampening_frac, 0),
+    for flag, value, least, why in (
+        ("--num-calibration-samples", job.num_calibration_samples, 2, ": an eighth of the rows is held out"),
+        ("--max-seq-length", job.max_seq_length, 2, ""),
+        ("--block-size", job.block_size, 1, ""),
+        ("--dampening-frac", job.dampening_frac, 0, ""),
     ):
         if not least <= value < float("inf"):
-            raise ConfigError(f"{flag} is {value:g}; expected at least {least}")
+            raise ConfigError(f"{flag} is {value:g}; expected at least {least}{why}")
     if job.save_seconds is not None and not job.save_seconds >= 0:
         raise ConfigError(f"--save-seconds is {job.save_seconds:g}; expected at least 0")
     if not job.dataset:

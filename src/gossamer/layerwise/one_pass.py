@@ -10,7 +10,7 @@ from gossamer.checkpoint.schemes import SCHEMES
 from gossamer.decoder import Block
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.rounded import quantization_config, shared_group, write_rounded, write_unquantized
-from gossamer.layerwise.rounding import SAMPLE_TOKENS, RoundingOptions, round_block, smooth
+from gossamer.layerwise.rounding import RoundingOptions, round_block, smooth
 from gossamer.layerwise.states import States
 
 
@@ -33,10 +33,10 @@ def round_pruned(
         dataset=job.dataset, scheme=scheme, block_size=job.block_size, dampening_frac=job.dampening_frac
     )
     rows, held = (States(x, x.clone(), of.first_row) for x, of in zip(inputs, states, strict=True))
-    num_sampled = max(1, SAMPLE_TOKENS // held.ours_BTD.shape[1])
-    smoothed = smooth(block, source, held.ours_BTD[:num_sampled], options.smoothing_strength, (), scheme)
+    smoothed = smooth(block, source, held.ours_BTD, options.smoothing_strength, (), scheme)
+    group_size = shared_group(source, scheme, ())
     for rounded in round_block(block, smoothed, (rows, held), source, options, (), dampening):
-        write_rounded(output, rounded, SCHEMES[scheme], shared_group(source, scheme, ()))
+        write_rounded(output, rounded, SCHEMES[scheme], group_size)
     write_unquantized(output, block, ())
     output.config["quantization_config"] = quantization_config(source, scheme, ())
     for after, of in zip((rows, held), states, strict=True):

@@ -87,15 +87,16 @@ class Smoothed:
 def smooth(
     block: Block,
     source: Checkpoint,
-    sample_BTD: Tensor,
+    inputs_BTD: Tensor,
     strength: Literal["auto"] | float,
     ignored: Collection[str],
     scheme: str = "W8A8",
 ) -> list[Smoothed]:
     """Fold smoothing factors into what produces each group's input, in place; the float output stays.
 
-    `sample_BTD` are inputs of the layer, by which factors and, for "auto", strengths are chosen.
+    `inputs_BTD` are inputs of the layer, by whose first rows factors and, for "auto", strengths are chosen.
     """
+    sample_BTD = inputs_BTD[: max(1, SAMPLE_TOKENS // inputs_BTD.shape[1])]
     samples = [torch.cat([*inputs]).flatten(0, 1) for _, inputs in block.walk(sample_BTD.clone())]
     smoothed = []
     for group, linears, x_TK in zip(block.anatomy.groups, block.groups, samples, strict=True):

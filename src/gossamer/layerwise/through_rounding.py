@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
 from gossamer.compress.straight_through import InType, OnGrid
+from gossamer.compress.target import token_error
 from gossamer.decoder import TORCH_DTYPE, Block, tensor
 from gossamer.layerwise.rounding import NUMBERS, Rounded, RoundingOptions, Smoothed, round_block, whole_scales
 from gossamer.layerwise.states import States
@@ -25,13 +27,15 @@ def round_and_train(
     job: RoundingOptions,
     ignored: Collection[str],
     dampening: dict[str, float],
+    *,
+    read_DD: Tensor,
     reconstruction: list[list[float]],
 ) -> Iterator[Rounded]:
     """As `round_block`, and then everything that the layer has is trained but the scales of its weights.
 
     `reconstruction` receives the error on held-out rows as rounded, and after each epoch: the mean over
-    tokens of |d R|^2 / |parent|^2, d being what hidden states lack and R from `as_read_by_head`. The errors
-    of the linears stay what they were before the training, in which linears make up for each other.
+    tokens of |d R|^2 / |parent|^2, d being what hidden states lack, and R of the model `as_read_by_head`. The
+    errors of the linears stay what they were before the training, in which linears make up for each other.
     """
     inputs = [each.ours_BTD.clone() for each in states]
     linears = {name: linear for group in block.groups for name, linear in group.items()}
@@ -47,12 +51,7 @@ def round_and_train(
     others = {n: p for n, p in block.layer.named_parameters() if all(p is not w for w in latent.values())}
     rows, held_out = (Rows(x_BTD, each.parent_BTD) for x_BTD, each in zip(inputs, states, strict=True))
     schedule = Schedule(job.reconstruct_epochs, job.reconstruct_learning_rate, job.seed)
-    read_DD = as_read_by_head(source)
-
-    def error_of(ours_BTD: Tensor, parent_BTD: Tensor) -> Tensor:
-        square_BT = parent_BTD.square().sum(-1).clamp_min(torch.finfo(parent_BTD.dtype).tiny)
-        return (((ours_BTD - parent_BTD) @ read_DD).square().sum(-1) / square_BT).mean()
-
+    error_of = partial(token_error, read_DD=read_DD)
     errors = reconstruct(block, latent | others, kept, rows, held_out, schedule, after_step, error_of)
     reconstruction.append(errors)
     numbers = {name: grid.numbers(latent[name].data) for name, grid in grids.items()}

@@ -160,16 +160,16 @@ def plan(job: Compress) -> list[Step]:
         output = Path(job.output_dir) / ("model.goss" if stage == "pack" else f"{len(steps) + 1}-{stage}")
         model = str(steps[-1].output) if steps else job.model
         place = {"model": model, "output_file" if stage == "pack" else "output_dir": str(output)}
-        options = options_for(job, stage, kind) | {"overwrite": False} | place | decided
+        options = options_for(job, stage, kind, without=DECIDED) | {"overwrite": False} | place | decided
         steps.append(Step(stage, function, kind(**options), output))
 
     dense = Checkpoint.open(job.model, offline=job.offline)
     anywhere = job.pattern == "unstructured"  # a pattern fixes the sparsity
     two_steps = anywhere and job.pretrain_dataset and job.sparsity > 0.5 > dense.sparsity()
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
-        add(prune, Prune, sparsity=sparsity, scheme="none")
+        add(prune, Prune, sparsity=sparsity)
         if job.pretrain_dataset:
-            add(pretrain, Pretrain, distill="none")
+            add(pretrain, Pretrain)
     if job.finetune_dataset:
         add(finetune, Finetune, teacher=None if job.distill == "none" else job.model)
     add(quantize, Quantize)

@@ -48,13 +48,14 @@ def _shared(
     ]
 
 
-def options_for(job: object, verb: str, kind: type) -> dict[str, Any]:
+def options_for(job: object, verb: str, kind: type, *, without: Collection[str] = ()) -> dict[str, Any]:
     """What a job made from `options_of` says of the options of one of its verbs, for `kind(**options)`.
 
-    VERB_OPTION counts before OPTION; what the job does not have, or has as None, is left to the verb.
+    VERB_OPTION counts before OPTION; what the job does not have, or has as None, is left to the verb, and so
+    is OPTION where `without`, as `options_of` was given it, has VERB_OPTION.
     """
     given = {name: value for name, value in vars(job).items() if value is not None}
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = [field.name for field in dataclasses.fields(kind) if f"{verb}_{field.name}" not in without]
     return {
         name: given.get(f"{verb}_{name}", given.get(name))
         for name in names

@@ -105,13 +105,18 @@ def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Pla
 
     def options(kind: type, model: Path, made: Path, **decided: Any) -> dict[str, Any]:
         place = {"model": str(model), "output_file" if kind is Pack else "output_dir": str(made)}
-        return options_for(job, kind.__name__.lower(), kind) | {"overwrite": True} | place | decided
+        return (
+            options_for(job, kind.__name__.lower(), kind, without=DECIDED)
+            | {"overwrite": True}
+            | place
+            | decided
+        )
 
     def pruned(model: Path, made: Path, sparsity: float) -> Prune:
-        return Prune(**options(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity, scheme="none"))
+        return Prune(**options(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity))
 
     def pretrained(model: Path, made: Path) -> Pretrain:
-        return Pretrain(**options(Pretrain, model, made, dataset=TEXT, distill="none"))
+        return Pretrain(**options(Pretrain, model, made, dataset=TEXT))
 
     def finetuned(model: Path, made: Path, teacher: Path | None) -> Finetune:
         """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""

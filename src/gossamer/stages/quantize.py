@@ -2,8 +2,9 @@
 
 import fnmatch
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -22,7 +23,7 @@ from gossamer.layerwise.finite import telling_text
 from gossamer.layerwise.options import check_training
 from gossamer.layerwise.report import layer_errors, report_rounding
 from gossamer.layerwise.rounded import quantization_config, shared_group, write_rounded, write_unquantized
-from gossamer.layerwise.rounding import SAMPLE_TOKENS, RoundingOptions, round_block, smooth
+from gossamer.layerwise.rounding import Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
 
@@ -43,8 +44,8 @@ class QuantizeResult(Result):
     `mean_error`: mean over the linears of the squared output error over the squared output, a token's, with
     activations rounded; `errors`: the same of each kind of linear (q, k, v, o, gate, up, down); `worst`: the
     three linears that lose most. `strengths`: mean smoothing strength of each kind. `reconstruction`: of each
-    layer that was trained, how far hidden states are from the unrounded model's (see `token_error`) as
-    rounded, and after each epoch; `errors` are those before training.
+    layer that was trained, how far hidden states are from the unrounded model's (see `round_and_train`), as
+    rounded and after each epoch; `errors` are those before training.
     """
 
     output_dir: str
@@ -95,20 +96,17 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
             output.metrics[name]
             for name in ("linear_errors", "linear_strengths", "dampening", "reconstruction")
         )
-        num_sampled = max(1, SAMPLE_TOKENS // ids_BT.shape[1])
+        round_layer: Callable[..., Iterator[Rounded]] = round_block
+        if job.reconstruct_epochs:
+            from gossamer.layerwise.through_rounding import as_read_by_head, round_and_train
+
+            read_DD = as_read_by_head(source)
+            round_layer = partial(round_and_train, read_DD=read_DD, reconstruction=reconstruction)
         for block in blocks(source, first):
-            sample_BTD = held.ours_BTD[:num_sampled]
-            smoothed = smooth(block, source, sample_BTD, job.smoothing_strength, ignored, job.scheme)
+            smoothed = smooth(block, source, held.ours_BTD, job.smoothing_strength, ignored, job.scheme)
             for group, found in zip(block.groups, smoothed, strict=True):
                 strengths |= {name: found.strength for name in group if name not in ignored}
-            task = (block, smoothed, (rows, held), source, job, ignored, dampening)
-            if job.reconstruct_epochs:
-                from gossamer.layerwise.through_rounding import round_and_train
-
-                found = round_and_train(*task, reconstruction)
-            else:
-                found = round_block(*task)
-            for rounded in found:
+            for rounded in round_layer(block, smoothed, (rows, held), source, job, ignored, dampening):
                 if rounded.name in dampening:
                     message = dampened_more(rounded.name, dampening[rounded.name])
                     progress(Event("quantize", message, lasting=True))

@@ -1,6 +1,6 @@
 """Distillation from a dense teacher in any transformers `Trainer`: `SquareHead(teacher).attach(trainer)`.
 
-`RowTrainer` learns of the teacher's logits as well, whose states `SquareHead` has at hand.
+`RowTrainer` may learn of the teacher's logits as well, or only of them (`Distillation`).
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, Trainer
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.squarehead import squarehead_loss
 from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.training.head_loss import HeadTeacher
 from gossamer.training.whole_model import load_model
 
 
@@ -143,6 +144,28 @@ class SquareHead:
                 "to; expected those of every layer: leave the teacher out for this model"
             )
         self._seen["hidden"] = hidden
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them."""
+
+    watching: SquareHead
+    parts: tuple[str, ...]
+    temperature: float
+
+    def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
+        """What it expects after the kept tokens [B, T - 1], if that is learned."""
+        if "kl" not in self.parts:
+            return None
+        hidden_ND = self.watching.states()[-1][:, :-1][kept_BT]
+        head: Any = self.watching.teacher.get_output_embeddings()
+
+        @torch.no_grad()
+        def logits(begin: int, end: int) -> Tensor:
+            return head(hidden_ND[begin:end]).float()
+
+        return HeadTeacher(logits, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -102,20 +102,23 @@ def _losses(
 
     The logits are overwritten.
     """
+    learned = None if teacher is None else _divergence(logits_NV, teacher, begin)
     rows_N = torch.arange(len(logits_NV), device=logits_NV.device)
-    divergence = None
-    if teacher is not None:
-        log_p_NV = (teacher.logits(begin, begin + len(logits_NV)) / teacher.temperature).log_softmax(-1)
-        log_q_NV = (logits_NV / teacher.temperature).log_softmax(-1)
-        p_NV = log_p_NV.exp()
-        divergence = teacher.temperature**2 * (p_NV * (log_p_NV - log_q_NV)).sum()
-        # d/dz of t^2 KL is t (q - p).
-        towards_NV = log_q_NV.exp_().sub_(p_NV).mul_(teacher.temperature * teacher.weight)
-    chosen_N = logits_NV[rows_N, targets_N]
-    total_N = logits_NV.logsumexp(-1)
+    chosen_N, total_N = logits_NV[rows_N, targets_N], logits_NV.logsumexp(-1)
     cross_entropy = (total_N - chosen_N).sum()
     d_NV = logits_NV.sub_(total_N[:, None]).exp_()
     d_NV[rows_N, targets_N] -= 1
-    if teacher is None or divergence is None:
+    if learned is None:
         return cross_entropy, cross_entropy, d_NV
-    return cross_entropy, cross_entropy + teacher.weight * divergence, d_NV.add_(towards_NV)
+    divergence, towards_NV = learned
+    return cross_entropy, cross_entropy + divergence, d_NV.add_(towards_NV)
+
+
+def _divergence(logits_NV: Tensor, teacher: HeadTeacher, begin: int) -> tuple[Tensor, Tensor]:
+    """Weight x divergence, and the gradient [N, V] of the logits: d/dz of t^2 KL is t (q - p)."""
+    t, weight = teacher.temperature, teacher.weight
+    log_p_NV = (teacher.logits(begin, begin + len(logits_NV)) / t).log_softmax(-1)
+    log_q_NV = (logits_NV / t).log_softmax(-1)
+    p_NV = log_p_NV.exp()
+    divergence = weight * t**2 * (p_NV * (log_p_NV - log_q_NV)).sum()
+    return divergence, log_q_NV.exp_().sub_(p_NV).mul_(t * weight)

@@ -19,6 +19,7 @@ from gossamer import plots
 from gossamer.errors import ConfigError
 from gossamer.job.processes import is_first
 from gossamer.job.report import Event, Progress
+from gossamer.training.history import PARTS
 
 METRICS, LOSS_CURVE, TENSORBOARD = "metrics.jsonl", "loss.png", "runs"
 WINDOW_STEPS = 20
@@ -96,9 +97,7 @@ class Monitor(TrainerCallback):
         self._write(state.log_history[-1])
         names = (
             "loss",
-            "cross_entropy",
-            "kl",
-            "squarehead",
+            *PARTS,
             "tokens_per_s",
             "eta_s",
             "sparsity",

@@ -7,7 +7,6 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from gossamer.checkpoint.resumable import Checkpoints
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.training.adamw import AdamW
-from gossamer.training.distillation import SquareHead
-from gossamer.training.head_loss import HeadTeacher, head_loss
+from gossamer.training.distillation import Distillation
+from gossamer.training.head_loss import head_loss
 from gossamer.training.kernel_choice import TrainingKernel
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
@@ -35,28 +34,6 @@ from gossamer.training.rows import IGNORED, Rows
 from gossamer.unfused import join, part
 
 WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them."""
-
-    watching: SquareHead
-    parts: tuple[str, ...]
-    temperature: float
-
-    def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
-        """What it expects after the kept tokens [B, T - 1], if that is learned."""
-        if "kl" not in self.parts:
-            return None
-        hidden_ND = self.watching.states()[-1][:, :-1][kept_BT]
-        head: Any = self.watching.teacher.get_output_embeddings()
-
-        @torch.no_grad()
-        def logits(begin: int, end: int) -> Tensor:
-            return head(hidden_ND[begin:end]).float()
-
-        return HeadTeacher(logits, self.temperature)
 
 
 class RowTrainer(Trainer):

@@ -17,7 +17,7 @@ from gossamer.checkpoint.resumable import Checkpoints, RunIdentity
 from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
-from gossamer.training.distillation import SquareHead, Teacher
+from gossamer.training.distillation import Distillation, SquareHead, Teacher
 from gossamer.training.history import PARTS, History
 from gossamer.training.interruption import Interruption
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
@@ -27,7 +27,7 @@ from gossamer.training.monitor import Monitor, reporters, training_log
 from gossamer.training.options import TrainingOptions, deciding_options
 from gossamer.training.parallel import Parallel, distribute, from_first, rows_of_this_process
 from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
-from gossamer.training.row_trainer import Distillation, RowTrainer, SaveEvery
+from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
 from gossamer.training.trainer_contract import check_trainer
