@@ -91,7 +91,9 @@ JOBS: dict[str, Callable[[Path, Path], Job]] = {
     "prune": pruning,
     "prune-f32": lambda place, output: pruning(place, output, "f32", method="magnitude"),
     "prune-fused": lambda place, output: pruning(place, output, "fused"),
-    "prune-and-round": lambda place, output: pruning(place, output, method="magnitude", scheme="W4A8"),
+    "prune-and-round": lambda place, output: pruning(
+        place, output, method="magnitude", scheme="W4A8", rounded_epochs=1
+    ),
     "quantize": rounding,
     "quantize-trained": lambda place, output: rounding(
         place, output, scheme="W4A8", reconstruct_epochs=2, reconstruct_learning_rate=0.1

@@ -120,6 +120,25 @@ def test_prune_can_round_in_the_same_pass(
         verify(Verify(file, parent=job.output_dir))
 
 
+def test_a_layer_pruned_and_rounded_in_one_pass_is_trained_towards_the_parent(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """Held-out rows gain by it, zeros and grid stay, and what is loaded gives the reported error."""
+    source = Checkpoint.open(tiny_llama("bf16"))
+    options = {"dataset": (str(text_file),), "num_calibration_samples": 16, "max_seq_length": 64}
+    job = Prune(str(source.path), str(tmp_path / "untrained"), sparsity=0.6, scheme="W4A8", **options)
+    untrained = prune(job)
+    trained = prune(replace(job, output_dir=str(tmp_path / "trained"), rounded_epochs=2))
+    assert not untrained.rounded_reconstruction and len(trained.rounded_reconstruction) == 2
+    assert all(min(errors) < errors[0] for errors in trained.rounded_reconstruction)
+    assert trained.errors[-1] < untrained.errors[-1] and trained.sparsity >= 0.6 - 1e-3
+    assert "as rounded" in str(trained.tables())
+    theirs = AutoModelForCausalLM.from_pretrained(trained.output_dir, dtype=torch.float32)
+    assert distance(fake_quantized_logits(Checkpoint.open(trained.output_dir)), logits(theirs)) < 1e-5
+    with pytest.raises(ConfigError, match="--rounded-epochs is 2; expected 0, or more beside a --scheme"):
+        prune(replace(job, scheme="none", rounded_epochs=2))
+
+
 def fake_quantized_logits(source: Checkpoint) -> Tensor:
     """Our own forward: dequantized weights, activations rounded before every linear of the decoder."""
     model = copy.deepcopy(AutoModelForCausalLM.from_config(config_without_quantization(source)))

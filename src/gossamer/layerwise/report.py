@@ -34,6 +34,8 @@ def report_pruning(output: Derived, tensors: Mapping[str, Any], num_held: int, s
         layer_errors(metrics["errors"], metrics["reconstruction"]),
         _table_by_role("zeros of each linear", shares, "{:.2%}"),
     ]
+    if rounded := metrics["rounded_reconstruction"]:
+        tables.insert(1, rounded_errors(rounded))
     _write(output, f"{output.parent.path.name}: {title}", facts, tables)
 
 
@@ -62,6 +64,11 @@ def by_training(
     if not reconstruction:
         return {before: list(errors)}
     return {before: [epochs[0] for epochs in reconstruction], "trained": list(errors)}
+
+
+def rounded_errors(reconstruction: Sequence[Sequence[float]]) -> Table:
+    """Each layer's error as it was rounded, and what training through the rounding gained."""
+    return layer_errors([min(epochs) for epochs in reconstruction], reconstruction, before="as rounded")
 
 
 def layer_errors(

@@ -1,7 +1,7 @@
 """Round one layer and train it through the rounding, towards what the unrounded model gives after it."""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,12 @@ def round_and_train(
     *,
     read_DD: Tensor,
     reconstruction: list[list[float]],
+    towards: Sequence[Tensor] | None = None,
 ) -> Iterator[Rounded]:
     """As `round_block`, and then everything that the layer has is trained but the scales of its weights.
 
+    It is trained `towards` the hidden states [rows, T, D] of the model that was never changed, of the rows
+    and of those held out; without them, towards what the unrounded layer gives.
     `reconstruction` receives the error on held-out rows as rounded, and after each epoch: the mean over
     tokens of |d R|^2 / |parent|^2, d being what hidden states lack, and R of the model `as_read_by_head`. The
     errors of the linears stay what they were before the training, in which linears make up for each other.
@@ -49,7 +52,8 @@ def round_and_train(
             grid.draw(latent[name].data, learning_rate)
 
     others = {n: p for n, p in block.layer.named_parameters() if all(p is not w for w in latent.values())}
-    rows, held_out = (Rows(x_BTD, each.parent_BTD) for x_BTD, each in zip(inputs, states, strict=True))
+    towards = towards or [each.parent_BTD for each in states]
+    rows, held_out = (Rows(x_BTD, y_BTD) for x_BTD, y_BTD in zip(inputs, towards, strict=True))
     schedule = Schedule(job.reconstruct_epochs, job.reconstruct_learning_rate, job.seed)
     error_of = partial(token_error, read_DD=read_DD)
     errors = reconstruct(block, latent | others, kept, rows, held_out, schedule, after_step, error_of)

@@ -27,7 +27,8 @@ STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize"
 # done again. It runs in one process, so `parallel` has nothing to choose.
 DECIDED = (
     *("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel"),
-    *("prune_scheme", "pretrain_distill", "pretrain_distill_temperature"),
+    *("prune_scheme", "rounded_epochs", "pretrain_distill", "pretrain_distill_temperature"),
+    *("teacher_cache", "cache_layers", "cache_top_k"),
 )
 DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
 HOW = (
@@ -130,7 +131,10 @@ def claim(output: Path, job: Compress) -> Left:
     if output.exists() and not mark.exists() and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
-    data = [manifest(name) for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)]
+    data = [
+        manifest(name, offline=job.offline)
+        for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)
+    ]
     inputs = {"model_hash": Checkpoint.open(job.model, offline=job.offline).hash, "data": data}
     begun, finished = (
         json.dumps({**deciding(record(job)), **inputs, "finished": whole}, indent=2) + "\n"

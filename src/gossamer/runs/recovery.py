@@ -33,7 +33,8 @@ STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize"
 DECIDED = (
     *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
     *("resume", "overwrite", "parallel", "seed", "threads"),
-    *("prune_scheme", "pretrain_distill", "pretrain_distill_temperature"),
+    *("prune_scheme", "rounded_epochs", "pretrain_distill", "pretrain_distill_temperature"),
+    *("teacher_cache", "cache_layers", "cache_top_k"),
 )
 DEFAULTS = {
     "method": "sparsegpt",  # the other way takes longer, and training comes after it anyway

@@ -19,7 +19,7 @@ from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import finite, telling_text
 from gossamer.layerwise.options import PruneOptions, check_training
 from gossamer.layerwise.pruning import prune_block
-from gossamer.layerwise.report import layer_errors, report_pruning
+from gossamer.layerwise.report import layer_errors, report_pruning, rounded_errors
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
 
@@ -34,6 +34,10 @@ class Prune(PruneOptions):
     scheme: Literal["none", "W8A8", "W4A8", "FP8_DYNAMIC"] = option(
         "none", help="also round each layer as `quantize` does, before the next one sees it"
     )
+    rounded_epochs: int = option(
+        0,
+        help="passes over the rows in which each layer, once rounded, is trained through the rounding",
+    )
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class PruneResult(Result):
 
     `errors`: after each layer, how far the hidden states are from the parent's (see `token_error`);
     `reconstruction`: of each layer that was trained, the same error as pruned, and after each epoch;
-    `budget`: the sparsity of each linear where it is not the same for all;
+    `rounded_reconstruction`: likewise, as rounded; `budget`: each linear's sparsity where they differ;
     `parent_perplexity`, `perplexity`: of these rows, before and after.
     """
 
@@ -52,6 +56,7 @@ class PruneResult(Result):
     perplexity: float
     errors: list[float]
     reconstruction: list[list[float]]
+    rounded_reconstruction: list[list[float]]
     budget: dict[str, float]
     num_tokens: int
     seconds: float
@@ -62,6 +67,8 @@ class PruneResult(Result):
         row = (f"{self.sparsity:.2%}", before_after, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
         columns = ("zeros", "held-out perplexity", "calibration tokens", "seconds")
         tables = [Table(self.output_dir, columns, [row]), layer_errors(self.errors, self.reconstruction)]
+        if self.rounded_reconstruction:
+            tables.append(rounded_errors(self.rounded_reconstruction))
         if self.budget:
             from gossamer.layerwise.budget import budget_table
 
@@ -85,18 +92,18 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         ) as output,
         telling_text(source, job),
     ):
-        output.data = [manifest(name) for name in job.dataset]
+        output.data = [manifest(name, offline=job.offline) for name in job.dataset]
         ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
         if job.sparsity_profile != "uniform":
             from gossamer.layerwise.budget import measured_shares
 
             shares = measured_shares(source, ids_BT[:num_rows], job, progress)
         rows, held = at_the_start(embed(source, ids_BT), num_rows)
-        output.metrics |= {"errors": [], "reconstruction": [], "dampening": {}}
+        output.metrics |= {"errors": [], "reconstruction": [], "rounded_reconstruction": [], "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)
         errors, dampening = output.metrics["errors"], output.metrics["dampening"]
-        reconstruction = output.metrics["reconstruction"]
+        reconstruction, rounded = (output.metrics[f"{of}reconstruction"] for of in ("", "rounded_"))
         for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
             inputs = [s.ours_BTD.clone() for s in (rows, held)] if job.epochs or job.scheme != "none" else []
             pruned = prune_block(block, parent, rows, held, job, shares, dampening)
@@ -115,7 +122,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             else:
                 from gossamer.layerwise.one_pass import round_pruned
 
-                round_pruned(block, inputs, (rows, held), output, job, job.scheme)
+                round_pruned(block, inputs, (rows, held), output, job, job.scheme, job.rounded_epochs)
             errors.append(token_error(held.ours_BTD, held.parent_BTD).item())
             if not math.isfinite(errors[-1]):
                 for hidden_BTD in (held.ours_BTD, held.parent_BTD):
@@ -129,7 +136,7 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
         output.num_threads = torch.get_num_threads()
         output.report = lambda tensors: report_pruning(output, tensors, num_held, saving.seconds())
         output.metrics |= {"parent_perplexity": before, "perplexity": after, "budget": shares}
-    figures = (output.sparsity, before, after, errors, reconstruction, shares, ids_BT.numel())
+    figures = (output.sparsity, before, after, errors, reconstruction, rounded, shares, ids_BT.numel())
     return PruneResult(job.output_dir, *figures, saving.seconds())
 
 
@@ -144,10 +151,10 @@ def check(job: Prune, source: Checkpoint) -> None:
 
         check_budget(source, job)
     check_training(job.epochs, job.reconstruct_learning_rate)
-    if job.scheme != "none":
-        from gossamer.layerwise.rounded import shared_group
+    if job.scheme != "none" or job.rounded_epochs:
+        from gossamer.layerwise.one_pass import check_rounding
 
-        shared_group(source, job.scheme, ())
+        check_rounding(source, job.scheme, job.rounded_epochs)
 
 
 def check_sparsity(source: Checkpoint, sparsity: float) -> None:

@@ -21,7 +21,7 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import telling_text
 from gossamer.layerwise.options import check_training
-from gossamer.layerwise.report import layer_errors, report_rounding
+from gossamer.layerwise.report import report_rounding, rounded_errors
 from gossamer.layerwise.rounded import quantization_config, shared_group, write_rounded, write_unquantized
 from gossamer.layerwise.rounding import Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
@@ -86,7 +86,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         ) as output,
         telling_text(source, job),
     ):
-        output.data = [manifest(name) for name in job.dataset]
+        output.data = [manifest(name, offline=job.offline) for name in job.dataset]
         ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
         rows, held = at_the_start(embed(source, ids_BT), num_rows)
         output.metrics |= {"linear_errors": {}, "linear_strengths": {}, "dampening": {}, "reconstruction": []}
@@ -187,8 +187,7 @@ def cost_tables(
         Table("linears that lose most", ("", "error"), lose_most),
     ]
     if reconstruction:
-        trained = [min(epochs) for epochs in reconstruction]
-        tables.append(layer_errors(trained, reconstruction, before="as rounded"))
+        tables.append(rounded_errors(reconstruction))
     return tables
 
 
