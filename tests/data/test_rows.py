@@ -1,4 +1,4 @@
-"""Rows of tokens: training, calibration, evaluation and supervised examples."""
+"""Rows of tokens to evaluate on, and supervised examples."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from gossamer.data.rows import evaluation_rows, token_rows
+from gossamer.data.rows import evaluation_rows
 from gossamer.data.supervised import Format, supervised_examples, write_completions
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
@@ -25,13 +25,6 @@ def tokenizer(tiny_llama: TINY) -> Tokenizer:
 def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def test_rows_are_the_documents_joined_each_after_bos(tokenizer: Tokenizer) -> None:
-    joined = [i for text in TEXTS for i in [tokenizer.bos_id, *tokenizer.encode(text, bos=False)]]
-    rows = list(token_rows(iter(TEXTS), tokenizer, 16))
-    assert len(rows) == len(joined) // 16 and rows[0].dtype == np.int64
-    np.testing.assert_array_equal(np.concatenate(rows), joined[: len(rows) * 16])
 
 
 def test_evaluation_rows_cut_the_whole_text(tokenizer: Tokenizer, tiny_llama: TINY, tmp_path: Path) -> None:

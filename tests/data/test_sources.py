@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from gossamer.data.mixture import mixture
 from gossamer.data.sources import documents, manifest, parse_weight
 from gossamer.errors import ConfigError
 
@@ -123,24 +122,6 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         list(documents(str(tmp_path / "empty")))
 
 
-def test_weights_are_shares_of_the_characters(tmp_path: Path) -> None:
-    for name, length in (("a", 50), ("b", 900)):
-        (tmp_path / f"{name}.txt").write_text("<|endoftext|>".join([name * length] * 40))
-    pieces = list(islice(mixture([f"{tmp_path}/a.txt@3", f"{tmp_path}/b.txt"], seed=1), 4000))
-    share = sum(piece.count("a") for piece in pieces) / sum(map(len, pieces))
-    assert share == pytest.approx(0.75, abs=0.01)
-
-
-def test_a_mixture_is_seeded_shuffled_and_loses_nothing(tmp_path: Path) -> None:
-    lines = [f"line {number}\n" * 40 for number in range(2000)]
-    (tmp_path / "a.txt").write_text("".join(lines))
-    first, again, other = (list(islice(mixture([f"{tmp_path}/a.txt"], seed), 600)) for seed in (1, 1, 2))
-    assert first == again != other
-    assert max(map(len, first)) <= 4096
-    whole = "".join(lines)
-    assert all(piece in whole and piece.endswith("\n") for piece in first)
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -152,14 +133,6 @@ def test_a_mixture_is_seeded_shuffled_and_loses_nothing(tmp_path: Path) -> None:
 )
 def test_weights_are_parsed(given: str, expected: tuple[str, float]) -> None:
     assert parse_weight(given) == expected
-
-
-def test_a_weight_of_zero_and_an_empty_source_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the weight is 0"):
-        next(mixture(["a.txt@0"], 0))
-    (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ConfigError, match="holds no text"):
-        next(mixture([f"{tmp_path}/a.txt"], 0))
 
 
 def test_the_manifest_changes_with_the_text(tmp_path: Path) -> None:

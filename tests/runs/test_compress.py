@@ -112,7 +112,12 @@ def test_another_head_is_packed_again_and_nothing_else_runs(job: Compress, tmp_p
 def test_an_interrupted_training_goes_on(job: Compress, tmp_path: Path) -> None:
     """Ctrl-C in the fifth step; the same command ends in the bits of a run that nobody interrupted."""
     whole = dataclasses.replace(
-        job, output_dir=str(tmp_path / "whole"), sparsity=0.5, num_tokens=6 * 16_384, finetune_dataset=()
+        job,
+        output_dir=str(tmp_path / "whole"),
+        sparsity=0.5,
+        num_tokens=6 * 16_384,
+        repeat=True,
+        finetune_dataset=(),
     )
     broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
     steps: list[float] = []

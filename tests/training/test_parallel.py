@@ -19,7 +19,7 @@ from gossamer.errors import ConfigError
 from gossamer.stages.pretrain import pretrain
 from gossamer.training.masks import model_mask_hash
 from gossamer.training.parallel import gather_to_first, rows_of_this_process
-from gossamer.training.rows import next_token_rows
+from gossamer.training.rows import Rows
 from two_processes import job, watched
 
 WORKER = Path(__file__).parents[1] / "two_processes.py"
@@ -169,9 +169,9 @@ def test_fsdp_in_one_process_is_refused(folder: Path) -> None:
 
 
 def test_padding_rows_have_neither_loss_nor_tokens() -> None:
-    rows = next_token_rows(iter(np.arange(2, 14).reshape(3, 4)), 3).padded(4)
+    rows = Rows(np.arange(2, 14, dtype=np.int32).reshape(3, 4)).padded(4)
     batch = rows.collate([2, 3])
     assert len(rows) == 4 and len(rows.padded(2)) == 4
-    assert batch["labels"].tolist() == [[10, 11, 12, 13], [-100] * 4]
+    assert batch["labels"].tolist() == [[-100, 11, 12, 13], [-100] * 4]
     assert batch["token_mask"].tolist() == [[True] * 4, [False] * 4]
     assert rows.collate([3])["labels"].shape == (1, 1)

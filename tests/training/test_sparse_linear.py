@@ -19,7 +19,7 @@ from gossamer.training import sparse_linear
 from gossamer.training.adamw import AdamW
 from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.masks import MaskCallback, decoder_zeros
-from gossamer.training.rows import Rows, next_token_rows
+from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import SparseLinear, densify, sparsify
 from gossamer.training.whole_model import load_model, write_model
 
@@ -268,7 +268,7 @@ class _Losses(TrainerCallback):
 def text(num_rows: int) -> Rows:
     """Rows that count upwards from anywhere: something to learn."""
     generator = np.random.default_rng(0)
-    return next_token_rows((generator.integers(2, 250) + np.arange(32) for _ in range(num_rows)), num_rows)
+    return Rows(generator.integers(2, 250, (num_rows, 1), dtype=np.int32) + np.arange(32, dtype=np.int32))
 
 
 def train(model: LlamaForCausalLM, directory: Path, resume: bool = False, **options: Any) -> _Losses:

@@ -18,8 +18,8 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import record
 from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
-from gossamer.training.distillation import Teacher
-from gossamer.training.rows import Example, next_token_rows, packed_rows
+from gossamer.training.rows import Example, Rows, packed_rows
+from gossamer.training.teacher import Teacher
 from gossamer.training.trainer import train
 
 JOB = Pretrain(
@@ -66,17 +66,18 @@ def test_packing_keeps_every_example_whole(lengths: list[int], num_epochs: int, 
     """Reading the rows back by their positions gives each epoch's examples, nothing else."""
     made = [([n] * length, [-100] + [n] * (length - 1)) for n, length in enumerate(lengths)]
     packed = packed_rows(made, 24, num_epochs, seed)
-    assert packed.positions_ST is not None and packed.lengths_S is not None
+    assert packed.lengths_S is not None
     found = []
     for row, length in enumerate(packed.lengths_S):
-        ids, positions = packed.input_ids_ST[row, :length], packed.positions_ST[row, :length]
+        batch = {name: tensor[0].numpy() for name, tensor in packed.collate([row]).items()}
+        assert len(batch["input_ids"]) == length
+        positions = batch.get("position_ids", np.arange(length))
         for piece, labels in zip(
-            np.split(ids, np.flatnonzero(positions == 0)[1:]),
-            np.split(packed.labels_ST[row, :length], np.flatnonzero(positions == 0)[1:]),
+            np.split(batch["input_ids"], np.flatnonzero(positions == 0)[1:]),
+            np.split(batch["labels"], np.flatnonzero(positions == 0)[1:]),
             strict=True,
         ):
             found.append((piece.tolist(), labels.tolist()))
-        assert (packed.labels_ST[row, length:] == -100).all()
     assert sorted(found) == sorted(made * num_epochs)
 
 
@@ -165,7 +166,7 @@ def test_what_the_teacher_expects_next_is_learned_at_a_temperature(
 
 
 def test_training_is_deterministic_and_learns(model: LlamaForCausalLM, target: Derived) -> None:
-    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (64, 1))), 64)
+    rows = Rows(np.tile(np.arange(2, 34, dtype=np.int32), (64, 1)))
     twin = copy.deepcopy(model)
     events: list[Event] = []
     first = train(JOB, model, rows, target, events.append)
@@ -178,7 +179,7 @@ def test_training_is_deterministic_and_learns(model: LlamaForCausalLM, target: D
 
 
 def test_bf16_is_near_float32(model: LlamaForCausalLM, target: Derived) -> None:
-    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (16, 1))), 16)
+    rows = Rows(np.tile(np.arange(2, 34, dtype=np.int32), (16, 1)))
     exact = train(JOB, copy.deepcopy(model), rows, target, quiet)
     rounded = train(replace(JOB, precision="bf16"), model, rows, target, quiet)
     assert rounded.losses == pytest.approx(exact.losses, rel=0.03)
@@ -187,7 +188,7 @@ def test_bf16_is_near_float32(model: LlamaForCausalLM, target: Derived) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops(model: LlamaForCausalLM, target: Derived) -> None:
-    rows = next_token_rows(iter(np.tile(np.arange(2, 34), (64, 1))), 64)
+    rows = Rows(np.tile(np.arange(2, 34, dtype=np.int32), (64, 1)))
     with pytest.raises(
         ConfigError, match=r"step \d+: the loss is (nan|inf).*--learning-rate \(it is 1e\+18\)"
     ):

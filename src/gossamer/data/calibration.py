@@ -85,6 +85,6 @@ def _texts(job: CalibrationOptions) -> Iterator[str]:
     """The head of one source, or a mixture of several."""
     if len(job.dataset) == 1:
         return documents(parse_weight(job.dataset[0])[0], offline=job.offline)
-    from gossamer.data.mixture import mixture
+    from gossamer.data.mixture import Mixture
 
-    return mixture(job.dataset, 0, offline=job.offline)
+    return (piece.text for piece in Mixture(job.dataset, 0, offline=job.offline))

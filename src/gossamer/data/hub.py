@@ -16,9 +16,7 @@ def hub_rows(source: str, *, offline: bool) -> Iterator[tuple[str, dict[str, Any
     Raises ConfigError for what the hub does not have or give, or what cannot be read; OSError where the hub
     cannot be reached.
     """
-    repo, config, split, *rest = (*source.removeprefix("hf:").split(":"), "", "")
-    if not repo or any(rest):
-        raise ConfigError(f"dataset {source!r}: expected hf:repo[:config[:split]]")
+    repo, config, split = _parts(source)
     if offline:
         raise ConfigError(f"dataset {source!r} has to be streamed; drop --offline or give a local file")
     from datasets import load_dataset
@@ -37,6 +35,27 @@ def hub_rows(source: str, *, offline: bool) -> Iterator[tuple[str, dict[str, Any
         except Exception as error:  # likewise: rows come from the network
             raise _explanation(error, f"{source}:{number}", repo) from error
         yield f"{source}:{number}", row
+
+
+def revision(source: str) -> str | None:
+    """The commit of the dataset's repository that is read now; None where the hub does not say.
+
+    What is wrong will be said by whoever streams it.
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        return HfApi().dataset_info(_parts(source)[0]).sha
+    except (OSError, ValueError, errors.HTTPError):  # pyright: ignore[reportPrivateImportUsage]
+        return None
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """Repository, configuration and split of `hf:repo[:config[:split]]`."""
+    repo, config, split, *rest = (*source.removeprefix("hf:").split(":"), "", "")
+    if not repo or any(rest):
+        raise ConfigError(f"dataset {source!r}: expected hf:repo[:config[:split]]")
+    return repo, config, split
 
 
 def _explanation(error: Exception, source: str, repo: str) -> Exception:

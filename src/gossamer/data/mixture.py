@@ -1,61 +1,112 @@
-"""Several sources of text as one without end, in proportion to their weights."""
+"""Several sources of text as one stream of pieces, in proportion to their weights."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from gossamer.data.sources import documents, parse_weight
+from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
 
 PIECE_CHARACTERS = 4096
 SHUFFLE_PIECES = 1024
 
 
-def mixture(sources: Sequence[str], seed: int, *, offline: bool = False) -> Iterator[str]:
-    """Pieces of the sources' documents without end, shuffled, in proportion to the weights.
+class Piece(NamedTuple):
+    """A part of a document of one source, by the source's number."""
+
+    source: int
+    text: str
+
+
+class Mixture:
+    """Pieces of the sources' documents, shuffled, in proportion to the weights.
 
     A weight is a share of the characters. Documents are cut at line ends into pieces of at most
-    `PIECE_CHARACTERS`, so that sources interleave finely; a source that is used up begins again.
+    `piece_characters` (a longer line stays whole), so that sources interleave finely; with `truncate` they
+    are not, and end after four times as many characters. The mixture ends where a source is used up, as its
+    share could not be kept; with `repeat` the source begins again. `num_documents` counts those that were
+    read of each source, and `used_up` is the one that ended the mixture.
     """
-    weighted = [parse_weight(source) for source in sources]
-    if not weighted:
-        raise ConfigError("no dataset given; pass at least one SRC")
-    streams = [_shuffled(name, seed + index, offline) for index, (name, _) in enumerate(weighted)]
-    given = [0.0] * len(streams)
-    while True:
-        next_index = min(range(len(streams)), key=lambda i: given[i])
-        piece = next(streams[next_index])
-        given[next_index] += len(piece) / weighted[next_index][1]
-        yield piece
 
+    def __init__(
+        self,
+        sources: Sequence[str],
+        seed: int,
+        *,
+        piece_characters: int = PIECE_CHARACTERS,
+        repeat: bool = False,
+        truncate: bool = False,
+        bad: BadRows | None = None,
+        offline: bool = False,
+    ) -> None:
+        self._weighted = [parse_weight(source) for source in sources]
+        if not self._weighted:
+            raise ConfigError("no dataset given; pass at least one SRC")
+        self._seed, self._piece_characters = seed, piece_characters
+        self._repeat, self.truncate, self._bad, self._offline = repeat, truncate, bad, offline
+        self.num_documents = [0] * len(sources)
+        self.used_up: str | None = None
 
-def _shuffled(source: str, seed: int, offline: bool) -> Iterator[str]:
-    """Pieces of one source for ever, shuffled through a buffer of `SHUFFLE_PIECES`."""
-    chance = random.Random(seed)
-    buffer: list[str] = []
-    for piece in _endless_pieces(source, seed, offline):
-        if len(buffer) < SHUFFLE_PIECES:
-            buffer.append(piece)
-            continue
-        slot = chance.randrange(SHUFFLE_PIECES)
-        buffer[slot], piece = piece, buffer[slot]
-        yield piece
+    def __iter__(self) -> Iterator[Piece]:
+        streams = [self._shuffled(index) for index in range(len(self._weighted))]
+        given = [0.0] * len(streams)
+        while True:
+            index = min(range(len(streams)), key=lambda i: given[i])
+            name, weight = self._weighted[index]
+            piece = next(streams[index], None)
+            if piece is None:
+                self.used_up = name
+                return
+            given[index] += len(piece.text) / weight
+            yield piece
 
+    def _shuffled(self, index: int) -> Iterator[Piece]:
+        """Pieces of one source, shuffled through a buffer of `SHUFFLE_PIECES`."""
+        chance = random.Random(self._seed + index)
+        buffer: list[Piece] = []
+        for piece in self._in_order(index):
+            if len(buffer) < SHUFFLE_PIECES:
+                buffer.append(piece)
+                continue
+            slot = chance.randrange(SHUFFLE_PIECES)
+            buffer[slot], piece = piece, buffer[slot]
+            yield piece
+        chance.shuffle(buffer)
+        yield from buffer
 
-def _endless_pieces(source: str, seed: int, offline: bool) -> Iterator[str]:
-    if source == "python:doctests":
-        from gossamer.data import doctests
+    def _in_order(self, index: int) -> Iterator[Piece]:
+        name = self._weighted[index][0]
+        while True:
+            empty = True
+            for text in self._documents(name):
+                self.num_documents[index] += 1
+                beginning = text[: 4 * self._piece_characters]
+                parts = (
+                    pieces(text, self._piece_characters) if not self.truncate else filter(None, [beginning])
+                )
+                for part in parts:
+                    empty = False
+                    yield Piece(index, part)
+            if empty:
+                raise ConfigError(f"dataset {name!r} holds no text")
+            if not self._repeat:
+                return
 
-        yield from doctests.documents(seed)
-    while True:
-        empty = True
-        for text in documents(source, offline=offline):
-            for piece in pieces(text):
-                empty = False
-                yield piece
-        if empty:
-            raise ConfigError(f"dataset {source!r} holds no text")
+    def _parts(self, text: str) -> Iterator[str]:
+        if not self.truncate:
+            yield from pieces(text, self._piece_characters)
+        elif text:
+            yield text[: 4 * self._piece_characters]
+
+    def _documents(self, name: str) -> Iterator[str]:
+        if name == "python:doctests":  # without end
+            from gossamer.data import doctests
+
+            return doctests.documents(self._seed)
+        return documents(name, offline=self._offline, bad=self._bad)
 
 
 def pieces(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:

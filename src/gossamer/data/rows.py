@@ -1,11 +1,10 @@
-"""Rows of tokens from sources of text: for training and evaluation (calibration.py has its own).
+"""Rows of tokens to evaluate on (packing.py and calibration.py have those to learn from).
 
-Ids are int64; T is a row's number of tokens, S the number of rows.
+Ids are int64; S is the number of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,6 @@ from gossamer.data import doctests
 from gossamer.data.sources import END_OF_TEXT, documents, read_text
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
-
-
-def token_rows(texts: Iterable[str], tokenizer: Tokenizer, max_length: int) -> Iterator[np.ndarray]:
-    """Documents joined, each preceded by BOS, cut into rows: int64 [max_length]; the rest is dropped."""
-    bos = tokenizer.required_bos()
-    pending: list[int] = []
-    for text in texts:
-        pending.append(bos)
-        pending.extend(tokenizer.encode(text, bos=False))
-        whole = len(pending) - len(pending) % max_length
-        for start in range(0, whole, max_length):
-            yield np.array(pending[start : start + max_length], dtype=np.int64)
-        del pending[:whole]
 
 
 def evaluation_rows(

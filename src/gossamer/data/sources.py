@@ -20,10 +20,13 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gossamer.architecture.config import LFS_POINTER
 from gossamer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gossamer.data.tables import BadRows
 
 END_OF_TEXT = "<|endoftext|>"
 STDLIB = ("python:stdlib", "python:stdlib:held-out")
@@ -33,8 +36,8 @@ SUPPORTED = (
 )
 
 
-def documents(source: str, *, offline: bool = False) -> Iterator[str]:
-    """The texts of a source, in its order; `python:doctests` without a number never ends."""
+def documents(source: str, *, offline: bool = False, bad: BadRows | None = None) -> Iterator[str]:
+    """The texts of a source, in its order; a row that cannot be used is an error, or left out by `bad`."""
     if source.startswith("python:doctests"):
         from gossamer.data import doctests
 
@@ -43,7 +46,7 @@ def documents(source: str, *, offline: bool = False) -> Iterator[str]:
     if source.startswith("hf:"):
         from gossamer.data.tables import hub_documents
 
-        return hub_documents(source, offline)
+        return hub_documents(source, offline, bad)
     path = Path(source)
     if source in STDLIB or path.is_dir():
         from gossamer.data.trees import tree_files
@@ -51,15 +54,15 @@ def documents(source: str, *, offline: bool = False) -> Iterator[str]:
         return (read_text(file) for file in tree_files(source))
     if not path.is_file():
         raise ConfigError(f"dataset {source!r}: no such file or folder; a source is {SUPPORTED}")
-    return _file_documents(path)
+    return _file_documents(path, bad)
 
 
-def _file_documents(path: Path) -> Iterator[str]:
+def _file_documents(path: Path, bad: BadRows | None) -> Iterator[str]:
     """Dispatch on the file's name."""
     if path.name.endswith((".jsonl", ".jsonl.zst", ".parquet")):
         from gossamer.data.tables import table_documents
 
-        return table_documents(path)
+        return table_documents(path, bad)
     if path.name.endswith((".tar.gz", ".tgz")):
         from gossamer.data.trees import tar_documents
 
@@ -99,28 +102,19 @@ def parse_weight(source: str) -> tuple[str, float]:
     return name, value
 
 
-def manifest(source: str) -> dict[str, Any]:
-    """What a source is, for gossamer.json: kind, number of files, bytes, sha256."""
+def manifest(source: str, *, offline: bool = False) -> dict[str, Any]:
+    """What a source is, for gossamer.json: kind, number of files, bytes, sha256, or revision of the hub's."""
     name, weight = parse_weight(source)
-    known = {"source": name, "weight": weight}
-    if name.startswith("hf:"):
-        return {**known, "kind": "hub"}
-    if name.startswith("python:doctests"):
-        digest = hashlib.sha256(Path(__file__).with_name("doctests.py").read_bytes()).hexdigest()
-        return {**known, "kind": "doctests", "generator_sha256": digest}
-    path = Path(name)
-    if name in STDLIB or path.is_dir():
-        from gossamer.data.trees import tree_files
-
-        kind, files = "stdlib" if name in STDLIB else "folder", tree_files(name)
-    elif path.exists():
-        kind, files = "file", [path]
+    if (path := Path(name)).is_file():
+        found = {"kind": "file", **files_digest([path])}
     else:
-        raise ConfigError(f"dataset {name!r}: no such file or folder; a source is {SUPPORTED}")
-    return {**known, "kind": kind, **_files_digest(files)}
+        from gossamer.data.manifest import manifest_of_many
+
+        found = manifest_of_many(name, offline)
+    return {"source": name, "weight": weight, **found}
 
 
-def _files_digest(files: Sequence[Path]) -> dict[str, Any]:
+def files_digest(files: Sequence[Path]) -> dict[str, Any]:
     digest = hashlib.sha256()
     num_bytes = 0
     for path in files:

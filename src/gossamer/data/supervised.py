@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
-from gossamer.data.mixture import mixture, pieces
+from gossamer.data.mixture import Mixture, pieces
 from gossamer.data.tables import TABLES, BadRows, table_rows
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
@@ -58,7 +58,8 @@ def write_completions(path: Path, source: str, num: int, seed: int, num_characte
 
     Among fine-tuning examples they keep a model from forgetting the text it was pretrained on.
     """
-    cut = (piece for text in mixture([source], seed) for piece in pieces(text, num_characters))
+    mixture = Mixture([source], seed, repeat=True)
+    cut = (part for piece in mixture for part in pieces(piece.text, num_characters))
     with path.open("w", encoding="utf-8") as file:
         for text in islice(cut, num):
             file.write(json.dumps({"prompt": "", "completion": text}) + "\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -118,16 +118,28 @@ def _zst_lines(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
     yield rest
 
 
-def table_documents(path: Path) -> Iterator[str]:
+def table_documents(path: Path, bad: BadRows | None = None) -> Iterator[str]:
     """The field `text` of each row of a file."""
-    return (_text_field(row, where) for where, row in table_rows(path))
+    return _texts(table_rows(path, bad), bad)
 
 
-def hub_documents(source: str, offline: bool) -> Iterator[str]:
+def hub_documents(source: str, offline: bool, bad: BadRows | None = None) -> Iterator[str]:
     """The field `text` of each row of a dataset of the hub."""
     from gossamer.data.hub import hub_rows
 
-    return (_text_field(row, where) for where, row in hub_rows(source, offline=offline))
+    return _texts(hub_rows(source, offline=offline), bad)
+
+
+def _texts(rows: Iterable[tuple[str, dict[str, Any]]], bad: BadRows | None) -> Iterator[str]:
+    for where, row in rows:
+        try:
+            text = _text_field(row, where)
+        except ConfigError as error:
+            if bad is None:
+                raise
+            bad.leave_out(error)
+        else:
+            yield text
 
 
 def _text_field(row: dict[str, Any], where: str) -> str:

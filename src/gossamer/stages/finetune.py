@@ -12,11 +12,12 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options, inherited
 from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.rows import Example, Rows, packed_rows
+from gossamer.training.teacher import open_teacher
+from gossamer.training.teacher_cache import teacher_for
 from gossamer.training.trainer import train
 from gossamer.training.whole_model import derive_in_first, load_model, write_model
 
@@ -31,7 +32,6 @@ class Finetune(TrainingOptions):
     format: Literal["chat", "instruct", "prompt-completion"] = option(
         "prompt-completion", help="the fields of an example"
     )
-    skip_bad_rows: int = option(0, help="rows that cannot be used and are left out; one more is an error")
     num_train_epochs: int = option(2, help="times that every example is seen")
     batch_tokens: int = inherited(TrainingOptions, "batch_tokens", 8192)
     learning_rate: float = inherited(TrainingOptions, "learning_rate", 1e-4)
@@ -46,12 +46,13 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     check_options(job)
     _check(job)
     source = Checkpoint.open(job.model, offline=job.offline)
-    teacher = None if job.teacher is None else load_teacher(job.teacher, source, offline=job.offline)
+    directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "finetune") as target:
-        target.data = [manifest(name) for name in job.dataset]
-        model = load_model(source)
+        target.data = [manifest(name, offline=job.offline) for name in job.dataset]
         examples = _examples(job, source, progress)
         rows = _rows(job, examples)
+        teacher = teacher_for(job, directory, rows, "finetune", progress)
+        model = load_model(source)
         history = train(job, model, rows, target, progress, teacher)
         write_model(model, target)
         target.num_threads = history.num_threads
@@ -96,7 +97,5 @@ def _check(job: Finetune) -> None:
         raise ConfigError(
             f"--distill {job.distill} needs --teacher DIR, the dense tuned model; else --distill none"
         )
-    if job.skip_bad_rows < 0:
-        raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if job.num_train_epochs < 1:
         raise ConfigError(f"--num-train-epochs {job.num_train_epochs}: expected at least 1")

@@ -1,21 +1,27 @@
 """`pretrain`: next-token training of a dense or sparse model; zeros stay zeros."""
 
+import hashlib
 import math
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
-from gossamer.checkpoint.directory import Checkpoint
-from gossamer.data.mixture import mixture
-from gossamer.data.rows import token_rows
+from gossamer.checkpoint.directory import Checkpoint, Derived
+from gossamer.data.mixture import Mixture
+from gossamer.data.packing import CHARACTERS_A_TOKEN, FOLDER, PackedText, pack_once, read_rows
 from gossamer.data.sources import manifest
+from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
+from gossamer.job.processes import is_first
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.training.distillation import load_teacher
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, in_every_process
-from gossamer.training.rows import Rows, next_token_rows
+from gossamer.training.rows import Rows
+from gossamer.training.teacher import open_teacher
+from gossamer.training.teacher_cache import teacher_for
 from gossamer.training.trainer import train
 from gossamer.training.whole_model import derive_in_first, load_model, write_model
 
@@ -25,7 +31,9 @@ class Pretrain(TrainingOptions):
     """Train on text with the model's zeros held fixed, so that it recovers from pruning."""
 
     dataset: tuple[str, ...] = option(help="training text: SRC[@WEIGHT]...")
-    num_tokens: int = option(10_000_000, help="tokens to train on; sources that are shorter begin again")
+    num_tokens: int = option(10_000_000, help="tokens to train on, or as many as there are")
+    repeat: bool = option(False, help="sources that are used up begin again, instead of ending the text")
+    truncate: bool = option(False, help="of a document longer than a row only the beginning is used")
 
 
 @in_every_process
@@ -34,25 +42,69 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     check_options(job)
     _check(job)
     source = Checkpoint.open(job.model, offline=job.offline)
-    teacher = None if job.teacher is None else load_teacher(job.teacher, source, offline=job.offline)
+    directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "pretrain") as target:
-        target.data = [manifest(name) for name in job.dataset]
+        rows = _rows(job, source, target, progress)
+        teacher = teacher_for(job, directory, rows, "pretrain", progress)
         model = load_model(source)
-        rows = _rows(job, source, progress)
         history = train(job, model, rows, target, progress, teacher)
+        if is_first():
+            shutil.rmtree(target.path / FOLDER)
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics())
     return from_first(lambda: history.result(job.output_dir, target.sparsity))
 
 
-def _rows(job: Pretrain, source: Checkpoint, progress: Progress) -> Rows:
-    """Whole rows for `num_tokens` (rounded up), tokenized before training begins."""
+def _rows(job: Pretrain, source: Checkpoint, target: Derived, progress: Progress) -> Rows:
+    """Whole rows for `num_tokens` (rounded up), packed before training begins, in the run's own folder."""
     length = min(job.max_length, source.architecture.max_position_embeddings)
-    num_rows = math.ceil(job.num_tokens / length)
-    progress(Event("pretrain", f"tokenizing {num_rows * length:,} tokens"))
-    texts = mixture(job.dataset, job.seed, offline=job.offline)
-    return next_token_rows(token_rows(texts, Tokenizer.open(source.path), length), num_rows)
+    packed = from_first(lambda: _packed(job, source, target, length, progress))
+    target.data = [
+        {**manifest(name, offline=job.offline), "num_documents": documents, "num_tokens": tokens}
+        for name, documents, tokens in zip(job.dataset, packed.num_documents, packed.num_tokens, strict=True)
+    ]
+    target.metrics["rows"] = asdict(packed)
+    return Rows(read_rows(target.path / FOLDER, packed), digest=packed.sha256)
+
+
+def _packed(
+    job: Pretrain, source: Checkpoint, target: Derived, length: int, progress: Progress
+) -> PackedText:
+    max_rows = math.ceil(job.num_tokens / length)
+    progress(Event("pretrain", f"tokenizing {max_rows * length:,} tokens"))
+    tokenizer, bad = Tokenizer.open(source.path), BadRows(job.skip_bad_rows)
+    mixture = Mixture(
+        job.dataset,
+        job.seed,
+        piece_characters=CHARACTERS_A_TOKEN * length,
+        repeat=job.repeat,
+        truncate=job.truncate,
+        bad=bad,
+        offline=job.offline,
+    )
+    decided = {
+        "data": [manifest(name, offline=job.offline) for name in job.dataset],
+        "tokenizer": hashlib.sha256(tokenizer.bytes).hexdigest(),
+        **{name: getattr(job, name) for name in ("seed", "repeat", "truncate", "skip_bad_rows")},
+    }
+    packed = pack_once(mixture, tokenizer, length, max_rows, target.path / FOLDER, decided)
+    for note in _notes(job, packed, bad):
+        progress(Event("pretrain", note, lasting=True))
+    return packed
+
+
+def _notes(job: Pretrain, packed: PackedText, bad: BadRows) -> Iterator[str]:
+    """What of the data is not trained on, and why."""
+    if packed.used_up is not None:
+        yield (
+            f"{packed.used_up} is used up after {packed.num_rows * packed.row_length:,} tokens, fewer than "
+            f"--num-tokens {job.num_tokens:,}: training on those (--repeat begins sources again)"
+        )
+    if packed.num_truncated:
+        yield f"{packed.num_truncated:,} documents are longer than a row, and only their beginning is used"
+    if bad.found:
+        yield f"left out {len(bad.found)} rows that cannot be used: {'; '.join(bad.found[:3])}"
 
 
 def _check(job: Pretrain) -> None:

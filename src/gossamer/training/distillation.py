@@ -3,22 +3,19 @@
 `RowTrainer` may learn of the teacher's logits as well, or only of them (`Distillation`).
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.squarehead import squarehead_loss
-from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.errors import UnsupportedError
 from gossamer.training.head_loss import HeadTeacher
-from gossamer.training.whole_model import load_model
+from gossamer.training.teacher import LiveTeacher, TeacherStates
 
 
 class SquareHead:
@@ -28,19 +25,19 @@ class SquareHead:
         SquareHead(teacher).attach(trainer)
         trainer.train()
 
-    The teacher is given the inputs that the student's decoder was given, and computes in its own dtype. The
-    loss is over the tokens at which the batch's `token_mask`, or else its 2-d `attention_mask`, is nonzero,
-    and over all tokens if the batch has neither. A micro-batch is weighted by its share of the tokens that
-    all processes accumulate for an optimizer step. `last` is the latest value of the loss.
-    With a `weight` of 0 the teacher only watches, for what asks for its `states`.
+    The teacher is given the inputs that the student's decoder was given, and computes in its own dtype; or it
+    is what was written down of it (`CachedTeacher`). The loss is over the tokens at which the batch's
+    `token_mask`, or else its 2-d `attention_mask`, is nonzero, and over all tokens if the batch has neither.
+    A micro-batch is weighted by its share of the tokens that all processes accumulate for an optimizer step.
+    `last` is the latest value of the loss.
+    With a `weight` of 0 the teacher only watches, for what is learned of it at the head.
     """
 
-    def __init__(self, teacher: PreTrainedModel, weight: float = 1.0) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
+    def __init__(self, teacher: PreTrainedModel | TeacherStates, weight: float = 1.0) -> None:
+        self.teacher = LiveTeacher(teacher) if isinstance(teacher, PreTrainedModel) else teacher
         self.weight = weight
         self.last = float("nan")
         self._seen: dict[str, Any] = {}
-        self._states: tuple[Tensor, ...] | None = None
         self._step_tokens = 0
 
     def attach(self, trainer: Trainer) -> None:
@@ -57,8 +54,7 @@ class SquareHead:
                 f"SquareHead: found a {type(model).__name__}; expected a transformers PreTrainedModel: give "
                 "the Trainer the model itself, without a wrapper (merge adapters into it first)"
             )
-        _check_pair(self.teacher, model)
-        nn.Module.to(self.teacher, trainer.args.device)
+        self.teacher.prepare(model, trainer.args.device)
         decoder: nn.Module = model.get_decoder()
         self._count_tokens(trainer)
         compute_loss = trainer.compute_loss
@@ -70,6 +66,7 @@ class SquareHead:
             num_items_in_batch: Tensor | int | None = None,
         ) -> Any:
             mask_BT, num_tokens = _token_mask(inputs), _num_tokens(inputs)
+            self._seen = {"batch": inputs}
             with self._watching(decoder):
                 result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = result if isinstance(result, tuple) else (result, None)
@@ -78,7 +75,8 @@ class SquareHead:
                 steps = trainer.current_gradient_accumulation_steps if num_items_in_batch is None else 1
                 share = num_tokens * steps * trainer.args.world_size / self._step_tokens
                 loss = loss + self._loss(mask_BT) * (self.weight * share)
-            self._seen, self._states = {}, None
+            self._seen = {}
+            self.teacher.forget()
             return (loss, outputs) if return_outputs else loss
 
         trainer.compute_loss = with_squarehead
@@ -108,21 +106,9 @@ class SquareHead:
             before.remove()
             after.remove()
 
-    @torch.no_grad()
-    def states(self) -> tuple[Tensor, ...]:
-        """The teacher's hidden states [B, T, D] after embedding and layers, of what the student last read.
-
-        To be had while the student computes its loss; computed once. The last ones are what its head reads.
-        """
-        if self._states is None:
-            outputs = self.teacher.get_decoder()(
-                **self._seen["inputs"], output_hidden_states=True, use_cache=False
-            )
-            self._states = tuple(outputs.hidden_states)
-        return self._states
-
     def _loss(self, mask_BT: Tensor | None) -> Tensor:
-        loss = squarehead_loss(self._seen["hidden"][1:], self.states()[1:], mask_BT)
+        ours = [self._seen["hidden"][layer] for layer in self.teacher.layers]
+        loss = squarehead_loss(ours, self.teacher.states(), mask_BT)
         self.last = loss.item()
         return loss
 
@@ -133,7 +119,7 @@ class SquareHead:
                 f"arguments and the keywords {', '.join(kwargs)}; expected keywords alone, with input_ids"
             )
         names = ("input_ids", "attention_mask", "position_ids")
-        self._seen = {"inputs": {name: kwargs.get(name) for name in names}}
+        self.teacher.read(self._seen["batch"], {name: kwargs.get(name) for name in names})
         return args, {**kwargs, "output_hidden_states": True}
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -150,65 +136,13 @@ class SquareHead:
 class Distillation:
     """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them."""
 
-    watching: SquareHead
+    teacher: TeacherStates
     parts: tuple[str, ...]
     temperature: float
 
     def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
         """What it expects after the kept tokens [B, T - 1], if that is learned."""
-        if "kl" not in self.parts:
-            return None
-        hidden_ND = self.watching.states()[-1][:, :-1][kept_BT]
-        head: Any = self.watching.teacher.get_output_embeddings()
-
-        @torch.no_grad()
-        def logits(begin: int, end: int) -> Tensor:
-            return head(hidden_ND[begin:end]).float()
-
-        return HeadTeacher(logits, self.temperature)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A dense model to learn from. `hash`: the sha256 of the directory that it was loaded from."""
-
-    model: PreTrainedModel
-    hash: str
-
-
-def load_teacher(path: str | Path, student: Checkpoint, *, offline: bool = False) -> Teacher:
-    """Load the model at `path`; raises ConfigError unless its shape and its tokenizer are the student's."""
-    teacher = Checkpoint.open(path, offline=offline)
-    for field in ("num_layers", "hidden_size", "vocab_size"):
-        theirs, ours = getattr(teacher.architecture, field), getattr(student.architecture, field)
-        if theirs != ours:
-            raise ConfigError(
-                f"--teacher {path} has {field} {theirs}, the model {student.path} has {ours}; they must "
-                "be equal: the teacher is the dense model that the student was pruned from"
-            )
-    digests = [_tokenizer_digest(checkpoint.path) for checkpoint in (teacher, student)]
-    if digests[0] != digests[1]:
-        raise ConfigError(
-            f"--teacher {path} has another tokenizer (tokenizer.json sha256 {digests[0]}) than the model "
-            f"{student.path} ({digests[1]}); expected the same file in both"
-        )
-    return Teacher(load_model(teacher), teacher.hash)
-
-
-def _check_pair(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """Raise ConfigError unless every layer of the student has a counterpart of the same width."""
-    for field in ("num_hidden_layers", "hidden_size"):
-        theirs, ours = (getattr(model.config.get_text_config(), field) for model in (teacher, student))
-        if theirs != ours:
-            raise ConfigError(
-                f"SquareHead: the teacher has {field} {theirs}, the trainer's model has {ours}; they must be "
-                "equal: the teacher is the dense model that the student was pruned from"
-            )
-
-
-def _tokenizer_digest(path: Path) -> str:
-    file = path / "tokenizer.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else "none"
+        return self.teacher.at_the_head(kept_BT, self.temperature) if "kl" in self.parts else None
 
 
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:

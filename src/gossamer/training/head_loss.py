@@ -13,30 +13,68 @@ fused kernels such as Liger's (Hsu et al., arXiv 2410.10989).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 256
+SMALLEST = 1e-9
+
+
+class HeadTeacher(Protocol):
+    """What is to be learned at the head."""
+
+    def divergence(self, logits_NV: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """Of tokens from `begin` on: how far their logits are from it, and the logits' gradient [N, V]."""
+        ...
 
 
 @dataclass(frozen=True)
-class HeadTeacher:
-    """Logits to learn from: `logits(begin, end)` are [end - begin, V] of those tokens, in float32.
-
-    `weight` is what the divergence counts for, beside a cross-entropy that counts 1.
-    """
+class TeacherLogits:
+    """Logits to learn from: `logits(begin, end)` are [end - begin, V] of those tokens, in float32."""
 
     logits: Callable[[int, int], Tensor]
     temperature: float = 1.0
-    weight: float = 1.0
+
+    def divergence(self, logits_NV: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """d/dz of t^2 KL is t (q - p)."""
+        t = self.temperature
+        log_p_NV = (self.logits(begin, begin + len(logits_NV)) / t).log_softmax(-1)
+        log_q_NV = (logits_NV / t).log_softmax(-1)
+        p_NV = log_p_NV.exp()
+        return t**2 * (p_NV * (log_p_NV - log_q_NV)).sum(), log_q_NV.exp_().sub_(p_NV).mul_(t)
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The K likeliest tokens of each, ids_NK, with log_p_NK; all the others count as one.
+
+    log p is of logits divided by the temperature. The divergence of these K + 1 is at most that of all.
+    """
+
+    ids_NK: Tensor
+    log_p_NK: Tensor
+    temperature: float = 1.0
+
+    def divergence(self, logits_NV: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """d/dz of t^2 KL is t (q - p), where the p of a token among the others is its share of theirs."""
+        t, end = self.temperature, begin + len(logits_NV)
+        ids_NK, log_p_NK = self.ids_NK[begin:end], self.log_p_NK[begin:end].float()
+        p_NK, log_q_NV = log_p_NK.exp(), (logits_NV / t).log_softmax(-1)
+        log_q_NK = log_q_NV.gather(1, ids_NK)
+        others_NV = log_q_NV.exp_().scatter_(1, ids_NK, 0.0)
+        p_rest_N1 = (1 - p_NK.sum(1, keepdim=True)).clamp_min(SMALLEST)
+        q_rest_N1 = others_NV.sum(1, keepdim=True).clamp_min(SMALLEST)
+        found = (p_NK * (log_p_NK - log_q_NK)).sum() + (p_rest_N1 * (p_rest_N1 / q_rest_N1).log()).sum()
+        d_NV = others_NV.mul_(1 - p_rest_N1 / q_rest_N1).scatter_(1, ids_NK, log_q_NK.exp_() - p_NK)
+        return t**2 * found, d_NV.mul_(t)
 
 
 def head_loss(
     hidden_ND: Tensor, w_VD: Tensor, targets_N: Tensor, teacher: HeadTeacher | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy + weight x divergence over all tokens, a sum that has gradients; and cross-entropy alone.
+    """Cross-entropy + divergence over all tokens, a sum that has gradients; and cross-entropy alone.
 
     Under autocast products are of autocast's type; all else is float32.
     """
@@ -102,7 +140,7 @@ def _losses(
 
     The logits are overwritten.
     """
-    learned = None if teacher is None else _divergence(logits_NV, teacher, begin)
+    learned = None if teacher is None else teacher.divergence(logits_NV, begin)
     rows_N = torch.arange(len(logits_NV), device=logits_NV.device)
     chosen_N, total_N = logits_NV[rows_N, targets_N], logits_NV.logsumexp(-1)
     cross_entropy = (total_N - chosen_N).sum()
@@ -112,13 +150,3 @@ def _losses(
         return cross_entropy, cross_entropy, d_NV
     divergence, towards_NV = learned
     return cross_entropy, cross_entropy + divergence, d_NV.add_(towards_NV)
-
-
-def _divergence(logits_NV: Tensor, teacher: HeadTeacher, begin: int) -> tuple[Tensor, Tensor]:
-    """Weight x divergence, and the gradient [N, V] of the logits: d/dz of t^2 KL is t (q - p)."""
-    t, weight = teacher.temperature, teacher.weight
-    log_p_NV = (teacher.logits(begin, begin + len(logits_NV)) / t).log_softmax(-1)
-    log_q_NV = (logits_NV / t).log_softmax(-1)
-    p_NV = log_p_NV.exp()
-    divergence = weight * t**2 * (p_NV * (log_p_NV - log_q_NV)).sum()
-    return divergence, log_q_NV.exp_().sub_(p_NV).mul_(t * weight)

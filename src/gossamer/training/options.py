@@ -26,6 +26,15 @@ class TrainingOptions(ThreadOptions):
         "expects next (kl), or both",
     )
     distill_temperature: float = option(1.0, help="by which logits are divided before kl compares them")
+    teacher_cache: str | None = option(
+        None,
+        help="a folder for what the teacher makes of this run's tokens: it is asked once, and is not in "
+        "memory while the model is trained",
+    )
+    cache_layers: int | None = option(
+        None, help="layers whose hidden states go there (default: as many as 5 kB a token hold)"
+    )
+    cache_top_k: int = option(128, help="likeliest tokens whose probabilities go there")
     max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
     batch_tokens: int = option(16_384, help="tokens an optimizer step, prompts included")
     learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
@@ -43,6 +52,7 @@ class TrainingOptions(ThreadOptions):
         "auto",
         help="products of all weights or of the nonzero ones; auto: measures both and takes the faster",
     )
+    skip_bad_rows: int = option(0, help="rows that cannot be used and are left out; one more is an error")
     seed: int = option(0, help="order of the data")
     save_steps: int = option(100, help="optimizer steps between two checkpoints; 0: save only on Ctrl-C")
     resume: bool = option(False, help="go on with the interrupted run in OUTPUT_DIR.partial")
@@ -69,7 +79,7 @@ WITHOUT_EFFECT = {
     "parallel",
     "threads",
 }
-PATHS = {"model", "dataset", "teacher"}
+PATHS = {"model", "dataset", "teacher", "teacher_cache"}
 
 
 def check_options(job: TrainingOptions) -> None:
@@ -87,6 +97,14 @@ def check_options(job: TrainingOptions) -> None:
         raise ConfigError(f"--distill-temperature is {job.distill_temperature:g}; expected a number above 0")
     if job.distill == "none" and job.teacher is not None:
         raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
+    if job.teacher_cache is not None and job.teacher is None:
+        raise ConfigError(f"--teacher-cache {job.teacher_cache} needs --teacher DIR, the dense model")
+    if job.cache_top_k < 1 or (job.cache_layers is not None and job.cache_layers < 1):
+        raise ConfigError(
+            f"--cache-top-k {job.cache_top_k}, --cache-layers {job.cache_layers}: expected at least 1"
+        )
+    if job.skip_bad_rows < 0:
+        raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if job.save_steps < 0:
         raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")
     check_reporter(job.report_to)

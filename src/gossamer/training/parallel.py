@@ -25,6 +25,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
@@ -78,7 +79,8 @@ def _joined() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # The others wait while the first one packs the text.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     yield
     dist.destroy_process_group()
 

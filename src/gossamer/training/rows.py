@@ -1,10 +1,9 @@
-"""Rows of tokens as arrays. Tokenizing and packing is done before training begins."""
+"""Rows of tokens to train on, as arrays. Tokenizing and packing is done before training begins."""
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,79 +19,79 @@ Example = tuple[Sequence[int], Sequence[int]]
 class Rows(Dataset[int]):
     """S rows of T tokens, in the order of training; all arrays are int32.
 
-    input_ids_ST: the tokens; labels_ST: what is to be predicted (-100: no loss at this token); positions_ST:
-    of each token in its example, so that they restart at 0 where an example begins (None: each row is one
-    sequence); lengths_S: how many tokens of each row are not padding (None: all).
+    marked_ids_ST: the tokens, and ~token (negative) where an example or a document begins: attention does not
+    cross that border, positions restart there, and nothing predicts that token. labels_ST: what is to be
+    predicted (-100: no loss at this token; None: all tokens but those). lengths_S: how many tokens of each
+    row are not padding (None: all). num_padding: so many rows of padding follow. digest: sha256 of all this,
+    where it is known.
     """
 
-    input_ids_ST: np.ndarray
-    labels_ST: np.ndarray
-    positions_ST: np.ndarray | None = None
+    marked_ids_ST: np.ndarray
+    labels_ST: np.ndarray | None = None
     lengths_S: np.ndarray | None = None
+    num_padding: int = 0
+    digest: str | None = None
 
     def __len__(self) -> int:
-        return len(self.input_ids_ST)
+        return len(self.marked_ids_ST) + self.num_padding
 
     @property
     def row_length(self) -> int:
-        return self.input_ids_ST.shape[1]
+        return self.marked_ids_ST.shape[1]
 
     def __getitem__(self, index: int) -> int:
         return index
 
     def padded(self, multiple: int) -> "Rows":
         """These rows, and behind them as many rows of padding (without loss) as make up a multiple."""
-        count, row_length = self.input_ids_ST.shape
-        if not (missing := -count % multiple):
-            return self
-        positions_ST = (
-            np.tile(np.arange(row_length), (count, 1)) if self.positions_ST is None else self.positions_ST
-        )
-        lengths_S = np.full(count, row_length) if self.lengths_S is None else self.lengths_S
-        ids, positions = (np.pad(a, ((0, missing), (0, 0))) for a in (self.input_ids_ST, positions_ST))
-        labels = np.pad(self.labels_ST, ((0, missing), (0, 0)), constant_values=IGNORED)
-        return Rows(ids, labels, positions, np.pad(lengths_S, (0, missing)))
+        return replace(self, num_padding=self.num_padding + -len(self) % multiple)
 
     def num_tokens(self, num_rows: int) -> int:
         """How many tokens of the first `num_rows` rows are not padding."""
         if self.lengths_S is None:
-            return min(num_rows, len(self)) * self.row_length
+            return min(num_rows, len(self.marked_ids_ST)) * self.row_length
         return int(self.lengths_S[:num_rows].sum())
 
     def hash(self) -> str:
-        """sha256 of all tokens, labels and positions in their order."""
+        """sha256 of all tokens, borders and labels in their order."""
+        if self.digest is not None:
+            return self.digest
         digest = hashlib.sha256()
-        for array in (self.input_ids_ST, self.labels_ST, self.positions_ST):
+        for array in (self.marked_ids_ST, self.labels_ST):
             if array is not None:
                 digest.update(f"{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def collate(self, indices: list[int]) -> dict[str, Tensor]:
-        """The rows of one micro-batch as tensors, cut to the length of the longest one."""
-        if self.positions_ST is None or self.lengths_S is None:
-            return {
-                "input_ids": _tensor(self.input_ids_ST[indices]),
-                "labels": _tensor(self.labels_ST[indices]),
-            }
-        lengths = self.lengths_S[indices]
-        width = max(1, int(lengths.max()))
-        return {
-            "input_ids": _tensor(self.input_ids_ST[indices, :width]),
-            "labels": _tensor(self.labels_ST[indices, :width]),
-            "position_ids": _tensor(self.positions_ST[indices, :width]),
-            "token_mask": torch.from_numpy(np.arange(width) < lengths[:, None]),
-        }
+        """The rows of one micro-batch as tensors, cut to the length of the longest one, and their numbers.
 
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def next_token_rows(rows: Iterable[np.ndarray], num_rows: int) -> Rows:
-    """The first `num_rows` rows [T] of a text, in which every token but a row's first is to be predicted."""
-    ids_ST = np.stack([row.astype(np.int32) for row in islice(rows, num_rows)])
-    return Rows(ids_ST, ids_ST)
+        `position_ids` are there where a row holds more than one example, `token_mask` where there is padding.
+        """
+        num_rows = len(self.marked_ids_ST)
+        there = [index for index in indices if index < num_rows]
+        lengths_B = np.full(len(indices), self.row_length)
+        if self.lengths_S is not None:
+            lengths_B[: len(there)] = self.lengths_S[there]
+        lengths_B[len(there) :] = 0
+        width = max(1, int(lengths_B.max()))
+        marked_BT = np.zeros((len(indices), width), np.int64)
+        marked_BT[: len(there)] = self.marked_ids_ST[there, :width]
+        begins_BT = marked_BT < 0
+        begins_BT[:, 0] = True
+        ids_BT = np.where(marked_BT < 0, ~marked_BT, marked_BT)
+        labels_BT = np.where(begins_BT, IGNORED, ids_BT)
+        if self.labels_ST is not None:
+            labels_BT[: len(there)] = self.labels_ST[there, :width]
+        padding_BT = np.arange(width) >= lengths_B[:, None]
+        labels_BT[padding_BT] = IGNORED
+        batch = {"input_ids": ids_BT, "labels": labels_BT, "rows": np.array(indices)}
+        if begins_BT[:, 1:].any():
+            places_T = np.arange(width)
+            batch["position_ids"] = places_T - np.maximum.accumulate(np.where(begins_BT, places_T, 0), axis=1)
+        if padding_BT.any():
+            batch["token_mask"] = ~padding_BT
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, seed: int) -> Rows:
@@ -104,16 +103,15 @@ def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, s
     rows: list[list[Example]] = []
     for _ in range(num_epochs):
         rows += _pack(shuffler.sample(examples, len(examples)), row_length)
-    ids, labels, positions = (np.full((len(rows), row_length), fill, np.int32) for fill in (0, IGNORED, 0))
+    ids, labels = (np.full((len(rows), row_length), fill, np.int32) for fill in (0, IGNORED))
     for row, members in enumerate(rows):
         start = 0
         for example_ids, example_labels in members:
             end = start + len(example_ids)
             ids[row, start:end], labels[row, start:end] = example_ids, example_labels
-            labels[row, start] = IGNORED  # the token before it belongs to another example
-            positions[row, start:end] = np.arange(end - start)
+            ids[row, start], labels[row, start] = ~ids[row, start], IGNORED
             start = end
-    return Rows(ids, labels, positions, np.array([sum(len(e[0]) for e in row) for row in rows]))
+    return Rows(ids, labels, np.array([sum(len(e[0]) for e in row) for row in rows]))
 
 
 def _pack(examples: Sequence[Example], row_length: int, num_open: int = 16) -> list[list[Example]]:

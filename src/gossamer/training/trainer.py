@@ -17,7 +17,7 @@ from gossamer.checkpoint.resumable import Checkpoints, RunIdentity
 from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
-from gossamer.training.distillation import Distillation, SquareHead, Teacher
+from gossamer.training.distillation import Distillation, SquareHead
 from gossamer.training.history import PARTS, History
 from gossamer.training.interruption import Interruption
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
@@ -30,6 +30,8 @@ from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
+from gossamer.training.teacher import LiveTeacher, Teacher
+from gossamer.training.teacher_cache import CachedTeacher
 from gossamer.training.trainer_contract import check_trainer
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -42,7 +44,7 @@ def train(
     rows: Rows,
     target: Derived,
     progress: Progress,
-    teacher: Teacher | None = None,
+    teacher: Teacher | CachedTeacher | None = None,
 ) -> History:
     """Train `model` in place, on the GPU if there is one; its zeros stay zeros.
 
@@ -58,7 +60,7 @@ def train(
     start = _find_start(job, checkpoints)
     _say(progress, target.stage, *start.notes)
     distribute(model, job.parallel)
-    teacher_model = None if teacher is None else teacher.model
+    teacher_model = teacher.model if isinstance(teacher, Teacher) else None
     _choose_attention(rows, device, precision, model, teacher_model)
     arguments = _arguments(job, rows, device, precision, checkpoints)
     batch = MicroBatch(arguments.per_device_train_batch_size, rows.row_length, device, precision)
@@ -70,8 +72,8 @@ def train(
     shared = rows.padded(num_processes() * batch.num_rows)
     masks, kernel = MaskCallback(model), choice.kernel
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
-    if teacher_model is not None:
-        _attach(job, teacher_model, trainer, precision)
+    if teacher is not None:
+        _attach(job, teacher, trainer, precision)
     _run(trainer, start.step, job.save_steps)
     state = trainer.state
     del trainer
@@ -110,12 +112,16 @@ def _say(progress: Progress, stage: str, *lines: str) -> None:
         progress(Event(stage, line, lasting=True))
 
 
-def _attach(job: TrainingOptions, teacher: PreTrainedModel, trainer: RowTrainer, precision: str) -> None:
-    nn.Module.to(teacher, torch.bfloat16 if precision == "bf16" else torch.float32)
-    watching = SquareHead(teacher, weight=0.0 if job.distill == "kl" else 1.0)
+def _attach(
+    job: TrainingOptions, teacher: Teacher | CachedTeacher, trainer: RowTrainer, precision: str
+) -> None:
+    if isinstance(teacher, Teacher):
+        nn.Module.to(teacher.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+    states = LiveTeacher(teacher.model) if isinstance(teacher, Teacher) else teacher
+    watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
     parts = ("cross_entropy", *(("kl", "squarehead") if job.distill == "both" else (job.distill,)))
-    trainer.distillation = Distillation(watching, parts, job.distill_temperature)
+    trainer.distillation = Distillation(states, parts, job.distill_temperature)
 
 
 def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
@@ -181,7 +187,7 @@ def identify(
     target: Derived,
     device: str,
     precision: str,
-    teacher: Teacher | None,
+    teacher: Teacher | CachedTeacher | None,
 ) -> RunIdentity:
     """What a checkpoint of this run must have in common with it, and what it may have otherwise."""
     must_match = {
@@ -190,6 +196,7 @@ def identify(
         "precision": precision,
         "model": target.parent.hash,
         "teacher": None if teacher is None else teacher.hash,
+        "teacher_cache": teacher.layers if isinstance(teacher, CachedTeacher) else None,
         "data": rows.hash(),
         "mask": model_mask_hash(model),
     }

@@ -1,0 +1,151 @@
+"""Documents packed into whole rows of tokens, in a file: what `pretrain` reads.
+
+A row of T tokens is full. It begins with BOS, and so does every document in it: what does not fit into a row
+goes on in the next one, after another BOS. The file holds int32 [rows, T]; the first token of a document, or
+of a part of one, is stored as ~id, which is negative, so that attention and loss end at its border.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gossamer.data.mixture import Mixture, Piece
+from gossamer.errors import ConfigError
+from gossamer.tokens.tokenizer import Tokenizer
+
+FOLDER, ROWS, RECORD = "rows", "rows.i32", "rows.json"  # in the directory of a run, while it lasts
+BATCH_PIECES = 256
+CHARACTERS_A_TOKEN = 4  # about, so that pieces of documents fill about a row
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """What `pack` wrote: `num_rows` rows of `row_length` tokens, and the sha256 of the file.
+
+    Of each source: `num_documents` that were read, and `num_tokens` that are in the rows, without BOS.
+    `num_truncated`: documents of which only the beginning was taken; `used_up`: the source that ended before
+    there were as many rows as were asked for.
+    """
+
+    num_rows: int
+    row_length: int
+    sha256: str
+    num_documents: list[int]
+    num_tokens: list[int]
+    num_truncated: int
+    used_up: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the file."""
+        return 4 * self.num_rows * self.row_length
+
+
+def pack(mixture: Mixture, tokenizer: Tokenizer, row_length: int, max_rows: int, file: Path) -> PackedText:
+    """Write at most `max_rows` rows of `row_length` tokens; what would not fill a row is left out.
+
+    Raises ConfigError where there is not one row.
+    """
+    bos, digest = tokenizer.required_bos(), hashlib.sha256()
+    row_T, used, num_rows, num_truncated = np.empty(row_length, np.int32), 0, 0, 0
+    num_tokens = [0] * len(mixture.num_documents)
+    with file.open("wb") as stream:
+        for piece, ids in _encoded(mixture, tokenizer):
+            if mixture.truncate and len(ids) >= row_length:
+                ids, num_truncated = ids[: row_length - 1], num_truncated + 1
+            begin = 0
+            while begin < len(ids) and num_rows < max_rows:
+                end = min(len(ids), begin + row_length - used - 1)
+                row_T[used] = ~bos
+                row_T[used + 1 : used + 1 + end - begin] = ids[begin:end]
+                used, num_tokens[piece.source] = (
+                    used + 1 + end - begin,
+                    num_tokens[piece.source] + end - begin,
+                )
+                begin = end
+                if used == row_length:
+                    stream.write(row_T.data)
+                    digest.update(row_T.data)
+                    used, num_rows = 0, num_rows + 1
+            if num_rows == max_rows:
+                break
+    if not num_rows:
+        raise ConfigError(
+            f"the dataset holds {sum(num_tokens)} tokens, which do not fill a row of {row_length}; give more "
+            "text, --repeat, or a lower --max-length"
+        )
+    return PackedText(
+        num_rows,
+        row_length,
+        digest.hexdigest(),
+        mixture.num_documents,
+        num_tokens,
+        num_truncated,
+        mixture.used_up if num_rows < max_rows else None,
+    )
+
+
+def pack_once(
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    row_length: int,
+    max_rows: int,
+    folder: Path,
+    decided: Mapping[str, Any],
+) -> PackedText:
+    """What an earlier run packed into `folder` if all that `decided` its rows was the same, else packed now.
+
+    Raises OSError where the disk has no room for the rows.
+    """
+    decided = {**decided, "row_length": row_length, "max_rows": max_rows}
+    file, record = folder / ROWS, folder / RECORD
+    if record.is_file() and file.is_file():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        packed = PackedText(**found["packed"])
+        if found["decided"] == json.loads(json.dumps(decided)) and file.stat().st_size == packed.num_bytes:
+            return packed
+    folder.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    if (free := shutil.disk_usage(folder).free) < (needed := 4 * row_length * max_rows):
+        raise OSError(
+            errno.ENOSPC,
+            f"the text's tokens need {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free: make room, or "
+            "lower --num-tokens",
+            str(folder),
+        )
+    packed = pack(mixture, tokenizer, row_length, max_rows, file)
+    record.write_text(json.dumps({"decided": decided, "packed": asdict(packed)}), encoding="utf-8")
+    return packed
+
+
+def read_rows(folder: Path, packed: PackedText) -> np.ndarray:
+    """The rows, int32 [rows, T], mapped from the file."""
+    return np.memmap(folder / ROWS, np.int32, "r", shape=(packed.num_rows, packed.row_length))
+
+
+def _encoded(mixture: Mixture, tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Pieces with their ids, int32 [n]; a batch is tokenized, on all cores, while another is packed."""
+
+    def encode(batch: list[Piece]) -> list[np.ndarray]:
+        return tokenizer.encode_batch([piece.text for piece in batch])
+
+    source = iter(mixture)
+    with ThreadPoolExecutor(1) as worker:
+        batch = list(islice(source, BATCH_PIECES))
+        found = worker.submit(encode, batch)
+        while batch:
+            following = list(islice(source, BATCH_PIECES))
+            ids, found = found.result(), worker.submit(encode, following)
+            yield from zip(batch, ids, strict=True)
+            batch = following

@@ -1,0 +1,121 @@
+"""The dense model that a sparse one learns from: what training asks of it, and one that is in memory."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.errors import ConfigError
+from gossamer.training.head_loss import HeadTeacher, TeacherLogits
+
+
+class TeacherStates(Protocol):
+    """What a teacher makes of the micro-batch that the student computes with."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """Those whose hidden states there are, counted from 1; the last one's are what the head reads."""
+        ...
+
+    def prepare(self, student: PreTrainedModel, device: torch.device) -> None:
+        """Before the first step; raises ConfigError where the two do not go together."""
+        ...
+
+    def read(self, batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        """Take the next micro-batch, and what the student's decoder is given of it."""
+        ...
+
+    def states(self) -> Sequence[Tensor]:
+        """The hidden states [B, T, D] after each of `layers`."""
+        ...
+
+    def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
+        """What it expects after the kept tokens [B, T - 1]."""
+        ...
+
+    def forget(self) -> None:
+        """The micro-batch is done with."""
+        ...
+
+
+class LiveTeacher:
+    """A teacher that reads along; it computes in its own dtype, once for each micro-batch."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.layers = range(1, model.config.get_text_config().num_hidden_layers + 1)
+        self._inputs: Mapping[str, Any] = {}
+        self._states: tuple[Tensor, ...] | None = None
+
+    def prepare(self, student: PreTrainedModel, device: torch.device) -> None:
+        """Raises ConfigError unless each layer of the student has a counterpart of the same width."""
+        for field in ("num_hidden_layers", "hidden_size"):
+            theirs, ours = (getattr(m.config.get_text_config(), field) for m in (self.model, student))
+            if theirs != ours:
+                raise ConfigError(
+                    f"SquareHead: the teacher has {field} {theirs}, the trainer's model has {ours}; they "
+                    "must be equal: the teacher is the dense model that the student was pruned from"
+                )
+        nn.Module.to(self.model, device)
+
+    def read(self, batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        self._inputs, self._states = inputs, None
+
+    @torch.no_grad()
+    def states(self) -> tuple[Tensor, ...]:
+        if self._states is None:
+            decoder = self.model.get_decoder()
+            outputs = decoder(**self._inputs, output_hidden_states=True, use_cache=False)
+            self._states = tuple(outputs.hidden_states)[1:]
+        return self._states
+
+    def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
+        hidden_ND = self.states()[-1][:, :-1][kept_BT]
+        head: Any = self.model.get_output_embeddings()
+
+        @torch.no_grad()
+        def logits(begin: int, end: int) -> Tensor:
+            return head(hidden_ND[begin:end]).float()
+
+        return TeacherLogits(logits, temperature)
+
+    def forget(self) -> None:
+        self._inputs, self._states = {}, None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A dense model to learn from. `hash`: the sha256 of the directory that it was loaded from."""
+
+    model: PreTrainedModel
+    hash: str
+
+
+def open_teacher(path: str | Path, student: Checkpoint, *, offline: bool = False) -> Checkpoint:
+    """The directory at `path`; raises ConfigError unless its shape and its tokenizer are the student's."""
+    teacher = Checkpoint.open(path, offline=offline)
+    for field in ("num_layers", "hidden_size", "vocab_size"):
+        theirs, ours = getattr(teacher.architecture, field), getattr(student.architecture, field)
+        if theirs != ours:
+            raise ConfigError(
+                f"--teacher {path} has {field} {theirs}, the model {student.path} has {ours}; they must "
+                "be equal: the teacher is the dense model that the student was pruned from"
+            )
+    digests = [_tokenizer_digest(checkpoint.path) for checkpoint in (teacher, student)]
+    if digests[0] != digests[1]:
+        raise ConfigError(
+            f"--teacher {path} has another tokenizer (tokenizer.json sha256 {digests[0]}) than the model "
+            f"{student.path} ({digests[1]}); expected the same file in both"
+        )
+    return teacher
+
+
+def _tokenizer_digest(path: Path) -> str:
+    file = path / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else "none"

@@ -1,0 +1,195 @@
+"""What a teacher makes of the rows, written down: the numbers, kills, damage, and training by it."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from gossamer.checkpoint.directory import Checkpoint, Derived
+from gossamer.errors import CheckpointError, ConfigError
+from gossamer.job.options import record
+from gossamer.job.report import Event, quiet
+from gossamer.stages.pretrain import Pretrain
+from gossamer.training import teacher_cache as module
+from gossamer.training.rows import Rows
+from gossamer.training.teacher import Teacher
+from gossamer.training.teacher_cache import CachedTeacher, Wanted, spread_layers, teacher_for, write_down
+from gossamer.training.trainer import train
+from gossamer.training.whole_model import load_model
+
+TINY = Callable[[str], Path]
+NUM_ROWS, LENGTH = 37, 24
+
+
+@pytest.fixture
+def source(tiny_llama: TINY) -> Checkpoint:
+    return Checkpoint.open(tiny_llama("llama3"))
+
+
+@pytest.fixture
+def rows() -> Rows:
+    """Some hold two documents, and one ends early."""
+    ids_ST = np.random.default_rng(0).integers(2, 320, (NUM_ROWS, LENGTH), dtype=np.int32)
+    ids_ST[:, 0] = ~1
+    ids_ST[::3, 10] = ~1
+    lengths_S = np.full(NUM_ROWS, LENGTH)
+    lengths_S[5] = 13
+    return Rows(ids_ST, lengths_S=lengths_S)
+
+
+def wanted(source: Checkpoint, rows: Rows, **changes: Any) -> Wanted:
+    anatomy = source.architecture
+    made = Wanted(
+        teacher=source.hash,
+        rows=rows.hash(),
+        num_rows=len(rows),
+        row_length=LENGTH,
+        hidden_size=anatomy.hidden_size,
+        layers=(1, anatomy.num_layers),
+        top_k=8,
+        temperature=2.0,
+    )
+    return replace(made, **changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@torch.no_grad()
+def test_it_holds_what_the_teacher_gives_for_each_document_alone(
+    source: Checkpoint, rows: Rows, tmp_path: Path
+) -> None:
+    model, want = load_model(source), wanted(source, rows)
+    write_down(tmp_path, want, model, rows, "test", quiet)
+    cached = CachedTeacher.open(tmp_path, want)
+    batch = rows.collate([3, 5])
+    cached.read(batch, {"input_ids": batch["input_ids"]})
+    kept_BT = torch.ones(2, LENGTH - 1, dtype=torch.bool)
+    states, top = cached.states(), cached.at_the_head(kept_BT, 2.0)
+    for row, begin, end in ((0, 0, 10), (0, 10, LENGTH), (1, 0, 13)):
+        outputs = model(batch["input_ids"][row : row + 1, begin:end], output_hidden_states=True)
+        for layer, state in zip(want.layers, states, strict=True):
+            expected = outputs.hidden_states[layer][0].bfloat16()
+            torch.testing.assert_close(state[row, begin:end], expected, rtol=0.02, atol=0.02)
+        log_p_TV = (outputs.logits[0] / 2.0).log_softmax(-1)
+        num = min(end, LENGTH - 1) - begin
+        place = row * (LENGTH - 1) + begin
+        ids_TK, log_p_TK = top.ids_NK[place : place + num], top.log_p_NK[place : place + num]  # type: ignore[attr-defined]
+        torch.testing.assert_close(log_p_TK.float(), log_p_TV.topk(8).values[:num], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(log_p_TV[:num].gather(1, ids_TK), log_p_TK.float(), rtol=2e-3, atol=2e-3)
+    assert not states[0][1, 13:].any()
+    assert want.token_bytes == 2 * 2 * source.architecture.hidden_size + 6 * 8
+
+
+def test_a_kill_loses_no_chunk_and_changes_no_byte(source: Checkpoint, rows: Rows, tmp_path: Path) -> None:
+    model, want = load_model(source), wanted(source, rows)
+    write_down(tmp_path / "whole", want, model, rows, "test", quiet)
+    done: list[int] = []
+
+    def stop(event: Event) -> None:
+        done.append(event.done)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_down(tmp_path / "cut", want, model, rows, "test", stop)
+    with pytest.raises(CheckpointError, match="1 of 3 chunks are not there yet"):
+        CachedTeacher.open(tmp_path / "cut", want)
+    with (tmp_path / "cut" / "top-ids.i32").open("ab") as file:
+        file.write(b"half of a chunk")
+    write_down(tmp_path / "cut", want, model, rows, "test", lambda event: done.append(event.done))
+    assert done == [1, 2, 3] and contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_what_is_damaged_or_of_something_else_is_refused(
+    source: Checkpoint, rows: Rows, tmp_path: Path
+) -> None:
+    want, folder = wanted(source, rows), tmp_path / "cache"
+    write_down(folder, want, load_model(source), rows, "test", quiet)
+    for change, words in (
+        ({"rows": "other"}, "rows: found .*, expected other"),
+        ({"teacher": "other"}, "teacher: found .*, expected other"),
+        ({"temperature": 1.0}, "temperature: found 2.0, expected 1.0"),
+        ({"layers": (1,)}, r"layers: found \[1, 2\], expected \[1\]"),
+    ):
+        with pytest.raises(ConfigError, match=f"was written of something else .{words}.*another folder"):
+            CachedTeacher.open(folder, replace(want, **change))
+    for file in sorted(folder.glob("*.*16")):
+        copied = shutil.copytree(folder, tmp_path / file.name)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        (copied / file.name).write_bytes(bytes(content))
+        with pytest.raises(CheckpointError, match=f"{file.name}: rows from 16 on are not as they were"):
+            CachedTeacher.open(copied, want)
+    (folder / "teacher.json").write_text(json.dumps({"wanted": 3}))
+    with pytest.raises(CheckpointError, match="not the record of a teacher's cache"):
+        CachedTeacher.open(folder, want)
+
+
+def test_without_room_nothing_is_asked(
+    source: Checkpoint, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(
+        OSError, match=r"240 bytes a token.*0\.00 GB are free: make room, or lower --cache-la"
+    ):
+        write_down(tmp_path / "cache", wanted(source, rows), load_model(source), rows, "test", quiet)
+
+
+def test_training_by_the_cache_is_training_by_the_teacher(
+    source: Checkpoint, rows: Rows, tmp_path: Path
+) -> None:
+    """With every layer and token in it, the losses differ by the rounding of what was written down."""
+    target = Derived(source, tmp_path / "out", tmp_path, {}, "test")
+    job = Pretrain(
+        *("model", "out"),
+        dataset=("text",),
+        teacher=str(source.path),
+        teacher_cache=str(tmp_path / "cache"),
+        cache_layers=2,
+        cache_top_k=10**6,
+        distill="both",
+        distill_temperature=2.0,
+        batch_tokens=8 * LENGTH,
+        learning_rate=1e-3,
+        precision="f32",
+    )
+    target.job.update(record(job))
+    student = load_model(source)
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            if "_proj" in name:
+                weight.mul_(0.7)
+    cached = teacher_for(job, source, rows, "test", quiet)
+    assert isinstance(cached, CachedTeacher)
+    by_cache = train(job, copy.deepcopy(student), rows, target, quiet, cached)
+    live = Teacher(LlamaForCausalLM.from_pretrained(source.path), source.hash)
+    by_teacher = train(job, student, rows, target, quiet, live)
+    assert by_cache.parts.keys() == by_teacher.parts.keys() == {"cross_entropy", "kl", "squarehead"}
+    for part, values in by_teacher.parts.items():
+        assert by_cache.parts[part] == pytest.approx(values, rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((30, 576, 128, None), (10, 20, 30)),
+        ((32, 4096, 128, None), (32,)),
+        ((6, 192, 128, None), (1, 2, 3, 4, 5, 6)),
+        ((30, 576, 128, 4), (8, 15, 22, 30)),
+        ((2, 64, 8, 9), (1, 2)),
+    ],
+)
+def test_layers_are_spread_and_the_last_is_among_them(
+    shape: tuple[int, int, int, int | None], expected: tuple[int, ...]
+) -> None:
+    assert spread_layers(*shape) == expected
