@@ -33,7 +33,7 @@ Decoder::Decoder(const Packed& packed, DecoderConfig config, Values kv, ThreadPo
 
 // A long batch goes through in passes of kMaxTokens, in order, so that later tokens find earlier ones in the
 // cache.
-void Decoder::forward(std::span<const NewTokens> batch, bool all_logits, float* logits) {
+void Decoder::forward(std::span<const NewTokens> batch, float* logits) {
     Pass pass{.logits = logits};
     const auto flush = [&] {
         run(pass);
@@ -49,7 +49,7 @@ void Decoder::forward(std::span<const NewTokens> batch, bool all_logits, float* 
             const int first = int(pass.tokens.size()), take = std::min(count - done, kMaxTokens - first);
             pass.runs.push_back({fresh.cache, first, take, start + done});
             for (int i = 0; i < take; ++i, ++done) {
-                if (all_logits || done == count - 1) pass.outputs.push_back(first + i);
+                if (done >= count - fresh.num_outputs) pass.outputs.push_back(first + i);
                 pass.tokens.push_back({fresh.ids[done], start + done});
             }
             if (int(pass.tokens.size()) == kMaxTokens) flush();

@@ -24,10 +24,11 @@
 
 namespace gossamer {
 
-// New tokens of one sequence: ids at positions cache->length() and up.
+// New tokens of one sequence: ids at positions cache->length() and up. Logits are wanted of the last ones.
 struct NewTokens {
     KvCache* cache;
     std::span<const std::int32_t> ids;
+    int num_outputs = 1;
 };
 
 class Decoder {
@@ -38,10 +39,9 @@ class Decoder {
 
     KvCache new_cache(int capacity) const;
 
-    // Appends the new tokens to their sequences and writes logits [rows, padded_vocab()]: of every new token
-    // in order (`all_logits`), or of the last one of each sequence. Ids and capacities must have been
-    // checked.
-    void forward(std::span<const NewTokens> batch, bool all_logits, float* logits);
+    // Appends the new tokens to their sequences and writes logits [rows, padded_vocab()] of those whose
+    // logits are wanted, in order. Ids, capacities and numbers of outputs must have been checked.
+    void forward(std::span<const NewTokens> batch, float* logits);
 
     // Seconds that the products of all blocks take for `num_tokens` (at most kMaxTokens) at once.
     double time_linears(int num_tokens);

@@ -13,6 +13,7 @@
 
 #include "engine/decoder.hpp"
 #include "engine/packed.hpp"
+#include "engine/sampling.hpp"
 #include "python/arrays.hpp"
 #include "python/model.hpp"
 
@@ -64,20 +65,58 @@ class Model {
 
     nb::ndarray<nb::numpy, float, nb::ndim<2>> forward(const std::vector<Sequence*>& sequences,
                                                        const std::vector<Ids>& ids, bool all_logits) {
-        const std::vector<NewTokens> batch = check(sequences, ids);
-        std::size_t rows = batch.size();
-        if (all_logits) {
-            rows = 0;
-            for (const NewTokens& fresh : batch) rows += fresh.ids.size();
+        std::vector<NewTokens> batch = check(sequences, ids);
+        std::size_t rows = 0;
+        for (NewTokens& fresh : batch) {
+            if (all_logits) fresh.num_outputs = int(fresh.ids.size());
+            rows += std::size_t(fresh.num_outputs);
         }
         const std::size_t stride = std::size_t(decoder_->padded_vocab());
         std::unique_ptr<float[]> logits(new float[rows * stride]);
         {
             nb::gil_scoped_release unlocked;
             const std::lock_guard<std::mutex> lock(mutex_);
-            decoder_->forward(batch, all_logits, logits.get());
+            decoder_->forward(batch, logits.get());
         }
         return to_numpy(std::move(logits), rows, std::size_t(decoder_->config().vocab_size), stride);
+    }
+
+    // Of the last tokens of each sequence what is expected after them: the logarithm of the probability of
+    // each target, and whether it is the likeliest token.
+    nb::tuple score(const std::vector<Sequence*>& sequences, const std::vector<Ids>& ids,
+                    const std::vector<Ids>& targets) {
+        std::vector<NewTokens> batch = check(sequences, ids);
+        if (targets.size() != batch.size()) {
+            throw EngineError("found targets for " + std::to_string(targets.size()) + " of " +
+                              std::to_string(batch.size()) + " sequences");
+        }
+        std::vector<int> wanted;
+        for (std::size_t i = 0; i < batch.size(); ++i) {
+            if (targets[i].size() > ids[i].size()) throw EngineError("found more targets than new tokens");
+            batch[i].num_outputs = int(targets[i].size());
+            wanted.insert(wanted.end(), targets[i].data(), targets[i].data() + targets[i].size());
+        }
+        check_ids(wanted);
+        if (wanted.size() > std::size_t(Decoder::kMaxTokens)) {
+            throw EngineError("found " + std::to_string(wanted.size()) + " targets; expected at most " +
+                              std::to_string(Decoder::kMaxTokens));
+        }
+        const std::size_t stride = std::size_t(decoder_->padded_vocab());
+        const std::size_t vocab = std::size_t(decoder_->config().vocab_size);
+        std::vector<double> scores;
+        std::vector<bool> likeliest;
+        {
+            nb::gil_scoped_release unlocked;
+            const std::lock_guard<std::mutex> lock(mutex_);
+            const std::unique_ptr<float[]> logits(new float[wanted.size() * stride]);
+            decoder_->forward(batch, logits.get());
+            for (std::size_t row = 0; row < wanted.size(); ++row) {
+                const std::span<const float> of_row(logits.get() + row * stride, vocab);
+                scores.push_back(log_probability(find_sampling(isa()), of_row, wanted[row]));
+                likeliest.push_back(std::ranges::max_element(of_row) - of_row.begin() == wanted[row]);
+            }
+        }
+        return nb::make_tuple(scores, likeliest);
     }
 
     std::vector<double> time_linears(int repeats, int num_tokens) {
@@ -111,6 +150,15 @@ class Model {
     int num_threads() const { return pool_.size(); }
 
   private:
+    void check_ids(std::span<const std::int32_t> ids) const {
+        for (std::int32_t id : ids) {
+            if (id < 0 || id >= decoder_->config().vocab_size) {
+                throw EngineError("found token id " + std::to_string(id) + "; expected 0 .. " +
+                                  std::to_string(decoder_->config().vocab_size - 1));
+            }
+        }
+    }
+
     std::vector<NewTokens> check(const std::vector<Sequence*>& sequences, const std::vector<Ids>& ids) const {
         if (sequences.size() != ids.size() || sequences.empty()) {
             throw EngineError("found " + std::to_string(sequences.size()) + " sequences and " +
@@ -131,12 +179,7 @@ class Model {
                                   std::to_string(sequence->capacity()));
             }
             const std::span<const std::int32_t> tokens(ids[i].data(), ids[i].size());
-            for (std::int32_t id : tokens) {
-                if (id < 0 || id >= decoder_->config().vocab_size) {
-                    throw EngineError("found token id " + std::to_string(id) + "; expected 0 .. " +
-                                      std::to_string(decoder_->config().vocab_size - 1));
-                }
-            }
+            check_ids(tokens);
             batch.push_back({&sequence->cache(), tokens});
         }
         return batch;
@@ -183,6 +226,7 @@ NB_MODULE(_native, m) {
              "config"_a, "num_threads"_a, "kv"_a = "f32")
         .def("new_sequence", &Model::new_sequence, "capacity"_a, nb::keep_alive<0, 1>())
         .def("forward", &Model::forward, "sequences"_a, "ids"_a, "all_logits"_a = false)
+        .def("score", &Model::score, "sequences"_a, "ids"_a, "targets"_a)
         .def("time_linears", &Model::time_linears, "repeats"_a, "num_tokens"_a = 1)
         .def("time_attention", &Model::time_attention, "context"_a, "repeats"_a)
         .def_prop_ro("bytes_per_step", &Model::bytes_per_step)

@@ -120,9 +120,9 @@ int run(const char* description_path, const char* model_path, const char* logits
     KvCache cache = decoder.new_cache(int(description.ids.size()) + 1);
     const std::span<const std::int32_t> ids(description.ids);
     std::vector<float> logits((ids.size() + 1) * std::size_t(decoder.padded_vocab()));
-    const NewTokens all{&cache, ids}, last{&cache, ids.last(1)};
-    decoder.forward({&all, 1}, true, logits.data());
-    decoder.forward({&last, 1}, false, logits.data() + ids.size() * std::size_t(decoder.padded_vocab()));
+    const NewTokens all{&cache, ids, int(ids.size())}, last{&cache, ids.last(1)};
+    decoder.forward({&all, 1}, logits.data());
+    decoder.forward({&last, 1}, logits.data() + ids.size() * std::size_t(decoder.padded_vocab()));
     std::ofstream(logits_path, std::ios::binary)
         .write(reinterpret_cast<const char*>(logits.data()), std::streamsize(logits.size() * sizeof(float)));
     return 0;

@@ -80,6 +80,18 @@ class Model:
         EngineError when ids, sequences or capacities do not fit; then nothing has changed.
         """
 
+    def score(
+        self,
+        sequences: _Sequence[Sequence],
+        ids: _Sequence[np.ndarray],
+        targets: _Sequence[np.ndarray],
+    ) -> tuple[list[float], list[bool]]:
+        """Feed ids as `forward`; of each sequence's last tokens, log p(target) and whether it is likeliest.
+
+        `targets` has int32 arrays: what is expected after each of the last as many tokens of its sequence; at
+        most 256 in all. EngineError as `forward`, and for targets that do not fit.
+        """
+
     def time_linears(self, repeats: int, num_tokens: int = 1) -> list[float]:
         """Seconds of a pass over the matrices of all blocks with `num_tokens` (1 .. 256), `repeats` times."""
 

@@ -198,7 +198,10 @@ def test_a_model_recovers_all_of_itself(tiny_llama: TinyLlama, text_file: Path) 
     ("options", "error", "message"),
     [
         ({}, ConfigError, "nothing to evaluate"),
-        ({"tasks": ("mmlu",)}, ConfigError, "mmlu.*doctest"),
+        ({"tasks": ("mmul",)}, ConfigError, "unknown task 'mmul'; expected doctest.*lm-evaluation-harness"),
+        ({"tasks": ("mmlu",)}, OSError, "task mmlu: its dataset.*cais/mmlu.*--dataset FILE --kind KIND"),
+        ({"kind": "cloze"}, ConfigError, "--kind cloze needs --dataset FILE"),
+        ({"kind": "cloze", "dataset": "nowhere.jsonl"}, ConfigError, "nowhere.jsonl --kind cloze: expected"),
         ({"tasks": ("nowhere.jsonl",)}, ConfigError, "nowhere.jsonl"),
         ({"tasks": ("doctest",), "limit": -1}, ConfigError, "-1"),
         ({"tasks": ("doctest",), "model": "nowhere"}, CheckpointError, "nowhere"),

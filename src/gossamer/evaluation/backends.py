@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, KvCacheDtype, SamplingParams
+from gossamer.engine.scoring import score
 from gossamer.errors import UnsupportedError
 from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_ROWS = 16
-PIECE_TOKENS = 256
 
 
 class Backend(Protocol):
@@ -29,6 +29,10 @@ class Backend(Protocol):
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
         """Greedy continuations up to `stop` (not included), the model's end token or `max_tokens`."""
+        ...
+
+    def for_harness(self) -> Any:
+        """The same model as lm-evaluation-harness knows it."""
         ...
 
 
@@ -71,20 +75,17 @@ class EngineBackend:
         self.context = self._llm.model.architecture.max_position_embeddings
 
     def log_probs(self, ids_BT: NDArray[np.int64]) -> NDArray[np.float64]:
-        scored_BT = np.empty((len(ids_BT), ids_BT.shape[1] - 1))
-        for ids_T, scored_T in zip(ids_BT, scored_BT, strict=True):
-            whole_TV, targets_T = self._llm.logits(ids_T[:-1]), ids_T[1:]
-            for start in range(0, len(targets_T), PIECE_TOKENS):  # in float64, so a piece at a time
-                piece = slice(start, start + PIECE_TOKENS)
-                logits_TV = whole_TV[piece].astype(np.float64)
-                logits_TV -= logits_TV.max(axis=1, keepdims=True)
-                chosen_T = np.take_along_axis(logits_TV, targets_T[piece, None], axis=1)[:, 0]
-                scored_T[piece] = chosen_T - np.log(np.exp(logits_TV).sum(axis=1))
-        return scored_BT
+        pairs = [(ids_T[:1].tolist(), ids_T[1:].tolist()) for ids_T in ids_BT]
+        return np.array([log_probs for log_probs, _ in score(self._llm.model.native, pairs)])
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
         params = SamplingParams(max_tokens=max_tokens, stop=[stop] if stop else [])
         return [generation.text for generation in self._llm.generate(prompts, params)]
+
+    def for_harness(self) -> Any:
+        from gossamer.evaluation.engine_lm import EngineLM
+
+        return EngineLM(self._llm)
 
 
 class TorchBackend:
@@ -98,6 +99,7 @@ class TorchBackend:
         source = Checkpoint.open(model, offline=offline)
         self.tokenizer = Tokenizer.open(source.path)
         self.context = source.architecture.max_position_embeddings
+        self._path = source.path
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=torch.float32, local_files_only=True
         )
@@ -121,6 +123,14 @@ class TorchBackend:
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         chosen_BT = self._decode(ids_BT, mask_BT, stop, max_tokens)
         return [self._text(row, stop) for row in chosen_BT.tolist()]
+
+    def for_harness(self) -> Any:
+        from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
+        model: Any = HFLM  # its constructor's arguments are hidden by a decorator
+        return model(pretrained=self._model, tokenizer=tokenizer, batch_size=BATCH_ROWS)
 
     def _decode(self, ids_BT: Any, mask_BT: Any, stop: str, max_tokens: int) -> Any:
         """Ids [B, steps] chosen greedily; ends early once every row holds an end token or `stop`."""

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.evaluation.backends import BATCH_ROWS, Backend
+from gossamer.evaluation.harness import Scores
 from gossamer.evaluation.tasks import Choice, Example
 from gossamer.job.report import Event, Progress
 
@@ -16,12 +17,16 @@ SLACK_TOKENS = 8  # beyond the answer's own tokens, for a model that spells it i
 
 @dataclass
 class Figures:
-    """What was measured of one model: `accuracy` of each task, `by_kind` of each kind of its examples."""
+    """What was measured of one model: `accuracy` of each task, `by_kind` of each kind of its examples.
+
+    `scores`: of the tasks that the harness ran, whose primary metric is in `accuracy` too.
+    """
 
     perplexity: float | None = None
     num_tokens: int = 0
     accuracy: dict[str, float] = field(default_factory=dict)
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
 
 
 def measure_text(
@@ -94,6 +99,23 @@ def choose(backend: Backend, example: Choice) -> int:
 def recovery(ours: Figures, base: Figures) -> dict[str, float]:
     """Share of the baseline's figures; a task that the baseline fails wholly has none."""
     shares = {task: ours.accuracy[task] / value for task, value in base.accuracy.items() if value > 0}
+    for task, scores in ours.scores.items():
+        if task in shares and scores.lower_is_better:
+            shares[task] = 1 / shares[task]
     if ours.perplexity is not None and base.perplexity is not None:
         shares = {"perplexity": base.perplexity / ours.perplexity} | shares
     return shares
+
+
+def recovery_errors(ours: Figures, base: Figures) -> dict[str, float]:
+    """The standard error of the recovery of each task that the harness ran, paired by example.
+
+    It is the delta method's: of mean(x) / mean(y), by the spread of x - r y.
+    """
+    errors: dict[str, float] = {}
+    for task, scores in ours.scores.items():
+        x, y = np.array(scores.samples), np.array(base.scores[task].samples)
+        if len(x) == len(y) > 1 and base.accuracy[task] > 0:
+            rest = x - ours.accuracy[task] / base.accuracy[task] * y
+            errors[task] = float(rest.std(ddof=1) / np.sqrt(len(rest)) / base.accuracy[task])
+    return errors

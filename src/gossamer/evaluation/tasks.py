@@ -10,6 +10,7 @@ from gossamer.data.tables import TABLES, table_rows
 from gossamer.errors import ConfigError
 
 NUM_DOCTESTS = 500
+DOCTESTS = ("doctest", "doctest-unseen")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Choice:
 
 def task_examples(task: str, limit: int, seed: int) -> list[Example | Choice]:
     """The examples of a task by name or file; ConfigError for an unknown one."""
-    if task in ("doctest", "doctest-unseen"):
+    if task in DOCTESTS:
         kinds = doctests.KINDS if task == "doctest" else doctests.UNSEEN_KINDS
         drawn = doctests.generate(kinds, limit or NUM_DOCTESTS, seed, split="test")
         return [

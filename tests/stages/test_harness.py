@@ -1,0 +1,247 @@
+"""`evaluate` through lm-evaluation-harness: our engine against its own backend, and files of each kind."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gossamer.errors import ConfigError
+from gossamer.evaluation.backends import EngineBackend, TorchBackend
+from gossamer.evaluation.engine_lm import sampling
+from gossamer.evaluation.figures import Figures, recovery, recovery_errors
+from gossamer.evaluation.harness import Scores, file_task
+from gossamer.stages.evaluate import Evaluate, evaluate
+
+TinyLlama = Callable[[str], Path]
+Backend = Literal["torch", "engine"]
+WORDS = [
+    "def ",
+    "import numpy",
+    " as np",
+    "x = 1\n",
+    "return ",
+    "class A:",
+    " self",
+    "(",
+    ")",
+    "  ",
+    "for i in",
+    "0",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOSSAMER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def asked(kind: Any, *arguments: tuple[Any, ...]) -> list[Instance]:
+    return [Instance(kind, {}, given, number) for number, given in enumerate(arguments)]
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize("variant", ["llama2", "llama3"])
+def test_our_engine_answers_500_requests_as_the_harnesss_own_backend(
+    variant: str, tiny_llama: TinyLlama
+) -> None:
+    """Log likelihoods within 1e-3, the same greedy choices and texts; texts longer than the context too."""
+    model, chance = str(tiny_llama(variant)), np.random.default_rng(0)
+    ours, theirs = EngineBackend(model, 2).for_harness(), TorchBackend(model).for_harness()
+
+    def words(low: int, high: int) -> str:
+        return "".join(chance.choice(WORDS) for _ in range(chance.integers(low, high)))
+
+    contexts = [words(0, 20) for _ in range(125)]
+    pairs = [(context, " " + words(1, 6)) for context in contexts for _ in range(4)]
+    pairs[7] = (words(700, 710), " x")
+    requests = asked("loglikelihood", *pairs)
+    found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests)
+    assert len(found) == 500
+    np.testing.assert_allclose([t for t, _ in found], [t for t, _ in expected], atol=1e-3, rtol=0)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    texts = asked("loglikelihood_rolling", *[(words(5, 30),) for _ in range(8)], (words(800, 810),))
+    rolled = [lm.loglikelihood_rolling(texts) for lm in (ours, theirs)]
+    np.testing.assert_allclose(rolled[0], rolled[1], atol=1e-2, rtol=1e-5)
+    options = {"until": ["\n", "self"], "do_sample": False, "max_gen_toks": 16}
+    prompts = asked("generate_until", *[(context or "x", options) for context in contexts[:24]])
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts)
+
+
+def test_a_tasks_sampling_is_the_engines() -> None:
+    greedy = sampling({"until": "\n", "max_gen_toks": 9, "temperature": 0.0, "top_p": 0.9})
+    assert (greedy.stop, greedy.max_tokens, greedy.temperature, greedy.top_p) == (("\n",), 9, 0.0, 1.0)
+    drawn = sampling({"until": ["a", ""], "do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 7})
+    assert (drawn.stop, drawn.temperature, drawn.top_p, drawn.top_k) == (("a",), 0.2, 0.95, 7)
+
+
+def reference(model_dir: Path, prompt: str, answer: str) -> tuple[float, int, bool]:
+    """log p(answer | prompt), its tokens, and whether each is the likeliest, by transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    given, ids = len(tokenizer(prompt).input_ids), tokenizer(prompt + answer).input_ids
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    places = range(given, len(ids))
+    total = sum(log_probs[at - 1, ids[at]].item() for at in places)
+    return total, len(places), all(log_probs[at - 1].argmax().item() == ids[at] for at in places)
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_files_of_each_kind_are_scored_as_written_out(
+    backend: Backend, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    model = tiny_llama("llama3")
+    questions = ["Question: what is x?", "def f(", "class A:", "Question: 1 + 1?\n", "x"]
+    choices = ["a", "import numpy as np", "0 and 1", "x = 1"]
+    rows = [
+        {"query": text, "choices": choices[: 2 + n % 3], "gold": n % 2} for n, text in enumerate(questions)
+    ]
+    plain, normed = [], []
+    for row in rows:
+        prompt = row["query"].rstrip() + ("\nAnswer:" if row["query"].startswith("Question:") else "")
+        totals = [reference(model, prompt, f" {choice}")[0] for choice in row["choices"]]
+        by_length = [total / len(choice) for total, choice in zip(totals, row["choices"], strict=True)]
+        plain.append(float(np.argmax(totals) == row["gold"]))
+        normed.append(float(np.argmax(by_length) == row["gold"]))
+    file = write(tmp_path / "choices.jsonl", rows)
+    result = evaluate(Evaluate(str(model), dataset=file, kind="multiple-choice", backend=backend))
+    task = "choices.jsonl"
+    assert result.metrics[task] == {"acc": np.mean(plain), "acc_norm": np.mean(normed)}
+    assert result.accuracy[task] == np.mean(normed) and result.num_examples[task] == 5
+    assert result.standard_errors[task]["acc_norm"] == pytest.approx(np.std(normed, ddof=1) / math.sqrt(5))
+    assert "+-" in result.tables()[0].rows[0][1] and "acc_norm" in result.tables()[0].rows[0][1]
+
+    contexts = [["x = 1\ny", "class A:"], ["def f(", "import"], ["0", "return"]]
+    rows = [{"context_options": c, "continuation": "self", "gold": n % 2} for n, c in enumerate(contexts)]
+    expected = [
+        float(
+            np.argmax([reference(model, text, " self")[0] for text in row["context_options"]]) == row["gold"]
+        )
+        for row in rows
+    ]
+    file = write(tmp_path / "contexts.jsonl", rows)
+    result = evaluate(Evaluate(str(model), dataset=file, kind="multiple-choice", backend=backend))
+    assert result.metrics == {"contexts.jsonl": {"acc": np.mean(expected)}}
+
+    rows = [{"context": text, "continuation": "self"} for text in questions]
+    scored = [reference(model, row["context"].rstrip(), " self") for row in rows]
+    file = write(tmp_path / "cloze.jsonl", rows)
+    result = evaluate(Evaluate(str(model), dataset=file, kind="cloze", backend=backend))
+    assert result.metrics["cloze.jsonl"] == {
+        "acc": np.mean([greedy for _, _, greedy in scored]),
+        "perplexity": pytest.approx(math.exp(-np.mean([total for total, _, _ in scored])), rel=1e-4),
+    }
+
+    texts = ["x = 1\ny = 2\n", "def f(x): return x\n"]
+    file = write(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    result = evaluate(
+        Evaluate(str(model), dataset=file, kind="perplexity", backend=backend, baseline=str(model))
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    total = 0.0
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer(text).input_ids]
+        with torch.no_grad():
+            log_probs = loaded(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total += sum(log_probs[at - 1, ids[at]].item() for at in range(1, len(ids)))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    found = result.metrics["texts.jsonl"]["bits_per_byte"]
+    assert found == pytest.approx(-total / num_bytes / math.log(2), rel=1e-4)
+    assert result.recovery["texts.jsonl"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_an_answer_is_the_line_that_the_model_writes(
+    backend: Backend, tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    model = tiny_llama("llama3")
+    prompts = ["def f(", "x = ", "class A:", "return "]
+    written = [
+        text.split("\n")[0].strip() for text in EngineBackend(str(model), 1).complete(prompts, "\n", 256)
+    ]
+    rows = [
+        {"prompt": prompt, "answer": answer if n % 2 else f"{answer}!"}
+        for n, (prompt, answer) in enumerate(zip(prompts, written, strict=True))
+        if answer
+    ]
+    expected = np.mean([not row["answer"].endswith("!") for row in rows])
+    file = write(tmp_path / "lines.jsonl", rows)
+    result = evaluate(Evaluate(str(model), dataset=file, kind="exact-match", backend=backend, limit=9))
+    assert result.metrics == {"lines.jsonl": {"exact_match": expected}}
+
+
+def test_the_error_of_recovery_is_paired() -> None:
+    """Against the spread of the ratio over bootstraps; two models that fail together differ by less."""
+    chance = np.random.default_rng(0)
+    y = (chance.random(400) < 0.6).astype(float)
+    x = np.where(chance.random(400) < 0.9, y, 0.0)
+    ours, base = Figures(), Figures()
+    for figures, values in ((ours, x), (base, y)):
+        figures.scores["task"] = Scores({"acc": values.mean()}, {}, tuple(values))
+        figures.accuracy["task"] = float(values.mean())
+    drawn = chance.integers(0, 400, (2000, 400))
+    spread = np.std(x[drawn].mean(1) / y[drawn].mean(1))
+    assert recovery(ours, base) == {"task": pytest.approx(x.mean() / y.mean())}
+    assert recovery_errors(ours, base)["task"] == pytest.approx(spread, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("multiple-choice", {"query": "a"}, "expected a list of texts in the field choices; found None"),
+        ("multiple-choice", {"query": "a", "choices": ["b"], "gold": 0}, "at least two choices"),
+        ("multiple-choice", {"query": "a", "choices": ["b", ""], "gold": 0}, "list of texts"),
+        ("multiple-choice", {"query": "a", "choices": ["b", "c"], "gold": 2}, "index, 0 to 1.*found 2"),
+        ("multiple-choice", {"query": "a", "choices": ["b", "c"], "gold": True}, "found True"),
+        (
+            "multiple-choice",
+            {"choices": ["b", "c"], "gold": 0},
+            "text in the field query or question or prompt",
+        ),
+        ("multiple-choice", {"context_options": ["b", "c"], "gold": 0}, "text in the field continuation"),
+        ("cloze", {"context": "a"}, r"text in the field continuation; found fields \['context'\]"),
+        ("exact-match", {"prompt": "a", "answer": " "}, "text in the field answer"),
+        ("perplexity", {"txt": "a"}, "text in the field text"),
+    ],
+)
+def test_rows_of_another_kind_are_named(kind: Any, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    good = {
+        "query": "a", "choices": ["b", "c"], "gold": 1, "context": "a", "continuation": "b",
+        "prompt": "a", "answer": "b", "text": "a",
+    }  # fmt: skip
+    if kind == "multiple-choice":
+        del good["answer"]
+    file = write(tmp_path / "rows.jsonl", [good, row])
+    with pytest.raises(ConfigError, match=rf"rows\.jsonl:2: .*{message}"):
+        file_task(Path(file), kind)
+    assert file_task(Path(file), kind, skip_bad_rows=1)["task"] == "rows.jsonl"
+
+
+def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"empty\.jsonl has no examples"):
+        file_task(tmp_path / "empty.jsonl", "cloze")
+    rows = [
+        {"query": "a", "choices": ["b", "c"], "gold": 0},
+        {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
+    ]
+    with pytest.raises(ConfigError, match="some rows have context_options and some have not"):
+        file_task(Path(write(tmp_path / "both.jsonl", rows)), "multiple-choice")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ConfigError, match=r"a\.txt --kind cloze: expected a \.jsonl"):
+        file_task(tmp_path / "a.txt", "cloze")
+    assert file_task(tmp_path / "a.txt", "perplexity")["task"] == "a.txt"
