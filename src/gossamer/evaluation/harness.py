@@ -1,30 +1,16 @@
-"""lm-evaluation-harness as the runner: its own tasks by name, and local files as tasks that are made for it.
-
-A local file has one row an example; its kind says what the fields mean:
-
-    multiple-choice   query (or question, prompt), choices, gold (or answer, label: the right one's index); or
-                      context_options, continuation, gold: which context the continuation goes with
-    cloze             context, continuation: the text that must be the likeliest, token by token
-    exact-match       prompt (or query, question), answer: the line that must be generated
-    perplexity        text, each scored by itself, in windows of the model's context
-
-Prompts are those of the harness's own tasks of these kinds: a query that begins with "Question:" ends with
-"Answer:" on a line of its own, and an answer follows after a space.
-"""
+"""lm-evaluation-harness as the runner of its own tasks, by name, and of files (file_tasks.py)."""
 
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from gossamer.data.tables import TABLES, BadRows, table_rows
+from gossamer.data.tables import TABLES
 from gossamer.errors import ConfigError
 
-Kind = Literal["multiple-choice", "cloze", "exact-match", "perplexity"]
-PRIMARY = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "word_perplexity")
+PRIMARY = ("acc_norm", "acc", "exact_match", "pass@1", "rougeL", "f1", "word_perplexity")
 SEED = 1234
 NUM_BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
 
@@ -92,10 +78,10 @@ def run(
 
     seeds: dict[str, Any] = {f"{of}_random_seed": SEED for of in ("numpy", "torch", "fewshot")}
     drop = io.StringIO()  # bars, and news of bootstrapping
-    with contextlib.redirect_stderr(drop), contextlib.redirect_stdout(drop):
+    with contextlib.redirect_stderr(drop), contextlib.redirect_stdout(drop), _in_our_words(tasks):
         found: Any = evaluator.simple_evaluate(
             model,
-            tasks=[dict(task) if isinstance(task, Mapping) else task for task in tasks],
+            tasks=[task if isinstance(task, str) else _fitting(task, model.max_length) for task in tasks],
             limit=limit or None,
             task_manager=manager,
             bootstrap_iters=NUM_BOOTSTRAPS,
@@ -104,6 +90,27 @@ def run(
             **seeds,
         )
     return {name: _scores(found["results"][name], samples) for name, samples in found["samples"].items()}
+
+
+def _fitting(task: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """A file's task, which generates no more than half of what the model's context holds."""
+    if "generation_kwargs" not in task:
+        return dict(task)
+    kwargs = task["generation_kwargs"]
+    return {
+        **task,
+        "generation_kwargs": {**kwargs, "max_gen_toks": min(kwargs["max_gen_toks"], max(1, context // 2))},
+    }
+
+
+@contextlib.contextmanager
+def _in_our_words(tasks: Sequence[str | Mapping[str, Any]]) -> Iterator[None]:
+    """What the harness finds wrong with a task for this model, as a ConfigError: it uses assertions."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        names = " ".join(task if isinstance(task, str) else task["task"] for task in tasks)
+        raise ConfigError(f"{names}: lm-evaluation-harness cannot run it with this model: {error}") from error
 
 
 def _scores(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Scores:
@@ -121,147 +128,3 @@ def _scores(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
     name = primary(metrics)
     kept = [sample for sample in samples if sample.get("filter", "none") == filters[name]]
     return Scores(metrics, errors, tuple(float(s[name]) for s in kept if isinstance(s[name], int | float)))
-
-
-def file_task(file: Path, kind: Kind, skip_bad_rows: int = 0) -> dict[str, Any]:
-    """A local file as a task, in the harness's words, named as the file is.
-
-    Raises ConfigError for a row that is not of this kind, or more of them than may be left out.
-    """
-    if not file.is_file() or not (
-        file.name.endswith(TABLES) or (kind == "perplexity" and file.suffix == ".txt")
-    ):
-        raise ConfigError(f"--dataset {file} --kind {kind}: expected a {', '.join(TABLES)} file")
-    bad = BadRows(skip_bad_rows)
-    rows = list(_rows(file, READERS[kind], bad))
-    if not rows:
-        raise ConfigError(f"{file} has no examples")
-    from datasets import Dataset
-
-    several_contexts = kind == "multiple-choice" and isinstance(rows[0]["prompt"], list)
-    if several_contexts != any(isinstance(row["prompt"], list) for row in rows):
-        raise ConfigError(f"{file}: some rows have context_options and some have not; expected one form")
-    return {
-        "task": file.name,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
-        "test_split": "test",
-        **(_SEVERAL_CONTEXTS if several_contexts else _TASKS[kind]),
-    }
-
-
-def _rows(
-    file: Path, read: Callable[[Mapping[str, Any], str], dict[str, Any]], bad: BadRows
-) -> Iterable[dict[str, Any]]:
-    if file.suffix == ".txt":
-        yield read({"text": file.read_text(encoding="utf-8")}, str(file))
-        return
-    for where, row in table_rows(file, bad):
-        try:
-            yield read(row, where)
-        except ConfigError as error:
-            bad.leave_out(error)
-
-
-def _choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    choices = row.get("context_options", row.get("choices"))
-    if not isinstance(choices, list) or not all(isinstance(text, str) and text.strip() for text in choices):
-        raise ConfigError(f"{where}: expected a list of texts in the field choices; found {choices!r}")
-    if len(choices) < 2:
-        raise ConfigError(f"{where}: expected at least two choices; found {choices!r}")
-    gold = next((row[name] for name in ("gold", "answer", "label") if name in row), None)
-    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
-        raise ConfigError(
-            f"{where}: expected the right choice's index, 0 to {len(choices) - 1}, in the field gold; "
-            f"found {gold!r}"
-        )
-    if "context_options" in row:
-        return {"prompt": choices, "target": _text(row, where, "continuation").strip(), "gold": gold}
-    return {
-        "prompt": _asked(_text(row, where, "query", "question", "prompt").rstrip()),
-        "choices": choices,
-        "gold": gold,
-    }
-
-
-def _cloze(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {
-        "prompt": _text(row, where, "context", "prompt").rstrip(),
-        "target": _text(row, where, "continuation").strip(),
-    }
-
-
-def _exact(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {
-        "prompt": _asked(_text(row, where, "prompt", "query", "question", "context")),
-        "target": _text(row, where, "answer").strip(),
-    }
-
-
-def _document(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"prompt": "", "target": _text(row, where, "text")}
-
-
-def _text(row: Mapping[str, Any], where: str, *names: str) -> str:
-    """The first of these fields; ConfigError unless it is a text with something in it."""
-    found = next((row[name] for name in names if name in row), None)
-    if not isinstance(found, str) or not found.strip():
-        wanted = " or ".join(names)
-        raise ConfigError(f"{where}: expected text in the field {wanted}; found fields {sorted(row)}")
-    return found
-
-
-def _asked(query: str) -> str:
-    return f"{query.rstrip()}\nAnswer:" if query.startswith("Question:") else query
-
-
-READERS: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
-    "multiple-choice": _choice,
-    "cloze": _cloze,
-    "exact-match": _exact,
-    "perplexity": _document,
-}
-
-
-def _mean(*names: str) -> list[dict[str, Any]]:
-    return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
-
-
-_TASKS: dict[str, dict[str, Any]] = {
-    "multiple-choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "gold",
-        "metric_list": _mean("acc", "acc_norm"),
-    },
-    "cloze": {
-        "output_type": "loglikelihood",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{' ' + target}}",
-        "target_delimiter": "",
-        "metric_list": [
-            *_mean("acc"),
-            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-        ],
-    },
-    "exact-match": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{target}}",
-        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 256},
-        "metric_list": [{**_mean("exact_match")[0], "regexes_to_ignore": [r"^\s+", r"\s+$"]}],
-    },
-    "perplexity": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{target}}",
-        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    },
-}
-_SEVERAL_CONTEXTS: dict[str, Any] = {
-    "output_type": "multiple_choice",
-    "doc_to_text": lambda row: row["gold"],
-    "doc_to_choice": lambda row: row["prompt"],
-    "doc_to_target": lambda row: row["target"],
-    "metric_list": _mean("acc"),
-}

@@ -13,7 +13,8 @@ from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import open_backend
 from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery, recovery_errors
-from gossamer.evaluation.harness import Scores, file_task, load_tasks, primary, run
+from gossamer.evaluation.file_tasks import file_task
+from gossamer.evaluation.harness import Scores, load_tasks, primary, run
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
@@ -29,9 +30,11 @@ class Evaluate(EngineOptions):
         positional=True,
     )
     dataset: str = option("", help="text whose perplexity to measure: SRC; with --kind, a file of examples")
-    kind: Literal["", "multiple-choice", "cloze", "exact-match", "perplexity"] = option(
-        "",
-        help="the examples of --dataset FILE, run by lm-evaluation-harness (docs/design.md has the fields)",
+    kind: Literal["", "multiple-choice", "cloze", "exact-match", "perplexity", "code", "summarization"] = (
+        option(
+            "",
+            help="the examples of --dataset FILE, run by lm-evaluation-harness",
+        )
     )
     tasks: tuple[str, ...] = option(
         (),
@@ -44,6 +47,9 @@ class Evaluate(EngineOptions):
     )
     baseline: str = option("", help="model to compare with; adds recovery")
     skip_bad_rows: int = option(0, help="rows of --kind that cannot be used and are left out")
+    allow_code_execution: bool = option(
+        False, help="--kind code runs what the model writes, confined: no network, no files but its own"
+    )
     chat: bool = option(False, help="the harness's prompts are turns of a user in the model's chat template")
     row_length: int = option(
         255, help="tokens of a row of --dataset; each is seen after those before it in its row, BOS first"
@@ -118,6 +124,11 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     start = time.monotonic()
     if job.kind and not job.dataset:
         raise ConfigError(f"--kind {job.kind} needs --dataset FILE, the examples")
+    if job.kind == "code" and not job.allow_code_execution:
+        raise ConfigError(
+            "--kind code runs programs that the model writes; they are confined (own process, no network, no "
+            "files but their own, limits on CPU, memory and time), and --allow-code-execution lets them run"
+        )
     if not job.dataset and not job.tasks:
         raise ConfigError("nothing to evaluate; give --dataset SRC, --tasks NAME..., or both")
     if job.limit < 0:

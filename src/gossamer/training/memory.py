@@ -51,6 +51,12 @@ class MemoryEstimate:
     def total(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
 
+    def parts(self) -> str:
+        """In words: the total and what it is made of."""
+        parts = {field.name.replace("_", " "): getattr(self, field.name) for field in fields(self)}
+        named = ", ".join(f"{name} {_gb(num_bytes)}" for name, num_bytes in parts.items() if num_bytes)
+        return f"{_gb(self.total)} of memory ({named})"
+
     @property
     def micro_batch(self) -> int:
         """The part that is proportional to the tokens of a micro-batch."""
@@ -97,11 +103,6 @@ def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, c
     """
     if estimate.total <= available:
         return
-    parts = ", ".join(
-        f"{field.name.replace('_', ' ')} {_gb(getattr(estimate, field.name))}"
-        for field in fields(estimate)
-        if getattr(estimate, field.name)
-    )
     fitting = (available - estimate.total + estimate.micro_batch) * num_tokens // max(1, estimate.micro_batch)
     advice = (
         f"lower --max-length and --batch-tokens to {fitting // 16 * 16} or less (a micro-batch has "
@@ -111,10 +112,7 @@ def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, c
     )
     if could_be_sparse:
         advice += "; --kernel sparse needs no gradients and moments of zeros"
-    raise ConfigError(
-        f"training needs about {_gb(estimate.total)} of memory ({parts}); found {_gb(available)} available: "
-        f"{advice}"
-    )
+    raise ConfigError(f"training needs about {estimate.parts()}; found {_gb(available)} available: {advice}")
 
 
 def available_bytes(device: str) -> int | None:

@@ -6,7 +6,7 @@ from typing import Literal
 from transformers import PreTrainedModel
 
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, choose_kernel, masked_linears
-from gossamer.training.memory import available_bytes, check_memory, estimate_memory
+from gossamer.training.memory import MemoryEstimate, available_bytes, check_memory, estimate_memory
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import from_first
 from gossamer.training.sparse_linear import sparsify
@@ -49,8 +49,10 @@ def prepare(
     teacher: PreTrainedModel | None,
     batch: MicroBatch,
     kernel: TrainingKernel,
-) -> None:
+) -> MemoryEstimate:
     """Replace layers of `model` as the training kernel needs it; `sparse_linear.densify` undoes it.
+
+    Returns what the run will take beyond what it holds already.
 
     Raises ConfigError if there is too little memory.
     """
@@ -62,3 +64,4 @@ def prepare(
     )
     if (available := available_bytes(batch.device)) is not None:
         check_memory(estimate, available, batch.num_tokens, could_be_sparse=could_be_sparse)
+    return estimate

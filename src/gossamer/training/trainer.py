@@ -66,7 +66,8 @@ def train(
     batch = MicroBatch(arguments.per_device_train_batch_size, rows.row_length, device, precision)
     choice = decide_kernel(job, model, batch, start.kernel)
     _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}")
-    prepare(job, model, teacher_model, batch, choice.kernel)
+    estimate = prepare(job, model, teacher_model, batch, choice.kernel)
+    _say(progress, target.stage, f"steps will take about {estimate.parts()} beside the model")
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
     shared = rows.padded(num_processes() * batch.num_rows)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import EngineBackend, TorchBackend
 from gossamer.evaluation.engine_lm import sampling
 from gossamer.evaluation.figures import Figures, recovery, recovery_errors
-from gossamer.evaluation.harness import Scores, file_task
+from gossamer.evaluation.file_tasks import file_task
+from gossamer.evaluation.harness import Scores
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 TinyLlama = Callable[[str], Path]
@@ -184,6 +186,43 @@ def test_an_answer_is_the_line_that_the_model_writes(
     assert result.metrics == {"lines.jsonl": {"exact_match": expected}}
 
 
+def test_code_runs_only_where_it_is_allowed(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    model = str(tiny_llama("llama3"))
+    rows = [
+        {
+            "prompt": "def f():\n    return 7\n\n\ndef g(",
+            "test": "def check(f): assert f() == 7",
+            "entry_point": "f",
+        },
+        {"text": "Write f.", "test_list": ["assert f() == 7"]},
+    ]
+    job = Evaluate(model, dataset=write(tmp_path / "code.jsonl", rows), kind="code")
+    with pytest.raises(ConfigError, match=r"--kind code runs programs.*--allow-code-execution lets them run"):
+        evaluate(job)
+    result = evaluate(replace(job, allow_code_execution=True))
+    assert result.metrics == {"code.jsonl": {"pass@1": 0.0}} and result.num_examples == {"code.jsonl": 2}
+
+
+def test_summaries_are_scored_by_rouge(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    """Of what our own completion gives, by the library that papers use."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    model = tiny_llama("llama3")
+    prompts = ["def f(", "class A:"]
+    written = EngineBackend(str(model), 1).complete(prompts, "\n\n", 128)
+    rows = [
+        {"prompt": prompts[0], "completion": written[0][:40] or "x"},
+        {"source": [prompts[1]], "target": ["other words", written[1] or "x"]},
+    ]
+    file = write(tmp_path / "summaries.jsonl", rows)
+    result = evaluate(Evaluate(str(model), dataset=file, kind="summarization", backend="engine"))
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    first = scorer.score(rows[0]["completion"].strip(), written[0])["rougeL"].fmeasure
+    second = scorer.score_multi(rows[1]["target"], written[1])["rougeL"].fmeasure
+    assert result.metrics["summaries.jsonl"]["rougeL"] == pytest.approx((first + second) / 2)
+    assert set(result.metrics["summaries.jsonl"]) == {"rouge1", "rouge2", "rougeL"}
+
+
 def test_the_error_of_recovery_is_paired() -> None:
     """Against the spread of the ratio over bootstraps; two models that fail together differ by less."""
     chance = np.random.default_rng(0)
@@ -216,12 +255,15 @@ def test_the_error_of_recovery_is_paired() -> None:
         ("cloze", {"context": "a"}, r"text in the field continuation; found fields \['context'\]"),
         ("exact-match", {"prompt": "a", "answer": " "}, "text in the field answer"),
         ("perplexity", {"txt": "a"}, "text in the field text"),
+        ("code", {"prompt": "a"}, "text in the field test"),
+        ("code", {"text": "a", "test_list": []}, "list of texts in the field test_list"),
+        ("summarization", {"prompt": "a"}, "text in the field completion or target or summary"),
     ],
 )
 def test_rows_of_another_kind_are_named(kind: Any, row: dict[str, Any], message: str, tmp_path: Path) -> None:
     good = {
         "query": "a", "choices": ["b", "c"], "gold": 1, "context": "a", "continuation": "b",
-        "prompt": "a", "answer": "b", "text": "a",
+        "prompt": "a", "answer": "b", "text": "a", "test": "a", "entry_point": "a", "completion": "a",
     }  # fmt: skip
     if kind == "multiple-choice":
         del good["answer"]

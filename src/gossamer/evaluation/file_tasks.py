@@ -1,0 +1,237 @@
+"""Local files as tasks of lm-evaluation-harness.
+
+A file has one row an example; its kind says what the fields mean:
+
+    multiple-choice   query (or question, prompt), choices, gold (or answer, label: the right one's index); or
+                      context_options, continuation, gold: which context the continuation goes with
+    cloze             context, continuation: the text that must be the likeliest, token by token
+    exact-match       prompt (or query, question), answer: the line that must be generated
+    perplexity        text, each scored by itself, in windows of the model's context
+    code              prompt, test, entry_point: a function to complete, as HumanEval's; or text, test_list:
+                      one to write, as MBPP's. What is generated runs in a sandbox (sandbox.py).
+    summarization     prompt, completion (or target, which may be a list of texts): ROUGE of what is generated
+
+Prompts are those of the harness's own tasks of these kinds: a query that begins with "Question:" ends with
+"Answer:" on a line of its own, and an answer follows after a space.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gossamer.data.tables import TABLES, BadRows, table_rows
+from gossamer.errors import ConfigError
+from gossamer.evaluation.sandbox import run_python
+
+Kind = Literal["multiple-choice", "cloze", "exact-match", "perplexity", "code", "summarization"]
+
+
+def file_task(file: Path, kind: Kind, skip_bad_rows: int = 0) -> dict[str, Any]:
+    """A local file as a task, in the harness's words, named as the file is.
+
+    Raises ConfigError for a row that is not of this kind, or more of them than may be left out.
+    """
+    if not file.is_file() or not (
+        file.name.endswith(TABLES) or (kind == "perplexity" and file.suffix == ".txt")
+    ):
+        raise ConfigError(f"--dataset {file} --kind {kind}: expected a {', '.join(TABLES)} file")
+    bad = BadRows(skip_bad_rows)
+    rows = list(_rows(file, READERS[kind], bad))
+    if not rows:
+        raise ConfigError(f"{file} has no examples")
+    from datasets import Dataset
+
+    several_contexts = kind == "multiple-choice" and isinstance(rows[0]["prompt"], list)
+    if several_contexts != any(isinstance(row["prompt"], list) for row in rows):
+        raise ConfigError(f"{file}: some rows have context_options and some have not; expected one form")
+    return {
+        "task": file.name,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
+        "test_split": "test",
+        **(_SEVERAL_CONTEXTS if several_contexts else _TASKS[kind]),
+    }
+
+
+def _rows(
+    file: Path, read: Callable[[Mapping[str, Any], str], dict[str, Any]], bad: BadRows
+) -> Iterable[dict[str, Any]]:
+    if file.suffix == ".txt":
+        yield read({"text": file.read_text(encoding="utf-8")}, str(file))
+        return
+    for where, row in table_rows(file, bad):
+        try:
+            yield read(row, where)
+        except ConfigError as error:
+            bad.leave_out(error)
+
+
+def _choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    choices = row.get("context_options", row.get("choices"))
+    if not isinstance(choices, list) or not all(isinstance(text, str) and text.strip() for text in choices):
+        raise ConfigError(f"{where}: expected a list of texts in the field choices; found {choices!r}")
+    if len(choices) < 2:
+        raise ConfigError(f"{where}: expected at least two choices; found {choices!r}")
+    gold = next((row[name] for name in ("gold", "answer", "label") if name in row), None)
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
+        raise ConfigError(
+            f"{where}: expected the right choice's index, 0 to {len(choices) - 1}, in the field gold; "
+            f"found {gold!r}"
+        )
+    if "context_options" in row:
+        return {"prompt": choices, "target": _text(row, where, "continuation").strip(), "gold": gold}
+    return {
+        "prompt": _asked(_text(row, where, "query", "question", "prompt").rstrip()),
+        "choices": choices,
+        "gold": gold,
+    }
+
+
+def _cloze(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "prompt": _text(row, where, "context", "prompt").rstrip(),
+        "target": _text(row, where, "continuation").strip(),
+    }
+
+
+def _exact(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {
+        "prompt": _asked(_text(row, where, "prompt", "query", "question", "context")),
+        "target": _text(row, where, "answer").strip(),
+    }
+
+
+def _document(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {"prompt": "", "target": _text(row, where, "text")}
+
+
+def _text(row: Mapping[str, Any], where: str, *names: str) -> str:
+    """The first of these fields; ConfigError unless it is a text with something in it."""
+    found = next((row[name] for name in names if name in row), None)
+    if not isinstance(found, str) or not found.strip():
+        wanted = " or ".join(names)
+        raise ConfigError(f"{where}: expected text in the field {wanted}; found fields {sorted(row)}")
+    return found
+
+
+def _asked(query: str) -> str:
+    return f"{query.rstrip()}\nAnswer:" if query.startswith("Question:") else query
+
+
+def _program(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if "test_list" in row:
+        tests = row["test_list"]
+        if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+            raise ConfigError(f"{where}: expected a list of texts in the field test_list; found {tests!r}")
+        shown = "\n".join(tests)
+        asked = f"You are an expert Python programmer, and here is your task: {_text(row, where, 'text')}"
+        return {
+            "prompt": f"{asked} Your code should pass these tests:\n\n{shown}\n[BEGIN]\n",
+            "before": row.get("test_setup_code") or "",
+            "tests": shown,
+        }
+    prompt = _text(row, where, "prompt")
+    tests = f"{_text(row, where, 'test')}\ncheck({_text(row, where, 'entry_point')})"
+    return {"prompt": prompt, "before": prompt, "tests": tests}
+
+
+def _summary(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    target = row.get("target")
+    if isinstance(target, list) and target and all(isinstance(text, str) for text in target):
+        targets = target
+    else:
+        targets = [_text(row, where, "completion", "target", "summary").strip()]
+    source = row.get("source")
+    if isinstance(source, list) and all(isinstance(text, str) for text in source):
+        source = " ".join(source)
+    prompt = source if isinstance(source, str) and source else _text(row, where, "prompt", "article")
+    return {"prompt": prompt, "targets": targets}
+
+
+def passes(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Whether the tests of a `code` example pass after what was generated, in the sandbox."""
+    return {"pass@1": float(run_python(f"{row['before']}{results[0]}\n{row['tests']}\n").passed)}
+
+
+def _rouge(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """F1 of words, pairs of words, and the longest common subsequence; of several targets the best."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    found = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score_multi(
+        row["targets"], results[0]
+    )
+    return {name: score.fmeasure for name, score in found.items()}
+
+
+READERS: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
+    "multiple-choice": _choice,
+    "cloze": _cloze,
+    "exact-match": _exact,
+    "perplexity": _document,
+    "code": _program,
+    "summarization": _summary,
+}
+
+
+def _mean(*names: str) -> list[dict[str, Any]]:
+    return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
+
+
+_TASKS: dict[str, dict[str, Any]] = {
+    "multiple-choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": _mean("acc", "acc_norm"),
+    },
+    "cloze": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{' ' + target}}",
+        "target_delimiter": "",
+        "metric_list": [
+            *_mean("acc"),
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+        ],
+    },
+    "exact-match": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{target}}",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 256},
+        "metric_list": [{**_mean("exact_match")[0], "regexes_to_ignore": [r"^\s+", r"\s+$"]}],
+    },
+    "perplexity": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{target}}",
+        "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+    },
+}
+_TASKS["code"] = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_target": "{{tests}}",
+    "generation_kwargs": {
+        "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "[DONE]"],
+        "do_sample": False,
+        "max_gen_toks": 512,
+    },
+    "process_results": passes,
+    "metric_list": _mean("pass@1"),
+}
+_TASKS["summarization"] = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_target": "{{targets[0]}}",
+    "generation_kwargs": {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 128},
+    "process_results": _rouge,
+    "metric_list": _mean("rouge1", "rouge2", "rougeL"),
+}
+_SEVERAL_CONTEXTS: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": lambda row: row["gold"],
+    "doc_to_choice": lambda row: row["prompt"],
+    "doc_to_target": lambda row: row["target"],
+    "metric_list": _mean("acc"),
+}

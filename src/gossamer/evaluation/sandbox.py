@@ -1,0 +1,108 @@
+"""Programs that a model wrote, run where they can do no harm: a process of its own, confined by the kernel.
+
+What confines it is in `confined.py`, which the process runs before the program:
+
+    files     read: Python's own and the system's libraries; write: one folder, which is deleted (Landlock)
+    network   no sockets; no other processes, no signals to them, no `exec` (seccomp)
+    CPU, memory, size and number of files: resource limits; time and bytes of the folder: watched from here
+
+All this takes Linux 5.13 or newer on x86-64, and no privileges.
+"""
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gossamer.errors import UnsupportedError
+
+LAUNCHER = Path(__file__).with_name("confined.py")
+PROGRAM, DONE, CANNOT_CONFINE = "program.py", b"done", 77  # as confined.py has them
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use: seconds of CPU and of time, bytes of memory and of its folder."""
+
+    cpu_s: int = 10
+    wall_s: float = 15.0
+    memory_bytes: int = 1 << 30
+    folder_bytes: int = 16 << 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a program ran to its last line without an error; else why not, in a few words."""
+
+    passed: bool
+    reason: str
+
+
+def run_python(program: str, limits: Limits = Limits()) -> Outcome:
+    """Run a program by this interpreter, confined; UnsupportedError where the system cannot confine it."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise UnsupportedError(
+            f"generated code runs on Linux on x86-64 only, where it can be confined; found {sys.platform} on "
+            f"{platform.machine()}: leave out --allow-code-execution"
+        )
+    with tempfile.TemporaryDirectory(prefix="gossamer-code-") as folder, tempfile.TemporaryFile() as errors:
+        (Path(folder) / PROGRAM).write_text(program, encoding="utf-8", errors="replace")
+        numbers = (limits.cpu_s, limits.memory_bytes, limits.folder_bytes)
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(LAUNCHER), folder, *map(str, numbers)],
+            cwd=folder,
+            env={"PATH": "", "HOME": folder, "LANG": "C.UTF-8"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        with process.stdout as written:
+            try:
+                reason = _watch(process, Path(folder), limits)
+            finally:  # it has no children: it may not start any
+                process.kill()
+                process.wait()
+            done = written.read(len(DONE) + 1) == DONE
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - 4096))
+        last_words = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
+    if process.returncode == CANNOT_CONFINE and not done:
+        raise UnsupportedError(
+            f"generated code cannot be confined here ({' '.join(last_words)}): it takes Linux 5.13 or newer "
+            "with Landlock and seccomp; leave out --allow-code-execution"
+        )
+    if done and reason is None:
+        return Outcome(True, "")
+    return Outcome(False, reason or " ".join(last_words) or f"ended by {_ending(process.returncode)}")
+
+
+def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> str | None:
+    """Wait for the end of the process; why it has to be ended before, or None."""
+    begun = time.monotonic()
+    while process.poll() is None:
+        if time.monotonic() - begun > limits.wall_s:
+            return f"not done after {limits.wall_s:g} s"
+        if _size(folder) > limits.folder_bytes:
+            return f"wrote more than {limits.folder_bytes:,} bytes"
+        time.sleep(POLL_S)
+    return None
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # it may be gone since
+            total += file.lstat().st_size
+    return total
+
+
+def _ending(returncode: int) -> str:
+    return signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"

@@ -1,0 +1,129 @@
+"""Programs that mean harm, or do it by mistake: contained, and counted as failed."""
+
+import platform
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from gossamer.errors import UnsupportedError
+from gossamer.evaluation import sandbox
+from gossamer.evaluation.file_tasks import READERS, passes
+from gossamer.evaluation.sandbox import Limits, run_python
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the sandbox is for Linux on x86-64"
+)
+LIMITS = Limits(cpu_s=2, wall_s=4.0, folder_bytes=4 << 20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def confined() -> None:
+    try:
+        run_python("pass")
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import collections, json, math, re, typing; assert math.sqrt(4) == 2",
+        "print('x' * 1_000_000)",
+        "open('own.txt', 'w').write('x'); assert open('own.txt').read() == 'x'",
+        "import threading; t = threading.Thread(target=print); t.start(); t.join()",
+        "if __name__ == '__main__': answer = sorted([2, 1])\nassert answer == [1, 2]",
+    ],
+)
+def test_what_a_solution_may_need_works(program: str) -> None:
+    assert run_python(program, LIMITS).reason == "" and run_python(program, LIMITS).passed
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert 1 == 2", "AssertionError"),
+        ("def f(:", "SyntaxError"),
+        ("import sys; sys.exit(0)", "exit code 0"),
+        ("import os; os._exit(0)", "exit code 0"),
+        ("print('done'); raise SystemExit", "exit code 0"),
+        ("import os; os.fork()", "Operation not permitted"),
+        ("import os\nwhile True: os.fork()", "Operation not permitted"),
+        ("import subprocess; subprocess.run(['ls'])", "Operation not permitted"),
+        ("import os; os.execv('/bin/sh', ['sh'])", "Operation not permitted"),
+        ("import multiprocessing; multiprocessing.Pool(2)", "Error"),
+        ("import socket; socket.socket()", "Operation not permitted"),
+        ("import urllib.request; urllib.request.urlopen('http://127.0.0.1')", "Operation not permitted"),
+        ("import os, signal; os.kill(os.getppid(), signal.SIGTERM)", "Operation not permitted"),
+        ("open('/etc/passwd').read()", "Permission denied"),
+        ("import os; os.listdir(os.path.dirname(os.getcwd()))", "Permission denied"),
+        ("import os; os.symlink('/etc/passwd', 'p'); open('p').read()", "Permission denied"),
+        ("x = bytearray(8 << 30)", "MemoryError"),
+        ("import time; time.sleep(60)", "not done after 4 s"),
+        ("while True: pass", "SIG"),
+        ("f = open('big', 'wb')\nwhile True: f.write(b'x' * (1 << 20))", "too large|wrote more than"),
+        (
+            "i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').write(b'x' * (1 << 18))",
+            "wrote more than 4,194,304",
+        ),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, 0) >= 0", "AssertionError"),
+        ("import ctypes\nctypes.string_at(0)", "SIGSEGV"),
+    ],
+)
+def test_what_does_harm_is_contained_and_fails(program: str, reason: str) -> None:
+    outcome = run_python(program, LIMITS)
+    assert not outcome.passed and re.search(reason, outcome.reason)
+
+
+@pytest.mark.parametrize("call", ["write_text('x')", "unlink()", "chmod(0o777)", "rename('mine')", "touch()"])
+def test_files_outside_its_folder_stay_as_they_are(call: str, tmp_path: Path) -> None:
+    file = tmp_path / "kept.txt"
+    file.write_text("kept")
+    before = file.stat()
+    outcome = run_python(f"import pathlib; pathlib.Path({str(file)!r}).{call}", LIMITS)
+    assert not outcome.passed and ("denied" in outcome.reason or "not permitted" in outcome.reason)
+    after = file.stat()
+    assert file.read_text() == "kept" and (after.st_mode, after.st_mtime_ns) == (
+        before.st_mode,
+        before.st_mtime_ns,
+    )
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_python("open('a', 'w').write('x'); import os; os.mkdir('b')", LIMITS)
+    run_python("import time; time.sleep(9)", Limits(wall_s=0.5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_confines_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "confined.py"
+    text = sandbox.LAUNCHER.read_text(encoding="utf-8")
+    broken.write_text(
+        text.replace("LANDLOCK_RESTRICT_SELF = 444, 445, 446", "LANDLOCK_RESTRICT_SELF = 444, 445, 9999")
+    )
+    monkeypatch.setattr(sandbox, "LAUNCHER", broken)
+    with pytest.raises(UnsupportedError, match=r"confined here .*Landlock: .*--allow-code-execution"):
+        run_python("open('/tmp/evil', 'w')")
+    monkeypatch.setattr(sandbox.platform, "machine", lambda: "aarch64")
+    with pytest.raises(UnsupportedError, match=r"on Linux on x86-64 only.*found linux on aarch64"):
+        run_python("pass")
+
+
+def test_the_tests_of_humaneval_and_mbpp_judge_solutions(shared_data: Path) -> None:
+    """Their own solutions pass, and one that returns nothing fails."""
+    import json
+
+    for name, solution, wrong in (
+        ("humaneval", "canonical_solution", "    return None\n"),
+        ("mbpp", "code", "def f(): pass\n"),
+    ):
+        lines = (shared_data / "tasks" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+        for line in lines:
+            row = json.loads(line)
+            example = READERS["code"](row, "row")
+            assert passes(example, [row[solution]]) == {"pass@1": 1.0}, row["task_id"]
+            assert passes(example, [wrong]) == {"pass@1": 0.0}, row["task_id"]
