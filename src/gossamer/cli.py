@@ -82,7 +82,9 @@ VERBS = {
         "gossamer.stages.finetune", "Finetune", "train on examples, zeros fixed, distilling", in_several=True
     ),
     "quantize": Verb("gossamer.stages.quantize", "Quantize", "round to INT8 with every zero kept"),
-    "evaluate": Verb("gossamer.stages.evaluate", "Evaluate", "perplexity and exact-match tasks"),
+    "evaluate": Verb(
+        "gossamer.stages.evaluate", "Evaluate", "perplexity, and tasks of lm-evaluation-harness or of files"
+    ),
     "pack": Verb("gossamer.stages.pack", "Pack", "write the .goss file that the engine runs"),
     "run": Verb("gossamer.tools.run", "Run", "complete a prompt, or chat"),
     "serve": Verb("gossamer.server", "Serve", "an OpenAI-compatible server"),

@@ -82,6 +82,15 @@ def test_our_engine_answers_500_requests_as_the_harnesss_own_backend(
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
 
 
+def test_an_answer_that_cannot_be_scored_is_refused(tiny_llama: TinyLlama) -> None:
+    ours = EngineBackend(str(tiny_llama("llama3")), 1).for_harness()
+    for answer, found in (([], 0), ([5] * (ours.max_length + 1), ours.max_length + 1)):
+        with pytest.raises(
+            ConfigError, match=f"an answer of {found} tokens; expected 1 to {ours.max_length}"
+        ):
+            ours._loglikelihood_tokens([(("", ""), [3, 4], answer)])
+
+
 def test_a_tasks_sampling_is_the_engines() -> None:
     greedy = sampling({"until": "\n", "max_gen_toks": 9, "temperature": 0.0, "top_p": 0.9})
     assert (greedy.stop, greedy.max_tokens, greedy.temperature, greedy.top_p) == (("\n",), 9, 0.0, 1.0)
@@ -163,7 +172,7 @@ def test_files_of_each_kind_are_scored_as_written_out(
     num_bytes = sum(len(text.encode()) for text in texts)
     found = result.metrics["texts.jsonl"]["bits_per_byte"]
     assert found == pytest.approx(-total / num_bytes / math.log(2), rel=1e-4)
-    assert result.recovery["texts.jsonl"] == pytest.approx(1.0)
+    assert result.recovery["texts.jsonl"] == pytest.approx(1.0) and result.num_examples == {"texts.jsonl": 2}
 
 
 @pytest.mark.parametrize("backend", ["torch", "engine"])
@@ -230,7 +239,7 @@ def test_the_error_of_recovery_is_paired() -> None:
     x = np.where(chance.random(400) < 0.9, y, 0.0)
     ours, base = Figures(), Figures()
     for figures, values in ((ours, x), (base, y)):
-        figures.scores["task"] = Scores({"acc": values.mean()}, {}, tuple(values))
+        figures.scores["task"] = Scores({"acc": values.mean()}, {}, tuple(values), 400)
         figures.accuracy["task"] = float(values.mean())
     drawn = chance.integers(0, 400, (2000, 400))
     spread = np.std(x[drawn].mean(1) / y[drawn].mean(1))

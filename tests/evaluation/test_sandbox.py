@@ -16,6 +16,12 @@ from gossamer.evaluation.sandbox import Limits, run_python
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="the sandbox is for Linux on x86-64"
 )
+CALL = """import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def call(*arguments):
+    if libc.syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+"""
 LIMITS = Limits(cpu_s=2, wall_s=4.0, folder_bytes=4 << 20)
 
 
@@ -33,6 +39,7 @@ def confined() -> None:
         "import collections, json, math, re, typing; assert math.sqrt(4) == 2",
         "print('x' * 1_000_000)",
         "open('own.txt', 'w').write('x'); assert open('own.txt').read() == 'x'",
+        "from os import *\nfor _ in range(300): mkdir('d'); mkdir('d/a'); rmdir('d/a'); rmdir('d')",
         "import threading; t = threading.Thread(target=print); t.start(); t.join()",
         "if __name__ == '__main__': answer = sorted([2, 1])\nassert answer == [1, 2]",
     ],
@@ -71,6 +78,13 @@ def test_what_a_solution_may_need_works(program: str) -> None:
         ("def f(): f()\nf()", "RecursionError"),
         ("import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, 0) >= 0", "AssertionError"),
         ("import ctypes\nctypes.string_at(0)", "SIGSEGV"),
+        (f"{CALL}p = os.getppid()\ncall(234, p, p, 9)", "Operation not permitted"),
+        (f"{CALL}import fcntl\nfcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())", "Operation not permitted"),
+        (f"{CALL}call(133, b'd', 0o60600, 0x800)", "Operation not permitted"),
+        (f"{CALL}call(164, None, None)", "Operation not permitted"),
+        (f"{CALL}call(161, b'.')", "Operation not permitted"),
+        ("import os\nwhile True:\n    os.mkdir('a')\n    os.chdir('a')", "files and folders"),
+        ("i = 0\nwhile True:\n    i += 1\n    open(str(i), 'wb').close()", "files and folders"),
     ],
 )
 def test_what_does_harm_is_contained_and_fails(program: str, reason: str) -> None:
@@ -96,6 +110,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_python("open('a', 'w').write('x'); import os; os.mkdir('b')", LIMITS)
     run_python("import time; time.sleep(9)", Limits(wall_s=0.5))
+    run_python("import os\nwhile True:\n    os.mkdir('a')\n    os.chdir('a')", LIMITS)
     assert list(tmp_path.iterdir()) == []
 
 

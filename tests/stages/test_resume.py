@@ -135,7 +135,8 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_in_the_same_bits(
     time.sleep(1 - time.time() % 1)  # TensorBoard orders its files by the second in their names
     result = pretrain(replace(job, resume=True), events.append)
     assert weights(job) == uninterrupted()
-    assert [event.message for event in events if event.lasting] == ["kernel dense: as the run began"]
+    [said] = [event.message for event in events if event.lasting]
+    assert said.startswith("kernel dense: as the run began; steps will take about ")
 
     output = Path(job.output_dir)
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -206,6 +207,31 @@ def test_the_sparse_kernel_resumes_to_the_same_bits(job: Pretrain, uninterrupted
     interrupt(job)
     pretrain(replace(job, resume=True))
     assert weights(job) == uninterrupted(kernel="sparse")
+
+
+def test_a_run_by_a_teacher_that_was_written_down_resumes_to_the_same_bits(
+    job: Pretrain, tiny_llama: Llamas, tmp_path: Path
+) -> None:
+    """The same rows and the same cache: neither is made again, and another cache is another run."""
+    cached = replace(
+        job,
+        teacher=str(tiny_llama("llama3")),
+        teacher_cache=str(tmp_path / "cache"),
+        distill="both",
+        cache_layers=1,
+    )
+    whole = replace(cached, output_dir=str(tmp_path / "whole"))
+    pretrain(whole)
+    interrupt(cached)
+    events: list[Event] = []
+    with pytest.raises(ConfigError, match=r"written of something else .layers: found"):
+        pretrain(replace(cached, resume=True, cache_layers=2))
+    with pytest.raises(ConfigError, match=r"teacher_cache: found .*, expected "):
+        pretrain(replace(cached, resume=True, teacher_cache=None))
+    pretrain(replace(cached, resume=True), events.append)
+    assert weights(cached) == weights(whole)
+    assert not [event for event in events if event.message == "the teacher reads"]
+    assert not (Path(cached.output_dir) / "rows").exists()
 
 
 def test_moments_and_values_are_gone_when_dense_weights_come_back(

@@ -110,6 +110,26 @@ def test_a_kill_loses_no_chunk_and_changes_no_byte(source: Checkpoint, rows: Row
     assert done == [1, 2, 3] and contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def test_a_kill_before_the_last_chunk_is_on_record_is_made_up_for(
+    source: Checkpoint, rows: Rows, tmp_path: Path
+) -> None:
+    """Though all bytes are there, and though the folder holds others."""
+    job = Pretrain(
+        "model", "out", dataset=("text",), teacher="t", teacher_cache=str(tmp_path / "c"), distill="both"
+    )
+    teacher_for(job, source, rows, "test", quiet)
+    record_file, whole = tmp_path / "c" / "teacher.json", contents(tmp_path / "c")
+    recorded = json.loads(record_file.read_text())
+    record_file.write_text(json.dumps({**recorded, "chunks": recorded["chunks"][:-1]}))
+    (tmp_path / "c" / "other").write_bytes(bytes(10**6))
+    teacher_for(job, source, rows, "test", quiet)
+    (tmp_path / "c" / "other").unlink()
+    assert contents(tmp_path / "c") == whole
+    record_file.unlink()
+    teacher_for(job, source, rows, "test", quiet)
+    assert contents(tmp_path / "c") == whole
+
+
 def test_what_is_damaged_or_of_something_else_is_refused(
     source: Checkpoint, rows: Rows, tmp_path: Path
 ) -> None:

@@ -87,4 +87,4 @@ def _texts(job: CalibrationOptions) -> Iterator[str]:
         return documents(parse_weight(job.dataset[0])[0], offline=job.offline)
     from gossamer.data.mixture import Mixture
 
-    return (piece.text for piece in Mixture(job.dataset, 0, offline=job.offline))
+    return (piece.text for piece in Mixture(job.dataset, 0, repeat=True, offline=job.offline))

@@ -83,11 +83,7 @@ class Mixture:
             empty = True
             for text in self._documents(name):
                 self.num_documents[index] += 1
-                beginning = text[: 4 * self._piece_characters]
-                parts = (
-                    pieces(text, self._piece_characters) if not self.truncate else filter(None, [beginning])
-                )
-                for part in parts:
+                for part in self._parts(text):
                     empty = False
                     yield Piece(index, part)
             if empty:

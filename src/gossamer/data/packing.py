@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -117,14 +116,13 @@ def pack_once(
             return packed
     folder.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
-    if (free := shutil.disk_usage(folder).free) < (needed := 4 * row_length * max_rows):
-        raise OSError(
-            errno.ENOSPC,
-            f"the text's tokens need {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free: make room, or "
-            "lower --num-tokens",
-            str(folder),
-        )
-    packed = pack(mixture, tokenizer, row_length, max_rows, file)
+    try:
+        packed = pack(mixture, tokenizer, row_length, max_rows, file)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        advice = "no room for the text's tokens, 4 bytes each: make some, or lower --num-tokens"
+        raise OSError(errno.ENOSPC, advice, str(file)) from error
     record.write_text(json.dumps({"decided": decided, "packed": asdict(packed)}), encoding="utf-8")
     return packed
 

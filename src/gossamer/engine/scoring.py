@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from gossamer import _native
 
 CALL_TARGETS = 256  # whose logits are in native memory at once
-BATCH_TOKENS = 2048  # of contexts that are in the cache together
+BATCH_TOKENS = 4096  # that are in the cache together
 
 Ids = Sequence[int]
 Score = tuple[list[float], list[bool]]
@@ -25,11 +25,14 @@ def score(model: _native.Model, requests: Sequence[tuple[Ids, Ids]]) -> Iterator
     batch: list[tuple[Ids, list[Ids]]] = []
     num_tokens = 0
     for context, members in groupby(requests, lambda request: request[0]):
-        if batch and num_tokens + len(context) > BATCH_TOKENS:
+        continuations = [continuation for _, continuation in members]
+        assert len(context) and all(map(len, continuations))
+        wanted = len(context) + max(map(len, continuations))
+        if batch and num_tokens + wanted > BATCH_TOKENS:
             yield from _score_batch(model, batch)
             batch, num_tokens = [], 0
-        batch.append((context, [continuation for _, continuation in members]))
-        num_tokens += len(context)
+        batch.append((context, continuations))
+        num_tokens += wanted
     if batch:
         yield from _score_batch(model, batch)
 

@@ -8,6 +8,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gossamer.engine import LLM, SamplingParams
 from gossamer.engine.scoring import score
+from gossamer.errors import ConfigError
 
 DEFAULT_TOKENS = 256
 
@@ -49,6 +50,11 @@ class EngineLM(TemplateLM):
         """What does not fit into the model's context is cut off on the left, as with transformers."""
         pairs = []
         for _, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise ConfigError(
+                    f"an answer of {len(continuation)} tokens; expected 1 to {self.max_length}, what the "
+                    "model's context holds"
+                )
             context = context[max(0, len(context) + len(continuation) - self.max_length - 1) :]
             pairs.append((context, continuation))
         found = []

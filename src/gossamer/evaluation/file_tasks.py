@@ -122,11 +122,13 @@ def _program(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         tests = row["test_list"]
         if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
             raise ConfigError(f"{where}: expected a list of texts in the field test_list; found {tests!r}")
+        if not isinstance(setup := row.get("test_setup_code", ""), str):
+            raise ConfigError(f"{where}: expected text in the field test_setup_code; found {setup!r}")
         shown = "\n".join(tests)
         asked = f"You are an expert Python programmer, and here is your task: {_text(row, where, 'text')}"
         return {
             "prompt": f"{asked} Your code should pass these tests:\n\n{shown}\n[BEGIN]\n",
-            "before": row.get("test_setup_code") or "",
+            "before": f"{setup}\n",
             "tests": shown,
         }
     prompt = _text(row, where, "prompt")

@@ -17,11 +17,12 @@ NUM_BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one task: value and standard error of each metric, and of each example the primary one."""
+    """Of one task: value and standard error of each metric, and the primary one of each example."""
 
     metrics: dict[str, float]
     standard_errors: dict[str, float]
     samples: tuple[float, ...]
+    num_examples: int
 
     @property
     def value(self) -> float:
@@ -39,7 +40,7 @@ def primary(metrics: Mapping[str, float]) -> str:
     return next((name for name in PRIMARY if name in metrics), next(iter(metrics)))
 
 
-def load_tasks(tasks: Sequence[str | Mapping[str, Any]]) -> Any:
+def load_tasks(tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = False) -> Any:
     """lm-evaluation-harness's manager, once it has loaded these tasks and what they ask.
 
     Raises ConfigError for a name that it does not know, OSError for a dataset that cannot be loaded. The
@@ -58,13 +59,28 @@ def load_tasks(tasks: Sequence[str | Mapping[str, Any]]) -> Any:
                 "task of lm-evaluation-harness (`lm-eval ls tasks` lists them)"
             )
         try:
-            manager.load([name])
+            with _without_network() if offline else contextlib.nullcontext():
+                manager.load([name])
         except OSError as error:
             raise OSError(
                 f"task {name}: its dataset cannot be loaded ({error}); run it again with a network, or "
                 "give a file by --dataset FILE --kind KIND"
             ) from error
     return manager
+
+
+@contextlib.contextmanager
+def _without_network() -> Iterator[None]:
+    """Have the libraries that load datasets take what is in their caches."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def run(
@@ -125,6 +141,9 @@ def _scores(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         else:
             metrics.setdefault(metric, float(value))
             filters.setdefault(metric, chosen)
+    if not metrics:
+        raise ConfigError(f"the task gives no metric that is a number; found {sorted(result)}")
     name = primary(metrics)
     kept = [sample for sample in samples if sample.get("filter", "none") == filters[name]]
-    return Scores(metrics, errors, tuple(float(s[name]) for s in kept if isinstance(s[name], int | float)))
+    values = tuple(float(s[name]) for s in kept if isinstance(s[name], int | float))
+    return Scores(metrics, errors, values, len(kept))

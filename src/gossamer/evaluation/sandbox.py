@@ -2,9 +2,10 @@
 
 What confines it is in `confined.py`, which the process runs before the program:
 
-    files     read: Python's own and the system's libraries; write: one folder, which is deleted (Landlock)
-    network   no sockets; no other processes, no signals to them, no `exec` (seccomp)
-    CPU, memory, size and number of files: resource limits; time and bytes of the folder: watched from here
+    files     read: Python's own and the system's libraries; write: one folder, which is deleted (Landlock);
+              names and sizes of others can be asked for
+    network   no sockets; no other processes, no signals to them, no `exec` (seccomp); no capabilities
+    CPU, memory, size of a file: resource limits; time, bytes and files of the folder: watched from here
 
 All this takes Linux 5.13 or newer on x86-64, and no privileges.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ class Limits:
     wall_s: float = 15.0
     memory_bytes: int = 1 << 30
     folder_bytes: int = 16 << 20
+    folder_files: int = 500
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def run_python(program: str, limits: Limits = Limits()) -> Outcome:
             f"generated code runs on Linux on x86-64 only, where it can be confined; found {sys.platform} on "
             f"{platform.machine()}: leave out --allow-code-execution"
         )
-    with tempfile.TemporaryDirectory(prefix="gossamer-code-") as folder, tempfile.TemporaryFile() as errors:
+    with _folder() as folder, tempfile.TemporaryFile() as errors:
         (Path(folder) / PROGRAM).write_text(program, encoding="utf-8", errors="replace")
         numbers = (limits.cpu_s, limits.memory_bytes, limits.folder_bytes)
         process = subprocess.Popen(
@@ -90,18 +93,37 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, limits: Limits) -> st
     while process.poll() is None:
         if time.monotonic() - begun > limits.wall_s:
             return f"not done after {limits.wall_s:g} s"
-        if _size(folder) > limits.folder_bytes:
+        num_files, num_bytes = _size(folder)
+        if num_bytes > limits.folder_bytes:
             return f"wrote more than {limits.folder_bytes:,} bytes"
+        if num_files > limits.folder_files:
+            return f"made more than {limits.folder_files:,} files and folders"
         time.sleep(POLL_S)
     return None
 
 
-def _size(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it may be gone since
-            total += file.lstat().st_size
-    return total
+def _size(folder: Path) -> tuple[int, int]:
+    """Files and folders in it, and their bytes; what is nested too deep to be walked counts as too many."""
+    num_files, num_bytes = 0, 0
+    try:
+        for place, folders, names in os.walk(folder):
+            num_files += len(folders) + len(names)
+            for name in names:
+                with contextlib.suppress(OSError):  # it may be gone since
+                    num_bytes += (Path(place) / name).lstat().st_size
+    except (OSError, RecursionError):
+        return sys.maxsize, num_bytes
+    return num_files, num_bytes
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A folder for a program, deleted by a tool that no depth of folders stops."""
+    folder = tempfile.mkdtemp(prefix="gossamer-code-")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["rm", "-rf", "--", folder], check=False, capture_output=True)
 
 
 def _ending(returncode: int) -> str:

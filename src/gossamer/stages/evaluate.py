@@ -138,7 +138,7 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     for_harness: list[str | dict[str, Any]] = [task for task in job.tasks if task not in own]
     if job.kind:
         for_harness.append(file_task(Path(job.dataset), job.kind, job.skip_bad_rows))
-    manager = load_tasks(for_harness) if for_harness else None
+    manager = load_tasks(for_harness, offline=job.offline) if for_harness else None
     if job.row_length < 1:
         raise ConfigError(f"--row-length is {job.row_length}; expected a number of tokens, at least 1")
     if job.backend == "auto":
@@ -161,7 +161,7 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
         row_length=job.row_length,
         accuracy=ours.accuracy,
         accuracy_by_kind=ours.by_kind,
-        num_examples=num_examples | {task: len(scores.samples) for task, scores in ours.scores.items()},
+        num_examples=num_examples | {task: scores.num_examples for task, scores in ours.scores.items()},
         recovery=recovery(ours, base) if base else {},
         metrics={task: scores.metrics for task, scores in ours.scores.items()},
         standard_errors={task: scores.standard_errors for task, scores in ours.scores.items()},

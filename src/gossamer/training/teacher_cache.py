@@ -165,23 +165,35 @@ def teacher_for(
     )
 
     def complete() -> None:
-        if missing := check_room(folder, wanted):
-            size = f"{missing / 1e9:,.2f} GB, {wanted.token_bytes:,} bytes a token"
-            progress(Event(stage, f"{folder}: the teacher is asked once, into {size}", lasting=True))
-            model = load_model(directory)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
-            write_down(folder, wanted, model, rows, stage, progress)
+        if not (missing := missing_bytes(folder, wanted)):
+            return
+        check_room(folder, wanted, missing)
+        size = f"{missing / 1e9:,.2f} GB, {wanted.token_bytes:,} bytes a token"
+        progress(Event(stage, f"{folder}: the teacher is asked once, into {size}", lasting=True))
+        model = load_model(directory)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+        write_down(folder, wanted, model, rows, stage, progress)
+        del model
+        if torch.cuda.is_available():  # what is freed is torch's still
+            torch.cuda.empty_cache()
 
     from_first(complete)
     return CachedTeacher.open(folder, wanted)
 
 
-def check_room(folder: Path, wanted: Wanted) -> int:
-    """Bytes that are still to be written; raises OSError where the disk has no room for them."""
-    whole = wanted.token_bytes * wanted.num_rows * wanted.row_length
-    there = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+def missing_bytes(folder: Path, wanted: Wanted) -> int:
+    """What is still to be written; ConfigError where the folder holds a cache of something else."""
+    num_done = 0
+    if (folder / RECORD).is_file():
+        _check_same(folder, wanted)
+        num_done = len(_recorded(folder)["chunks"]) * CHUNK_ROWS
+    return wanted.token_bytes * wanted.row_length * max(0, wanted.num_rows - num_done)
+
+
+def check_room(folder: Path, wanted: Wanted, missing: int) -> None:
+    """Raise OSError where the disk has no room for what is missing."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if (free := shutil.disk_usage(place).free) < (missing := max(0, whole - there)):
+    if (free := shutil.disk_usage(place).free) < missing:
         raise OSError(
             errno.ENOSPC,
             f"what the teacher makes of {wanted.num_rows * wanted.row_length:,} tokens needs "
@@ -189,7 +201,6 @@ def check_room(folder: Path, wanted: Wanted) -> int:
             "make room, or lower --cache-layers, --cache-top-k or the number of tokens",
             str(folder),
         )
-    return missing
 
 
 def write_down(
@@ -199,11 +210,9 @@ def write_down(
 
     Raises ConfigError where the folder holds a cache of something else, OSError without room for it.
     """
+    check_room(folder, wanted, missing_bytes(folder, wanted))
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / RECORD).is_file():
-        _check_same(folder, wanted)
     hashes = _recorded(folder)["chunks"] if (folder / RECORD).is_file() else []
-    check_room(folder, wanted)
     live, head = LiveTeacher(teacher), teacher.get_output_embeddings()
     device = next(teacher.parameters()).device
     num_chunks = -(-wanted.num_rows // CHUNK_ROWS)

@@ -65,9 +65,9 @@ def train(
     arguments = _arguments(job, rows, device, precision, checkpoints)
     batch = MicroBatch(arguments.per_device_train_batch_size, rows.row_length, device, precision)
     choice = decide_kernel(job, model, batch, start.kernel)
-    _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}")
     estimate = prepare(job, model, teacher_model, batch, choice.kernel)
-    _say(progress, target.stage, f"steps will take about {estimate.parts()} beside the model")
+    memory = f"steps will take about {estimate.parts()} beside the model"
+    _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}; {memory}")
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
     shared = rows.padded(num_processes() * batch.num_rows)
@@ -197,7 +197,7 @@ def identify(
         "precision": precision,
         "model": target.parent.hash,
         "teacher": None if teacher is None else teacher.hash,
-        "teacher_cache": teacher.layers if isinstance(teacher, CachedTeacher) else None,
+        "teacher_cache": list(teacher.layers) if isinstance(teacher, CachedTeacher) else None,
         "data": rows.hash(),
         "mask": model_mask_hash(model),
     }
