@@ -65,14 +65,11 @@ def pack(mixture: Mixture, tokenizer: Tokenizer, row_length: int, max_rows: int,
                 ids, num_truncated = ids[: row_length - 1], num_truncated + 1
             begin = 0
             while begin < len(ids) and num_rows < max_rows:
-                end = min(len(ids), begin + row_length - used - 1)
+                taken = ids[begin : begin + row_length - used - 1]
                 row_T[used] = ~bos
-                row_T[used + 1 : used + 1 + end - begin] = ids[begin:end]
-                used, num_tokens[piece.source] = (
-                    used + 1 + end - begin,
-                    num_tokens[piece.source] + end - begin,
-                )
-                begin = end
+                row_T[used + 1 : used + 1 + len(taken)] = taken
+                begin, used = begin + len(taken), used + 1 + len(taken)
+                num_tokens[piece.source] += len(taken)
                 if used == row_length:
                     stream.write(row_T.data)
                     digest.update(row_T.data)

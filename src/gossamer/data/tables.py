@@ -38,6 +38,11 @@ class BadRows:
             ) from error
         self.found.append(str(error))
 
+    def notes(self) -> Iterator[str]:
+        """What the user should know of the rows that were left out."""
+        if self.found:
+            yield f"left out {len(self.found)} rows that cannot be used: {'; '.join(self.found[:3])}"
+
 
 def table_rows(path: Path, bad: BadRows | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a .jsonl, .jsonl.zst or .parquet file, each with `file:line` for messages.

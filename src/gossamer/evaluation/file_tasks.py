@@ -209,26 +209,26 @@ _TASKS: dict[str, dict[str, Any]] = {
         "doc_to_target": "{{target}}",
         "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
     },
-}
-_TASKS["code"] = {
-    "output_type": "generate_until",
-    "doc_to_text": "{{prompt}}",
-    "doc_to_target": "{{tests}}",
-    "generation_kwargs": {
-        "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "[DONE]"],
-        "do_sample": False,
-        "max_gen_toks": 512,
+    "code": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{tests}}",
+        "generation_kwargs": {
+            "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint", "[DONE]"],
+            "do_sample": False,
+            "max_gen_toks": 512,
+        },
+        "process_results": passes,
+        "metric_list": _mean("pass@1"),
     },
-    "process_results": passes,
-    "metric_list": _mean("pass@1"),
-}
-_TASKS["summarization"] = {
-    "output_type": "generate_until",
-    "doc_to_text": "{{prompt}}",
-    "doc_to_target": "{{targets[0]}}",
-    "generation_kwargs": {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 128},
-    "process_results": _rouge,
-    "metric_list": _mean("rouge1", "rouge2", "rougeL"),
+    "summarization": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{targets[0]}}",
+        "generation_kwargs": {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 128},
+        "process_results": _rouge,
+        "metric_list": _mean("rouge1", "rouge2", "rougeL"),
+    },
 }
 _SEVERAL_CONTEXTS: dict[str, Any] = {
     "output_type": "multiple_choice",

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer.errors import UnsupportedError
+from gossamer.evaluation import confined
+from gossamer.evaluation.confined import CANNOT_CONFINE, DONE, PROGRAM
 
-LAUNCHER = Path(__file__).with_name("confined.py")
-PROGRAM, DONE, CANNOT_CONFINE = "program.py", b"done", 77  # as confined.py has them
+LAUNCHER = Path(confined.__file__)
 POLL_S = 0.02
 
 

@@ -80,8 +80,7 @@ def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> list[Exa
 
 def _left_out(bad: BadRows, length: int) -> Iterator[str]:
     """What of the data is not trained on, and why."""
-    if bad.found:
-        yield f"left out {len(bad.found)} rows that cannot be used: {'; '.join(bad.found[:3])}"
+    yield from bad.notes()
     if bad.num_without_answer:
         yield f"left out {bad.num_without_answer} rows without an answer in their first {length} tokens"
 

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.data.mixture import Mixture
@@ -59,17 +60,23 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
 def _rows(job: Pretrain, source: Checkpoint, target: Derived, progress: Progress) -> Rows:
     """Whole rows for `num_tokens` (rounded up), packed before training begins, in the run's own folder."""
     length = min(job.max_length, source.architecture.max_position_embeddings)
-    packed = from_first(lambda: _packed(job, source, target, length, progress))
+    data = from_first(lambda: [manifest(name, offline=job.offline) for name in job.dataset])
+    packed = from_first(lambda: _packed(job, source, target, length, data, progress))
     target.data = [
-        {**manifest(name, offline=job.offline), "num_documents": documents, "num_tokens": tokens}
-        for name, documents, tokens in zip(job.dataset, packed.num_documents, packed.num_tokens, strict=True)
+        {**known, "num_documents": documents, "num_tokens": tokens}
+        for known, documents, tokens in zip(data, packed.num_documents, packed.num_tokens, strict=True)
     ]
     target.metrics["rows"] = asdict(packed)
     return Rows(read_rows(target.path / FOLDER, packed), digest=packed.sha256)
 
 
 def _packed(
-    job: Pretrain, source: Checkpoint, target: Derived, length: int, progress: Progress
+    job: Pretrain,
+    source: Checkpoint,
+    target: Derived,
+    length: int,
+    data: list[dict[str, Any]],
+    progress: Progress,
 ) -> PackedText:
     max_rows = math.ceil(job.num_tokens / length)
     progress(Event("pretrain", f"tokenizing {max_rows * length:,} tokens"))
@@ -84,7 +91,7 @@ def _packed(
         offline=job.offline,
     )
     decided = {
-        "data": [manifest(name, offline=job.offline) for name in job.dataset],
+        "data": data,
         "tokenizer": hashlib.sha256(tokenizer.bytes).hexdigest(),
         **{name: getattr(job, name) for name in ("seed", "repeat", "truncate", "skip_bad_rows")},
     }
@@ -103,8 +110,7 @@ def _notes(job: Pretrain, packed: PackedText, bad: BadRows) -> Iterator[str]:
         )
     if packed.num_truncated:
         yield f"{packed.num_truncated:,} documents are longer than a row, and only their beginning is used"
-    if bad.found:
-        yield f"left out {len(bad.found)} rows that cannot be used: {'; '.join(bad.found[:3])}"
+    yield from bad.notes()
 
 
 def _check(job: Pretrain) -> None:
