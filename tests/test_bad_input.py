@@ -407,13 +407,13 @@ def test_a_disk_that_takes_no_more_leaves_nothing(verb: str, tiny_llama: Tiny, t
 def test_ctrl_c_exits_130_and_leaves_nothing(tiny_llama: Tiny, tmp_path: Path) -> None:
     places = workplace(tiny_llama, "llama2", tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    training = ["--num-tokens", "3000000", "--max-length", "64", "--batch-tokens", "256"]
+    training = ["--num-tokens", "5000000", "--max-length", "64", "--batch-tokens", "256"]
     output = ["-o", str(places["out"]), "--dataset", "python:stdlib"]
     process = start(["pretrain", str(places["model"]), *output, *training])
     deadline = time.monotonic() + 120
     while not (tmp_path / "out.partial").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(2)
+    time.sleep(0.2)  # rows are packed for many seconds yet: after a step, the run would be kept to be resumed
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130, message
