@@ -14,6 +14,7 @@ from gossamer.errors import UnsupportedError
 from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_ROWS = 16
+HARNESS_ROWS = {"cpu": BATCH_ROWS, "cuda": 128}
 
 
 class Backend(Protocol):
@@ -89,7 +90,10 @@ class EngineBackend:
 
 
 class TorchBackend:
-    """transformers' model in float32, quantized directories (compressed-tensors) included."""
+    """transformers' model in float32, quantized directories (compressed-tensors) included.
+
+    On the GPU if there is one.
+    """
 
     def __init__(self, model: str, *, offline: bool = False) -> None:
         import torch
@@ -100,18 +104,20 @@ class TorchBackend:
         self.tokenizer = Tokenizer.open(source.path)
         self.context = source.architecture.max_position_embeddings
         self._path = source.path
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=torch.float32, local_files_only=True
         )
+        self._model.to(self._device)
 
     def log_probs(self, ids_BT: NDArray[np.int64]) -> NDArray[np.float64]:
         import torch
 
-        ids = torch.from_numpy(np.ascontiguousarray(ids_BT))
+        ids = torch.from_numpy(np.ascontiguousarray(ids_BT)).to(self._device)
         with torch.no_grad():
             logits_NV = self._model(ids[:, :-1]).logits.flatten(0, 1)
         losses_N = torch.nn.functional.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="none")
-        return -losses_N.view(len(ids), -1).double().numpy()
+        return -losses_N.view(len(ids), -1).double().cpu().numpy()
 
     def complete(self, prompts: Sequence[str], stop: str, max_tokens: int) -> list[str]:
         """Left-padded batch, greedy; the texts are cut after decoding, so they equal the engine's."""
@@ -121,7 +127,7 @@ class TorchBackend:
         width = max(map(len, rows))
         ids_BT = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        chosen_BT = self._decode(ids_BT, mask_BT, stop, max_tokens)
+        chosen_BT = self._decode(ids_BT.to(self._device), mask_BT.to(self._device), stop, max_tokens)
         return [self._text(row, stop) for row in chosen_BT.tolist()]
 
     def for_harness(self) -> Any:
@@ -130,13 +136,13 @@ class TorchBackend:
 
         tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
         model: Any = HFLM  # its constructor's arguments are hidden by a decorator
-        return model(pretrained=self._model, tokenizer=tokenizer, batch_size=BATCH_ROWS)
+        return model(pretrained=self._model, tokenizer=tokenizer, batch_size=HARNESS_ROWS[self._device])
 
     def _decode(self, ids_BT: Any, mask_BT: Any, stop: str, max_tokens: int) -> Any:
         """Ids [B, steps] chosen greedily; ends early once every row holds an end token or `stop`."""
         import torch
 
-        cache, chosen, fed = None, torch.empty(len(ids_BT), 0, dtype=torch.long), ids_BT
+        cache, chosen, fed = None, ids_BT[:, :0], ids_BT
         with torch.no_grad():
             for _ in range(max_tokens):
                 positions = (mask_BT.cumsum(1) - 1).clamp_min(0)[:, -fed.shape[1] :]

@@ -7,7 +7,8 @@ query width Q, key and value width S, query heads A and row length T:
     f32    a layer  32 D + 8 Q + 8 S + 16 F, if attention is eager + 4 A T, if q and k are normed + 8 (Q + S)
     bf16   a layer  32 D + 8 Q + 4 S +  8 F, if attention is eager + 6 A T, if q and k are normed + 6 (Q + S),
                     and a copy of each weight of a dense product
-    the head        24 V, beside a teacher 48 V, for 256 tokens at a time, and 4 D V for its gradient
+    the head        24 V, beside a teacher 48 V, for 256 tokens at a time (on a GPU 2,048), and
+                    4 D V for its gradient
     a teacher       8 D a layer
 
 The numbers were counted in transformers' own models; a test counts them again. A checkpoint is written when
@@ -87,7 +88,7 @@ def estimate_memory(
         moments=8 * trained,
         activations=num_tokens * num_layers * _layer_bytes(model, row_length, precision)
         + _copied_weights(model, precision, device),
-        logits=(24 if teacher is None else 48) * min(num_tokens, CHUNK_TOKENS) * anatomy.vocab_size
+        logits=(24 if teacher is None else 48) * min(num_tokens, CHUNK_TOKENS[device]) * anatomy.vocab_size
         + 4 * anatomy.hidden_size * anatomy.vocab_size,
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )

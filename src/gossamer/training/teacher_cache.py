@@ -245,7 +245,7 @@ def _read_row(
     states = live.states()
     found: list[Tensor] = [states[layer - 1][0].bfloat16().view(torch.uint16) for layer in wanted.layers]
     if wanted.top_k:
-        pieces = states[-1][0].split(CHUNK_TOKENS)
+        pieces = states[-1][0].split(CHUNK_TOKENS[device.type])
         tops = [(head(x).float() / wanted.temperature).log_softmax(-1).topk(wanted.top_k) for x in pieces]
         found += [torch.cat([top.indices for top in tops]).int()]
         found += [torch.cat([top.values for top in tops]).half()]
