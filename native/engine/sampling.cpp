@@ -140,6 +140,21 @@ std::size_t find(const Scores& scores, Numbers logits, float low, std::uint64_t 
     return begin;
 }
 
+// The places of the `count` highest numbers, the highest first, and of equals the first first. Few are asked
+// for, so that nearly every number is compared with the lowest of those kept and nothing else.
+std::vector<int> highest(Numbers x, std::size_t count) {
+    count = std::min(count, x.size());
+    std::vector<int> kept;
+    kept.reserve(count + 1);
+    for (std::size_t i = 0; i < x.size() && count > 0; ++i) {
+        if (kept.size() == count && x[i] <= x[std::size_t(kept.back())]) continue;
+        const auto lower = [&](float number, int place) { return number > x[std::size_t(place)]; };
+        kept.insert(std::upper_bound(kept.begin(), kept.end(), x[i], lower), int(i));
+        if (kept.size() > count) kept.pop_back();
+    }
+    return kept;
+}
+
 }  // namespace
 
 int sample(const SamplingKernels& kernels, Numbers logits, const SamplingOptions& options, double uniform) {
@@ -160,14 +175,25 @@ int sample(const SamplingKernels& kernels, Numbers logits, const SamplingOptions
     return int(find(scores, logits, kept.low, std::min(std::uint64_t(uniform * double(all)), all - 1)));
 }
 
-double log_probability(const SamplingKernels& kernels, Numbers logits, int index) {
+LogProbabilities log_probabilities(const SamplingKernels& kernels, Numbers logits, int index,
+                                   int num_likeliest) {
     const Scores scores(kernels, logits, 1.0);
     if (index < 0 || std::size_t(index) >= logits.size()) {
         throw EngineError("found token " + std::to_string(index) + "; expected 0 .. " +
                           std::to_string(logits.size() - 1));
     }
+    if (num_likeliest < 0) {
+        throw EngineError("found " + std::to_string(num_likeliest) +
+                          " likeliest tokens to tell; expected 0 or more");
+    }
     const double sum = double(scores.mass(logits)) / double(kMassUnit);
-    return double(logits[std::size_t(index)]) - double(scores.highest()) - std::log(sum);
+    const auto log_probability = [&](int token) {
+        return double(logits[std::size_t(token)]) - double(scores.highest()) - std::log(sum);
+    };
+    LogProbabilities found{.of_token = log_probability(index), .likeliest = {}};
+    for (int token : highest(logits, std::size_t(num_likeliest)))
+        found.likeliest.emplace_back(token, log_probability(token));
+    return found;
 }
 
 }  // namespace gossamer

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <span>
+#include <utility>
+#include <vector>
 
 #include "kernels/table.hpp"
 
@@ -21,7 +23,14 @@ struct SamplingOptions {
 int sample(const SamplingKernels& kernels, std::span<const float> logits, const SamplingOptions& options,
            double uniform);
 
-// Natural logarithm of the softmax of logits at `index`, within 1e-6.
-double log_probability(const SamplingKernels& kernels, std::span<const float> logits, int index);
+struct LogProbabilities {
+    double of_token;
+    std::vector<std::pair<int, double>> likeliest;  // the highest first, and of equals the lower id
+};
+
+// Natural logarithms of the softmax of logits, within 1e-6: at `index`, and of the `num_likeliest` tokens
+// with the highest ones. EngineError as `sample`, and for an index or a number that cannot be.
+LogProbabilities log_probabilities(const SamplingKernels& kernels, std::span<const float> logits, int index,
+                                   int num_likeliest);
 
 }  // namespace gossamer

@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -271,8 +272,10 @@ int sample_token(const std::string& level, Floats logits_V, double temperature, 
                   {temperature, top_k, top_p, min_p}, uniform);
 }
 
-double token_log_probability(const std::string& level, Floats logits_V, int index) {
-    return log_probability(find_sampling(runnable(level)), {logits_V.data(), logits_V.size()}, index);
+nb::tuple token_log_probabilities(const std::string& level, Floats logits_V, int index, int num_likeliest) {
+    const LogProbabilities found = log_probabilities(
+        find_sampling(runnable(level)), {logits_V.data(), logits_V.size()}, index, num_likeliest);
+    return nb::make_tuple(found.of_token, found.likeliest);
 }
 
 std::vector<double> read_bandwidth(int num_threads, std::size_t prefetch_bytes, Bytes buffer, int repeats) {
@@ -356,7 +359,8 @@ void bind_kernels(nb::module_& m) {
     m.def("mass", &mass, "isa"_a, "x"_a, "highest"_a, "inverse_temperature"_a, "low"_a);
     m.def("sample", &sample_token, "isa"_a, "logits_V"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
           "uniform"_a);
-    m.def("log_probability", &token_log_probability, "isa"_a, "logits_V"_a, "index"_a);
+    m.def("log_probabilities", &token_log_probabilities, "isa"_a, "logits_V"_a, "index"_a,
+          "num_likeliest"_a = 0);
     m.def("time_matmul", &time_matmul, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a,
           "repeats"_a);
     m.def("int8_peak", &int8_peak, "isa"_a, "num_threads"_a, "repeats"_a);

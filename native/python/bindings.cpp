@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
@@ -82,9 +83,9 @@ class Model {
     }
 
     // Of the last tokens of each sequence what is expected after them: the logarithm of the probability of
-    // each target, and whether it is the likeliest token.
-    nb::tuple score(const std::vector<Sequence*>& sequences, const std::vector<Ids>& ids,
-                    const std::vector<Ids>& targets) {
+    // each target, and the likeliest tokens with theirs.
+    nb::list score(const std::vector<Sequence*>& sequences, const std::vector<Ids>& ids,
+                   const std::vector<Ids>& targets, int num_likeliest) {
         std::vector<NewTokens> batch = check(sequences, ids);
         if (targets.size() != batch.size()) {
             throw EngineError("found targets for " + std::to_string(targets.size()) + " of " +
@@ -103,8 +104,7 @@ class Model {
         }
         const std::size_t stride = std::size_t(decoder_->padded_vocab());
         const std::size_t vocab = std::size_t(decoder_->config().vocab_size);
-        std::vector<double> scores;
-        std::vector<bool> likeliest;
+        std::vector<LogProbabilities> scores;
         {
             nb::gil_scoped_release unlocked;
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -112,11 +112,12 @@ class Model {
             decoder_->forward(batch, logits.get());
             for (std::size_t row = 0; row < wanted.size(); ++row) {
                 const std::span<const float> of_row(logits.get() + row * stride, vocab);
-                scores.push_back(log_probability(find_sampling(isa()), of_row, wanted[row]));
-                likeliest.push_back(std::ranges::max_element(of_row) - of_row.begin() == wanted[row]);
+                scores.push_back(log_probabilities(find_sampling(isa()), of_row, wanted[row], num_likeliest));
             }
         }
-        return nb::make_tuple(scores, likeliest);
+        nb::list found;
+        for (const LogProbabilities& of : scores) found.append(nb::make_tuple(of.of_token, of.likeliest));
+        return found;
     }
 
     std::vector<double> time_linears(int repeats, int num_tokens) {
@@ -226,7 +227,7 @@ NB_MODULE(_native, m) {
              "config"_a, "num_threads"_a, "kv"_a = "f32")
         .def("new_sequence", &Model::new_sequence, "capacity"_a, nb::keep_alive<0, 1>())
         .def("forward", &Model::forward, "sequences"_a, "ids"_a, "all_logits"_a = false)
-        .def("score", &Model::score, "sequences"_a, "ids"_a, "targets"_a)
+        .def("score", &Model::score, "sequences"_a, "ids"_a, "targets"_a, "num_likeliest"_a = 1)
         .def("time_linears", &Model::time_linears, "repeats"_a, "num_tokens"_a = 1)
         .def("time_attention", &Model::time_attention, "context"_a, "repeats"_a)
         .def_prop_ro("bytes_per_step", &Model::bytes_per_step)

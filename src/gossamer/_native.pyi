@@ -85,8 +85,9 @@ class Model:
         sequences: _Sequence[Sequence],
         ids: _Sequence[np.ndarray],
         targets: _Sequence[np.ndarray],
-    ) -> tuple[list[float], list[bool]]:
-        """Feed ids as `forward`; of each sequence's last tokens, log p(target) and whether it is likeliest.
+        num_likeliest: int = 1,
+    ) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Feed ids as `forward`; for each target, what `log_probabilities` says of it.
 
         `targets` has int32 arrays: what is expected after each of the last as many tokens of its sequence; at
         most 256 in all. EngineError as `forward`, and for targets that do not fit.
@@ -205,8 +206,13 @@ def sample(
     their ids. EngineError when a logit is NaN or +inf, or none is finite.
     """
 
-def log_probability(isa: str, logits_V: np.ndarray, index: int) -> float:
-    """Natural logarithm of the softmax of float32 logits at `index`, within 1e-6."""
+def log_probabilities(
+    isa: str, logits_V: np.ndarray, index: int, num_likeliest: int = 0
+) -> tuple[float, list[tuple[int, float]]]:
+    """Natural logarithm of the softmax of float32 logits at `index`, within 1e-6, and the likeliest tokens.
+
+    These are (id, its own logarithm), the highest first, and of equals the lower id first.
+    """
 
 def highest(isa: str, x: np.ndarray) -> float:
     """The highest of float32 numbers; NaN when one is."""

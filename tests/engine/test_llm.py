@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.engine import LLM, SamplingParams
+from gossamer.engine import LLM, SamplingParams, Scheduler
 from gossamer.errors import ConfigError
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.packed.rounding import round_rows
@@ -95,7 +95,7 @@ def test_greedy_tokens_and_logits_are_those_of_transformers(
 @pytest.mark.parametrize("name", ["llama3", "int8", "stories3m"])
 def test_a_batch_gives_each_what_it_gets_alone(name: str, opened: Callable[[str], LLM]) -> None:
     llm = opened(name)
-    for params in (GREEDY, SamplingParams(max_tokens=60, temperature=0.9, top_p=0.9, seed=5, logprobs=True)):
+    for params in (GREEDY, SamplingParams(max_tokens=60, temperature=0.9, top_p=0.9, seed=5, logprobs=2)):
         together = llm.generate(PROMPTS, params)
         for prompt, generation in zip(PROMPTS, together, strict=True):
             [alone] = llm.generate(prompt, params)
@@ -193,13 +193,125 @@ def test_an_unbroken_stream_gives_out_text_early_and_can_be_left(opened: Callabl
 
 def test_logprobs_are_the_models_own(opened: Callable[[str], LLM]) -> None:
     llm = opened("stories3m")
-    params = SamplingParams(max_tokens=20, temperature=1.5, seed=1, repetition_penalty=1.2, logprobs=True)
+    params = SamplingParams(max_tokens=20, temperature=1.5, seed=1, repetition_penalty=1.2, logprobs=3)
     [generation] = llm.generate("Once", params)
+    assert generation.logprobs is not None
     ids = llm.tokenizer.encode("Once")
     logits_TV = torch.from_numpy(llm.logits(ids + generation.token_ids)[len(ids) - 1 : -1])
     expected_TV = torch.log_softmax(logits_TV.double(), -1)
     expected = expected_TV.gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
-    np.testing.assert_allclose(generation.logprobs or [], expected.numpy(), atol=1e-5)
+    found = generation.logprobs
+    assert [of.token_id for of in found] == generation.token_ids
+    np.testing.assert_allclose([of.logprob for of in found], expected.numpy(), atol=1e-5)
+    top = expected_TV.topk(3)
+    assert [[token for token, _ in of.likeliest] for of in found] == top.indices.tolist()
+    np.testing.assert_allclose([[log_p for _, log_p in of.likeliest] for of in found], top.values, atol=1e-5)
+
+
+LONG = "Once upon a time there was a dog\n" * 30  # prompts of more tokens than a step scores
+
+
+@pytest.mark.parametrize("name", ["llama2", "int8", "stories260k"])
+@pytest.mark.parametrize("max_tokens", [0, 1, 12])
+def test_an_echoed_prompt_has_the_logprobs_of_its_tokens(
+    name: str, max_tokens: int, opened: Callable[[str], LLM]
+) -> None:
+    llm = opened(name)
+    prompts = [*PROMPTS, LONG[: 3 * llm.model.architecture.max_position_embeddings // 4]]
+    params = SamplingParams(max_tokens=max_tokens, logprobs=2, echo=True)
+    for prompt, found in zip(prompts, llm.generate(prompts, params), strict=True):
+        ids = llm.tokenizer.prompt(prompt)
+        [alone] = llm.generate(prompt, replace(params, max_tokens=max(1, max_tokens), echo=False))
+        assert found.token_ids == (alone.token_ids if max_tokens else [])
+        assert found.finish_reason == (alone.finish_reason if max_tokens else "length")
+        assert found.text == llm.tokenizer.decode(ids + found.token_ids)
+        assert found.logprobs is not None and alone.logprobs is not None
+        assert [of.token_id for of in found.logprobs] == ids + found.token_ids
+        assert (found.logprobs[0].logprob, found.logprobs[0].likeliest) == (None, ())
+        logits_TV = torch.from_numpy(llm.logits(ids)).double()
+        expected_TV = logits_TV.log_softmax(-1)
+        top_ids = logits_TV.argsort(descending=True, stable=True)[:, :2].tolist()
+        for place, of in enumerate(found.logprobs[1 : len(ids)]):
+            assert of.logprob == pytest.approx(expected_TV[place, of.token_id].item(), abs=1e-5)
+            assert [token for token, _ in of.likeliest] == top_ids[place]
+        for of, without in zip(found.logprobs[len(ids) :], alone.logprobs, strict=False):
+            assert (of.logprob, of.likeliest) == (without.logprob, without.likeliest)
+        offsets = [of.offset for of in found.logprobs]
+        assert offsets == sorted(offsets) and offsets[0] == 0 and offsets[-1] <= len(found.text)
+        pieces = list(llm.stream(prompt, params))
+        assert "".join(piece.text for piece in pieces) == found.text
+        assert [of for piece in pieces for of in piece.logprobs or ()] == found.logprobs
+        assert [token for piece in pieces for token in piece.token_ids] == found.token_ids
+
+
+@pytest.mark.parametrize("name", ["llama3", "stories260k"])
+def test_the_offsets_of_tokens_are_where_their_texts_stand(name: str, opened: Callable[[str], LLM]) -> None:
+    llm = opened(name)
+    prompt = "a dog </s> sat: é 🦙 x"
+    [found] = llm.generate(prompt, SamplingParams(max_tokens=1, logprobs=0, echo=True))
+    assert found.logprobs is not None
+    num_checked = 0
+    for of in found.logprobs[2:-1]:  # SentencePiece's first word has a space that is not in the text
+        text = llm.tokenizer.token_text(of.token_id)
+        if not text.startswith("bytes:"):
+            assert found.text[of.offset :].startswith(text), (of, found.text)
+            num_checked += 1
+    assert num_checked > 10
+    assert "</s>" in found.text and "é 🦙 x" in found.text
+
+
+def test_an_echo_without_logprobs_computes_nothing_of_the_prompt(opened: Callable[[str], LLM]) -> None:
+    llm = opened("llama3")
+    [found] = llm.generate(PROMPTS[0], SamplingParams(max_tokens=0, echo=True))
+    assert (found.text, found.token_ids, found.logprobs, found.finish_reason) == (
+        PROMPTS[0],
+        [],
+        None,
+        "length",
+    )
+    [stopped] = llm.generate("a stop", SamplingParams(max_tokens=3, echo=True, stop=["stop"]))
+    assert stopped.text.startswith("a stop")  # only what is generated is looked through for stop strings
+
+
+def test_an_evaluations_prompts_keep_no_answer_waiting(opened: Callable[[str], LLM]) -> None:
+    """300 prompts of 200 tokens are being scored; who comes then has a token at every step, but for a few."""
+    llm = opened("llama2")
+    scheduler = Scheduler(llm.model.native, max_batch=8)
+    scored = SamplingParams(max_tokens=1, logprobs=1, echo=True)
+    crowd = [llm.model.request([2 + (i + j) % 300 for j in range(200)], scored) for i in range(300)]
+    for request in crowd:
+        scheduler.add(request)
+    for _ in range(5):
+        scheduler.step()
+    late = [llm.model.request([5, 6, 7 + i], SamplingParams(max_tokens=20)) for i in range(2)]
+    for request in late:
+        scheduler.add(request)
+    steps = 0
+    while any(request.finish_reason is None for request in late):
+        scheduler.step()
+        steps += 1
+    assert steps <= 20 + 8
+    assert 0 < sum(request.finish_reason is not None for request in crowd) < 100
+    while not scheduler.idle:
+        scheduler.step()
+    assert all(len(request.logprobs) == 201 for request in crowd)
+
+
+def test_prompts_are_scored_beside_answers_without_end(opened: Callable[[str], LLM]) -> None:
+    """As many answers wait as there are places, again and again: prompts to score still get their share."""
+    llm = opened("llama2")
+    scheduler = Scheduler(llm.model.native, max_batch=4)
+    scored = [
+        llm.model.request([5, 6, 7], SamplingParams(max_tokens=0, logprobs=1, echo=True)) for _ in range(9)
+    ]
+    for index in range(40):
+        scheduler.add(llm.model.request([5, 6, 8 + index], SamplingParams(max_tokens=30)))
+    for request in scored:
+        scheduler.add(request)
+    for _ in range(100):
+        scheduler.step()
+    assert all(request.finish_reason == "length" for request in scored)
+    assert not scheduler.idle
 
 
 def test_timings_add_up(opened: Callable[[str], LLM]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine import filters
 from gossamer import _native
-from gossamer.engine.sampling import Sampler, SamplingParams, log_probability
+from gossamer.engine.sampling import Sampler, SamplingParams, log_probabilities
 from gossamer.errors import EngineError
 
 LEVELS = tuple(_native.levels())
@@ -174,7 +174,7 @@ def test_logits_that_are_no_distribution_are_errors(isa: str, size: int, bad: fl
         with pytest.raises(EngineError, match="logits"):
             choose(isa, logits_V, SamplingParams(temperature=1.0), 0.5)
         with pytest.raises(EngineError, match="logits"):
-            _native.log_probability(isa, logits_V, 0)
+            _native.log_probabilities(isa, logits_V, 0, 3)
 
 
 def test_an_extreme_repetition_penalty_still_chooses() -> None:
@@ -198,7 +198,25 @@ def test_log_probabilities_are_those_of_torch(scale: float) -> None:
     logits_V = np.random.default_rng(3).normal(0, scale, 20_003).astype(np.float32)
     expected_V = torch.log_softmax(torch.from_numpy(logits_V).double(), -1).numpy()
     for token in (0, 17, int(logits_V.argmin()), int(logits_V.argmax())):
-        assert log_probability(logits_V, token) == pytest.approx(expected_V[token], abs=3e-7)
-    assert len({_native.log_probability(isa, logits_V, 17) for isa in ISAS}) == 1
-    with pytest.raises(EngineError, match="20003"):
-        log_probability(logits_V, 20_003)
+        logprob, likeliest = log_probabilities(logits_V, token, 0)
+        assert logprob == pytest.approx(expected_V[token], abs=3e-7) and likeliest == []
+    assert len({_native.log_probabilities(isa, logits_V, 17)[0] for isa in ISAS}) == 1
+    with pytest.raises(EngineError, match="20002"):
+        log_probabilities(logits_V, 20_003, 1)
+    with pytest.raises(EngineError, match="found -1 likeliest tokens"):
+        log_probabilities(logits_V, 0, -1)
+
+
+@pytest.mark.parametrize("size", [1, 5, 20, 3_001])
+@pytest.mark.parametrize("number", [1, 5, 20])
+def test_the_likeliest_are_those_of_a_stable_sort(size: int, number: int) -> None:
+    """With ties, some of them across the last place; as many as there are where more are asked for."""
+    chance = np.random.default_rng(size * number)
+    for spread in (3, 1_000):
+        logits_V = chance.integers(0, spread, size).astype(np.float32)
+        _, found = log_probabilities(logits_V, 0, number)
+        expected = np.argsort(-logits_V, kind="stable")[:number]
+        assert [token for token, _ in found] == expected.tolist()
+        assert [logprob for _, logprob in found] == [
+            log_probabilities(logits_V, int(t), 0)[0] for t in expected
+        ]

@@ -67,6 +67,21 @@ def test_greedy_text_is_the_likeliest(llm: LLM) -> None:
     assert all(likeliest) and len(log_probs) == len(chosen)
 
 
+def test_each_target_has_its_likeliest(llm: LLM) -> None:
+    native, ids = llm.model.native, np.array([3, 4, 5, 6], np.int32)
+    targets = [ids[1:], ids[2:]]
+    sequences = [native.new_sequence(4), native.new_sequence(4)]
+    scores = native.score(sequences, [ids[:-1]] * 2, targets, num_likeliest=3)
+    logits_TV = llm.logits(ids.tolist())[[0, 1, 2, 1, 2]].astype(np.float64)
+    log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))
+    for (log_p, likeliest), target, log_p_V in zip(scores, [4, 5, 6, 5, 6], log_p_TV, strict=True):
+        order = np.argsort(-log_p_V, kind="stable")[:3]
+        assert log_p == pytest.approx(log_p_V[target], abs=2e-5)
+        assert [token for token, _ in likeliest] == order.tolist()
+        assert [of for _, of in likeliest] == pytest.approx(log_p_V[order], abs=2e-5)
+    assert {len(likeliest) for _, likeliest in scores} == {3}
+
+
 def test_targets_that_do_not_fit_are_refused(llm: LLM) -> None:
     native = llm.model.native
     ids = np.array([3, 4], np.int32)

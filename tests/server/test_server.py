@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from gossamer.engine import LLM, SamplingParams
+from gossamer.engine import LLM, SamplingParams, TokenLogprob
 from gossamer.errors import ConfigError
 from gossamer.server import Serve, serve
+from gossamer.server.logprobs import of_completion
 
 from .conftest import Running, end, start
 
@@ -146,6 +148,62 @@ def test_the_stream_is_server_sent_events(chat_server: Running) -> None:
     assert not any("usage" in event for event in parsed)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions_tell_the_logprobs_of_prompts_and_answers(
+    chat_server: Running, llm: LLM, stream: bool
+) -> None:
+    prompts = [PROMPTS[0], "d", "x = [1, 2"]
+    for max_tokens in (0, 1, 9):
+        params = SamplingParams(max_tokens=max_tokens, logprobs=2, echo=True)
+        expected = llm.generate(prompts, params)
+        request: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "logprobs": 2, "echo": True}
+        request |= {"model": chat_server.name, "prompt": prompts, "stream": stream}
+        answer: Any = chat_server.client.completions.create(**request)
+        choices = [choice for chunk in (answer if stream else [answer]) for choice in chunk.choices]
+        for index, of in enumerate(expected):
+            pieces = [choice for choice in choices if choice.index == index]
+            assert "".join(piece.text for piece in pieces) == of.text
+            assert pieces[-1].finish_reason == of.finish_reason
+            found: dict[str, list[Any]] = {}
+            for piece in pieces:
+                for name, values in piece.logprobs.to_dict().items():
+                    found.setdefault(name, []).extend(values)
+            assert of.logprobs is not None
+            text_of = llm.tokenizer.token_text
+            assert found["tokens"] == [text_of(token.token_id) for token in of.logprobs]
+            assert found["token_logprobs"] == [token.logprob for token in of.logprobs]
+            assert found["text_offset"] == [token.offset for token in of.logprobs]
+            assert found["top_logprobs"][0] is None and found["token_logprobs"][0] is None
+            for token, top in zip(of.logprobs[1:], found["top_logprobs"][1:], strict=True):
+                assert top[text_of(token.token_id)] == token.logprob and 2 <= len(top) <= 3
+                assert max(top.values()) == token.likeliest[0][1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chats_tell_the_logprobs_of_answers(chat_server: Running, llm: LLM, stream: bool) -> None:
+    expected = llm.chat(MESSAGES, SamplingParams(max_tokens=12, logprobs=3)).logprobs
+    request: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
+    request |= {"model": chat_server.name, "messages": MESSAGES, "stream": stream}
+    answer: Any = chat_server.client.chat.completions.create(**request)
+    told = [choice.logprobs for chunk in (answer if stream else [answer]) for choice in chunk.choices]
+    found = [token for one in told if one for token in one.content]
+    assert expected is not None and [token.logprob for token in found] == [of.logprob for of in expected]
+    for token, of in zip(found, expected, strict=True):
+        assert bytes(token.bytes) == llm.tokenizer.token_bytes(of.token_id)
+        assert token.token == llm.tokenizer.token_text(of.token_id)
+        assert [(top.token, top.logprob) for top in token.top_logprobs] == [
+            (llm.tokenizer.token_text(index), logprob) for index, logprob in of.likeliest
+        ]
+
+
+def test_tokens_with_one_text_do_not_hide_the_likeliest() -> None:
+    """A JSON object has place for one of two tokens with the same text: the likelier one."""
+    tokenizer: Any = SimpleNamespace(token_text=lambda index: "</s>")
+    found = of_completion([TokenLogprob(7, -5.0, ((1, -3.0),), 0)], tokenizer)
+    assert found["token_logprobs"] == [-5.0] and found["top_logprobs"] == [{"</s>": -3.0}]
+    assert of_completion([TokenLogprob(7, float("-inf"), (), 0)], tokenizer)["token_logprobs"] == [-9999.0]
+
+
 def test_models_and_health(chat_server: Running) -> None:
     [model] = chat_server.client.models.list().data
     assert model.id == chat_server.name == chat_server.client.models.retrieve(model.id).id
@@ -177,7 +235,12 @@ GOOD_TEXT = {"prompt": "a", "max_tokens": 2}
         ("chat/completions", {"messages": None}, 400, "messages"),
         ("chat/completions", {"tools": [{"type": "function"}]}, 400, "tools"),
         ("chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format"),
-        ("chat/completions", {"logprobs": True}, 400, "logprobs"),
+        ("chat/completions", {"logprobs": 2}, 400, "logprobs"),
+        ("chat/completions", {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+        ("chat/completions", {"logprobs": True, "top_logprobs": -1}, 400, "top_logprobs"),
+        ("chat/completions", {"logprobs": True, "top_logprobs": 1.5}, 400, "top_logprobs"),
+        ("chat/completions", {"top_logprobs": 2}, 400, "top_logprobs"),
+        ("chat/completions", {"logprobs": True, "echo": True}, 400, "echo"),
         ("chat/completions", {"presence_penalty": 0.5}, 400, "presence_penalty"),
         ("chat/completions", {"logit_bias": {"5": 1}}, 400, "logit_bias"),
         ("chat/completions", {"temprature": 1}, 400, "temprature"),
@@ -188,8 +251,14 @@ GOOD_TEXT = {"prompt": "a", "max_tokens": 2}
         ("completions", {"prompt": [[1], "a", 3]}, 400, "prompt"),
         ("completions", {"prompt": [5, 320]}, 400, None),
         ("completions", {"prompt": "long " * 600}, 400, None),
-        ("completions", {"logprobs": 0}, 400, "logprobs"),
-        ("completions", {"echo": True}, 400, "echo"),
+        ("completions", {"logprobs": 21}, 400, "logprobs"),
+        ("completions", {"logprobs": -1}, 400, "logprobs"),
+        ("completions", {"logprobs": True}, 400, "logprobs"),
+        ("completions", {"logprobs": "1"}, 400, "logprobs"),
+        ("completions", {"logprobs": 1, "top_logprobs": 1}, 400, "top_logprobs"),
+        ("completions", {"echo": 1}, 400, "echo"),
+        ("completions", {"echo": True, "max_tokens": -1}, 400, None),
+        ("completions", {"max_tokens": 0}, 400, None),
         ("completions", {"best_of": 3}, 400, "best_of"),
         ("completions", {"suffix": "x"}, 400, "suffix"),
         ("embeddings", {}, 404, None),

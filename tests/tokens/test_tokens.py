@@ -125,6 +125,20 @@ def test_random_ids_decode_as_in_transformers(model: Path) -> None:
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
 
 
+def test_the_bytes_of_tokens_make_the_text(model: Path) -> None:
+    """Of SentencePiece with byte tokens, and of byte-level BPE: special tokens are there by their text."""
+    tokenizer = Tokenizer.open(model)
+    for text in ["a 🦙🦙 東京é\n\nend — ok", "x = 1\n\t y", "so </s> it ends"]:
+        ids = tokenizer.encode(text, bos=False)
+        raw = [tokenizer.token_bytes(index) for index in ids]
+        decoded = tokenizer.decode(ids, skip_special_tokens=False)
+        assert b"".join(raw).decode() in (decoded, f" {decoded}")  # SentencePiece's has a space before it
+        for shown, of in zip(map(tokenizer.token_text, ids), raw, strict=True):
+            is_text = of.decode(errors="replace").encode() == of
+            assert shown == (of.decode() if is_text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in of))
+    assert tokenizer.token_text(tokenizer.encode("🦙", bos=False)[-1]).endswith("\\x99")
+
+
 def test_streaming_never_splits_a_character(model: Path) -> None:
     tokenizer = Tokenizer.open(model)
     text = "a 🦙🦙 東京é\n\nend — ok"

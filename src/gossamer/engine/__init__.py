@@ -3,7 +3,7 @@
 from gossamer.engine.llm import LLM
 from gossamer.engine.model import OpenModel, cached_type, native_model
 from gossamer.engine.options import EngineOptions, GenerationOptions, KvCacheDtype
-from gossamer.engine.request import Generation, Piece, Request
+from gossamer.engine.request import Generation, Piece, Request, TokenLogprob
 from gossamer.engine.sampling import SamplingParams
 from gossamer.engine.scheduler import Scheduler
 
@@ -18,6 +18,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "Scheduler",
+    "TokenLogprob",
     "cached_type",
     "native_model",
 ]

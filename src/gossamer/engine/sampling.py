@@ -24,7 +24,10 @@ class SamplingParams:
     """How to generate: `max_tokens` None means up to the context's end, `temperature` 0 means greedy.
 
     `stop`: texts that end the generation, special tokens by their text included; they are not part of what
-    is generated. `stop_token_ids`: ids that do, beside the model's own end tokens.
+    is generated. `stop_token_ids`: ids that do, beside the model's own end tokens. `logprobs`: tell the log
+    probability of each token, and of so many likeliest ones at its place (0: of it alone); None: of none.
+    `echo`: what comes out begins with the prompt, whose tokens have log probabilities too; `max_tokens` may
+    be 0 then.
     """
 
     max_tokens: int | None = 256
@@ -36,12 +39,15 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
-    logprobs: bool = False
+    logprobs: int | None = None
+    echo: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        _check_count("max_tokens", self.max_tokens, low=1, none="up to the context's end")
+        low = 0 if self.echo else 1
+        _check_count("max_tokens", self.max_tokens, low=low, none="up to the context's end")
+        _check_count("logprobs", self.logprobs, low=0, none="no log probabilities")
         _check_count("top_k", self.top_k, low=0)
         _check_count("seed", self.seed, low=None, none="a random seed")
         _check_number("temperature", self.temperature, low=0.0)
@@ -105,9 +111,14 @@ class Sampler:
         )
 
 
-def log_probability(logits_V: Logits, index: int) -> float:
-    """Natural log of the model's own probability of `index`, before any sampling option."""
-    return _native.log_probability(_native.isa(), logits_V, index)
+def log_probabilities(
+    logits_V: Logits, index: int, num_likeliest: int
+) -> tuple[float, list[tuple[int, float]]]:
+    """Natural log of the model's own probability of `index`, before any sampling option.
+
+    Beside it (id, log p) of as many likeliest tokens, the likeliest first.
+    """
+    return _native.log_probabilities(_native.isa(), logits_V, index, num_likeliest)
 
 
 def repetition_penalty(logits_V: Logits, seen: set[int], penalty: float) -> Logits:

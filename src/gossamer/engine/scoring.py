@@ -72,17 +72,15 @@ def _in_calls(
     room = CALL_TARGETS
 
     def run() -> None:
-        log_probs, likeliest = model.score(
+        scores = model.score(
             [sequences[index] for index, _ in call],
             [ids[index][part] for index, part in call],
             [targets[index][part] for index, part in call],
         )
-        begin = 0
-        for index, part in call:
-            end = begin + part.stop - part.start
-            found[index][0].extend(log_probs[begin:end])
-            found[index][1].extend(likeliest[begin:end])
-            begin = end
+        asked = [(found[index], target) for index, part in call for target in targets[index][part]]
+        for (of_row, target), (log_prob, [(likeliest, _)]) in zip(asked, scores, strict=True):
+            of_row[0].append(log_prob)
+            of_row[1].append(likeliest == target)
 
     for index, row in enumerate(ids):
         done = 0

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gossamer.engine import Generation, Piece
+from gossamer.server import logprobs
+from gossamer.tokens.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
@@ -36,6 +38,7 @@ class ChatAnswer:
     """chat.completion and chat.completion.chunk."""
 
     model: str
+    tokenizer: Tokenizer
     identity: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -44,7 +47,7 @@ class ChatAnswer:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": generation.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": self._logprobs(generation),
                 "finish_reason": generation.finish_reason,
             }
             for index, generation in enumerate(generations)
@@ -52,17 +55,24 @@ class ChatAnswer:
         return self._object("chat.completion", choices) | {"usage": usage(generations)}
 
     def opening(self) -> list[Json]:
-        return [self._chunk(0, {"role": "assistant", "content": ""}, None)]
+        return [self._chunk(0, {"role": "assistant", "content": ""}, None, None)]
 
     def chunks(self, index: int, piece: Piece) -> list[Json]:
-        text = [self._chunk(index, {"content": piece.text}, None)] if piece.text else []
-        return text + ([self._chunk(index, {}, piece.finish_reason)] if piece.finish_reason else [])
+        found, chunks = self._logprobs(piece), []
+        if piece.text:
+            chunks.append(self._chunk(index, {"content": piece.text}, found, None))
+        if piece.finish_reason:
+            chunks.append(self._chunk(index, {}, None if piece.text else found, piece.finish_reason))
+        return chunks
 
     def closing(self, counts: Json) -> Json:
         return self._object("chat.completion.chunk", []) | {"usage": counts}
 
-    def _chunk(self, index: int, delta: Json, reason: str | None) -> Json:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _logprobs(self, of: Generation | Piece) -> Json | None:
+        return None if of.logprobs is None else logprobs.of_chat(of.logprobs, self.tokenizer)
+
+    def _chunk(self, index: int, delta: Json, found: Json | None, reason: str | None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
         return self._object("chat.completion.chunk", [choice])
 
     def _object(self, kind: str, choices: list[Json]) -> Json:
@@ -80,29 +90,28 @@ class CompletionAnswer:
     """text_completion, whole or in chunks."""
 
     model: str
+    tokenizer: Tokenizer
     identity: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, generations: Sequence[Generation]) -> Json:
-        choices = [
-            self._choice(index, generation.text, generation.finish_reason)
-            for index, generation in enumerate(generations)
-        ]
+        choices = [self._choice(index, generation) for index, generation in enumerate(generations)]
         return self._object(choices) | {"usage": usage(generations)}
 
     def opening(self) -> list[Json]:
         return []
 
     def chunks(self, index: int, piece: Piece) -> list[Json]:
-        if not piece.text and piece.finish_reason is None:
+        if not piece.text and not piece.logprobs and piece.finish_reason is None:
             return []
-        return [self._object([self._choice(index, piece.text, piece.finish_reason)])]
+        return [self._object([self._choice(index, piece)])]
 
     def closing(self, counts: Json) -> Json:
         return self._object([]) | {"usage": counts}
 
-    def _choice(self, index: int, text: str, reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def _choice(self, index: int, of: Generation | Piece) -> Json:
+        found = None if of.logprobs is None else logprobs.of_completion(of.logprobs, self.tokenizer)
+        return {"index": index, "text": of.text, "logprobs": found, "finish_reason": of.finish_reason}
 
     def _object(self, choices: list[Json]) -> Json:
         return {

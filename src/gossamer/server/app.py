@@ -92,7 +92,8 @@ class Api:
             ids = self._model.tokenizer.chat([message.plain() for message in body.messages], typed=True)
             return [self._model.request(ids, params)]
 
-        return await self._respond(http, body, ChatAnswer(self._name), await run_in_threadpool(prepare))
+        answer = ChatAnswer(self._name, self._model.tokenizer)
+        return await self._respond(http, body, answer, await run_in_threadpool(prepare))
 
     async def complete(self, http: HttpRequest) -> Response:
         body = read_request(CompletionRequest, await http.body())
@@ -103,7 +104,8 @@ class Api:
         def prepare() -> list[Request]:
             return [self._model.request(prompt, params) for prompt in prompts]
 
-        return await self._respond(http, body, CompletionAnswer(self._name), await run_in_threadpool(prepare))
+        answer = CompletionAnswer(self._name, self._model.tokenizer)
+        return await self._respond(http, body, answer, await run_in_threadpool(prepare))
 
     async def models(self, http: HttpRequest) -> Response:
         return _json({"object": "list", "data": [self._description()]})

@@ -19,14 +19,12 @@ from gossamer.errors import GossamerError
 from gossamer.tokens.encoder import valid_text
 
 COMPLETION_MAX_TOKENS = 16  # the API's own default for plain completions
+MOST_LOGPROBS = 20  # likeliest tokens that are told of a place
 
 Neutral = tuple[tuple[str, tuple[Any, ...]], ...]
 NEUTRAL: Neutral = (
     ("n", (1, None)),
     ("best_of", (1, None)),
-    ("logprobs", (None, False)),
-    ("top_logprobs", (None, 0)),
-    ("echo", (False, None)),
     ("suffix", (None, "")),
     ("presence_penalty", (0, None)),
     ("frequency_penalty", (0, None)),
@@ -102,7 +100,6 @@ class CompletionFields(Struct, forbid_unknown_fields=True, kw_only=True):
     parallel_tool_calls: Any = None
     # served with their neutral values only
     n: Any = None
-    logprobs: Any = None
     presence_penalty: Any = None
     frequency_penalty: Any = None
     logit_bias: Any = None
@@ -115,6 +112,15 @@ class CompletionFields(Struct, forbid_unknown_fields=True, kw_only=True):
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many likeliest tokens to tell of each place; None: no log probabilities at all."""
+        return None
+
+    @property
+    def wanted_echo(self) -> bool:
+        return False
+
     def params(self, default_max_tokens: int | None, defaults: Mapping[str, Any]) -> SamplingParams:
         """The engine's parameters; `defaults` are the model's, and the API's own temperature is 1."""
         named = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
@@ -122,7 +128,8 @@ class CompletionFields(Struct, forbid_unknown_fields=True, kw_only=True):
             name: value for name in (*named, "stop_token_ids") if (value := getattr(self, name)) is not None
         }
         max_tokens = default_max_tokens if self.wanted_tokens is None else self.wanted_tokens
-        return SamplingParams(**{"temperature": 1.0, **defaults, **wanted, "max_tokens": max_tokens})
+        more = {"max_tokens": max_tokens, "logprobs": self.wanted_logprobs, "echo": self.wanted_echo}
+        return SamplingParams(**{"temperature": 1.0, **defaults, **wanted, **more})
 
 
 class TextPart(Struct, forbid_unknown_fields=True, tag="text"):
@@ -155,7 +162,8 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
 class ChatRequest(CompletionFields, forbid_unknown_fields=True, kw_only=True):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     tools: Any = None
     functions: Any = None
     tool_choice: Any = None
@@ -172,12 +180,27 @@ class ChatRequest(CompletionFields, forbid_unknown_fields=True, kw_only=True):
     def wanted_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only for logprobs = true.", param="top_logprobs")
+        return _checked_logprobs(self.top_logprobs or 0, "top_logprobs") if self.logprobs else None
+
 
 class CompletionRequest(CompletionFields, forbid_unknown_fields=True, kw_only=True):
     prompt: str | list[Any]
+    logprobs: int | None = None
+    echo: bool | None = None
     best_of: Any = None
-    echo: Any = None
     suffix: Any = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return None if self.logprobs is None else _checked_logprobs(self.logprobs, "logprobs")
+
+    @property
+    def wanted_echo(self) -> bool:
+        return self.echo is True
 
     def prompts(self) -> list[str | list[int]]:
         """Every prompt of the request (each gets one choice): texts, or lists of token ids."""
@@ -240,6 +263,12 @@ def _check_neutral(found: Struct, table: Neutral, within: str | None = None) -> 
                 param=within or name,
                 code="unsupported_value",
             )
+
+
+def _checked_logprobs(number: int, param: str) -> int:
+    if 0 <= number <= MOST_LOGPROBS:
+        return number
+    raise RequestError(f"{param} is {number}; expected 0 to {MOST_LOGPROBS}.", param=param)
 
 
 def _is_ids(entry: Any) -> bool:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from gossamer.tokens.chat import ChatTemplate
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+METASPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's space
+# The characters that byte-level tokens are written in -> their bytes: GPT-2's table, in which bytes that are
+# no visible character of Latin-1 have those from U+0100 up.
+_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(0x100) if byte not in _VISIBLE]
+BYTE_LEVEL = {chr(byte): byte for byte in _VISIBLE} | {chr(0x100 + n): byte for n, byte in enumerate(_OTHERS)}
 
 Message = Mapping[str, Any]
 
@@ -44,10 +50,10 @@ class Tokenizer(Encoder):
             content, config, generation_config=generation_config, model_config=model_config, origin=origin
         )
         self.chat_template = chat_template or _inline_template(config or {})
-        self._special_ids = frozenset(
-            index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
-        )
-        self._byte_fallback = '"ByteFallback"' in json.dumps(self._document.get("decoder"))
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(index for index, token in self._added.items() if token.special)
+        decoder = json.dumps(self._document.get("decoder"))
+        self._byte_fallback, self._byte_level = '"ByteFallback"' in decoder, '"ByteLevel"' in decoder
         self._eos_id = self._token_id("eos_token")
         ends = first_ids((generation_config or {}, model_config or {}), "eos_token_id")
         self.eos_ids = frozenset(ends if self._eos_id is None else [*ends, self._eos_id])
@@ -145,8 +151,25 @@ class Tokenizer(Encoder):
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """The text of each special token -> its id."""
-        tokens = self._tokenizer.get_added_tokens_decoder()
-        return {tokens[index].content: index for index in self._special_ids}
+        return {self._added[index].content: index for index in self._special_ids}
+
+    def token_bytes(self, index: int) -> bytes:
+        """What a token adds to a text, in UTF-8; it may begin or end within a character."""
+        token = self._tokenizer.id_to_token(index) or ""
+        if index in self._added:
+            return token.encode()
+        if self._byte_level and BYTE_LEVEL.keys() >= set(token):
+            return bytes(BYTE_LEVEL[character] for character in token)
+        byte = self.byte_value(index)
+        return token.replace(METASPACE, " ").encode() if byte is None else bytes([byte])
+
+    def token_text(self, index: int) -> str:
+        """`token_bytes` as text; what is none by itself as OpenAI shows it, such as bytes:\\xe2\\x80."""
+        found = self.token_bytes(index)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
     def byte_value(self, index: int) -> int | None:
         """The byte that a SentencePiece byte token stands for; None for any other token."""
