@@ -305,6 +305,20 @@ TABLE: list[Case] = [
         ["serve", "{goss}", "--max-batch", "0"],
         ["max_batch is 0", "at least 1"],
     ),
+    (
+        "a repository without its organization",
+        "llama2",
+        nothing,
+        ["publish", "{model}", "name"],
+        ["'name' is no repository of the hub", "org/name"],
+    ),
+    (
+        "publishing offline",
+        "llama2",
+        nothing,
+        ["publish", "{model}", "org/name"],
+        ["HF_HUB_OFFLINE is set", "--dry-run"],
+    ),
     ("no .goss", "llama2", nothing, ["run", "{goss}", "hi"], ["model.goss"]),
     (
         "unknown flag",

@@ -25,6 +25,7 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 def test_the_engine_imports_neither_torch_nor_transformers() -> None:
     program = "import sys, gossamer.engine, gossamer.server, gossamer.stages.pack, gossamer.tools.bench; "
+    program += "import gossamer.tools.publish; "
     program += "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
     completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert completed.stdout.strip() == "[]"

@@ -91,6 +91,7 @@ VERBS = {
     "bench": Verb("gossamer.tools.bench", "Bench", "tokens/s beside bandwidth, measured in one run"),
     "inspect": Verb("gossamer.tools.inspect", "Inspect", "sizes, sparsity and storage, layer by layer"),
     "verify": Verb("gossamer.tools.verify", "Verify", "zeros kept, streams sound, backends agree"),
+    "publish": Verb("gossamer.tools.publish", "Publish", "a model card, and the model, to the hub"),
     "doctor": Verb("gossamer.tools.doctor", "Doctor", "why this machine is fast or slow"),
 }
 

@@ -1,4 +1,4 @@
-"""A hub on loopback: what models and streamed datasets take of the Hugging Face hub's protocol.
+"""A hub on loopback: what models and streamed datasets take of the Hugging Face hub's protocol, and uploads.
 
     with HubServer() as hub:
         hub.add("org/name", directory)               # or "datasets/org/name"
@@ -8,8 +8,12 @@ A repository has commits, of which branches are names. Large files are answered 
 path, as the hub sends them to its storage, and pieces of them can be asked for. `gated` repositories show
 their list of files to everybody and give the files to the token `GOOD_TOKEN` alone; private ones are not
 there for others.
+
+Who has that token may write, but not in the organization `CLOSED`: make repositories and branches, put large
+files into the storage (LFS: what is there is not asked for again), and commit what is there.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -21,7 +25,10 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 GOOD_TOKEN = "hf_goodtoken"
+CLOSED = "closed"
 LARGE_BYTES = 50_000
 NAME = "((?:datasets/)?[^/]+/[^/]+)"
 
@@ -48,7 +55,8 @@ class HubServer:
     """`requests`: (method, path, range) of all that was asked; `cuts`: file name -> times to break it off.
 
     An answer that is cut ends after half of what was asked for, as when a connection is lost. With
-    `stall_on`, the file of that name gets no end at all until the server is closed.
+    `stall_on`, the file of that name gets no end at all until the server is closed. `stored`: large files
+    that were put, by their sha256; after `room` of them, others are refused.
     """
 
     def __init__(self) -> None:
@@ -58,6 +66,8 @@ class HubServer:
         self.stall_on = ""
         self.stalled, self.closing = threading.Event(), threading.Event()
         self.failing = 0
+        self.stored: dict[str, bytes] = {}
+        self.room = 1000
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -101,6 +111,100 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             self._answer()
+
+        def do_PUT(self) -> None:
+            """A large file into the storage."""
+            content, digest = self._body(), self.path.rsplit("/", 1)[-1]
+            hub.requests.append(("PUT", self.path, None))
+            if len(hub.stored) >= hub.room:
+                return self._send(507, b"the storage is full")
+            if hashlib.sha256(content).hexdigest() != digest:
+                return self._send(400, b"found other content")
+            hub.stored[digest] = content
+            return self._send(200, b"")
+
+        def do_POST(self) -> None:
+            body, path = self._body(), unquote(urlsplit(self.path).path)
+            hub.requests.append(("POST", path, None))
+            if hub.failing:
+                return self._send(hub.failing, b"the hub is down")
+            if self.headers.get("Authorization") != f"Bearer {GOOD_TOKEN}":
+                return self._send(403 if "Authorization" in self.headers else 401, b"")
+            if path == "/api/validate-yaml":
+                return self._validate(json.loads(body)["content"])
+            if path == "/api/repos/create":
+                return self._create(**json.loads(body))
+            if match := re.fullmatch(rf"/{NAME}\.git/info/lfs/objects/batch", path):
+                return self._batch(json.loads(body)["objects"])
+            match = re.fullmatch(rf"/api/models/{NAME}/(branch|preupload|commit)/(.+)", path)
+            if match is None or match[1] not in hub.repositories:
+                return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            repository, branch = hub.repositories[match[1]], match[3]
+            if match[2] == "branch":
+                there = branch in repository.branches
+                repository.branches.setdefault(branch, repository.branches["main"])
+                return self._send_json({}, 409 if there else 200)
+            if branch not in repository.branches:
+                return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            files = repository.commits[repository.branches[branch]]
+            if match[2] == "preupload":
+                return self._send_json(
+                    {"files": [_upload_mode(of, files.get(of["path"])) for of in json.loads(body)["files"]]}
+                )
+            return self._commit(match[1], branch, [json.loads(line) for line in body.splitlines()])
+
+        def _validate(self, card: str) -> None:
+            front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+            try:
+                wrong = [] if front is None or isinstance(yaml.safe_load(front[1]), dict) else ["no object"]
+            except yaml.YAMLError as error:
+                wrong = [str(error)]
+            errors = [{"message": message} for message in wrong]
+            return self._send_json({"errors": errors, "warnings": []}, 400 if wrong else 200)
+
+        def _create(self, name: str, organization: str, visibility: str = "public", **others: Any) -> None:
+            identity = f"{organization}/{name}"
+            if organization == CLOSED:
+                return self._send(403, b"you may not write here")
+            if identity in hub.repositories:
+                return self._send_json({"url": f"{hub.url}/{identity}"}, 409)
+            made = hub.repositories[identity] = Repository(private=visibility == "private")
+            made.commit({".gitattributes": b""})
+            return self._send_json({"url": f"{hub.url}/{identity}"})
+
+        def _batch(self, objects: list[dict[str, Any]]) -> None:
+            for of in objects:
+                if of["oid"] not in hub.stored:
+                    href = f"{hub.url}/put/{of['oid']}"
+                    of["actions"] = {"upload": {"href": href, "header": {}}}
+            return self._send_json({"transfer": "basic", "objects": objects})
+
+        def _commit(self, identity: str, branch: str, lines: list[dict[str, Any]]) -> None:
+            repository = hub.repositories[identity]
+            files = dict(repository.commits[repository.branches[branch]])
+            for line in lines:
+                of = line["value"]
+                if line["key"] == "file":
+                    files[of["path"]] = base64.b64decode(of["content"])
+                elif line["key"] == "lfsFile":
+                    files[of["path"]] = hub.stored[of["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[of["path"]]
+            name = repository.commit(files, branch)
+            self._send_json({"commitUrl": f"{hub.url}/{identity}/commit/{name}", "commitOid": name})
+
+        def _send_json(self, content: Any, status: int = 200) -> None:
+            self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
 
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
@@ -191,11 +295,23 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body[:send])
                 self.wfile.flush()
 
     return Handler
+
+
+def _upload_mode(of: dict[str, Any], there: bytes | None) -> dict[str, Any]:
+    """How a file is to be sent, and the hash of the one that is there: git's, or of large ones sha256."""
+    large, oid = of["size"] > LARGE_BYTES, None
+    if there is not None:
+        blob = b"blob %d\0" % len(there) + there
+        oid = (
+            hashlib.sha256(there).hexdigest() if len(there) > LARGE_BYTES else hashlib.sha1(blob).hexdigest()
+        )
+    mode = "lfs" if large else "regular"
+    return {"path": of["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
 
 
 def _entry(file: str, content: bytes) -> dict[str, Any]:

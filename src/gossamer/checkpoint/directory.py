@@ -234,12 +234,12 @@ class Derived:
 
     def _record(self, tensors: dict[str, Any]) -> dict[str, Any]:
         parent_manifest = self.parent.manifest or {}
-        lineage = [*parent_manifest.get("lineage", []), {"stage": self.stage, "parent": self.parent.hash}]
+        step = {"stage": self.stage, "parent": self.parent.hash, "job": self.job, "data": self.data}
         return {
             "stage": self.stage,
             "job": self.job,
             "parent": {"path": str(self.parent.path), "hash": self.parent.hash},
-            "lineage": lineage,
+            "lineage": [*parent_manifest.get("lineage", []), step],
             "origin": self.parent.downloaded or parent_manifest.get("origin"),
             "data": self.data,
             "versions": library_versions(),

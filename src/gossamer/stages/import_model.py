@@ -227,11 +227,12 @@ def _manifest(job: Import, path: Path, tensors: dict[str, Any]) -> dict[str, Any
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         with file.open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)  # one digest of all
+    options = record(job)
     return {
         "stage": "import",
-        "job": record(job),
+        "job": options,
         "parent": {"path": str(path), "hash": digest.hexdigest()},
-        "lineage": [{"stage": "import", "parent": digest.hexdigest()}],
+        "lineage": [{"stage": "import", "parent": digest.hexdigest(), "job": options, "data": []}],
         "data": [],
         "versions": library_versions(),
         "num_threads": None,

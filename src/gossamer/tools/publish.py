@@ -1,0 +1,138 @@
+"""`publish`: a model and its card go to the Hugging Face hub."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.hub import NAME
+from gossamer.checkpoint.schemes import read_scheme
+from gossamer.checkpoint.upload import check_access, check_repository, upload
+from gossamer.errors import ConfigError
+from gossamer.job.options import option
+from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.tools.card import Sources, model_card
+from gossamer.tools.inspect import Inspect, inspect
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Write a model card, and push it with the model to a repository of the Hugging Face hub."""
+
+    model: str = option(help="a checkpoint directory, or a .goss file", positional=True)
+    repository: str = option(help="org/name[@branch]; made where it is not there", positional=True)
+    results: tuple[str, ...] = option((), help="files with what `evaluate --json` printed of the model")
+    speeds: tuple[str, ...] = option((), help="files with what `bench --json` printed of the model")
+    base_model: str = option(
+        "", help="org/name of the model that it was made of (default: where the first stage had it from)"
+    )
+    card: str = option("", help="the card: this file, which is written first where it is not there")
+    private: bool = option(False, help="a new repository is seen by its owners alone")
+    dry_run: bool = option(False, help="send nothing: show the card and the files that would be sent")
+
+
+@dataclass(frozen=True)
+class PublishResult(Result):
+    """`files`: the bytes of each, by its path in the repository; `url`: of the commit, None of a dry run."""
+
+    repository: str
+    files: Mapping[str, int]
+    card: str
+    url: str | None
+
+    def tables(self) -> list[Table]:
+        """The files; below them the card of a dry run, or where to see them."""
+        rows = [(file, f"{size:,}") for file, size in self.files.items()]
+        return [Table(self.repository, ("file", "bytes"), rows)]
+
+    @property
+    def closing(self) -> tuple[str, ...]:
+        return (self.card if self.url is None else self.url,)
+
+
+def publish(job: Publish, progress: Progress = quiet) -> PublishResult:
+    """Send a model with its card in one commit.
+
+    Raises ConfigError for files of results that are none, and what `check_access` and `upload` raise.
+    """
+    repository, _ = check_repository(job.repository)
+    path = Path(job.model)
+    if not path.exists():
+        raise ConfigError(f"{path}: found nothing there; expected a checkpoint directory or a .goss file")
+    if not job.dry_run:
+        check_access(job.repository)  # before all weights are read for the card
+    card = _card(job, repository, progress)
+    files: dict[str, Path | bytes] = {CARD: card.encode()}
+    files |= {file.name: file for file in _files(path)}
+    sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
+    url = None
+    if not job.dry_run:
+        progress(Event("publish", f"{len(files)} files, {sum(sizes.values()):,} bytes, to {job.repository}"))
+        message = f"Publish {path.name} with Gossamer"
+        url = upload(job.repository, files, private=job.private, message=message)
+    return PublishResult(job.repository, sizes, card, url)
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or those that lie in the directory itself: no hidden ones, and not its older card."""
+    if path.is_file():
+        return [path]
+    return sorted(
+        it for it in path.iterdir() if it.is_file() and not it.name.startswith(".") and it.name != CARD
+    )
+
+
+def _card(job: Publish, repository: str, progress: Progress) -> str:
+    """The card as it is in `job.card`, or a new one."""
+    file = Path(job.card)
+    if job.card and file.exists():
+        if job.results or job.speeds or job.base_model:
+            raise ConfigError(
+                f"--card {file} is there and is sent as it is; take it away, or --results, --speeds "
+                "and --base-model, which are for a new one"
+            )
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--card {file}: expected text in UTF-8 ({error})") from error
+    found = inspect(Inspect(job.model), progress)
+    source = None if Path(job.model).is_file() else Checkpoint.open(job.model)
+    manifest = (source.manifest if source else None) or {}
+    scheme = read_scheme(source.config, job.model) if source else None
+    if job.base_model and NAME.fullmatch(job.base_model) is None:
+        raise ConfigError(f"--base-model is {job.base_model!r}; expected a model of the hub, org/name")
+    sources = Sources(
+        base_model=job.base_model or (manifest.get("origin") or {}).get("repository"),
+        scheme=scheme.name if scheme else None,
+        manifest=manifest,
+        results=[row for name in job.results for row in _rows(name, "evaluate", "accuracy")],
+        speeds=[row for name in job.speeds for row in _rows(name, "bench", "decode_tokens_per_s")],
+    )
+    card = model_card(repository, found, sources)
+    if job.card:
+        file.write_text(card, encoding="utf-8")
+    return card
+
+
+def _rows(name: str, verb: str, field: str) -> list[dict[str, Any]]:
+    """The results in a file of lines of JSON; ConfigError where there is none of that verb, or another's."""
+    try:
+        lines = [
+            json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: expected what `gossamer {verb} --json` prints ({error})") from error
+    rows = [
+        line["result"] for line in lines if isinstance(line, dict) and isinstance(line.get("result"), dict)
+    ]
+    if not rows or any(field not in row for row in rows):
+        raise ConfigError(
+            f"{name}: expected what `gossamer {verb} --json` prints; found no result with {field}"
+        )
+    if wrong := next((row["impossible"] for row in rows if row.get("impossible")), None):
+        raise ConfigError(f"{name}: not to be quoted: {wrong[0]} Measure it again.")
+    return rows
