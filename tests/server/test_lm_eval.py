@@ -1,5 +1,6 @@
 """lm-evaluation-harness over HTTP: its own client, `local-completions`, and a real server process."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from gossamer.engine import LLM, SamplingParams
 from gossamer.evaluation.backends import EngineBackend, TorchBackend
+from gossamer.evaluation.file_tasks import file_task
+from gossamer.stages.evaluate import Evaluate, evaluate
 
 from .conftest import Running, end, start
 
@@ -91,3 +95,23 @@ def test_100_requests_get_what_the_engine_and_transformers_answer(
     rolled = [lm.loglikelihood_rolling(texts) for lm in (over_http, ours, theirs)]
     np.testing.assert_allclose(rolled[0], rolled[1], atol=1e-9, rtol=0)
     np.testing.assert_allclose(rolled[0], rolled[2], atol=1e-2, rtol=1e-5)
+
+
+def test_a_files_task_has_the_scores_that_evaluate_gives_it(
+    running: Running, model: Path, tmp_path: Path
+) -> None:
+    """The options that docs/design.md names, as `lm_eval --model_args` takes them."""
+    words = [word for word in WORDS if word.strip()]
+    rows = [{"query": text, "choices": words[n : n + 3], "gold": n % 3} for n, text in enumerate(words[:9])]
+    file = tmp_path / "choices.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = f"base_url={running.url}/v1/completions,model={running.name},tokenizer={model},max_length=512"
+    found: Any = simple_evaluate(
+        "local-completions",
+        f"{options},num_concurrent=8,add_bos_token=True",
+        tasks=[file_task(file, "multiple-choice")],
+        bootstrap_iters=0,
+    )
+    expected = evaluate(Evaluate(str(running.path), dataset=str(file), kind="multiple-choice", threads=1))
+    told = found["results"][file.name]
+    assert {name: told[f"{name},none"] for name in ("acc", "acc_norm")} == expected.metrics[file.name]
