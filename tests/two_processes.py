@@ -25,6 +25,8 @@ from gossamer.training import trainer as training
 from gossamer.training.masks import MaskCallback, model_mask_hash
 from gossamer.training.parallel import distribute
 
+GRADUAL = "cubic:0.7:0.2-0.8:1"  # after each of five steps but the last
+
 
 def job(folder: Path, name: str, **changes: Any) -> Pretrain:
     """Five steps of 8 rows, the last one of 3; with a teacher, clipped gradients and weight decay."""
@@ -192,6 +194,8 @@ def everything(folder: Path) -> None:
             "idle": {"num_tokens": (2 * 8 + 1) * 32},
         }.items()
     }
+    for parallel in ("ddp", "fsdp"):
+        pretrain(job(folder, f"gradual-{parallel}", parallel=parallel, prune_schedule=GRADUAL))
     found |= {
         "trap_of_use_cpu": trap_of_use_cpu(folder),
         "trap_of_early_hooks": trap_of_early_hooks(folder),

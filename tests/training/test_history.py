@@ -8,7 +8,7 @@ from gossamer.training.kernel_choice import KernelChoice
 
 def history(losses: list[float], tokens: list[int], **parts: tuple[float, ...]) -> History:
     kernel = KernelChoice("dense", "asked for")
-    return History(tuple(losses), parts, tuple(tokens), 2.0, "f32", 1, (), kernel, None)
+    return History(tuple(losses), parts, tuple(tokens), 2.0, "f32", 1, (), kernel, {}, None)
 
 
 def test_a_short_last_step_counts_by_its_tokens() -> None:

@@ -20,7 +20,7 @@ from gossamer.stages.pretrain import pretrain
 from gossamer.training.masks import model_mask_hash
 from gossamer.training.parallel import gather_to_first, rows_of_this_process
 from gossamer.training.rows import Rows
-from two_processes import job, watched
+from two_processes import GRADUAL, job, watched
 
 WORKER = Path(__file__).parents[1] / "two_processes.py"
 LIMIT_S = 240
@@ -102,6 +102,22 @@ def test_two_processes_match_one(
         )
     assert not any((parent.zeros(f"{n}.weight") & ~ours.zeros(f"{n}.weight")).any() for n in parent.linears)
     assert found[two]["sparsity"] == found[one]["sparsity"] > 0.49
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_prune_as_one_does(found: dict[str, Any], folder: Path, parallel: str) -> None:
+    """Of weights that are nearly as small as each other, one may go for another where sums are rounded."""
+    one = folder / "gradual-one"
+    if not one.exists():
+        pretrain(job(folder, "gradual-one", prune_schedule=GRADUAL))
+    ours, theirs, parent = (Checkpoint.open(folder / name) for name in (f"gradual-{parallel}", one, "sparse"))
+    for name in (f"{linear}.weight" for linear in parent.linears):
+        zeros_NK = ours.zeros(name)
+        assert zeros_NK.sum() == theirs.zeros(name).sum() == round(0.7 * zeros_NK.size)
+        assert (zeros_NK != theirs.zeros(name)).sum() <= 2
+        assert not (parent.zeros(name) & ~zeros_NK).any()
+        both_NK = ~zeros_NK & ~theirs.zeros(name)
+        np.testing.assert_allclose(ours.float32(name)[both_NK], theirs.float32(name)[both_NK], atol=1e-4)
 
 
 def test_fsdp_shards_every_parameter_and_ddp_none(found: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ from gossamer.stages.quantize import Quantize, quantize
 
 TRAINED = ("pretrain", "finetune")
 STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
-# What compress decides: where a stage reads and writes, who teaches whom, that `quantize` rounds, and what is
-# done again. It runs in one process, so `parallel` has nothing to choose.
+# What compress decides: where a stage reads and writes, who teaches whom, that `prune` prunes and `quantize`
+# rounds, and what is done again. It runs in one process, so `parallel` has nothing to choose.
 DECIDED = (
     *("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel"),
     *("prune_scheme", "rounded_epochs", "pretrain_distill", "pretrain_distill_temperature"),
-    *("teacher_cache", "cache_layers", "cache_top_k"),
+    *("teacher_cache", "cache_layers", "cache_top_k", "prune_schedule"),
 )
 DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
 HOW = (

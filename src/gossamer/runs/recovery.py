@@ -27,14 +27,14 @@ CALIBRATION = ("python:doctests@3", "python:stdlib@1")
 TEXT = ("python:doctests@3", "python:stdlib@1")
 REPLAY_CHARACTERS = 300
 STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
-# What the path decides: its data and their fields, its two sparsities, where a stage reads and writes, who
+# What the path decides: its data and their fields, what prunes to which sparsities, where a stage reads and writes, who
 # teaches, and that all is done again. It runs in one process, so `parallel` has nothing to choose, and on one
 # thread beside the control.
 DECIDED = (
     *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
     *("resume", "overwrite", "parallel", "seed", "threads"),
     *("prune_scheme", "rounded_epochs", "pretrain_distill", "pretrain_distill_temperature"),
-    *("teacher_cache", "cache_layers", "cache_top_k"),
+    *("teacher_cache", "cache_layers", "cache_top_k", "prune_schedule"),
 )
 DEFAULTS = {
     "method": "sparsegpt",  # the other way takes longer, and training comes after it anyway

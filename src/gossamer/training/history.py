@@ -48,6 +48,7 @@ class History:
     `parts` are what the losses are sums of, by `PARTS`, empty without a teacher;
     `step_tokens`: the tokens of each step, which in the last can be few.
     `notes`: what the user should know about how it went; `kernel`: the training kernel;
+    `pruning`: how many zeros were made on the way, and when, empty if none were to be;
     `optimizer_gradient_bytes`: None if a resumed run had no step left at which to measure it.
     """
 
@@ -59,6 +60,7 @@ class History:
     num_threads: int
     notes: tuple[str, ...]
     kernel: KernelChoice
+    pruning: Mapping[str, Any]
     optimizer_gradient_bytes: int | None
 
     @property
@@ -83,6 +85,7 @@ class History:
             "precision": self.precision,
             "notes": self.notes,
             **self.kernel.metrics(),
+            **({"pruning": self.pruning} if self.pruning else {}),
             **({} if held is None else {"optimizer_gradient_bytes": held}),
         }
 

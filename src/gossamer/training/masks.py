@@ -80,7 +80,7 @@ class MaskCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._is_given = model is not None
-        self._zeros = {} if model is None else decoder_zeros(model)
+        self._zeros = {} if model is None else self.zeros_of(model)
         self._masked: list[MaskedWeight] = []
         self._hooks: list[RemovableHandle] = []
 
@@ -91,8 +91,8 @@ class MaskCallback(TrainerCallback):
         _refuse_unsupported(args, model)
         self._remove_hooks()
         if not self._is_given:
-            self._zeros = decoder_zeros(model)
-        self._masked = list(_paired(model, self._zeros))
+            self._zeros = self.zeros_of(model)
+        self._masked = self.weights_of(model)
         self._check(state.global_step, "weights", {m.name: m.count(local(m.weight)) for m in self._masked})
         for masked in self._masked:
             if masked.weight.requires_grad:
@@ -119,10 +119,21 @@ class MaskCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove_hooks()
 
+    def zeros_of(self, model: nn.Module) -> dict[str, Tensor | Pattern]:
+        """What the masks are made of, as `decoder_zeros` has it."""
+        return decoder_zeros(model)
+
+    def weights_of(self, model: nn.Module) -> list[MaskedWeight]:
+        """The weights to be looked after: those of which this process holds zeros."""
+        return [masked for masked in paired(model, self._zeros) if masked.zeros.any()]
+
+    def take_up(self, model: nn.Module) -> None:
+        """The model's weights have come from a checkpoint; masks that are fixed stay as they were given."""
+
     @torch.no_grad()
     def broken(self, model: nn.Module) -> dict[str, int]:
         """name -> how many of the weights that the enforced masks prune are not zero, where there are any."""
-        counts = {m.name: int(m.count(local(m.weight))) for m in _paired(model, self._zeros)}
+        counts = {m.name: int(m.count(local(m.weight))) for m in paired(model, self._zeros)}
         return {name: count for name, count in counts.items() if count}
 
     def enforced_mask_hash(self) -> str:
@@ -171,7 +182,7 @@ def decoder_zeros(model: nn.Module) -> dict[str, Tensor | Pattern]:
     sharded weight it is a DTensor, and there is one even if this shard has no zeros: another's may.
     """
     zeros: dict[str, Tensor | Pattern] = {}
-    for name, linear in _decoder_linears(model):
+    for name, linear in decoder_linears(model):
         found = linear.pattern if isinstance(linear, SparseLinear) else linear.weight.detach() == 0
         if not isinstance(found, Tensor) or isinstance(found, DTensor) or found.any():
             zeros[f"{name}.weight"] = found
@@ -213,12 +224,12 @@ def _hash(zeros: Mapping[str, Tensor | Pattern]) -> str:
     return digest.hexdigest()
 
 
-def _paired(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator[MaskedWeight]:
+def paired(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator[MaskedWeight]:
     """Each of the model's weights with its mask; raises GossamerError where the shapes differ.
 
     A SparseLinear holds only its nonzero weights, so there is nothing to mask in it.
     """
-    linears = dict(_decoder_linears(model))
+    linears = dict(decoder_linears(model))
     weights = {
         f"{name}.weight": linear.weight for name, linear in linears.items() if isinstance(linear, nn.Linear)
     }
@@ -231,11 +242,11 @@ def _paired(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator
                 f"the mask of {name} has shape {list(local(mask).shape)}, the model in training has {found}; "
                 "expected the same: make MaskCallback(model) of the model that is trained, once sharded"
             )
-        if local(mask).any():
-            yield MaskedWeight(name, weights[name], local(mask).to(local(weights[name]).device))
+        yield MaskedWeight(name, weights[name], local(mask).to(local(weights[name]).device))
 
 
-def _decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
+def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
+    """Name and module of every linear in the decoder's layers, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, SparseLinear)) and _IN_DECODER_LAYER.search(name):
             yield name, module

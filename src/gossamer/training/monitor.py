@@ -67,13 +67,18 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock at the time at which the resumed run's log ends, and write that log again."""
         earlier = training_log(state)
-        self._earlier_s = earlier[-1]["seconds"] if earlier else 0.0
+        if earlier:
+            self._earlier_s, self.sparsity = earlier[-1]["seconds"], earlier[-1]["sparsity"]
         self._start = self._drawn = time.perf_counter()
         num_tokens = earlier[-1]["num_tokens"] if earlier else 0
         self._recent.append((self._earlier_s, state.global_step, num_tokens))
         if state.is_world_process_zero:
             self._file = (self.run_dir / METRICS).open("w", encoding="utf-8")
             self._write(*earlier)
+
+    def risen(self, sparsity: float) -> None:
+        """Weights were made zero while training."""
+        self.sparsity = sparsity
 
     def figures(self, step: int, max_steps: int, num_tokens: int) -> dict[str, float]:
         """The figures to add to the Trainer's log of `step`; num_tokens: trained on up to that step."""

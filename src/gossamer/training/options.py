@@ -4,9 +4,10 @@ import math
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.options import ThreadOptions, option, record
 from gossamer.job.threads import use_threads
+from gossamer.training.gradual import CubicSchedule
 from gossamer.training.monitor import check_reporter
 
 
@@ -51,6 +52,11 @@ class TrainingOptions(ThreadOptions):
     kernel: Literal["auto", "dense", "sparse"] = option(
         "auto",
         help="products of all weights or of the nonzero ones; auto: measures both and takes the faster",
+    )
+    prune_schedule: str | None = option(
+        None,
+        help="make more weights zero on the way, cubic:[START-]END[:BEGIN-LAST[:EVERY]]: shares of zeros; "
+        "between which fractions of the steps they rise (0-0.5); every how many steps (10)",
     )
     skip_bad_rows: int = option(0, help="rows that cannot be used and are left out; one more is an error")
     seed: int = option(0, help="order of the data")
@@ -107,6 +113,13 @@ def check_options(job: TrainingOptions) -> None:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if job.save_steps < 0:
         raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")
+    if job.prune_schedule is not None:
+        CubicSchedule.parse(job.prune_schedule)
+        if job.kernel == "sparse":
+            raise UnsupportedError(
+                f"--kernel sparse multiplies the weights that are not zero when training begins; "
+                f"--prune-schedule {job.prune_schedule} makes more of them zero: leave --kernel out"
+            )
     check_reporter(job.report_to)
     if job.threads is not None:
         use_threads(job.threads)

@@ -35,6 +35,8 @@ def decide_kernel(
     """
     if began_with is not None:
         return KernelChoice(began_with, "as the run began")
+    if job.prune_schedule is not None:
+        return KernelChoice("dense", f"--prune-schedule {job.prune_schedule} makes more weights zero")
     sharded = job.parallel == "fsdp"
     return from_first(
         lambda: choose_kernel(
@@ -56,7 +58,8 @@ def prepare(
 
     Raises ConfigError if there is too little memory.
     """
-    could_be_sparse = kernel == "dense" and job.parallel != "fsdp" and bool(masked_linears(model))
+    fixed = job.parallel != "fsdp" and job.prune_schedule is None
+    could_be_sparse = kernel == "dense" and fixed and bool(masked_linears(model))
     if kernel == "sparse":
         sparsify(model, masked_linears(model))
     estimate = estimate_memory(

@@ -210,6 +210,7 @@ class RowTrainer(Trainer):
             state[name] = state[stored]
         shards = model.state_dict()
         model.load_state_dict({name: shard_like(tensor, shards[name]) for name, tensor in state.items()})
+        self.masks.take_up(model)
         found, expected = (
             self.masks.enforced_mask_hash(),
             self.checkpoints.recorded(int(folder.name.split("-")[1]))["mask"],

@@ -4,7 +4,7 @@ import gc
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
 from gossamer.training.distillation import Distillation, SquareHead
+from gossamer.training.gradual import GradualPruning, schedule_of
 from gossamer.training.history import PARTS, History
 from gossamer.training.interruption import Interruption
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
@@ -71,15 +72,18 @@ def train(
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
     shared = rows.padded(num_processes() * batch.num_rows)
-    masks, kernel = MaskCallback(model), choice.kernel
+    schedule = schedule_of(job.prune_schedule, target.parent)
+    masks = MaskCallback(model) if schedule is None else GradualPruning(schedule, monitor.risen)
+    kernel = choice.kernel
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
     if teacher is not None:
         _attach(job, teacher, trainer, precision)
     _run(trainer, start.step, job.save_steps)
     state = trainer.state
+    pruning = {} if schedule is None else schedule.record(state.max_steps, monitor.sparsity)
     del trainer
     _take_back(model, job.parallel)
-    return _history(rows, state, precision, choice, start.notes, held.num_bytes)
+    return _history(rows, state, precision, choice, start.notes, pruning, held.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def _history(
     precision: str,
     choice: KernelChoice,
     notes: tuple[str, ...],
+    pruning: dict[str, Any],
     held_bytes: int | None,
 ) -> History:
     log = training_log(state)
@@ -177,6 +182,7 @@ def _history(
         num_threads=torch.get_num_threads(),
         notes=notes,
         kernel=choice,
+        pruning=pruning,
         optimizer_gradient_bytes=held_bytes,
     )
 
