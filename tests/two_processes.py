@@ -191,6 +191,7 @@ def everything(folder: Path) -> None:
             "fsdp": {"parallel": "fsdp"},
             "bf16": {"parallel": "fsdp", "precision": "bf16"},
             "values": {"kernel": "sparse"},
+            "lora": {"lora": 4},
             "idle": {"num_tokens": (2 * 8 + 1) * 32},
         }.items()
     }

@@ -65,6 +65,7 @@ def found(folder: Path) -> Iterator[dict[str, Any]]:
     reports = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
     alone = {
         "one-f32": watched(job(folder, "one-f32")),
+        "one-lora": watched(job(folder, "one-lora", lora=4)),
         "one-bf16": watched(job(folder, "one-bf16", precision="bf16")),
         "one-idle": watched(job(folder, "one-idle", num_tokens=(2 * 8 + 1) * 32)),
     }
@@ -77,6 +78,7 @@ def found(folder: Path) -> Iterator[dict[str, Any]]:
         ("ddp", "one-f32", 1e-5),
         ("fsdp", "one-f32", 1e-5),
         ("values", "one-f32", 1e-5),
+        ("lora", "one-lora", 1e-5),
         ("bf16", "one-bf16", 3e-3),
         ("idle", "one-idle", 1e-5),
     ],

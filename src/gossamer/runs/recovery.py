@@ -27,9 +27,9 @@ CALIBRATION = ("python:doctests@3", "python:stdlib@1")
 TEXT = ("python:doctests@3", "python:stdlib@1")
 REPLAY_CHARACTERS = 300
 STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
-# What the path decides: its data and their fields, what prunes to which sparsities, where a stage reads and writes, who
-# teaches, and that all is done again. It runs in one process, so `parallel` has nothing to choose, and on one
-# thread beside the control.
+# What the path decides: its data and their fields, its two sparsities and that `prune` makes them, where a
+# stage reads and writes, who teaches, and that all is done again. It runs in one process, so `parallel` has
+# nothing to choose, and on one thread beside the control.
 DECIDED = (
     *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
     *("resume", "overwrite", "parallel", "seed", "threads"),

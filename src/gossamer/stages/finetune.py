@@ -12,10 +12,10 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.training.gradual import schedule_of
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options, inherited
 from gossamer.training.parallel import from_first, in_every_process
+from gossamer.training.preparation import check_model
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.teacher import open_teacher
 from gossamer.training.teacher_cache import teacher_for
@@ -47,7 +47,7 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     check_options(job)
     _check(job)
     source = Checkpoint.open(job.model, offline=job.offline)
-    schedule_of(job.prune_schedule, source)
+    check_model(job, source)
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "finetune") as target:
         target.data = [manifest(name, offline=job.offline) for name in job.dataset]

@@ -9,6 +9,8 @@ query width Q, key and value width S, query heads A and row length T:
                     and a copy of each weight of a dense product
     the head        24 V, beside a teacher 48 V, for 256 tokens at a time (on a GPU 2,048), and
                     4 D V for its gradient
+    adapters        16 D a layer less, as norms are frozen, and no copies of weights, no gradient of the head,
+                    but 12 a weight of the largest linear, whose sum with its adapter is made in passing
     a teacher       8 D a layer
 
 The numbers were counted in transformers' own models; a test counts them again. A checkpoint is written when
@@ -31,6 +33,7 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.errors import ConfigError
 from gossamer.machine import available_memory_bytes
 from gossamer.training.head_loss import CHUNK_TOKENS
+from gossamer.training.lora import LowRankLinear, adapters
 from gossamer.training.masks import local
 from gossamer.training.parallel import is_first
 from gossamer.training.sparse_linear import SparseLinear
@@ -78,7 +81,7 @@ def estimate_memory(
     The weights of model and teacher are in memory already, so they count only where they must still be moved
     to another `device`.
     """
-    anatomy = anatomy_of(model)
+    anatomy, adapted = anatomy_of(model), bool(adapters(model))
     trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
     moved = [model] if teacher is None else [model, teacher]
     num_tokens, num_layers = num_rows * row_length, anatomy.num_layers
@@ -89,7 +92,7 @@ def estimate_memory(
         activations=num_tokens * num_layers * _layer_bytes(model, row_length, precision)
         + _copied_weights(model, precision, device),
         logits=(24 if teacher is None else 48) * min(num_tokens, CHUNK_TOKENS[device]) * anatomy.vocab_size
-        + 4 * anatomy.hidden_size * anatomy.vocab_size,
+        + (0 if adapted else 4 * anatomy.hidden_size * anatomy.vocab_size),
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )
     freed = step.gradients + step.logits + step.micro_batch
@@ -150,7 +153,7 @@ def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int
     anatomy, wide = anatomy_of(model), precision == "f32"
     heads, norms = anatomy.attention, anatomy.blocks[0].norms
     query, key_value = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
-    num_bytes = 32 * anatomy.hidden_size + 8 * query
+    num_bytes = (16 if adapters(model) else 32) * anatomy.hidden_size + 8 * query
     num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * anatomy.blocks[0].feed_forward.width
     if model.config._attn_implementation == "eager":
         num_bytes += (4 if wide else 6) * heads.num_heads * row_length
@@ -165,17 +168,21 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
 
 
 def _copied_weights(model: nn.Module, precision: str, device: str) -> int:
-    """Bytes of the bfloat16 copies that autocast makes of weights, and of sparse weights written out dense.
+    """Bytes of the bfloat16 copies that autocast makes of weights, and of weights written out for a product.
 
-    Sparse weights are written out where their products are not native, which is on every device but the CPU.
+    Sparse weights are written out where their products are not native, which is on every device but the CPU;
+    adapted ones everywhere, but one at a time.
     """
     size, copied = (2 if precision == "bf16" else 4), 0
+    passing = [12 * module.weight.numel() for module in model.modules() if isinstance(module, LowRankLinear)]
     for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            continue
         if isinstance(module, nn.Linear) and precision == "bf16":
             copied += size * local(module.weight).numel()
         elif isinstance(module, SparseLinear) and device != "cpu":
             copied += size * module.out_features * module.in_features
-    return copied
+    return copied + max(passing, default=0)
 
 
 def _saved_bytes(model: nn.Module, device: str) -> int:

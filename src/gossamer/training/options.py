@@ -53,6 +53,11 @@ class TrainingOptions(ThreadOptions):
         "auto",
         help="products of all weights or of the nonzero ones; auto: measures both and takes the faster",
     )
+    lora: int | None = option(
+        None,
+        help="train nothing but adapters of this rank in the decoder's linears, which takes less memory; it "
+        "wants a learning rate about ten times as high",
+    )
     prune_schedule: str | None = option(
         None,
         help="make more weights zero on the way, cubic:[START-]END[:BEGIN-LAST[:EVERY]]: shares of zeros; "
@@ -115,14 +120,36 @@ def check_options(job: TrainingOptions) -> None:
         raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")
     if job.prune_schedule is not None:
         CubicSchedule.parse(job.prune_schedule)
-        if job.kernel == "sparse":
-            raise UnsupportedError(
-                f"--kernel sparse multiplies the weights that are not zero when training begins; "
-                f"--prune-schedule {job.prune_schedule} makes more of them zero: leave --kernel out"
-            )
+    _refuse_together(job)
     check_reporter(job.report_to)
     if job.threads is not None:
         use_threads(job.threads)
+
+
+def _refuse_together(job: TrainingOptions) -> None:
+    """Raise UnsupportedError for ways to train that exclude each other."""
+    if job.prune_schedule is not None and job.kernel == "sparse":
+        raise UnsupportedError(
+            f"--kernel sparse multiplies the weights that are not zero when training begins; "
+            f"--prune-schedule {job.prune_schedule} makes more of them zero: leave --kernel out"
+        )
+    if job.lora is None:
+        return
+    if job.prune_schedule is not None:
+        raise UnsupportedError(
+            f"--lora {job.lora} leaves weights as they are while it trains adapters, --prune-schedule "
+            f"{job.prune_schedule} makes some of them zero: use one after the other"
+        )
+    if job.kernel == "sparse":
+        raise UnsupportedError(
+            f"--lora {job.lora} adds whole matrices to the weights, and --kernel sparse has no such: leave "
+            "--kernel out"
+        )
+    if job.parallel == "fsdp":
+        raise UnsupportedError(
+            f"--lora {job.lora} needs whole weights in each process, and --parallel fsdp shards them: use "
+            "one process, or --parallel ddp"
+        )
 
 
 def deciding_options(job: TrainingOptions) -> dict[str, Any]:

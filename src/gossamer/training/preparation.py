@@ -5,11 +5,20 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.training.gradual import schedule_of
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, choose_kernel, masked_linears
+from gossamer.training.lora import adapt, check_rank
 from gossamer.training.memory import MemoryEstimate, available_bytes, check_memory, estimate_memory
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import from_first
 from gossamer.training.sparse_linear import sparsify
+
+
+def check_model(job: TrainingOptions, source: Checkpoint) -> None:
+    """Raise ConfigError for what the job asks for and this model cannot have."""
+    schedule_of(job.prune_schedule, source)
+    check_rank(job.lora, source)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ def decide_kernel(
     """
     if began_with is not None:
         return KernelChoice(began_with, "as the run began")
+    if job.lora is not None:
+        return KernelChoice("dense", f"--lora {job.lora} trains adapters of whole matrices")
     if job.prune_schedule is not None:
         return KernelChoice("dense", f"--prune-schedule {job.prune_schedule} makes more weights zero")
     sharded = job.parallel == "fsdp"
@@ -52,14 +63,18 @@ def prepare(
     batch: MicroBatch,
     kernel: TrainingKernel,
 ) -> MemoryEstimate:
-    """Replace layers of `model` as the training kernel needs it; `sparse_linear.densify` undoes it.
+    """Replace layers of `model` as the training kernel or --lora needs it.
+
+    `sparse_linear.densify` and `lora.merge` undo it.
 
     Returns what the run will take beyond what it holds already.
 
     Raises ConfigError if there is too little memory.
     """
-    fixed = job.parallel != "fsdp" and job.prune_schedule is None
-    could_be_sparse = kernel == "dense" and fixed and bool(masked_linears(model))
+    must_be_dense = job.parallel == "fsdp" or job.prune_schedule is not None or job.lora is not None
+    could_be_sparse = kernel == "dense" and not must_be_dense and bool(masked_linears(model))
+    if job.lora is not None:
+        adapt(model, job.lora, job.seed)
     if kernel == "sparse":
         sparsify(model, masked_linears(model))
     estimate = estimate_memory(

@@ -27,13 +27,15 @@ from gossamer.training.adamw import AdamW
 from gossamer.training.distillation import Distillation
 from gossamer.training.head_loss import head_loss
 from gossamer.training.kernel_choice import TrainingKernel
+from gossamer.training.lora import adapters
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
 from gossamer.training.parallel import gather_to_first, shard_like, wait_for_all
 from gossamer.training.rows import IGNORED, Rows
 from gossamer.unfused import join, part
 
-WEIGHTS, OPTIMIZER, SCHEDULE = "model.safetensors", "optimizer.pt", "scheduler.pt"
+WEIGHTS, ADAPTERS = "model.safetensors", "adapters.safetensors"
+OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
 
 
 class RowTrainer(Trainer):
@@ -176,8 +178,19 @@ class RowTrainer(Trainer):
         wait_for_all()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write weights and configuration as a model directory has them: a tied weight is stored once."""
+        """Write weights and configuration as a model directory has them: a tied weight is stored once.
+
+        Of a model with adapters they alone are written: its weights are the parent's.
+        """
         assert output_dir is not None
+        if trained := adapters(self.causal_model):
+            if is_first():
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                with _writing(output_dir):
+                    save_file(
+                        {name: part.detach() for name, part in trained.items()}, Path(output_dir) / ADAPTERS
+                    )
+            return
         sharded = any(isinstance(weight, DTensor) for weight in self.causal_model.parameters())
         state = gather_to_first(self.causal_model.state_dict() if sharded or is_first() else {})
         if is_first():
@@ -205,11 +218,10 @@ class RowTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights; raises CheckpointError if the masks are not the run's or one does not hold."""
         folder, model = Path(resume_from_checkpoint), self.causal_model
-        state = part(model, load_file(folder / WEIGHTS))
-        for name, stored in _tied_weights(model).items():
-            state[name] = state[stored]
-        shards = model.state_dict()
-        model.load_state_dict({name: shard_like(tensor, shards[name]) for name, tensor in state.items()})
+        if adapters(model):
+            model.load_state_dict(load_file(folder / ADAPTERS), strict=False)
+        else:
+            self._load_weights(folder)
         self.masks.take_up(model)
         found, expected = (
             self.masks.enforced_mask_hash(),
@@ -225,6 +237,14 @@ class RowTrainer(Trainer):
                 f"{folder}: {count} pruned weights of {name} are not zero; expected 0: the file was changed; "
                 "--overwrite starts anew"
             )
+
+    def _load_weights(self, folder: Path) -> None:
+        model = self.causal_model
+        state = part(model, load_file(folder / WEIGHTS))
+        for name, stored in _tied_weights(model).items():
+            state[name] = state[stored]
+        shards = model.state_dict()
+        model.load_state_dict({name: shard_like(tensor, shards[name]) for name, tensor in state.items()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -244,9 +264,10 @@ class RowTrainer(Trainer):
 
     def _diverged(self, found: str) -> GossamerError:
         steps = self.checkpoints.steps()
+        model = "" if adapters(self.causal_model) else ", a model that another run can begin from"
         last_good = (
-            f"; {self.checkpoints.path(steps[-1])} is the last checkpoint before that, a model that another "
-            "run can begin from; --overwrite replaces this run"
+            f"; {self.checkpoints.path(steps[-1])} is the last checkpoint before that{model}; --overwrite "
+            "replaces this run"
             if steps
             else ""
         )

@@ -22,6 +22,7 @@ from gossamer.training.gradual import GradualPruning, schedule_of
 from gossamer.training.history import PARTS, History
 from gossamer.training.interruption import Interruption
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
+from gossamer.training.lora import merge
 from gossamer.training.masks import MaskCallback, model_mask_hash
 from gossamer.training.memory import HeldBytes
 from gossamer.training.monitor import Monitor, reporters, training_log
@@ -150,7 +151,7 @@ def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
 
 
 def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
-    """Give the model the form in which it came: dense, without gradients and on the CPU.
+    """Give the model the form in which it came: dense, without adapters and gradients, and on the CPU.
 
     The Trainer refers to itself, so it and the moments that it holds are collected first: only then is there
     memory for the dense weights.
@@ -160,6 +161,7 @@ def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
     if parallel == "ddp":
         nn.Module.to(model, "cpu")
     densify(model.eval())
+    merge(model)
 
 
 def _history(
