@@ -683,12 +683,21 @@ def test_two_processes_resume_after_ctrl_c_and_kills(
     assert finish(start_two(nursery, replace(job, resume=resumable, overwrite=True)), job) == expected
 
 
-@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"kernel": "dense"},
+        {"kernel": "sparse"},
+        {"lora": 4},
+        {"parallel": "fsdp", "prune_schedule": "cubic:0.8:0.1-0.9:1"},
+    ],
+    ids=str,
+)
 def test_three_processes_resume_to_the_same_bits(
-    job: Pretrain, nursery: ForkServerContext, kernel: str, tmp_path: Path
+    job: Pretrain, nursery: ForkServerContext, how: dict[str, Any], tmp_path: Path
 ) -> None:
     """Three, as two sum their gradients alike in any order."""
-    stopped = replace(job, batch_tokens=9 * 32, num_tokens=NUM_STEPS * 9 * 32, kernel=kernel)  # pyright: ignore
+    stopped = replace(job, batch_tokens=9 * 32, num_tokens=NUM_STEPS * 9 * 32, **how)
     whole, port = replace(stopped, output_dir=str(tmp_path / "whole")), free_port()
     group = [nursery.Process(target=one_of_three, args=(rank, port, whole, stopped)) for rank in range(3)]
     for process in group:
