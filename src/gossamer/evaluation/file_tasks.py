@@ -10,46 +10,96 @@ A file has one row an example; its kind says what the fields mean:
     code              prompt, test, entry_point: a function to complete, as HumanEval's; or text, test_list:
                       one to write, as MBPP's. What is generated runs in a sandbox (sandbox.py).
     summarization     prompt, completion (or target, which may be a list of texts): ROUGE of what is generated
+    gsm8k             question (or context), answer that ends in "#### 18", or chain_of_thought and answer:
+                      the harness's own rules find the number after "####" (strict) or the last one (flexible)
+    ifeval            prompt, instruction_id_list, kwargs (ifeval.py)
 
 Prompts are those of the harness's own tasks of these kinds: a query that begins with "Question:" ends with
 "Answer:" on a line of its own, and an answer follows after a space.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from gossamer.data.tables import TABLES, BadRows, table_rows
 from gossamer.errors import ConfigError
+from gossamer.evaluation import ifeval
 from gossamer.evaluation.sandbox import run_python
+from gossamer.job.report import Event, Progress, quiet
 
-Kind = Literal["multiple-choice", "cloze", "exact-match", "perplexity", "code", "summarization"]
+Kind = Literal[
+    "multiple-choice", "cloze", "exact-match", "perplexity", "code", "summarization", "gsm8k", "ifeval"
+]
+FEW_SHOT = ("multiple-choice", "cloze", "exact-match", "summarization", "gsm8k")
 
 
-def file_task(file: Path, kind: Kind, skip_bad_rows: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Shots:
+    """How many rows of `file` are shown with their answers before each prompt."""
+
+    number: int
+    file: Path
+
+
+def file_task(
+    file: Path,
+    kind: Kind,
+    skip_bad_rows: int = 0,
+    shots: Shots | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
     """A local file as a task, in the harness's words, named as the file is.
 
     Raises ConfigError for a row that is not of this kind, or more of them than may be left out.
     """
+    rules = ifeval.rules(offline=offline) if kind == "ifeval" else None
+    read = partial(ifeval.read_instructions, rules=rules) if rules else READERS[kind]
+    rows = {"test": _examples(file, kind, read, BadRows(skip_bad_rows), progress)}
+    if shots is not None:
+        rows["shots"] = _examples(shots.file, kind, read, BadRows(skip_bad_rows), progress)
+    from datasets import Dataset
+
+    several_contexts = kind == "multiple-choice" and isinstance(rows["test"][0]["prompt"], list)
+    if several_contexts != any(isinstance(row.get("prompt"), list) for part in rows.values() for row in part):
+        raise ConfigError(f"{file}: some rows have context_options and some have not; expected one form")
+    if rules:
+        settings = ifeval.ifeval_task(rules)
+    elif kind == "gsm8k":
+        settings = _gsm8k()
+    else:
+        settings = _SEVERAL_CONTEXTS if several_contexts else _TASKS[kind]
+    return {
+        "task": file.name,
+        "custom_dataset": lambda **_: {split: Dataset.from_list(part) for split, part in rows.items()},
+        "test_split": "test",
+        **settings,
+        **({"fewshot_split": "shots", "num_fewshot": shots.number} if shots else {"num_fewshot": 0}),
+    }
+
+
+def _examples(
+    file: Path,
+    kind: Kind,
+    read: Callable[[Mapping[str, Any], str], dict[str, Any]],
+    bad: BadRows,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The rows of a file of this kind, at least one; tells of those that were left out."""
     if not file.is_file() or not (
         file.name.endswith(TABLES) or (kind == "perplexity" and file.suffix == ".txt")
     ):
         raise ConfigError(f"--dataset {file} --kind {kind}: expected a {', '.join(TABLES)} file")
-    bad = BadRows(skip_bad_rows)
-    rows = list(_rows(file, READERS[kind], bad))
+    rows = list(_rows(file, read, bad))
+    for note in bad.notes():
+        progress(Event("evaluate", f"{file}: {note}", lasting=True))
     if not rows:
         raise ConfigError(f"{file} has no examples")
-    from datasets import Dataset
-
-    several_contexts = kind == "multiple-choice" and isinstance(rows[0]["prompt"], list)
-    if several_contexts != any(isinstance(row["prompt"], list) for row in rows):
-        raise ConfigError(f"{file}: some rows have context_options and some have not; expected one form")
-    return {
-        "task": file.name,
-        "custom_dataset": lambda **_: {"test": Dataset.from_list(rows)},
-        "test_split": "test",
-        **(_SEVERAL_CONTEXTS if several_contexts else _TASKS[kind]),
-    }
+    return rows
 
 
 def _rows(
@@ -149,6 +199,16 @@ def _summary(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"prompt": prompt, "targets": targets}
 
 
+def _arithmetic(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    answer = _text(row, where, "answer").strip()
+    if "####" not in answer:
+        steps = row.get("chain_of_thought", "")
+        if not isinstance(steps, str):
+            raise ConfigError(f"{where}: expected text in the field chain_of_thought; found {steps!r}")
+        answer = f"{steps.strip()}\n#### {answer}".lstrip()
+    return {"question": _text(row, where, "question", "context").strip(), "answer": answer}
+
+
 def passes(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Whether the tests of a `code` example pass after what was generated, in the sandbox."""
     return {"pass@1": float(run_python(f"{row['before']}{results[0]}\n{row['tests']}\n").passed)}
@@ -171,7 +231,27 @@ READERS: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
     "perplexity": _document,
     "code": _program,
     "summarization": _summary,
+    "gsm8k": _arithmetic,
 }
+
+
+def _gsm8k() -> dict[str, Any]:
+    """The harness's own settings: its prompt, where an answer ends, the two filters that find a number."""
+    import lm_eval.tasks
+    import yaml
+
+    file = Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k.yaml"
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    settings["generation_kwargs"]["max_gen_toks"] = 256  # its default, said here
+    wanted = (
+        "output_type",
+        "doc_to_text",
+        "doc_to_target",
+        "metric_list",
+        "generation_kwargs",
+        "filter_list",
+    )
+    return {name: settings[name] for name in wanted}
 
 
 def _mean(*names: str) -> list[dict[str, Any]]:

@@ -7,17 +7,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from gossamer.data.tables import TABLES
 from gossamer.errors import ConfigError
 
-PRIMARY = ("acc_norm", "acc", "exact_match", "pass@1", "rougeL", "f1", "word_perplexity")
+PRIMARY = (
+    "acc_norm",
+    "acc",
+    "exact_match",
+    "pass@1",
+    "rougeL",
+    "f1",
+    "prompt_level_strict_acc",
+    "word_perplexity",
+)
+NO_SHARES = ("perplexity", "bits_per_byte", "bleu", "chrf", "ter")
 SEED = 1234
 NUM_BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one task: value and standard error of each metric, and the primary one of each example."""
+    """Of one task: value and standard error of each metric, and the primary one of each example.
+
+    Where a task finds answers by several filters, a metric is named `metric,filter`, as the harness does.
+    """
 
     metrics: dict[str, float]
     standard_errors: dict[str, float]
@@ -36,8 +51,14 @@ class Scores:
 
 
 def primary(metrics: Mapping[str, float]) -> str:
-    """The metric by which a task is known."""
-    return next((name for name in PRIMARY if name in metrics), next(iter(metrics)))
+    """The metric by which a task is known: the first of PRIMARY, by its first filter."""
+    names = {name.partition(",")[0]: name for name in reversed([*metrics])}
+    return next((names[name] for name in PRIMARY if name in names), next(iter(metrics)))
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric lies between 0 and 1, and is shown as a percentage."""
+    return not metric.partition(",")[0].endswith(NO_SHARES)
 
 
 def load_tasks(tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = False) -> Any:
@@ -84,11 +105,18 @@ def _without_network() -> Iterator[None]:
 
 
 def run(
-    tasks: Sequence[str | Mapping[str, Any]], manager: Any, model: Any, limit: int, *, chat: bool = False
+    tasks: Sequence[str | Mapping[str, Any]],
+    manager: Any,
+    model: Any,
+    limit: int,
+    *,
+    chat: bool = False,
+    num_fewshot: int | None = None,
 ) -> dict[str, Scores]:
     """Run tasks through a model of the harness; at most `limit` examples of each, 0: all.
 
-    `chat`: prompts are turns of a user in the model's chat template.
+    `chat`: prompts are turns of a user in the model's chat template. `num_fewshot`: examples shown before
+    each prompt of the harness's own tasks, None: as many as a task itself says.
     """
     from lm_eval import evaluator
 
@@ -99,6 +127,7 @@ def run(
             model,
             tasks=[task if isinstance(task, str) else _fitting(task, model.max_length) for task in tasks],
             limit=limit or None,
+            num_fewshot=num_fewshot,
             task_manager=manager,
             bootstrap_iters=NUM_BOOTSTRAPS,
             apply_chat_template=chat,
@@ -130,20 +159,34 @@ def _in_our_words(tasks: Sequence[str | Mapping[str, Any]]) -> Iterator[None]:
 
 
 def _scores(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Scores:
-    """Of `metric,filter` and `metric_stderr,filter`, as the harness names them; the first filter counts."""
-    metrics, errors, filters = {}, {}, {}
-    for key, value in result.items():
-        metric, comma, chosen = key.partition(",")
-        if not comma or not isinstance(value, int | float):
-            continue
-        if metric.endswith("_stderr"):
-            errors.setdefault(metric.removesuffix("_stderr"), float(value))
-        else:
-            metrics.setdefault(metric, float(value))
-            filters.setdefault(metric, chosen)
-    if not metrics:
+    """Of `metric,filter` and `metric_stderr,filter`, as the harness names them."""
+    pairs = [key.partition(",")[::2] for key, value in result.items() if isinstance(value, int | float)]
+    found = [(m, way) for m, way in pairs if way and not m.endswith("_stderr")]
+    if not found:
         raise ConfigError(f"the task gives no metric that is a number; found {sorted(result)}")
-    name = primary(metrics)
-    kept = [sample for sample in samples if sample.get("filter", "none") == filters[name]]
-    values = tuple(float(s[name]) for s in kept if isinstance(s[name], int | float))
-    return Scores(metrics, errors, values, len(kept))
+    several = len({way for _, way in found}) > 1
+    metrics, errors, values = {}, {}, {}
+    for metric, way in found:
+        name = f"{metric},{way}" if several else metric
+        metrics[name] = float(result[f"{metric},{way}"])
+        values[name] = [s[metric] for s in samples if s.get("filter", "none") == way and metric in s]
+        error = result.get(f"{metric}_stderr,{way}")
+        if not isinstance(error, int | float):
+            error = _error_of_lists(values[name])
+        if error is not None:
+            errors[name] = float(error)
+    kept = values[primary(metrics)]
+    return Scores(metrics, errors, tuple(float(x) for x in kept if isinstance(x, int | float)), len(kept))
+
+
+def _error_of_lists(samples: Sequence[Any]) -> float | None:
+    """The standard error of a share of all that examples have several of, such as instructions of a prompt.
+
+    They are drawn example by example, so it is the delta method's of sum(right) / sum(number), by examples.
+    """
+    if len(samples) < 2 or not all(isinstance(sample, list) for sample in samples):
+        return None
+    right = np.array([sum(sample) for sample in samples], dtype=float)
+    number = np.array([len(sample) for sample in samples], dtype=float)
+    rest = right - right.sum() / number.sum() * number
+    return float(rest.std(ddof=1) / np.sqrt(len(rest)) / number.mean())

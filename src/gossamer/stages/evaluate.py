@@ -13,11 +13,12 @@ from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import open_backend
 from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery, recovery_errors
-from gossamer.evaluation.file_tasks import file_task
-from gossamer.evaluation.harness import Scores, load_tasks, primary, run
+from gossamer.evaluation.file_tasks import FEW_SHOT, Kind, Shots, file_task
+from gossamer.evaluation.harness import Scores, load_tasks, run
+from gossamer.evaluation.report import EvaluateResult
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
 from gossamer.job.options import option
-from gossamer.job.report import Event, Progress, Result, Table, quiet
+from gossamer.job.report import Event, Progress, quiet
 from gossamer.job.threads import use_threads
 
 
@@ -30,12 +31,11 @@ class Evaluate(EngineOptions):
         positional=True,
     )
     dataset: str = option("", help="text whose perplexity to measure: SRC; with --kind, a file of examples")
-    kind: Literal["", "multiple-choice", "cloze", "exact-match", "perplexity", "code", "summarization"] = (
-        option(
-            "",
-            help="the examples of --dataset FILE, run by lm-evaluation-harness",
-        )
+    kind: Kind | Literal[""] = option("", help="the examples of --dataset FILE, run by lm-evaluation-harness")
+    num_fewshot: int | None = option(
+        None, help="examples shown before each prompt (default: the harness's own number; of --kind none)"
     )
+    fewshot_dataset: str = option("", help="FILE of --kind, whose rows --num-fewshot shows")
     tasks: tuple[str, ...] = option(
         (),
         help="tasks of lm-evaluation-harness (arc_easy, piqa, ...), doctest, doctest-unseen, or files "
@@ -58,67 +58,6 @@ class Evaluate(EngineOptions):
     seed: int = option(0, help="choice of the doctests")
 
 
-@dataclass(frozen=True)
-class EvaluateResult(Result):
-    """Perplexity (None without --dataset) over `num_tokens`; accuracy of each task and kind of example.
-
-    `backend`: the one that was used.
-    `row_length`: tokens of a row of the text. `recovery`: accuracy over the baseline's, and for "perplexity"
-    the baseline's over ours; 1 is all of it. Of the tasks that the harness ran: `metrics` and their
-    `standard_errors`; the first of `acc_norm`, `acc`, ... is their accuracy. `recovery_errors`: the standard
-    error of their recovery, paired by example.
-    """
-
-    model: str
-    backend: str
-    perplexity: float | None
-    num_tokens: int
-    row_length: int
-    accuracy: dict[str, float]
-    accuracy_by_kind: dict[str, dict[str, float]]
-    num_examples: dict[str, int]
-    recovery: dict[str, float]
-    metrics: dict[str, dict[str, float]]
-    standard_errors: dict[str, dict[str, float]]
-    recovery_errors: dict[str, float]
-    seconds: float
-
-    def tables(self) -> list[Table]:
-        """One row a figure."""
-        rows = [
-            (name, self._value(name, value), f"{self.num_examples[name]}")
-            for name, value in self.accuracy.items()
-        ]
-        if self.perplexity is not None:
-            rows.insert(
-                0,
-                (
-                    "perplexity",
-                    f"{self.perplexity:.4g}",
-                    f"{self.num_tokens} tokens, {self.row_length} a row",
-                ),
-            )
-        columns = ("", "value", "examples")
-        if self.recovery:
-            columns = (*columns, "recovery")
-            rows = [(*row, self._recovery(row[0])) for row in rows if row[0] in self.recovery]
-        return [Table(f"{self.model} ({self.backend}, {self.seconds:.1f} s)", columns, rows)]
-
-    def _value(self, name: str, value: float) -> str:
-        """A figure with its standard error where there is one; perplexities of tasks are no shares."""
-        if name not in self.metrics:
-            return f"{value:.1%}"
-        metric = primary(self.metrics[name])
-        error = self.standard_errors[name].get(metric)
-        if metric.endswith("perplexity"):
-            return f"{value:.4g} ({metric})"
-        return f"{value:.1%}" + (f" +- {error:.1%}" if error is not None else "") + f" ({metric})"
-
-    def _recovery(self, name: str) -> str:
-        error = self.recovery_errors.get(name)
-        return f"{self.recovery[name]:.1%}" + ("" if error is None else f" +- {error:.1%}")
-
-
 def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     """Measure the model, and the baseline for comparison if there is one."""
     start = time.monotonic()
@@ -131,13 +70,26 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
         )
     if not job.dataset and not job.tasks:
         raise ConfigError("nothing to evaluate; give --dataset SRC, --tasks NAME..., or both")
+    if (job.num_fewshot or 0) < 0:
+        raise ConfigError(f"--num-fewshot is {job.num_fewshot}; expected a number of examples, or 0 for none")
+    if job.fewshot_dataset and not (job.kind and job.num_fewshot):
+        raise ConfigError("--fewshot-dataset has examples for --dataset FILE --kind KIND --num-fewshot N")
     if job.limit < 0:
         raise ConfigError(f"--limit is {job.limit}; expected a number of examples, or 0 for all")
     own = [task for task in job.tasks if task in DOCTESTS or task.endswith(TABLES)]
     tasks = {task: task_examples(task, job.limit, job.seed) for task in own}
     for_harness: list[str | dict[str, Any]] = [task for task in job.tasks if task not in own]
     if job.kind:
-        for_harness.append(file_task(Path(job.dataset), job.kind, job.skip_bad_rows))
+        for_harness.append(
+            file_task(
+                Path(job.dataset),
+                job.kind,
+                job.skip_bad_rows,
+                _shots(job),
+                offline=job.offline,
+                progress=progress,
+            )
+        )
     manager = load_tasks(for_harness, offline=job.offline) if for_harness else None
     if job.row_length < 1:
         raise ConfigError(f"--row-length is {job.row_length}; expected a number of tokens, at least 1")
@@ -149,7 +101,8 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
             raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
         if job.threads is not None:
             use_threads(job.threads)
-    through = partial(run, for_harness, manager, limit=job.limit, chat=job.chat) if for_harness else None
+    how: dict[str, Any] = {"limit": job.limit, "chat": job.chat, "num_fewshot": job.num_fewshot}
+    through = partial(run, for_harness, manager, **how) if for_harness else None
     ours = measure(job.model, job, tasks, through, progress)
     base = measure(job.baseline, job, tasks, through, progress) if job.baseline else None
     num_examples = {task: len(examples) for task, examples in tasks.items()}
@@ -168,6 +121,19 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
         recovery_errors=recovery_errors(ours, base) if base else {},
         seconds=time.monotonic() - start,
     )
+
+
+def _shots(job: Evaluate) -> Shots | None:
+    """The examples that prompts of --kind begin with."""
+    if not job.num_fewshot:
+        return None
+    if job.kind not in FEW_SHOT:
+        raise ConfigError(f"--num-fewshot shows examples of {', '.join(FEW_SHOT)}; --kind is {job.kind}")
+    if not job.fewshot_dataset:
+        raise ConfigError(
+            f"--num-fewshot {job.num_fewshot} needs --fewshot-dataset FILE, the examples it shows"
+        )
+    return Shots(job.num_fewshot, Path(job.fewshot_dataset))
 
 
 def measure(

@@ -1,0 +1,70 @@
+"""What `evaluate` says of a model: its figures with their errors, as a table."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gossamer.evaluation.harness import is_share, primary
+from gossamer.job.report import Result, Table
+
+
+@dataclass(frozen=True)
+class EvaluateResult(Result):
+    """Perplexity (None without --dataset) over `num_tokens`; accuracy of each task and kind of example.
+
+    `backend`: the one that was used.
+    `row_length`: tokens of a row of the text. `recovery`: accuracy over the baseline's, and for "perplexity"
+    the baseline's over ours; 1 is all of it. Of the tasks that the harness ran: `metrics` and their
+    `standard_errors`; the first of `acc_norm`, `acc`, ... is their accuracy. `recovery_errors`: the standard
+    error of their recovery, paired by example.
+    """
+
+    model: str
+    backend: str
+    perplexity: float | None
+    num_tokens: int
+    row_length: int
+    accuracy: dict[str, float]
+    accuracy_by_kind: dict[str, dict[str, float]]
+    num_examples: dict[str, int]
+    recovery: dict[str, float]
+    metrics: dict[str, dict[str, float]]
+    standard_errors: dict[str, dict[str, float]]
+    recovery_errors: dict[str, float]
+    seconds: float
+
+    def tables(self) -> list[Table]:
+        """One row a figure, those of a task below each other; recovery is of its first."""
+        columns = ("", "value", "examples", "recovery")
+        if not self.recovery:
+            columns = columns[:-1]
+        rows = [row[: len(columns)] for row in self._rows()]
+        return [Table(f"{self.model} ({self.backend}, {self.seconds:.1f} s)", columns, rows)]
+
+    def _rows(self) -> Iterator[tuple[str, str, str, str]]:
+        if self.perplexity is not None:
+            tokens = f"{self.num_tokens} tokens, {self.row_length} a row"
+            yield "perplexity", f"{self.perplexity:.4g}", tokens, self._recovery("perplexity")
+        for task, accuracy in self.accuracy.items():
+            metrics = self.metrics.get(task, {})
+            first = primary(metrics) if metrics else ""
+            value = self._value(task, first) if metrics else f"{accuracy:.1%}"
+            yield task, value, f"{self.num_examples[task]}", self._recovery(task)
+            for metric in metrics:
+                if metric != first:
+                    yield "", self._value(task, metric), "", ""
+
+    def _value(self, task: str, metric: str) -> str:
+        """A metric with its standard error where there is one; perplexities are no percentages."""
+        form = ".1%" if is_share(metric) else ".4g"
+        error = self.standard_errors[task].get(metric)
+        return (
+            f"{self.metrics[task][metric]:{form}}"
+            + (f" +- {error:{form}}" if error is not None else "")
+            + f" ({metric.replace(',', ', ')})"
+        )
+
+    def _recovery(self, name: str) -> str:
+        if name not in self.recovery:
+            return ""
+        error = self.recovery_errors.get(name)
+        return f"{self.recovery[name]:.1%}" + ("" if error is None else f" +- {error:.1%}")
