@@ -199,7 +199,16 @@ def test_a_model_recovers_all_of_itself(tiny_llama: TinyLlama, text_file: Path) 
     [
         ({}, ConfigError, "nothing to evaluate"),
         ({"tasks": ("mmul",)}, ConfigError, "unknown task 'mmul'; expected doctest.*lm-evaluation-harness"),
-        ({"tasks": ("mmlu",)}, OSError, "task mmlu: its dataset.*cais/mmlu.*--dataset FILE --kind KIND"),
+        (
+            {"tasks": ("mmlu_anatomy",), "offline": True},
+            OSError,
+            r"task mmlu_anatomy: its dataset cais/mmlu \(anatomy\) is not in .*datasets.*--dataset FILE",
+        ),
+        (
+            {"tasks": ("mmlusr_answer_only_anatomy",), "offline": True},
+            OSError,
+            r"its dataset NiniCat/MMLU-SR, files .*answer_only_test/answer_only_anatomy_test\.csv.* is not",
+        ),
         ({"kind": "cloze"}, ConfigError, "--kind cloze needs --dataset FILE"),
         ({"kind": "cloze", "dataset": "nowhere.jsonl"}, ConfigError, "nowhere.jsonl --kind cloze: expected"),
         ({"tasks": ("nowhere.jsonl",)}, ConfigError, "nowhere.jsonl"),

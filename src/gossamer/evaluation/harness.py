@@ -79,15 +79,44 @@ def load_tasks(tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = Fals
                 f"unknown task {name!r}; expected doctest, doctest-unseen, a {', '.join(TABLES)} file, or a "
                 "task of lm-evaluation-harness (`lm-eval ls tasks` lists them)"
             )
-        try:
-            with _without_network() if offline else contextlib.nullcontext():
+        with _without_network() if offline else contextlib.nullcontext(), _asked_for() as wanted:
+            try:
                 manager.load([name])
-        except OSError as error:
-            raise OSError(
-                f"task {name}: its dataset cannot be loaded ({error}); run it again with a network, or "
-                "give a file by --dataset FILE --kind KIND"
-            ) from error
+            except OSError as error:
+                raise _not_here(name, wanted, error) from error
+            except ModuleNotFoundError as error:
+                raise ConfigError(f"task {name} needs a module that is not here: {error}") from error
     return manager
+
+
+def _not_here(task: str, wanted: Sequence[str], error: OSError) -> OSError:
+    """Says which dataset a task lacks, and where it would be."""
+    import datasets.config
+
+    what = f"its dataset {wanted[-1]} is" if wanted else "a file of it is"
+    return OSError(
+        f"task {task}: {what} not in {datasets.config.HF_DATASETS_CACHE} and cannot be loaded ({error}); run "
+        "it once with a network, which keeps it there, or give a file by --dataset FILE --kind KIND"
+    )
+
+
+@contextlib.contextmanager
+def _asked_for() -> Iterator[list[str]]:
+    """The names of the datasets that are loaded meanwhile, the latest last: errors do not always say them."""
+    import datasets
+
+    names, load = [], datasets.load_dataset
+
+    def noting(path: str, name: str | None = None, **options: Any) -> Any:
+        files = options.get("data_files")
+        names.append(path + (f" ({name})" if name else "") + (f", files {files}" if files else ""))
+        return load(path, name, **options)
+
+    datasets.load_dataset = noting
+    try:
+        yield names
+    finally:
+        datasets.load_dataset = load
 
 
 @contextlib.contextmanager
