@@ -134,6 +134,42 @@ def training_speed(
     figure.savefig(path, dpi=130)
 
 
+@dataclass(frozen=True)
+class Score:
+    """A figure with its standard error, what the baseline reaches, and a note on the two."""
+
+    label: str
+    value: float
+    error: float | None = None
+    baseline: float | None = None
+    note: str = ""
+
+
+def scores(path: Path, panels: Sequence[tuple[str, Sequence[Score]]], title: str) -> None:
+    """A panel for each unit: a bar a score, with one and two standard errors, over the baseline's."""
+    from matplotlib.figure import Figure
+
+    heights = [len(shown) for _, shown in panels]
+    figure = Figure(figsize=(9, 1.6 + 0.55 * sum(heights) + 0.5 * len(panels)), layout="constrained")
+    axes_of = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 1 for n in heights])[:, 0]
+    for axes, (unit, shown) in zip(axes_of, panels, strict=True):
+        for row, score in enumerate(shown):
+            if score.baseline is not None:
+                axes.barh(row, score.baseline, height=0.8, color=PALE, label="" if row else "baseline")
+            axes.barh(row, score.value, height=0.5, color=ACCENT, label="" if row else "model")
+            if score.error is not None:
+                axes.errorbar(score.value, row, xerr=2 * score.error, color=INK, linewidth=1)
+                axes.errorbar(score.value, row, xerr=score.error, color=INK, linewidth=3)
+            end = max(score.value + 2 * (score.error or 0), score.baseline or 0)
+            axes.text(end, row, f"  {score.value:.4g}  {score.note}", va="center", color=INK)
+        most = max(max(score.value + 2 * (score.error or 0), score.baseline or 0) for score in shown)
+        _finish(axes, [score.label for score in shown], unit, 1.7 * most or 1)
+        if any(score.baseline is not None for score in shown):
+            axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    figure.suptitle(title, color=INK, fontsize=12, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+
+
 def _open(axes, title: str) -> None:
     """A plot of curves from 0 up, without a box around it."""
     axes.set_ylim(bottom=0)

@@ -94,7 +94,7 @@ def test_examples_with_their_answers_come_before_the_prompt(tmp_path: Path) -> N
     )
     asked = write(tmp_path / "test.jsonl", [{"context": "two", "answer": "12"}])
     settings = file_task(Path(asked), "gsm8k", shots=Shots(3, Path(shown)))
-    task = load_tasks([settings]).load([settings])["tasks"]["test.jsonl"]
+    task = load_tasks([settings])[0].load([settings])["tasks"]["test.jsonl"]
     task.set_fewshot_seed(1)
     task.build_all_requests()
     [instance] = task.instances

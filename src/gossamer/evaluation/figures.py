@@ -28,6 +28,11 @@ class Figures:
     by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
     scores: dict[str, Scores] = field(default_factory=dict)
 
+    def values(self) -> dict[str, float]:
+        """Perplexity, if there is one, and accuracies, by name."""
+        text = {} if self.perplexity is None else {"perplexity": self.perplexity}
+        return {**text, **self.accuracy}
+
 
 def measure_text(
     figures: Figures, backend: Backend, text: str, rows_BT: NDArray[np.int64], progress: Progress

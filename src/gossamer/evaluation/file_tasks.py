@@ -18,6 +18,8 @@ Prompts are those of the harness's own tasks of these kinds: a query that begins
 "Answer:" on a line of its own, and an answer follows after a space.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -77,6 +79,7 @@ def file_task(
         "task": file.name,
         "custom_dataset": lambda **_: {split: Dataset.from_list(part) for split, part in rows.items()},
         "test_split": "test",
+        "metadata": {"kind": kind, "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()},
         **settings,
         **({"fewshot_split": "shots", "num_fewshot": shots.number} if shots else {"num_fewshot": 0}),
     }

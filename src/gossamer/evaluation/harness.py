@@ -1,7 +1,9 @@
 """lm-evaluation-harness as the runner of its own tasks, by name, and of files (file_tasks.py)."""
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,8 +63,10 @@ def is_share(metric: str) -> bool:
     return not metric.partition(",")[0].endswith(NO_SHARES)
 
 
-def load_tasks(tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = False) -> Any:
-    """lm-evaluation-harness's manager, once it has loaded these tasks and what they ask.
+def load_tasks(
+    tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """lm-evaluation-harness's manager, once it has loaded these tasks, and what decides what each asks.
 
     Raises ConfigError for a name that it does not know, OSError for a dataset that cannot be loaded. The
     files of its own tasks are read only where one of them is named.
@@ -73,6 +77,7 @@ def load_tasks(tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = Fals
         logging.getLogger(name).setLevel(logging.ERROR)
     names = [task for task in tasks if isinstance(task, str)]
     manager = TaskManager(include_defaults=bool(names))
+    asked = {task["task"]: task["metadata"] for task in tasks if not isinstance(task, str)}
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(
@@ -81,12 +86,21 @@ def load_tasks(tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = Fals
             )
         with _without_network() if offline else contextlib.nullcontext(), _asked_for() as wanted:
             try:
-                manager.load([name])
+                loaded = manager.load([name])["tasks"]
             except OSError as error:
                 raise _not_here(name, wanted, error) from error
             except ModuleNotFoundError as error:
                 raise ConfigError(f"task {name} needs a module that is not here: {error}") from error
-    return manager
+        asked[name] = {leaf: [f"{task.VERSION}", _content(task)] for leaf, task in loaded.items()}
+    return manager, asked
+
+
+def _content(task: Any) -> str:
+    """sha256 of the examples of a task of the harness."""
+    content = hashlib.sha256()
+    for example in task.eval_docs:
+        content.update(json.dumps(example, default=str).encode() + b"\n")
+    return content.hexdigest()
 
 
 def _not_here(task: str, wanted: Sequence[str], error: OSError) -> OSError:

@@ -1,10 +1,17 @@
-"""What `evaluate` says of a model: its figures with their errors, as a table."""
+"""What `evaluate` says of a model: its figures with their errors, as a table, as JSON and as a picture."""
 
-from collections.abc import Iterator
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from gossamer import plots
 from gossamer.evaluation.harness import is_share, primary
+from gossamer.job.options import record
 from gossamer.job.report import Result, Table
+from gossamer.layerwise.report import markdown
 
 
 @dataclass(frozen=True)
@@ -15,7 +22,9 @@ class EvaluateResult(Result):
     `row_length`: tokens of a row of the text. `recovery`: accuracy over the baseline's, and for "perplexity"
     the baseline's over ours; 1 is all of it. Of the tasks that the harness ran: `metrics` and their
     `standard_errors`; the first of `acc_norm`, `acc`, ... is their accuracy. `recovery_errors`: the standard
-    error of their recovery, paired by example.
+    error of their recovery, paired by example. `baseline`: its perplexity or accuracy, by the same names.
+    `model_hash`: sha256 of what decides the model's answers. `from_cache`: the figures that an earlier run
+    measured, kept in the folder `cache`.
     """
 
     model: str
@@ -30,7 +39,18 @@ class EvaluateResult(Result):
     metrics: dict[str, dict[str, float]]
     standard_errors: dict[str, dict[str, float]]
     recovery_errors: dict[str, float]
+    baseline: dict[str, float]
+    model_hash: str
+    from_cache: tuple[str, ...]
+    cache: str
     seconds: float
+
+    @property
+    def closing(self) -> Sequence[str]:
+        """Which figures are of an earlier run."""
+        if not self.from_cache:
+            return ()
+        return (f"From {self.cache} (--no-cache measures anew): {', '.join(self.from_cache)}",)
 
     def tables(self) -> list[Table]:
         """One row a figure, those of a task below each other; recovery is of its first."""
@@ -68,3 +88,38 @@ class EvaluateResult(Result):
             return ""
         error = self.recovery_errors.get(name)
         return f"{self.recovery[name]:.1%}" + ("" if error is None else f" +- {error:.1%}")
+
+    def write(self, output: Path, job: object) -> None:
+        """`output`, a JSON file with the run's options; beside it the table (.md) and a picture (.png)."""
+        content: dict[str, Any] = {"options": record(job), **dataclasses.asdict(self)}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        plots.scores(output.with_suffix(".png"), self._panels(), f"{self.model} ({self.backend})")
+        parts = [
+            *map(markdown, self.tables()),
+            f"![scores]({output.with_suffix('.png').name})",
+            *self.closing,
+        ]
+        output.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+    def _panels(self) -> list[tuple[str, list[plots.Score]]]:
+        """Shares in percent, then perplexities, where there are any."""
+        shares, others = list[plots.Score](), list[plots.Score]()
+        if self.perplexity is not None:
+            others.append(plots.Score("perplexity", self.perplexity, None, self.baseline.get("perplexity")))
+        for task, accuracy in self.accuracy.items():
+            metric = primary(self.metrics[task]) if task in self.metrics else "acc"
+            share, unit = (shares, 100) if is_share(metric) else (others, 1)
+            error, base = self.standard_errors.get(task, {}).get(metric), self.baseline.get(task)
+            note = f"recovers {self._recovery(task)}" if task in self.recovery else ""
+            share.append(
+                plots.Score(
+                    task,
+                    accuracy * unit,
+                    None if error is None else error * unit,
+                    None if base is None else base * unit,
+                    note,
+                )
+            )
+        named = (("right, %", shares), ("perplexity", others))
+        return [(title, scores) for title, scores in named if scores]

@@ -195,7 +195,7 @@ def measure(files: Mapping[str, Path], budget: Budget, progress: Progress) -> tu
     rows, params = [], SamplingParams(max_tokens=budget.answer_tokens)
     for (name, file), speed in zip(files.items(), speeds([*files.values()], budget.num_rounds), strict=True):
         progress(Event("evaluate", name, len(rows), len(files)))
-        figures = evaluate(Evaluate(str(file), dataset=str(ESSAYS), tasks=(str(CHOICES),)))
+        figures = evaluate(Evaluate(str(file), dataset=str(ESSAYS), tasks=(str(CHOICES),), no_cache=True))
         assert figures.perplexity is not None
         llm = LLM(file)
         answers = (llm.chat([{"role": "user", "content": text}], params).text for text in ASKED)

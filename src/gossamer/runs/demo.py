@@ -175,6 +175,7 @@ def measure(models: recovery.Models, seed: int, progress: Progress) -> tuple[Row
             backend="engine",
             limit=NUM_DOCTESTS,
             seed=seed,
+            no_cache=True,
         )
         figures = evaluate(job)
         assert figures.perplexity is not None

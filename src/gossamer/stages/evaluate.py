@@ -2,19 +2,22 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from gossamer.checkpoint.partial import refuse_existing
 from gossamer.data.rows import evaluation_rows
+from gossamer.data.sources import manifest
 from gossamer.data.tables import TABLES
 from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
-from gossamer.evaluation.backends import open_backend
+from gossamer.evaluation.backends import Backend, open_backend
 from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery, recovery_errors
 from gossamer.evaluation.file_tasks import FEW_SHOT, Kind, Shots, file_task
-from gossamer.evaluation.harness import Scores, load_tasks, run
+from gossamer.evaluation.harness import SEED, Scores, load_tasks, run
+from gossamer.evaluation.kept import KeptFigures, model_hash
 from gossamer.evaluation.report import EvaluateResult
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
 from gossamer.job.options import option
@@ -56,11 +59,78 @@ class Evaluate(EngineOptions):
     )
     limit: int = option(0, help="rows of text and examples a task at most; 0: all (500 doctests)")
     seed: int = option(0, help="choice of the doctests")
+    output: str = option(
+        "", help="FILE.json for all figures, beside it a table (.md) and a picture (.png)", short="-o"
+    )
+    overwrite: bool = option(False, help="replace an existing output")
+    no_cache: bool = option(False, help="measure anew what an earlier run measured of the same content")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What both models are asked: `own` examples, and tasks of the harness, loaded by its `manager`.
+
+    `decides` says of each of the latter what its figures depend on, `text` that of the text: None where the
+    same name may stand for something else tomorrow.
+    """
+
+    own: dict[str, list[Example | Choice]]
+    harness: list[str | dict[str, Any]]
+    manager: Any
+    decides: dict[str, Any]
+    text: dict[str, Any] | None
 
 
 def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
-    """Measure the model, and the baseline for comparison if there is one."""
+    """Measure the model, and the baseline for comparison if there is one.
+
+    What an earlier run measured of the same content is taken from the cache, unless `no_cache`.
+    """
     start = time.monotonic()
+    _check(job)
+    asked = _asked(job, progress)
+    if job.backend == "auto":
+        packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
+        job = replace(job, backend="engine" if packed else "torch")
+    if job.backend == "torch":
+        if job.kv_cache_dtype != "auto":
+            raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
+        if job.threads is not None:
+            use_threads(job.threads)
+    kept = KeptFigures(progress, anew=job.no_cache)
+    identity = model_hash(job.model, offline=job.offline)
+    ours = measure(job.model, identity, job, asked, kept, progress)
+    base = None
+    if job.baseline:
+        base_identity = model_hash(job.baseline, offline=job.offline)
+        base = measure(job.baseline, base_identity, job, asked, kept, progress)
+    num_examples = {task: len(examples) for task, examples in asked.own.items()}
+    result = EvaluateResult(
+        model=job.model,
+        backend=job.backend,
+        perplexity=ours.perplexity,
+        num_tokens=ours.num_tokens,
+        row_length=job.row_length,
+        accuracy=ours.accuracy,
+        accuracy_by_kind=ours.by_kind,
+        num_examples=num_examples | {task: scores.num_examples for task, scores in ours.scores.items()},
+        recovery=recovery(ours, base) if base else {},
+        metrics={task: scores.metrics for task, scores in ours.scores.items()},
+        standard_errors={task: scores.standard_errors for task, scores in ours.scores.items()},
+        recovery_errors=recovery_errors(ours, base) if base else {},
+        baseline=base.values() if base else {},
+        model_hash=identity,
+        from_cache=tuple(kept.found),
+        cache=str(kept.folder),
+        seconds=time.monotonic() - start,
+    )
+    if job.output:
+        result.write(Path(job.output), job)
+    return result
+
+
+def _check(job: Evaluate) -> None:
+    """ConfigError for options that do not go together."""
     if job.kind and not job.dataset:
         raise ConfigError(f"--kind {job.kind} needs --dataset FILE, the examples")
     if job.kind == "code" and not job.allow_code_execution:
@@ -76,51 +146,30 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
         raise ConfigError("--fewshot-dataset has examples for --dataset FILE --kind KIND --num-fewshot N")
     if job.limit < 0:
         raise ConfigError(f"--limit is {job.limit}; expected a number of examples, or 0 for all")
-    own = [task for task in job.tasks if task in DOCTESTS or task.endswith(TABLES)]
-    tasks = {task: task_examples(task, job.limit, job.seed) for task in own}
-    for_harness: list[str | dict[str, Any]] = [task for task in job.tasks if task not in own]
-    if job.kind:
-        for_harness.append(
-            file_task(
-                Path(job.dataset),
-                job.kind,
-                job.skip_bad_rows,
-                _shots(job),
-                offline=job.offline,
-                progress=progress,
-            )
-        )
-    manager = load_tasks(for_harness, offline=job.offline) if for_harness else None
     if job.row_length < 1:
         raise ConfigError(f"--row-length is {job.row_length}; expected a number of tokens, at least 1")
-    if job.backend == "auto":
-        packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
-        job = replace(job, backend="engine" if packed else "torch")
-    if job.backend == "torch":
-        if job.kv_cache_dtype != "auto":
-            raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
-        if job.threads is not None:
-            use_threads(job.threads)
-    how: dict[str, Any] = {"limit": job.limit, "chat": job.chat, "num_fewshot": job.num_fewshot}
-    through = partial(run, for_harness, manager, **how) if for_harness else None
-    ours = measure(job.model, job, tasks, through, progress)
-    base = measure(job.baseline, job, tasks, through, progress) if job.baseline else None
-    num_examples = {task: len(examples) for task, examples in tasks.items()}
-    return EvaluateResult(
-        model=job.model,
-        backend=job.backend,
-        perplexity=ours.perplexity,
-        num_tokens=ours.num_tokens,
-        row_length=job.row_length,
-        accuracy=ours.accuracy,
-        accuracy_by_kind=ours.by_kind,
-        num_examples=num_examples | {task: scores.num_examples for task, scores in ours.scores.items()},
-        recovery=recovery(ours, base) if base else {},
-        metrics={task: scores.metrics for task, scores in ours.scores.items()},
-        standard_errors={task: scores.standard_errors for task, scores in ours.scores.items()},
-        recovery_errors=recovery_errors(ours, base) if base else {},
-        seconds=time.monotonic() - start,
-    )
+    if job.output:
+        if not job.output.endswith(".json"):
+            raise ConfigError(f"--output is {job.output}; expected FILE.json")
+        refuse_existing(Path(job.output), job.overwrite)
+
+
+def _asked(job: Evaluate, progress: Progress) -> Asked:
+    """Read the examples, and load the harness's tasks, before a model is opened."""
+    own = [task for task in job.tasks if task in DOCTESTS or task.endswith(TABLES)]
+    examples = {task: task_examples(task, job.limit, job.seed) for task in own}
+    names: list[str | dict[str, Any]] = [task for task in job.tasks if task not in own]
+    if job.kind:
+        file, shots = Path(job.dataset), _shots(job)
+        names.append(
+            file_task(file, job.kind, job.skip_bad_rows, shots, offline=job.offline, progress=progress)
+        )
+    manager, decides = load_tasks(names, offline=job.offline) if names else (None, {})
+    text = None
+    if job.dataset and not job.kind:
+        text = manifest(job.dataset, offline=job.offline)
+        text = None if text.get("revision", "") is None else text
+    return Asked(examples, names, manager, decides, text)
 
 
 def _shots(job: Evaluate) -> Shots | None:
@@ -137,28 +186,65 @@ def _shots(job: Evaluate) -> Shots | None:
 
 
 def measure(
-    model: str,
-    job: Evaluate,
-    tasks: dict[str, list[Example | Choice]],
-    harness: Callable[[Any], dict[str, Scores]] | None,
-    progress: Progress,
+    model: str, identity: str, job: Evaluate, asked: Asked, kept: KeptFigures, progress: Progress
 ) -> Figures:
-    """Run one model through the text and the tasks, and through those that `harness` runs."""
-    backend, figures = (
-        open_backend(model, job.backend, job.threads, job.kv_cache_dtype, offline=job.offline),
-        Figures(),
+    """One model's figures of the text, of our own examples, and of the harness's tasks.
+
+    `identity`: its content's hash. It is opened once something has to be measured.
+    """
+    opened: Callable[[], Backend] = cache(
+        lambda: open_backend(model, job.backend, job.threads, job.kv_cache_dtype, offline=job.offline)
     )
+    how = {"model": identity, "backend": job.backend, "kv_cache": job.kv_cache_dtype, "limit": job.limit}
+    figures = Figures()
     if job.dataset and not job.kind:
-        if job.row_length > backend.context:
-            raise ConfigError(
-                f"--row-length is {job.row_length}; expected at most {backend.context}, what the context of "
-                f"{model} holds"
-            )
-        rows_BT = evaluation_rows(job.dataset, backend.tokenizer, job.row_length, offline=job.offline)
-        measure_text(figures, backend, job.dataset, rows_BT[: job.limit or None], progress)
-    measure_tasks(figures, backend, tasks, progress)
-    if harness is not None:
-        progress(Event("evaluate", "lm-evaluation-harness"))
-        figures.scores = harness(backend.for_harness())
-        figures.accuracy |= {task: scores.value for task, scores in figures.scores.items()}
+        decides = asked.text and {**how, "text": asked.text, "row_length": job.row_length}
+        found = kept.of(decides, f"{model}: perplexity", lambda: _of_text(model, opened(), job, progress))
+        figures.perplexity, figures.num_tokens = found["perplexity"], found["num_tokens"]
+    for task, examples in asked.own.items():
+        measured = partial(_of_examples, opened, task, examples, progress)
+        found = kept.of({**how, "examples": repr(examples)}, f"{model}: {task}", measured)
+        figures.accuracy[task], figures.by_kind[task] = found["accuracy"], found["by_kind"]
+    for task in asked.harness:
+        name = task if isinstance(task, str) else task["task"]
+        options = {"chat": job.chat, "num_fewshot": job.num_fewshot, "seed": SEED}
+        measured = partial(_of_harness, opened, name, task, job, asked.manager, progress)
+        decides = {**how, **options, "task": asked.decides[name]}
+        for leaf, found in kept.of(decides, f"{model}: {name}", measured).items():
+            scores = Scores(**{**found, "samples": tuple(found["samples"])})
+            figures.scores[leaf], figures.accuracy[leaf] = scores, scores.value
     return figures
+
+
+def _of_text(model: str, backend: Backend, job: Evaluate, progress: Progress) -> dict[str, Any]:
+    if job.row_length > backend.context:
+        raise ConfigError(
+            f"--row-length is {job.row_length}; expected at most {backend.context}, what the context of "
+            f"{model} holds"
+        )
+    rows_BT = evaluation_rows(job.dataset, backend.tokenizer, job.row_length, offline=job.offline)
+    figures = Figures()
+    measure_text(figures, backend, job.dataset, rows_BT[: job.limit or None], progress)
+    return {"perplexity": figures.perplexity, "num_tokens": figures.num_tokens}
+
+
+def _of_examples(
+    opened: Callable[[], Backend], task: str, examples: list[Example | Choice], progress: Progress
+) -> dict[str, Any]:
+    figures = Figures()
+    measure_tasks(figures, opened(), {task: examples}, progress)
+    return {"accuracy": figures.accuracy[task], "by_kind": figures.by_kind[task]}
+
+
+def _of_harness(
+    opened: Callable[[], Backend],
+    name: str,
+    task: str | dict[str, Any],
+    job: Evaluate,
+    manager: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    progress(Event("evaluate", name))
+    model = opened().for_harness()
+    found = run([task], manager, model, job.limit, chat=job.chat, num_fewshot=job.num_fewshot)
+    return {leaf: asdict(scores) for leaf, scores in found.items()}
