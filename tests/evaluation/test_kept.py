@@ -123,7 +123,7 @@ def test_a_damaged_file_is_told_of_and_made_anew(damage: str, job: Evaluate) -> 
 
 def test_another_program_measures_anew(job: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(job)
-    monkeypatch.setattr("gossamer.evaluation.kept._program", lambda: {"gossamer": "another"})
+    monkeypatch.setattr("gossamer.evaluation.kept.program", lambda: {"gossamer": "another"})
     assert evaluate(job).from_cache == ()
 
 

@@ -118,7 +118,8 @@ def recovery_errors(ours: Figures, base: Figures) -> dict[str, float]:
     It is the delta method's: of mean(x) / mean(y), by the spread of x - r y.
     """
     errors: dict[str, float] = {}
-    for task, scores in ours.scores.items():
+    for task in base.scores:
+        scores = ours.scores[task]
         x, y = np.array(scores.samples), np.array(base.scores[task].samples)
         if len(x) == len(y) > 1 and base.accuracy[task] > 0:
             rest = x - ours.accuracy[task] / base.accuracy[task] * y

@@ -22,6 +22,7 @@ PRIMARY = (
     "rougeL",
     "f1",
     "prompt_level_strict_acc",
+    "win_rate",
     "word_perplexity",
 )
 NO_SHARES = ("perplexity", "bits_per_byte", "bleu", "chrf", "ter")

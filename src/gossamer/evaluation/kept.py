@@ -33,7 +33,7 @@ class KeptFigures:
         """What `measure` returns, or returned when the same decided it; None: something unknown decides."""
         if decides is None:
             return measure()
-        decides = {**decides, "program": _program()}
+        decides = {**decides, "program": program()}
         file = self.folder / f"{digest(decides)}.json"
         if not self._anew and (kept := self._read(file)) is not None:
             self.found.append(name)
@@ -77,7 +77,7 @@ def model_hash(model: str, *, offline: bool = False) -> str:
 
 
 @cache
-def _program() -> dict[str, str]:
+def program() -> dict[str, str]:
     """What computes: our own files, and the versions of libraries."""
     code = hashlib.sha256()
     root = Path(gossamer.__file__).parent

@@ -14,10 +14,12 @@ from gossamer.data.tables import TABLES
 from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import Backend, open_backend
+from gossamer.evaluation.chat import Journal, Speaker, compare, read_prompts
 from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery, recovery_errors
 from gossamer.evaluation.file_tasks import FEW_SHOT, Kind, Shots, file_task
 from gossamer.evaluation.harness import SEED, Scores, load_tasks, run
-from gossamer.evaluation.kept import KeptFigures, model_hash
+from gossamer.evaluation.judge import Judge
+from gossamer.evaluation.kept import KeptFigures, digest, model_hash, program
 from gossamer.evaluation.report import EvaluateResult
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
 from gossamer.job.options import option
@@ -34,7 +36,14 @@ class Evaluate(EngineOptions):
         positional=True,
     )
     dataset: str = option("", help="text whose perplexity to measure: SRC; with --kind, a file of examples")
-    kind: Kind | Literal[""] = option("", help="the examples of --dataset FILE, run by lm-evaluation-harness")
+    kind: Kind | Literal["", "chat"] = option(
+        "", help="the examples of --dataset FILE, run by lm-evaluation-harness; chat: prompts for --judge"
+    )
+    judge: str = option(
+        "", help="URL of an OpenAI-compatible endpoint that compares answers of --kind chat with --baseline's"
+    )
+    judge_model: str = option("", help="the judge's name at its endpoint")
+    max_tokens: int = option(512, help="tokens of an answer of --kind chat at most")
     num_fewshot: int | None = option(
         None, help="examples shown before each prompt (default: the harness's own number; of --kind none)"
     )
@@ -88,6 +97,7 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     """
     start = time.monotonic()
     _check(job)
+    prompts = read_prompts(Path(job.dataset), job.skip_bad_rows, progress) if job.kind == "chat" else []
     asked = _asked(job, progress)
     if job.backend == "auto":
         packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
@@ -104,6 +114,15 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     if job.baseline:
         base_identity = model_hash(job.baseline, offline=job.offline)
         base = measure(job.baseline, base_identity, job, asked, kept, progress)
+        if prompts:
+            speakers = _speaker(job.model, identity, job), _speaker(job.baseline, base_identity, job)
+            journal = Journal(Path(job.output).with_suffix(".chat.jsonl"), progress, anew=job.no_cache)
+            judge = Judge(job.judge, job.judge_model)
+            scores = compare(
+                prompts[: job.limit or None], *speakers, judge, journal, job.max_tokens, progress
+            )
+            ours.scores[Path(job.dataset).name] = scores
+            ours.accuracy[Path(job.dataset).name] = scores.value
     num_examples = {task: len(examples) for task, examples in asked.own.items()}
     result = EvaluateResult(
         model=job.model,
@@ -140,6 +159,10 @@ def _check(job: Evaluate) -> None:
         )
     if not job.dataset and not job.tasks:
         raise ConfigError("nothing to evaluate; give --dataset SRC, --tasks NAME..., or both")
+    if job.kind == "chat":
+        _check_chat(job)
+    elif job.judge or job.judge_model:
+        raise ConfigError("--judge and --judge-model are for --kind chat")
     if (job.num_fewshot or 0) < 0:
         raise ConfigError(f"--num-fewshot is {job.num_fewshot}; expected a number of examples, or 0 for none")
     if job.fewshot_dataset and not (job.kind and job.num_fewshot):
@@ -154,12 +177,29 @@ def _check(job: Evaluate) -> None:
         refuse_existing(Path(job.output), job.overwrite)
 
 
+def _check_chat(job: Evaluate) -> None:
+    needed = {
+        "--baseline": job.baseline,
+        "--judge": job.judge,
+        "--judge-model": job.judge_model,
+        "--output": job.output,
+    }
+    if lacking := [name for name, value in needed.items() if not value]:
+        raise ConfigError(
+            "--kind chat has a judge compare the answers of two models, and keeps them beside the output; it "
+            f"needs {', '.join(lacking)}"
+        )
+    if job.max_tokens < 1:
+        raise ConfigError(f"--max-tokens is {job.max_tokens}; expected a number of tokens, at least 1")
+    Judge(job.judge, job.judge_model)  # whose URL must be one
+
+
 def _asked(job: Evaluate, progress: Progress) -> Asked:
     """Read the examples, and load the harness's tasks, before a model is opened."""
     own = [task for task in job.tasks if task in DOCTESTS or task.endswith(TABLES)]
     examples = {task: task_examples(task, job.limit, job.seed) for task in own}
     names: list[str | dict[str, Any]] = [task for task in job.tasks if task not in own]
-    if job.kind:
+    if job.kind and job.kind != "chat":
         file, shots = Path(job.dataset), _shots(job)
         names.append(
             file_task(file, job.kind, job.skip_bad_rows, shots, offline=job.offline, progress=progress)
@@ -170,6 +210,18 @@ def _asked(job: Evaluate, progress: Progress) -> Asked:
         text = manifest(job.dataset, offline=job.offline)
         text = None if text.get("revision", "") is None else text
     return Asked(examples, names, manager, decides, text)
+
+
+def _speaker(model: str, identity: str, job: Evaluate) -> Speaker:
+    how = {"model": identity, "backend": job.backend, "kv_cache": job.kv_cache_dtype, "program": program()}
+    return Speaker(model, digest(how), _opener(model, job))
+
+
+def _opener(model: str, job: Evaluate) -> Callable[[], Backend]:
+    """Opens the model the first time that it is called."""
+    return cache(
+        lambda: open_backend(model, job.backend, job.threads, job.kv_cache_dtype, offline=job.offline)
+    )
 
 
 def _shots(job: Evaluate) -> Shots | None:
@@ -192,9 +244,7 @@ def measure(
 
     `identity`: its content's hash. It is opened once something has to be measured.
     """
-    opened: Callable[[], Backend] = cache(
-        lambda: open_backend(model, job.backend, job.threads, job.kv_cache_dtype, offline=job.offline)
-    )
+    opened = _opener(model, job)
     how = {"model": identity, "backend": job.backend, "kv_cache": job.kv_cache_dtype, "limit": job.limit}
     figures = Figures()
     if job.dataset and not job.kind:
