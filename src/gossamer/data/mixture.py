@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from gossamer.data.sources import documents, parse_weight
@@ -107,13 +109,9 @@ class Mixture:
 
 def pieces(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Cut a text at line ends into pieces of at most `limit` characters (a longer line stays whole)."""
-    piece: list[str] = []
-    length = 0
-    for line in text.splitlines(keepends=True):
-        if piece and length + len(line) > limit:
-            yield "".join(piece)
-            piece, length = [], 0
-        piece.append(line)
-        length += len(line)
-    if piece:
-        yield "".join(piece)
+    ends = [*accumulate(map(len, text.splitlines(keepends=True)))]
+    begin = index = 0
+    while begin < len(text):
+        index = max(index + 1, bisect_right(ends, begin + limit, index))
+        yield text[begin : ends[index - 1]]
+        begin = ends[index - 1]
