@@ -20,7 +20,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
@@ -244,7 +244,13 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
             if what == "tree":
                 inside = [file for file in sorted(files) if file.startswith(f"{folder}/" if folder else "")]
-                content: Any = [_entry(file, files[file]) for file in inside]
+                within = {str(parent) for file in inside for parent in PurePosixPath(file).parents}
+                folders = sorted(path for path in within if path.startswith(f"{folder}/" if folder else ""))
+                content: Any = [_folder(path) for path in folders if path != "."]
+                content += [_entry(file, files[file]) for file in inside]
+                if "recursive=true" not in self.path.lower():
+                    depth = len(PurePosixPath(folder).parts) + 1
+                    content = [each for each in content if len(PurePosixPath(each["path"]).parts) == depth]
             else:
                 siblings = [{"rfilename": file} for file in sorted(files)]
                 content = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
@@ -312,6 +318,11 @@ def _upload_mode(of: dict[str, Any], there: bytes | None) -> dict[str, Any]:
         )
     mode = "lfs" if large else "regular"
     return {"path": of["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+
+def _folder(path: str) -> dict[str, Any]:
+    """A folder in the list of a tree."""
+    return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
 
 
 def _entry(file: str, content: bytes) -> dict[str, Any]:

@@ -32,7 +32,11 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "cut": {"train.parquet": b"PAR1" + b"x" * 100},
     "packed": {"train.jsonl.zst": b"no frame"},
     "latin": {"train.jsonl": '{"text": "café"}\n'.encode("latin-1")},
-    "other": {"train.jsonl": b'{"content": "text"}\n'},
+    "other": {"train.jsonl": b'{"body": "text"}\n'},
+    "stack": {
+        "data/python/train.jsonl": b'{"content": "import os"}\n',
+        "data/rust/train.jsonl": b'{"content": "fn main"}\n',
+    },
     "image": {"train.png": b"no picture"},
 }
 # name: words of the answer
@@ -50,7 +54,7 @@ REFUSED = {
     "cut": ("ConfigError", "Parquet magic bytes not found"),
     "packed": ("ConfigError", "zstd decompress error"),
     "latin": ("ConfigError", "can't decode byte 0xe9"),
-    "other": ("ConfigError", "hf:org/other:1: no text in field 'text'; found fields ['content']"),
+    "other": ("ConfigError", "hf:org/other:1: no text in field 'text'; found fields ['body']"),
     "image": ("ConfigError", "cannot identify image"),
     "good:en": ("ConfigError", "BuilderConfig 'en' not found. Available: ['default']"),
     "good:default:test": ("ConfigError", "Bad split: test. Available splits: ['train']"),
@@ -89,11 +93,18 @@ def read(hub: HubServer, home: Path, names: list[str], **settings: str) -> dict[
 @pytest.fixture(scope="module")
 def answers(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | str]:
     """Of all sources, without a token, in one program."""
-    return read(hub, tmp_path_factory.mktemp("home"), ["good", "good:default:train", *REFUSED])
+    return read(
+        hub, tmp_path_factory.mktemp("home"), ["good", "good:default:train", "stack:data/python", *REFUSED]
+    )
 
 
 def test_a_dataset_is_streamed(answers: dict[str, list[str] | str]) -> None:
     assert answers["good"] == answers["good:default:train"] == TEXTS
+
+
+def test_a_folder_of_a_dataset_is_streamed_alone(answers: dict[str, list[str] | str]) -> None:
+    """The Stack has a folder for each language, and its text in the field `content`."""
+    assert answers["stack:data/python"] == ["import os"]
 
 
 @pytest.mark.parametrize("name", REFUSED)

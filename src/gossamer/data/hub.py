@@ -7,22 +7,28 @@ HF_HUB_OFFLINE), and takes a copy that an earlier download left in its cache whe
 from collections.abc import Iterator
 from typing import Any
 
+from gossamer.data.presets import instead_of
 from gossamer.errors import ConfigError
 
 
 def hub_rows(source: str, *, offline: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of `hf:repo[:config[:split]]`, each with its place for messages.
 
+    A config with a slash in it is a folder of the repository, as The Stack has one for each language.
+
     Raises ConfigError for what the hub does not have or give, or what cannot be read; OSError where the hub
     cannot be reached.
     """
     repo, config, split = _parts(source)
     if offline:
-        raise ConfigError(f"dataset {source!r} has to be streamed; drop --offline or give a local file")
+        raise ConfigError(
+            f"dataset {source!r} has to be streamed; drop --offline or give a local file{instead_of(repo)}"
+        )
     from datasets import load_dataset
 
+    part = {"data_dir" if "/" in config else "name": config or None}
     try:
-        rows = iter(load_dataset(repo, config or None, split=split or "train", streaming=True))
+        rows = iter(load_dataset(repo, split=split or "train", streaming=True, **part))
     except Exception as error:  # of any kind: what the library raises is in no tree
         raise _explanation(error, source, repo) from error
     number = 0
@@ -63,16 +69,16 @@ def _explanation(error: Exception, source: str, repo: str) -> Exception:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import constants, errors, get_token
 
-    what, page = f"dataset {source!r}", f"{constants.ENDPOINT}/datasets/{repo}"
+    what, page, instead = f"dataset {source!r}", f"{constants.ENDPOINT}/datasets/{repo}", instead_of(repo)
     words = " ".join(str(error).split())[:200] or type(error).__name__
     with_token = get_token() is not None
     log_in = "log in (`hf auth login`) or set HF_TOKEN"
     if isinstance(error, DatasetNotFoundError) and "gated" in words:
         access = "the token found here has no access yet" if with_token else f"then {log_in}"
-        return ConfigError(f"{what}: {page} is gated; ask for access on that page; {access}")
+        return ConfigError(f"{what}: {page} is gated; ask for access on that page; {access}{instead}")
     if isinstance(error, DatasetNotFoundError):
         private = "the token found here cannot see it" if with_token else f"if it is private, {log_in}"
-        return ConfigError(f"{what}: the hub shows no {page}; check the name; {private}")
+        return ConfigError(f"{what}: the hub shows no {page}; check the name; {private}{instead}")
     answered = isinstance(error, errors.HfHubHTTPError)
     cut_off = errors.HTTPError, ConnectionError, TimeoutError  # pyright: ignore[reportPrivateImportUsage]
     down = answered and error.response.status_code >= 500
@@ -80,9 +86,9 @@ def _explanation(error: Exception, source: str, repo: str) -> Exception:
         offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         return OSError(
             f"{what}: {constants.ENDPOINT} cannot be reached ({words}){offline}; run it again with a "
-            "network, or give a local file"
+            f"network, or give a local file{instead}"
         )
     return ConfigError(
         f"{what}: {page} cannot be streamed ({words}); check config and split (hf:repo[:config[:split]]), or "
-        "download its files and give one of them"
+        f"download its files and give one of them{instead}"
     )

@@ -6,10 +6,10 @@ A source `SRC` is one of
     python:stdlib   this interpreter's own library, without tests, tables and the held-out files
     python:stdlib:held-out          the files that `python:stdlib` leaves out, to evaluate on
     python:doctests[:NUM[:SEED]]    generated examples (`>>> sorted("bca")` and its answer); see doctests.py
-    hf:repo[:config[:split]]        a Hugging Face dataset, streamed
+    hf:repo[:config[:split]]        a Hugging Face dataset, streamed (presets.py: some have names)
 
 and in a mixture (mixture.py) `SRC@WEIGHT`, the weight being the source's share of the characters.
-A .txt holds one document, or several separated by `<|endoftext|>`; the other formats have a field `text`.
+A .txt holds one document, or several separated by `<|endoftext|>`; rows have a field `text` or `content`.
 """
 
 from __future__ import annotations

@@ -124,12 +124,12 @@ def _zst_lines(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
 
 
 def table_documents(path: Path, bad: BadRows | None = None) -> Iterator[str]:
-    """The field `text` of each row of a file."""
+    """The text of each row of a file."""
     return _texts(table_rows(path, bad), bad)
 
 
 def hub_documents(source: str, offline: bool, bad: BadRows | None = None) -> Iterator[str]:
-    """The field `text` of each row of a dataset of the hub."""
+    """The text of each row of a dataset of the hub."""
     from gossamer.data.hub import hub_rows
 
     return _texts(hub_rows(source, offline=offline), bad)
@@ -148,8 +148,8 @@ def _texts(rows: Iterable[tuple[str, dict[str, Any]]], bad: BadRows | None) -> I
 
 
 def _text_field(row: dict[str, Any], where: str) -> str:
-    """The field `text` of a row; the ConfigError of a row without one names it as `where`."""
-    text = row.get("text")
+    """The field `text` of a row, or `content` (The Stack's); the ConfigError of a row names it as `where`."""
+    text = row.get("text", row.get("content"))
     if not isinstance(text, str):
         raise ConfigError(f"{where}: no text in field 'text'; found fields {sorted(row)}")
     return text

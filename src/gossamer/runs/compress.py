@@ -9,6 +9,7 @@ from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import holds_checkpoint
+from gossamer.data.presets import expand
 from gossamer.data.sources import manifest
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job.options import option, record
@@ -49,7 +50,9 @@ class Compress(options_of(STAGES, without=DECIDED, defaults=DEFAULTS)):
     model: str = option(help="dense checkpoint directory, or org/name[@revision] of the hub", positional=True)
     output_dir: str = option(help="directory for every step's output and model.goss", short="-o")
     dataset: tuple[str, ...] = option(help="calibration text: SRC[@WEIGHT]...")
-    pretrain_dataset: tuple[str, ...] = option((), help="text to train on after each prune: SRC[@WEIGHT]...")
+    pretrain_dataset: tuple[str, ...] = option(
+        (), help="text to train on after each prune, as pretrain takes it"
+    )
     finetune_dataset: tuple[str, ...] = option(
         (), help="examples to fine-tune on, with SquareHead from MODEL"
     )
@@ -85,7 +88,7 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     """
     job = pinned(job)
     steps = plan(job)
-    left = claim(Path(job.output_dir), job)
+    left = claim(Path(job.output_dir), inputs(job))
     ran = [(step.stage, str(step.output), run(step, left, job.overwrite, progress)) for step in steps]
     left.mark.write_text(left.finished, encoding="utf-8")
     packed = steps[-1].output
@@ -101,7 +104,8 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
 
 
 def pinned(job: Compress) -> Compress:
-    """The same job, with a model of the hub named by its commit: all steps are to see the same one."""
+    """The same job, its presets as sources and a model of the hub by its commit: all steps see the same."""
+    job = dataclasses.replace(job, pretrain_dataset=expand(job.pretrain_dataset))
     downloaded = Checkpoint.open(job.model, offline=job.offline).downloaded
     if downloaded is None:
         return job
@@ -122,8 +126,16 @@ class Left:
     finished: str
 
 
-def claim(output: Path, job: Compress) -> Left:
-    """Mark the directory as ours, and say what is left in it.
+def inputs(job: Compress) -> dict[str, Any]:
+    """All that decides what comes out: options, the model's hash, and what the data are."""
+    names = (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)
+    data = [manifest(name, offline=job.offline) for name in names]
+    model_hash = Checkpoint.open(job.model, offline=job.offline).hash
+    return {**deciding(record(job)), "model_hash": model_hash, "data": data}
+
+
+def claim(output: Path, decided: dict[str, Any]) -> Left:
+    """Mark the directory as ours, with all that decides what comes out, and say what is left in it.
 
     Raises ConfigError for a directory that holds anything else's files.
     """
@@ -131,15 +143,7 @@ def claim(output: Path, job: Compress) -> Left:
     if output.exists() and not mark.exists() and (output.is_file() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
-    data = [
-        manifest(name, offline=job.offline)
-        for name in (*job.dataset, *job.pretrain_dataset, *job.finetune_dataset)
-    ]
-    inputs = {"model_hash": Checkpoint.open(job.model, offline=job.offline).hash, "data": data}
-    begun, finished = (
-        json.dumps({**deciding(record(job)), **inputs, "finished": whole}, indent=2) + "\n"
-        for whole in (False, True)
-    )
+    begun, finished = (json.dumps({**decided, "finished": whole}, indent=2) + "\n" for whole in (False, True))
     output.mkdir(parents=True, exist_ok=True)
     mark.write_text(begun, encoding="utf-8")
     return Left(before in (begun, finished), before == finished, mark, finished)

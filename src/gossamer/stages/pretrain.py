@@ -4,12 +4,13 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.data.mixture import Mixture
 from gossamer.data.packing import CHARACTERS_A_TOKEN, FOLDER, PackedText, pack_once, read_rows
+from gossamer.data.presets import expand
 from gossamer.data.sources import manifest
 from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
@@ -32,7 +33,7 @@ from gossamer.training.whole_model import derive_in_first, load_model, write_mod
 class Pretrain(TrainingOptions):
     """Train on text with the model's zeros held fixed, so that it recovers from pruning."""
 
-    dataset: tuple[str, ...] = option(help="training text: SRC[@WEIGHT]...")
+    dataset: tuple[str, ...] = option(help="training text: SRC[@WEIGHT]..., or preset:NAME")
     num_tokens: int = option(10_000_000, help="tokens to train on, or as many as there are")
     repeat: bool = option(False, help="sources that are used up begin again, instead of ending the text")
     truncate: bool = option(False, help="of a document longer than a row only the beginning is used")
@@ -43,6 +44,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
     check_options(job)
     _check(job)
+    job = replace(job, dataset=expand(job.dataset))
     source = Checkpoint.open(job.model, offline=job.offline)
     check_model(job, source)
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
