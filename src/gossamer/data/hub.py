@@ -26,9 +26,10 @@ def hub_rows(source: str, *, offline: bool) -> Iterator[tuple[str, dict[str, Any
         )
     from datasets import load_dataset
 
-    part = {"data_dir" if "/" in config else "name": config or None}
+    folder = config if "/" in config else None
+    name = None if folder else config or None
     try:
-        rows = iter(load_dataset(repo, split=split or "train", streaming=True, **part))
+        rows = iter(load_dataset(repo, name, data_dir=folder, split=split or "train", streaming=True))
     except Exception as error:  # of any kind: what the library raises is in no tree
         raise _explanation(error, source, repo) from error
     number = 0

@@ -1,0 +1,26 @@
+"""Arithmetic, as in the paper: GSM8K, 2 to 5 epochs, SquareHead; dense 2 epochs at 3e-5 (35.5%)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from one_task import main
+
+from gossamer.runs.recipe import Task
+
+
+def question(row: Mapping[str, Any]) -> str:
+    return f"Question: {row.get('question') or row['context']}\nAnswer:"
+
+
+TASK = Task(
+    name="arithmetic",
+    format="prompt-completion",
+    example=lambda row: {"prompt": question(row), "completion": f" {row['answer']}"},
+    kind="exact-match",  # of the answer alone; to become "gsm8k", which finds it behind the reasoning
+    question=lambda row: {"prompt": question(row), "answer": row["answer"].split("#### ")[-1]},
+    learning_rate={0.0: 3e-5, 0.5: 5e-5, 0.7: 1e-4},  # the paper swept 1e-5 to 1e-4
+    epochs={0.0: 2, 0.5: 3, 0.7: 5},
+)
+
+if __name__ == "__main__":
+    main(TASK, __doc__)

@@ -1,0 +1,141 @@
+"""The paper's whole run of Llama-2-7B to 70% zeros (arXiv 2405.03594), for a machine with several GPUs.
+
+    python recipes/llama2_7b_70.py meta-llama/Llama-2-7b-hf -o OUT --calibration TEXT --processes 8 \
+        --examples arithmetic=TRAIN.jsonl,TEST.jsonl chat=TRAIN.jsonl,TEST.jsonl ... --dry-run
+
+Prune 50% -> pretrain on 45 B tokens -> prune 70% -> pretrain on 100 B, and for each task that has examples:
+its dense teacher, fine-tuning beside it, INT8, pack, evaluate. Training runs under torchrun, shared by FSDP.
+Finished steps are skipped. `--dry-run` prints the commands, the memory that each GPU needs, and, from a
+measured rate, time and cost.
+"""
+
+import argparse
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import arithmetic
+import chat
+import coding
+import instruction
+import summarization
+import torch
+from one_task import parser, print_measured, run_and_print, sizes_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gossamer.errors import ConfigError, GossamerError
+from gossamer.runs.compress import TRAINED, Step
+from gossamer.runs.recipe import Files, Sizes, command, examples_of, finetuned, pruned
+from gossamer.stages.pretrain import Pretrain
+from gossamer.training.memory import estimate_memory
+
+TASKS = {module.TASK.name: module.TASK for module in (arithmetic, chat, coding, instruction, summarization)}
+SPARSITY = 0.7
+
+
+def examples_by_task(given: Sequence[str]) -> dict[str, Files]:
+    """`TASK=TRAIN,TEST` of each."""
+    found: dict[str, Files] = {}
+    for each in given:
+        name, equals, files = each.partition("=")
+        train, comma, test = files.partition(",")
+        if name not in TASKS or not equals or not comma:
+            raise ConfigError(
+                f"--examples {each}: expected TASK=TRAIN,TEST with TASK one of {', '.join(TASKS)}"
+            )
+        found[name] = Files(Path(train), Path(test))
+    return found
+
+
+def rate(given: argparse.Namespace) -> tuple[float, str] | None:
+    """Tokens a second that one GPU trains, and where that was measured; None where nobody measured it."""
+    if given.tokens_per_s is not None:
+        return given.tokens_per_s, "--tokens-per-s"
+    if given.rates is None:
+        return None
+    rows = [json.loads(line) for line in given.rates.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "tokens_per_s" in row and row.get("what") == "training"]
+    if not rows:
+        raise ConfigError(f'{given.rates}: found no row with "what": "training" and tokens_per_s')
+    newest = rows[-1]
+    return newest[
+        "tokens_per_s"
+    ], f"{given.rates}, measured {newest['date']} on {newest.get('device', 'this machine')}"
+
+
+def memory(model: str, sizes: Sizes, *, teacher: bool) -> str:
+    """What training takes of each GPU, from the model's configuration alone, in words.
+
+    FSDP shares out weights, gradients and moments; a micro-batch of one row, and the teacher, are each GPU's.
+    """
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    beside = built if teacher else None
+    whole = estimate_memory(built, 1, sizes.max_length, "bf16", device="cuda", teacher=beside)
+    own = sum(weight.nbytes for weight in built.parameters())
+    shared = {
+        name: math.ceil(getattr(whole, name) / sizes.num_processes) for name in ("gradients", "moments")
+    }
+    weights = whole.weights - own + math.ceil(own / sizes.num_processes)
+    return replace(whole, weights=weights, **shared).parts()
+
+
+def print_plan(given: argparse.Namespace, sizes: Sizes, steps: Sequence[Step]) -> None:
+    known, hours = rate(given), 0.0
+    for number, step in enumerate(steps, 1):
+        print(f"# {number}. {step.stage} -> {step.output}")
+        if step.stage in TRAINED:
+            needed = memory(given.model, sizes, teacher=getattr(step.job, "teacher", None) is not None)
+            print(f"#    each of {sizes.num_processes} GPUs: about {needed}")
+        if isinstance(step.job, Pretrain) and known:
+            took = step.job.num_tokens / (known[0] * sizes.num_processes) / 3600
+            hours += took
+            print(f"#    {step.job.num_tokens:,} tokens: {took:,.1f} hours, {cost(given, took)}")
+        print(shlex.join(command(step, sizes.num_processes)))
+    if known is None:
+        print("# time and cost: give --tokens-per-s, or --rates FILE with a measured rate")
+        return
+    (speed, where), total = known, cost(given, hours)
+    print(f"# pretraining: {hours:,.1f} hours, {total}, at {speed:,.0f} tokens/s a GPU ({where})")
+    print("# pruning, fine-tuning and rounding, a small part of it, are not counted")
+
+
+def cost(given: argparse.Namespace, hours: float) -> str:
+    """Of all GPUs."""
+    if given.price is None:
+        return f"{hours * given.processes:,.1f} GPU-hours (--price says what they cost)"
+    return f"{hours * given.processes * given.price:,.2f} at {given.price:g} a GPU-hour"
+
+
+def main() -> None:
+    options = parser("The paper's whole run of Llama-2-7B to 70% zeros.")
+    options.add_argument("--examples", nargs="*", default=[], metavar="TASK=TRAIN,TEST")
+    options.add_argument("--tokens-per-s", type=float, help="that a GPU trains, as you measured it")
+    options.add_argument("--rates", type=Path, help="a file of docs/results with a measured rate")
+    options.add_argument("--price", type=float, help="of an hour of a GPU")
+    given = options.parse_args()
+    output, sizes = given.output_dir, sizes_of(given, SPARSITY)
+    try:
+        files = examples_by_task(given.examples)
+        if not given.dry_run:
+            folder = output.with_name(f"{output.name}-examples")
+            files = {name: examples_of(TASKS[name], each, folder / name) for name, each in files.items()}
+        steps = pruned(given.model, output, given.calibration, given.dataset, sizes)
+        sparse = steps[-1].output
+        for name, each in files.items():
+            steps += finetuned(TASKS[name], given.model, sparse, output, given.calibration, each, sizes)
+        if given.dry_run:
+            print_plan(given, sizes, steps)
+            return
+        run_and_print(steps, given)
+        for name, each in files.items():
+            print_measured(TASKS[name], each.test, output / name, sizes)
+    except GossamerError as error:
+        options.exit(2, f"{options.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The paper's recipes as programs: whole runs of a tiny model, and what is skipped, printed and refused."""
+
+import json
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gossamer import cli
+from gossamer.job.options import record
+from gossamer.runs.compress import deciding
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+ROWS = [
+    {"question": f"What is {a} + {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"}
+    for a in range(6)
+    for b in range(6)
+]
+SMALL = [
+    "--num-tokens",
+    "1024",
+    "1024",
+    "--num-calibration-samples",
+    "8",
+    "--max-length",
+    "64",
+    "--batch-tokens",
+    "512",
+]
+
+
+@pytest.fixture
+def given(tiny_llama: Callable[[str], Path], text_file: Path, tmp_path: Path) -> list[str]:
+    """Model, output directory and texts of a run."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    text = ["--dataset", str(text_file), "--calibration", str(text_file)]
+    return [str(tiny_llama("llama2")), "-o", str(tmp_path / "out"), *text, *SMALL]
+
+
+def run(
+    program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What the program prints, run in this process as `python recipes/PROGRAM` would."""
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    monkeypatch.syspath_prepend(str(RECIPES))
+    runpy.run_path(str(RECIPES / program), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_the_whole_run_ends_in_a_report_and_is_skipped_the_second_time(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prune, pretrain, prune, pretrain, teacher, finetune, quantize, pack, evaluate."""
+    examples = ["--examples", f"arithmetic={tmp_path}/rows.jsonl,{tmp_path}/rows.jsonl", "--limit", "4"]
+    printed = run("llama2_7b_70.py", [*given, *examples], monkeypatch, capsys)
+    stages = ["prune", "pretrain", "prune", "pretrain", "finetune", "finetune", "quantize", "pack"]
+    assert [line.split()[:2] for line in printed.splitlines() if line.startswith("ran")] == [
+        ["ran", stage] for stage in stages
+    ]
+    assert "# arithmetic: 70% zeros" in printed and "(exact_match)" in printed
+    written = (tmp_path / "out" / "arithmetic" / "evaluation.json").stat().st_mtime_ns
+    printed = run("llama2_7b_70.py", [*given, *examples], monkeypatch, capsys)
+    assert [line.split()[0] for line in printed.splitlines()[:8]] == ["stood"] * 8
+    assert (tmp_path / "out" / "arithmetic" / "evaluation.json").stat().st_mtime_ns == written
+    [train] = (tmp_path / "out-examples" / "arithmetic").glob("train-*.jsonl")
+    examples = ["--examples", f"arithmetic={train},{train}", "--dry-run"]
+    for line in run("llama2_7b_70.py", [*given, *examples], monkeypatch, capsys).splitlines():
+        verb, *words = shlex.split(line, comments=True)[3:] or [""]
+        if verb and verb != "pack":  # a packed file does not say by which options
+            planned = cli.parse(verb, words)[0]
+            made = json.loads((Path(planned.output_dir) / "gossamer.json").read_text(encoding="utf-8"))
+            assert deciding(made["job"]) == deciding(record(planned))
+
+
+def test_the_plan_has_commands_memory_time_and_cost(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model of which only the configuration is there; nothing is written."""
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "config.json").write_text((Path(given[0]) / "config.json").read_text())
+    options = [
+        "--dry-run",
+        "--processes",
+        "4",
+        "--tokens-per-s",
+        "100",
+        "--price",
+        "2",
+        "--num-tokens",
+        "360000",
+        "720000",
+    ]
+    given = [str(tmp_path / "only"), *given[1:], *options]
+    printed = run(
+        "llama2_7b_70.py", [*given, "--examples", "chat=train.jsonl,test.jsonl"], monkeypatch, capsys
+    )
+    assert "360,000 tokens: 0.2 hours, 2.00 at 2 a GPU-hour" in printed
+    assert "pretraining: 0.8 hours, 6.00 at 2 a GPU-hour, at 100 tokens/s a GPU (--tokens-per-s)" in printed
+    assert (
+        "each of 4 GPUs: about" in printed and "torchrun --nproc-per-node 4 -m gossamer pretrain" in printed
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("program", ["arithmetic", "chat", "instruction", "coding", "summarization"])
+def test_each_task_plans_its_run(
+    program: str, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*given, "--train", "a.jsonl", "--test", "b.jsonl", "--sparsity", "0.5", "--dry-run"]
+    lines = run(f"{program}.py", arguments, monkeypatch, capsys).splitlines()
+    verbs = [line.split(" gossamer ")[1].split()[0] for line in lines]
+    assert verbs == ["prune", "pretrain", "finetune", "finetune", "quantize", "pack"]
+    assert ("--teacher" in lines[3]) == (program != "instruction")
+
+
+def test_examples_that_lack_a_field_name_it(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--train", f"{tmp_path}/rows.jsonl", "--test", f"{tmp_path}/rows.jsonl"]
+    with pytest.raises(SystemExit) as ended:
+        run("chat.py", [*given, *files], monkeypatch, capsys)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "rows.jsonl:1: found fields ['answer', 'question']; this recipe needs 'messages'" in said
