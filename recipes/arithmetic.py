@@ -16,8 +16,8 @@ TASK = Task(
     name="arithmetic",
     format="prompt-completion",
     example=lambda row: {"prompt": question(row), "completion": f" {row['answer']}"},
-    kind="exact-match",  # of the answer alone; to become "gsm8k", which finds it behind the reasoning
-    question=lambda row: {"prompt": question(row), "answer": row["answer"].split("#### ")[-1]},
+    kind="gsm8k",  # the number behind "####" (strict), or the last one (flexible)
+    question=dict,
     learning_rate={0.0: 3e-5, 0.5: 5e-5, 0.7: 1e-4},  # the paper swept 1e-5 to 1e-4
     epochs={0.0: 2, 0.5: 3, 0.7: 5},
 )

@@ -60,7 +60,7 @@ def test_the_whole_run_ends_in_a_report_and_is_skipped_the_second_time(
     assert [line.split()[:2] for line in printed.splitlines() if line.startswith("ran")] == [
         ["ran", stage] for stage in stages
     ]
-    assert "# arithmetic: 70% zeros" in printed and "(exact_match)" in printed
+    assert "# arithmetic: 70% zeros" in printed and "(exact_match, strict-match)" in printed
     written = (tmp_path / "out" / "arithmetic" / "evaluation.json").stat().st_mtime_ns
     printed = run("llama2_7b_70.py", [*given, *examples], monkeypatch, capsys)
     assert [line.split()[0] for line in printed.splitlines()[:8]] == ["stood"] * 8

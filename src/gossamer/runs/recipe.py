@@ -26,6 +26,7 @@ from gossamer.data.sources import manifest
 from gossamer.data.supervised import Format
 from gossamer.data.tables import table_rows
 from gossamer.errors import ConfigError, GossamerError
+from gossamer.evaluation.file_tasks import Kind
 from gossamer.job.options import record
 from gossamer.job.report import Progress, quiet
 from gossamer.runs.compress import TRAINED, Left, Step, claim, is_up_to_date
@@ -51,7 +52,7 @@ class Task:
     name: str
     format: Format
     example: Callable[[Row], Row | None]
-    kind: Literal["exact-match", "code", "summarization"]
+    kind: Kind
     question: Callable[[Row], Row | None]
     learning_rate: Mapping[float, float]
     epochs: Mapping[float, int]
