@@ -175,20 +175,27 @@ def _write(options: argparse.Namespace) -> None:
         str(Path(__file__).with_name("write_text.py")),
         str(options.model),
         *("-o", str(out / "written.partial.npy"), "--starts", str(out / "natural.npy")),
-        *("--num-tokens", str(options.written_tokens), "--row-length", str(ROW_LENGTH)),
+        *("--num-tokens", str(options.written_tokens), "--row-length", str(ROW_LENGTH + 1)),
     ]
     subprocess.run(command, check=True)
     (out / "written.partial.npy").rename(out / "written.npy")
 
 
-def _mixed(out: Path, num_tokens: int) -> Rows:
-    """Rows of both kinds of text in a fixed order; a kind that is used up begins again, in another order."""
+def _mixed(out: Path, num_tokens: int, tokenizer: Tokenizer) -> Rows:
+    """Rows of both kinds of text in a fixed order; a kind that is used up begins again, in another order.
+
+    Of written text, as of packed rows, every second one is without BOS where the tokenizer adds none.
+    """
     chance = np.random.default_rng(0)
     num_rows = -(-num_tokens // ROW_LENGTH)
     num_written = round(WRITTEN_SHARE * num_rows)
+    written_SU, natural_ST = (np.load(out / f"{name}.npy") for name in ("written", "natural"))
+    written_ST = written_SU[:, :-1].copy()
+    if not tokenizer.adds_bos:
+        written_ST[1::2] = written_SU[1::2, 1:]
+        written_ST[1::2, 0] = ~written_ST[1::2, 0]
     kinds = []
-    for name, wanted in (("written", num_written), ("natural", num_rows - num_written)):
-        rows_ST = np.load(out / f"{name}.npy")
+    for rows_ST, wanted in ((written_ST, num_written), (natural_ST, num_rows - num_written)):
         order = [chance.permutation(len(rows_ST)) for _ in range(-(-wanted // len(rows_ST)))]
         kinds.append(rows_ST[np.concatenate(order)[:wanted]] if order else rows_ST[:0])
     rows_ST = np.concatenate(kinds)
@@ -212,7 +219,8 @@ def _train(options: argparse.Namespace, training: Training) -> None:
         save_steps=0,
         overwrite=True,
     )
-    source, rows = Checkpoint.open(start), _mixed(out, training.num_tokens)
+    source = Checkpoint.open(start)
+    rows = _mixed(out, training.num_tokens, Tokenizer.open(source.path))
     began = time.monotonic()
 
     def progress(event: Event) -> None:

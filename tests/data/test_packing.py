@@ -60,6 +60,29 @@ def test_rows_hold_the_documents_and_begin_with_bos(
     assert all(first or place in ends for place, first in zip(before, at_row, strict=True))
 
 
+def test_every_second_row_does_without_a_bos_that_the_tokenizer_does_not_add(
+    tiny_llama: Callable[[str], Path], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Taken apart, both kinds of rows hold the documents; a border is marked on whatever begins there."""
+    document = json.loads((tiny_llama("llama2") / "tokenizer.json").read_text())
+    document["post_processor"] = None
+    config = json.loads((tiny_llama("llama2") / "tokenizer_config.json").read_text())
+    bare = Tokenizer(json.dumps(document).encode(), {**config, "add_bos_token": False})
+    assert tokenizer.adds_bos and not bare.adds_bos
+    texts = [f"{n} times {n} is {n * n}.\n" * 3 for n in range(40)]
+    rows_ST = packed(texts, bare, tmp_path, 16)
+    bos = bare.required_bos()
+    unmarked_ST = np.where(rows_ST < 0, ~rows_ST, rows_ST)
+    begins = rows_ST < 0
+    assert begins[:, 0].all()
+    assert (unmarked_ST[::2][begins[::2]] == bos).all() and (unmarked_ST[1::2] != bos).all()
+    order = [piece.text for piece in Mixture([str(tmp_path / "a.jsonl")], 0, piece_characters=10**6)]
+    joined = np.concatenate([bare.encode(text, bos=False) for text in order])
+    kept = unmarked_ST[unmarked_ST != bos]
+    np.testing.assert_array_equal(kept, joined[: len(kept)])
+    assert len(joined) - len(kept) < 16
+
+
 def test_training_reads_borders_as_new_sequences() -> None:
     """Positions restart, and nothing predicts the first token; a row of one document has no positions."""
     rows = Rows(np.array([[~1, 5, 6, ~1, 7], [~1, 8, 9, 10, 11]], np.int32))

@@ -22,7 +22,7 @@ def call(*arguments):
     if libc.syscall(*arguments) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 """
-LIMITS = Limits(cpu_s=2, wall_s=4.0, folder_bytes=4 << 20)
+LIMITS = Limits(cpu_s=1, wall_s=12.0, folder_bytes=4 << 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +68,7 @@ def test_what_a_solution_may_need_works(program: str) -> None:
         ("import os; os.listdir(os.path.dirname(os.getcwd()))", "Permission denied"),
         ("import os; os.symlink('/etc/passwd', 'p'); open('p').read()", "Permission denied"),
         ("x = bytearray(8 << 30)", "MemoryError"),
-        ("import time; time.sleep(60)", "not done after 4 s"),
+        ("import time; time.sleep(60)", "not done after 12 s"),
         ("while True: pass", "SIG"),
         ("f = open('big', 'wb')\nwhile True: f.write(b'x' * (1 << 20))", "too large|wrote more than"),
         (

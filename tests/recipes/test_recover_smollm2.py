@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.whole_model import load_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -60,12 +61,15 @@ def test_a_pruned_model_is_trained_on_both_kinds_of_text(
     module, dense = recipe("recover_smollm2"), tiny_llama("llama2")
     monkeypatch.setattr(module, "ROW_LENGTH", 16)
     chance = np.random.default_rng(0)
-    for name, lowest in (("written", 2), ("natural", 200)):
-        rows_ST = chance.integers(lowest, lowest + 100, (5, 16)).astype(np.int32)
+    for name, lowest, width in (("written", 2, 17), ("natural", 200, 16)):
+        rows_ST = chance.integers(lowest, lowest + 100, (5, width)).astype(np.int32)
         rows_ST[:, 0] = ~np.int32(0)
         np.save(tmp_path / f"{name}.npy", rows_ST)
-    rows = module._mixed(tmp_path, 16 * 16)
+    tokenizer = Tokenizer.open(dense)
+    assert tokenizer.adds_bos
+    rows = module._mixed(tmp_path, 16 * 16, tokenizer)
     assert len(rows) == 16
+    assert (rows.marked_ids_ST[:, 0] == ~tokenizer.required_bos()).all()
     assert (rows.marked_ids_ST[:, 1] < 102).sum() == 12  # three quarters are the model's own
     options = Namespace(output_dir=tmp_path, model=dense, dataset=["text"], batch_tokens=64)
     module._train(options, module._training("control:dense:256:1e-3:both"))

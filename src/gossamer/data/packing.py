@@ -1,8 +1,10 @@
 """Documents packed into whole rows of tokens, in a file: what `pretrain` reads.
 
 A row of T tokens is full. It begins with BOS, and so does every document in it: what does not fit into a row
-goes on in the next one, after another BOS. The file holds int32 [rows, T]; the first token of a document, or
-of a part of one, is stored as ~id, which is negative, so that attention and loss end at its border.
+goes on in the next one, after another BOS. Where the tokenizer itself adds none, only every second row is so,
+and the others do without: such a model is asked both ways, and one that was trained always to find BOS first
+computes badly without it. The file holds int32 [rows, T]; the first token of a document, or of a part of one,
+is stored as ~id, which is negative, so that attention and loss end at its border.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def pack(mixture: Mixture, tokenizer: Tokenizer, row_length: int, max_rows: int,
 
     Raises ConfigError where there is not one row.
     """
-    bos, digest = tokenizer.required_bos(), hashlib.sha256()
+    bos, always, digest = [tokenizer.required_bos()], tokenizer.adds_bos, hashlib.sha256()
     row_T, used, num_rows, num_truncated = np.empty(row_length, np.int32), 0, 0, 0
     num_tokens = [0] * len(mixture.num_documents)
     with file.open("wb") as stream:
@@ -65,10 +67,12 @@ def pack(mixture: Mixture, tokenizer: Tokenizer, row_length: int, max_rows: int,
                 ids, num_truncated = ids[: row_length - 1], num_truncated + 1
             begin = 0
             while begin < len(ids) and num_rows < max_rows:
-                taken = ids[begin : begin + row_length - used - 1]
-                row_T[used] = ~bos
-                row_T[used + 1 : used + 1 + len(taken)] = taken
-                begin, used = begin + len(taken), used + 1 + len(taken)
+                first = bos if always or num_rows % 2 == 0 else []
+                taken = ids[begin : begin + row_length - used - len(first)]
+                part = np.concatenate([first, taken]).astype(np.int32)
+                part[0] = ~part[0]
+                row_T[used : used + len(part)] = part
+                begin, used = begin + len(taken), used + len(part)
                 num_tokens[piece.source] += len(taken)
                 if used == row_length:
                     stream.write(row_T.data)

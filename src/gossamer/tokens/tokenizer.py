@@ -77,6 +77,11 @@ class Tokenizer(Encoder):
         """Number of token ids, added tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text that it encodes begins with BOS, so that the model never sees one without."""
+        return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
+
     def required_eos(self) -> int:
         """The id that ends an answer: the tokenizer's end token, or the only one that the configs name.
 
