@@ -6,11 +6,10 @@
 Prune 50% -> pretrain on 45 B tokens -> prune 70% -> pretrain on 100 B, and for each task that has examples:
 its dense teacher, fine-tuning beside it, INT8, pack, evaluate. Training runs under torchrun, shared by FSDP.
 Finished steps are skipped. `--dry-run` prints the commands, the memory that each GPU needs, and, from a
-measured rate, time and cost.
+rate that you measured, time and cost.
 """
 
 import argparse
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import coding
 import instruction
 import summarization
 import torch
-from one_task import parser, print_measured, run_and_print, sizes_of
+from one_task import fail, parser, print_measured, run_and_print, sizes_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer.errors import ConfigError, GossamerError
@@ -50,29 +49,13 @@ def examples_by_task(given: Sequence[str]) -> dict[str, Files]:
     return found
 
 
-def rate(given: argparse.Namespace) -> tuple[float, str] | None:
-    """Tokens a second that one GPU trains, and where that was measured; None where nobody measured it."""
-    if given.tokens_per_s is not None:
-        return given.tokens_per_s, "--tokens-per-s"
-    if given.rates is None:
-        return None
-    rows = [json.loads(line) for line in given.rates.read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "tokens_per_s" in row and row.get("what") == "training"]
-    if not rows:
-        raise ConfigError(f'{given.rates}: found no row with "what": "training" and tokens_per_s')
-    newest = rows[-1]
-    return newest[
-        "tokens_per_s"
-    ], f"{given.rates}, measured {newest['date']} on {newest.get('device', 'this machine')}"
-
-
 def memory(model: str, sizes: Sizes, *, teacher: bool) -> str:
     """What training takes of each GPU, from the model's configuration alone, in words.
 
     FSDP shares out weights, gradients and moments; a micro-batch of one row, and the teacher, are each GPU's.
     """
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
     beside = built if teacher else None
     whole = estimate_memory(built, 1, sizes.max_length, "bf16", device="cuda", teacher=beside)
     own = sum(weight.nbytes for weight in built.parameters())
@@ -84,22 +67,21 @@ def memory(model: str, sizes: Sizes, *, teacher: bool) -> str:
 
 
 def print_plan(given: argparse.Namespace, sizes: Sizes, steps: Sequence[Step]) -> None:
-    known, hours = rate(given), 0.0
+    speed, hours = given.tokens_per_s, 0.0
     for number, step in enumerate(steps, 1):
         print(f"# {number}. {step.stage} -> {step.output}")
         if step.stage in TRAINED:
             needed = memory(given.model, sizes, teacher=getattr(step.job, "teacher", None) is not None)
             print(f"#    each of {sizes.num_processes} GPUs: about {needed}")
-        if isinstance(step.job, Pretrain) and known:
-            took = step.job.num_tokens / (known[0] * sizes.num_processes) / 3600
+        if isinstance(step.job, Pretrain) and speed:
+            took = step.job.num_tokens / (speed * sizes.num_processes) / 3600
             hours += took
             print(f"#    {step.job.num_tokens:,} tokens: {took:,.1f} hours, {cost(given, took)}")
         print(shlex.join(command(step, sizes.num_processes)))
-    if known is None:
-        print("# time and cost: give --tokens-per-s, or --rates FILE with a measured rate")
+    if not speed:
+        print("# time and cost: give --tokens-per-s, the rate of one GPU as you measured it")
         return
-    (speed, where), total = known, cost(given, hours)
-    print(f"# pretraining: {hours:,.1f} hours, {total}, at {speed:,.0f} tokens/s a GPU ({where})")
+    print(f"# pretraining: {hours:,.1f} hours, {cost(given, hours)}, at {speed:,.0f} tokens/s a GPU")
     print("# pruning, fine-tuning and rounding, a small part of it, are not counted")
 
 
@@ -114,7 +96,6 @@ def main() -> None:
     options = parser("The paper's whole run of Llama-2-7B to 70% zeros.")
     options.add_argument("--examples", nargs="*", default=[], metavar="TASK=TRAIN,TEST")
     options.add_argument("--tokens-per-s", type=float, help="that a GPU trains, as you measured it")
-    options.add_argument("--rates", type=Path, help="a file of docs/results with a measured rate")
     options.add_argument("--price", type=float, help="of an hour of a GPU")
     given = options.parse_args()
     output, sizes = given.output_dir, sizes_of(given, SPARSITY)
@@ -132,9 +113,9 @@ def main() -> None:
             return
         run_and_print(steps, given)
         for name, each in files.items():
-            print_measured(TASKS[name], each.test, output / name, sizes)
-    except GossamerError as error:
-        options.exit(2, f"{options.prog}: {error}\n")
+            print_measured(TASKS[name], each.test, given)
+    except (GossamerError, OSError) as error:
+        fail(options, error)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from gossamer.errors import GossamerError
 from gossamer.runs.compress import Step
@@ -26,9 +27,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--processes", type=int, default=1, help="GPUs of this machine that training shares (FSDP)"
     )
+    made.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run what models write for the code task",
+    )
     made.add_argument("--overwrite", action="store_true", help="replace training that other options made")
     made.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     return made
+
+
+def fail(options: argparse.ArgumentParser, error: Exception) -> NoReturn:
+    """End with the codes of the command line: 2 for what was asked, 1 for what the system lacks."""
+    options.exit(1 if isinstance(error, OSError) else 2, f"{options.prog}: {error}\n")
 
 
 def sizes_of(given: argparse.Namespace, sparsity: float) -> Sizes:
@@ -40,7 +51,6 @@ def sizes_of(given: argparse.Namespace, sparsity: float) -> Sizes:
         max_length=given.max_length,
         pretrain_batch_tokens=given.batch_tokens or whole.pretrain_batch_tokens,
         finetune_batch_tokens=given.batch_tokens or whole.finetune_batch_tokens,
-        limit=given.limit,
         num_processes=given.processes,
     )
 
@@ -52,9 +62,9 @@ def run_and_print(steps: Sequence[Step], given: argparse.Namespace) -> None:
         print(f"{how:8} {step.stage:9} {step.output}", flush=True)
 
 
-def print_measured(task: Task, test: Path, folder: Path, sizes: Sizes) -> None:
-    measured(task, test, folder, sizes)
-    print((folder / "report.md").read_text(encoding="utf-8"), flush=True)
+def print_measured(task: Task, test: Path, given: argparse.Namespace) -> None:
+    folder = given.output_dir / task.name
+    print(measured(task, test, folder, given.limit, allow_code=given.allow_code_execution), flush=True)
 
 
 def main(task: Task, description: str | None) -> None:
@@ -76,6 +86,6 @@ def main(task: Task, description: str | None) -> None:
                 print(shlex.join(command(step, sizes.num_processes)))
             return
         run_and_print([*first, *rest], given)
-        print_measured(task, files.test, output / task.name, sizes)
-    except GossamerError as error:
-        options.exit(2, f"{options.prog}: {error}\n")
+        print_measured(task, files.test, given)
+    except (GossamerError, OSError) as error:
+        fail(options, error)

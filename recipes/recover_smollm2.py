@@ -90,7 +90,7 @@ def main() -> None:
     if _again(options, "--evaluate", *asked, *names, log="evaluate").wait():
         sys.exit(f"evaluation failed: see {out}/evaluate.log")
     for name in [*asked, *names]:
-        say(json.dumps(_summary(out, name)))
+        say(json.dumps(_summary(options, name)))
 
 
 def _wait(pruning: dict[str, subprocess.Popen[bytes] | None], name: str, out: Path) -> None:
@@ -117,11 +117,11 @@ def _options() -> argparse.Namespace:
         "--run",
         nargs="+",
         default=[
-            "control:dense:5e6:6e-4:both",
-            "50:pruned-0.5:5e6:6e-4:both",
-            "70:pruned-0.7:13e6:1e-3:both",
+            "dense:5e6:6e-4:both",
+            "pruned-0.5:5e6:6e-4:both",
+            "pruned-0.7:13e6:1e-3:both",
         ],
-        help="NAME:START:TOKENS:RATE:DISTILL...",
+        help="START:TOKENS:RATE:DISTILL...",
     )
     parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", nargs="+", help=argparse.SUPPRESS)
@@ -129,8 +129,8 @@ def _options() -> argparse.Namespace:
 
 
 def _training(spec: str) -> Training:
-    name, start, tokens, rate, distill = spec.split(":")
-    return Training(f"trained-{name}", start, int(float(tokens)), float(rate), distill)
+    start, tokens, rate, distill = spec.split(":")
+    return Training("-".join(("trained", *spec.split(":"))), start, int(float(tokens)), float(rate), distill)
 
 
 def _again(options: argparse.Namespace, *arguments: str, log: str) -> subprocess.Popen[bytes]:
@@ -241,7 +241,7 @@ def _evaluate(options: argparse.Namespace, names: list[str]) -> None:
     tasks = [file_task(options.tasks / name, kind) for name, kind in TASKS.items()]
     manager = load_tasks(tasks, offline=True)
     for name in names:
-        target = options.output_dir / "scores" / f"{name}.json"
+        target = _scores(options, name)
         if target.exists():
             continue
         model = options.model if name == DENSE else options.output_dir / name
@@ -259,21 +259,30 @@ def _evaluate(options: argparse.Namespace, names: list[str]) -> None:
         target.parent.mkdir(exist_ok=True)
         record = {"perplexity": perplexities, "tasks": scores, "seconds": time.monotonic() - began}
         target.write_text(json.dumps(record))
-        print(name, json.dumps(_summary(options.output_dir, name)), flush=True)
+        print(name, json.dumps(_summary(options, name)), flush=True)
 
 
-def _summary(out: Path, name: str) -> dict[str, object]:
+def _scores(options: argparse.Namespace, name: str) -> Path:
+    """Where the figures of so many examples are."""
+    return options.output_dir / f"scores-{options.limit or 'all'}" / f"{name}.json"
+
+
+def _summary(options: argparse.Namespace, name: str) -> dict[str, object]:
     """Mean accuracy of the tasks, and over the dense model's, with the error paired by example."""
-    ours, dense = (json.loads((out / "scores" / f"{n}.json").read_text()) for n in (name, DENSE))
+    ours, dense = (json.loads(_scores(options, n).read_text()) for n in (name, DENSE))
     accuracy = {task: float(np.mean(s["samples"])) for task, s in ours["tasks"].items()}
     base = [np.mean(dense["tasks"][task]["samples"]) for task in accuracy]
-    change = [np.subtract(s["samples"], dense["tasks"][t]["samples"]) for t, s in ours["tasks"].items()]
+    recovery = float(np.mean(list(accuracy.values())) / np.mean(base))
+    change = [
+        np.array(s["samples"]) - recovery * np.array(dense["tasks"][task]["samples"])
+        for task, s in ours["tasks"].items()
+    ]
     error = np.sqrt(sum(c.var(ddof=1) / len(c) for c in change)) / len(change)
     return {
         "model": name,
         **{task.removesuffix(".jsonl"): round(value, 4) for task, value in accuracy.items()},
         "mean": round(float(np.mean(list(accuracy.values()))), 4),
-        "recovery": round(float(np.mean(list(accuracy.values())) / np.mean(base)), 4),
+        "recovery": round(recovery, 4),
         "paired_error": round(float(error / np.mean(base)), 4),
         **{text: round(value, 2) for text, value in ours["perplexity"].items()},
         "seconds": round(ours["seconds"]),

@@ -72,10 +72,10 @@ def test_a_pruned_model_is_trained_on_both_kinds_of_text(
     assert (rows.marked_ids_ST[:, 0] == ~tokenizer.required_bos()).all()
     assert (rows.marked_ids_ST[:, 1] < 102).sum() == 12  # three quarters are the model's own
     options = Namespace(output_dir=tmp_path, model=dense, dataset=["text"], batch_tokens=64)
-    module._train(options, module._training("control:dense:256:1e-3:both"))
-    trained = Checkpoint.open(tmp_path / "trained-control")
+    module._train(options, module._training("dense:256:1e-3:both"))
+    trained = Checkpoint.open(tmp_path / "trained-dense-256-1e-3-both")
     assert trained.hash != Checkpoint.open(dense).hash
-    log = (tmp_path / "trained-control" / "metrics.jsonl").read_text().splitlines()
+    log = (tmp_path / "trained-dense-256-1e-3-both" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in log]
     assert len(steps) == 4
     assert steps[0]["kl"] < 1e-6  # at first it says what its teacher says

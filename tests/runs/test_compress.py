@@ -55,7 +55,7 @@ def job(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 def test_a_foreign_directory_is_refused(job: Compress, tmp_path: Path) -> None:
     (tmp_path / "1-prune").mkdir()
-    with pytest.raises(ConfigError, match="not made by compress"):
+    with pytest.raises(ConfigError, match="not made by compress or a recipe"):
         compress(dataclasses.replace(job, output_dir=str(tmp_path)))
 
 
@@ -178,7 +178,7 @@ def test_interrupted_pruning_and_rounding_go_on(job: Compress, tmp_path: Path) -
 
 
 def test_other_data_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Path) -> None:
-    """The text has changed under its name: its training starts anew."""
+    """The text has changed under its name: what was trained is not lost unless that is asked for."""
     text = tmp_path / "text.txt"
     shutil.copyfile(job.pretrain_dataset[0], text)
     made = dataclasses.replace(
@@ -196,5 +196,9 @@ def test_other_data_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Pa
 
     with pytest.raises(Interrupted):
         compress(made, interrupt)
-    text.write_text(text.read_text(encoding="utf-8") + "\nmore\n", encoding="utf-8")
-    assert [how for _, _, how in compress(made).stages] == ["stood", "ran", "ran", "ran"]
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    text.write_text("".join(reversed(lines)), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data: found .*--overwrite"):
+        compress(made)
+    anew = compress(dataclasses.replace(made, overwrite=True))
+    assert [how for _, _, how in anew.stages] == ["stood", "ran", "ran", "ran"]

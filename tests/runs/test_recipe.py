@@ -61,10 +61,9 @@ def test_the_whole_run_ends_in_a_report_and_is_skipped_the_second_time(
         ["ran", stage] for stage in stages
     ]
     assert "# arithmetic: 70% zeros" in printed and "(exact_match, strict-match)" in printed
-    written = (tmp_path / "out" / "arithmetic" / "evaluation.json").stat().st_mtime_ns
     printed = run("llama2_7b_70.py", [*given, *examples], monkeypatch, capsys)
     assert [line.split()[0] for line in printed.splitlines()[:8]] == ["stood"] * 8
-    assert (tmp_path / "out" / "arithmetic" / "evaluation.json").stat().st_mtime_ns == written
+    assert {file.suffix for file in (tmp_path / "out" / "arithmetic").glob("evaluation.*")} > {".json", ".md"}
     [train] = (tmp_path / "out-examples" / "arithmetic").glob("train-*.jsonl")
     examples = ["--examples", f"arithmetic={train},{train}", "--dry-run"]
     for line in run("llama2_7b_70.py", [*given, *examples], monkeypatch, capsys).splitlines():
@@ -98,9 +97,10 @@ def test_the_plan_has_commands_memory_time_and_cost(
         "llama2_7b_70.py", [*given, "--examples", "chat=train.jsonl,test.jsonl"], monkeypatch, capsys
     )
     assert "360,000 tokens: 0.2 hours, 2.00 at 2 a GPU-hour" in printed
-    assert "pretraining: 0.8 hours, 6.00 at 2 a GPU-hour, at 100 tokens/s a GPU (--tokens-per-s)" in printed
+    assert "pretraining: 0.8 hours, 6.00 at 2 a GPU-hour, at 100 tokens/s a GPU" in printed
     assert (
-        "each of 4 GPUs: about" in printed and "torchrun --nproc-per-node 4 -m gossamer pretrain" in printed
+        "each of 4 GPUs: about" in printed
+        and "-m torch.distributed.run --nproc-per-node 4 -m gossamer pretrain" in printed
     )
     assert not (tmp_path / "out").exists()
 

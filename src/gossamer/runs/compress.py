@@ -116,11 +116,10 @@ def pinned(job: Compress) -> Compress:
 class Left:
     """What the last run in the directory left there.
 
-    `same_job`: it had the same model, data and options (but for those of `HOW`) as this one; `whole`: and it
-    came to its end. `finished` is what to write into the file `mark` at the end of this one.
+    `whole`: it had the same model, data and options (but for those of `HOW`) as this one, and came to its
+    end. `finished` is what to write into the file `mark` at the end of this one.
     """
 
-    same_job: bool
     whole: bool
     mark: Path
     finished: str
@@ -141,12 +140,14 @@ def claim(output: Path, decided: dict[str, Any]) -> Left:
     """
     mark = output / "compress.json"
     if output.exists() and not mark.exists() and (output.is_file() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and was not made by compress; give another --output-dir")
+        raise ConfigError(
+            f"{output} exists and was not made by compress or a recipe; give another --output-dir"
+        )
     before = mark.read_text(encoding="utf-8") if mark.exists() else ""
     begun, finished = (json.dumps({**decided, "finished": whole}, indent=2) + "\n" for whole in (False, True))
     output.mkdir(parents=True, exist_ok=True)
     mark.write_text(begun, encoding="utf-8")
-    return Left(before in (begun, finished), before == finished, mark, finished)
+    return Left(before == finished, mark, finished)
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,10 @@ def plan(job: Compress) -> list[Step]:
 
 
 def run(step: Step, left: Left, overwrite: bool, progress: Progress) -> str:
-    """Run the stage, unless its output is there already; go on with what the same job began.
+    """Run the stage, unless its output is there already; go on with training that was begun.
 
-    Where that cannot be gone on with, because of other threads or of damage, `overwrite` starts it anew.
+    Where that cannot be gone on with, because of other options, other threads or damage, `overwrite` starts
+    it anew.
     """
     if is_up_to_date(step, left):
         progress(Event(step.stage, "is there already", 1, 1))
@@ -199,7 +201,7 @@ def run(step: Step, left: Left, overwrite: bool, progress: Progress) -> str:
             "--overwrite replaces it and what follows; or give another --output-dir"
         )
     unfinished = step.output.with_name(step.output.name + ".partial")
-    if left.same_job and holds_checkpoint(unfinished):
+    if holds_checkpoint(unfinished):
         try:
             step.function(dataclasses.replace(step.job, overwrite=True, resume=True), progress)
             return "went on"

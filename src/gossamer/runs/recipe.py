@@ -72,7 +72,6 @@ class Sizes:
     pretrain_batch_tokens: int = 4_194_304
     finetune_batch_tokens: int = 65_536
     pretrain_learning_rate: float = 3e-4
-    limit: int = 0  # examples to evaluate on; 0: all
     num_processes: int = 1  # of torchrun, which share training by FSDP
 
 
@@ -219,7 +218,8 @@ def run(
 def _run(step: Step, left: Left, num_processes: int, overwrite: bool, progress: Progress) -> str:
     if num_processes == 1 or step.stage not in TRAINED or is_up_to_date(step, left):
         return run_here(step, left, overwrite, progress)
-    going_on = left.same_job and holds_checkpoint(step.output.with_name(f"{step.output.name}.partial"))
+    begun = holds_checkpoint(step.output.with_name(f"{step.output.name}.partial"))
+    going_on = begun and not overwrite
     flags = {"--resume": going_on, "--overwrite": overwrite}
     words = [*command(step, num_processes), *(flag for flag, given in flags.items() if given)]
     if code := subprocess.run(words, check=False).returncode:
@@ -231,8 +231,8 @@ def command(step: Step, num_processes: int = 1) -> list[str]:
     """The words of the command line that runs a step: the options that have not their defaults."""
     words = [sys.executable, "-m", "gossamer", step.stage]
     if num_processes > 1 and step.stage in TRAINED:
-        launcher = ["torchrun", "--nproc-per-node", str(num_processes), "-m"]
-        words = [*launcher, "gossamer", step.stage]
+        launcher = [sys.executable, "-m", "torch.distributed.run"]  # torchrun, of this environment
+        words = [*launcher, "--nproc-per-node", str(num_processes), "-m", "gossamer", step.stage]
     flags: list[str] = []
     for each in dataclasses.fields(step.job):
         value = getattr(step.job, each.name)
@@ -246,11 +246,12 @@ def command(step: Step, num_processes: int = 1) -> list[str]:
 
 
 def measured(
-    task: Task, test: Path, folder: Path, sizes: Sizes, progress: Progress = quiet
-) -> dict[str, Any]:
-    """What `evaluate` says of the packed model against the dense teacher, and into report.md beside it.
+    task: Task, test: Path, folder: Path, limit: int, *, allow_code: bool = False, progress: Progress = quiet
+) -> str:
+    """What `evaluate` says of the packed model against the dense teacher, in Markdown.
 
-    Taken from evaluation.json where that was measured on the same models and examples.
+    evaluation.json, .md and .png lie beside the model; figures that are kept are not measured again.
+    Raises ConfigError for the code task unless `allow_code` lets what the models write be run.
     """
     packed, teacher, file = folder / "model.goss", folder / "teacher", folder / "evaluation.json"
     job = Evaluate(
@@ -258,28 +259,13 @@ def measured(
         dataset=str(test),
         kind=task.kind,
         baseline=str(teacher),
-        allow_code_execution=task.kind == "code",
-        limit=sizes.limit,
+        chat=task.format == "chat",
+        allow_code_execution=allow_code,
+        limit=limit,
+        output=str(file),
+        overwrite=True,
     )
-    models = {
-        "packed": hashlib.sha256(packed.read_bytes()).hexdigest(),
-        "teacher": Checkpoint.open(teacher).hash,
-    }
-    known = {"job": record(job), "models": models}
-    if file.is_file() and (found := json.loads(file.read_text(encoding="utf-8")))["inputs"] == known:
-        return found
-    result = evaluate(job, progress)
-    found = {"inputs": known, "figures": dataclasses.asdict(result), "num_bytes": packed.stat().st_size}
-    file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    evaluate(job, progress)
     sparsity = Checkpoint.open(folder / "quantized").sparsity()
-    lines = [f"# {task.name}: {sparsity:.0%} zeros, {found['num_bytes']:,} bytes", ""]
-    for table in result.tables():
-        lines += [
-            table.title,
-            "",
-            " | ".join(["", *table.columns, ""]).strip(),
-            "|---" * len(table.columns) + "|",
-        ]
-        lines += [f"| {' | '.join(row)} |" for row in table.rows]
-    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return found
+    title = f"# {task.name}: {sparsity:.0%} zeros, {packed.stat().st_size:,} bytes"
+    return f"{title}\n\n{file.with_suffix('.md').read_text(encoding='utf-8')}"
