@@ -314,6 +314,23 @@ def test_prompts_are_scored_beside_answers_without_end(opened: Callable[[str], L
     assert not scheduler.idle
 
 
+def test_one_place_goes_to_both_lines_in_turn(opened: Callable[[str], LLM]) -> None:
+    """Answers come without end, and one runs at a time: every second one is a prompt to score."""
+    llm = opened("llama2")
+    scheduler = Scheduler(llm.model.native, max_batch=1)
+    scored = SamplingParams(max_tokens=0, logprobs=1, echo=True)
+    both = [
+        [llm.model.request([5, 6, 7 + i], params) for i in range(3)]
+        for params in (scored, SamplingParams(max_tokens=1))
+    ]
+    for request in (*both[0], *both[1]):
+        scheduler.add(request)
+    order = []
+    while not scheduler.idle:
+        order += scheduler.step()
+    assert order == [request for pair in zip(both[1], both[0], strict=True) for request in pair]
+
+
 def test_timings_add_up(opened: Callable[[str], LLM]) -> None:
     llm, start = opened("stories3m"), time.perf_counter()
     [generation] = llm.generate("Once", GREEDY)

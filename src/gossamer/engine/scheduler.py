@@ -26,7 +26,8 @@ class Scheduler:
 
     Prompts whose tokens get log probabilities take a native call of their own, of at most `STEP_TARGETS`.
     They wait in a line of their own, so that an evaluation's thousands keep nobody else waiting, and they of
-    nobody: the next to run is of the kind of which fewer are running.
+    nobody: the next to run is of the kind of which fewer are running, and where nothing runs, the other than
+    the last.
     """
 
     def __init__(self, model: _native.Model, max_batch: int = 16) -> None:
@@ -38,6 +39,7 @@ class Scheduler:
         self._to_score: deque[Request] = deque()
         self._to_decode: deque[Request] = deque()
         self._running: list[Request] = []
+        self._last = self._to_score  # the line from which the last one came
 
     @property
     def idle(self) -> bool:
@@ -92,8 +94,10 @@ class Scheduler:
     def _admit(self) -> None:
         while (self._to_score or self._to_decode) and len(self._running) < self._max_batch:
             num_scored = sum(request.scores_prompt for request in self._running)
-            fewer = self._to_score if 2 * num_scored < len(self._running) else self._to_decode
-            request = (fewer or self._to_score or self._to_decode).popleft()
+            scores = 2 * num_scored < len(self._running) if self._running else self._last is self._to_decode
+            lines = (self._to_score, self._to_decode) if scores else (self._to_decode, self._to_score)
+            self._last = lines[0] or lines[1]
+            request = self._last.popleft()
             capacity = len(request.prompt_ids) + request.max_new_tokens
             request.begin(self._model.new_sequence(capacity))
             self._running.append(request)
