@@ -254,6 +254,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             else:
                 siblings = [{"rfilename": file} for file in sorted(files)]
                 content = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
+                content["private"] = repository.private
             return self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
         def _file(self, name: str, what: str, revision: str, file: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard
 
 from checkpoint.hub_server import CLOSED, GOOD_TOKEN, HubServer
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.errors import ConfigError
+from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
@@ -177,9 +178,7 @@ def test_a_packed_file_goes_beside_a_directory(
 
 def test_an_upload_that_failed_goes_on_where_it_was(hub: HubServer, pruned: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
-    copy.mkdir()
-    for file in pruned.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copytree(pruned, copy)
     (copy / "more.bin").write_bytes(os.urandom(60_000))
     hub.room = 1
     output = call(hub, tmp_path, str(copy), "org/name", code=1)
@@ -193,6 +192,50 @@ def test_an_upload_that_failed_goes_on_where_it_was(hub: HubServer, pruned: Path
     hub.requests.clear()
     call(hub, tmp_path, str(copy), "org/name")
     assert not put(hub) and len(hub.repositories["org/name"].commits) == 2  # nothing is new: no commit
+
+
+def test_an_upload_that_failed_goes_on_with_the_card_it_had_written(
+    hub: HubServer, pruned: Path, tmp_path: Path
+) -> None:
+    options = ("--card", str(tmp_path / "card.md"), "--base-model", "org/tiny")
+    hub.failing = 500
+    call(hub, tmp_path, str(pruned), "org/name", *options, code=1)
+    hub.failing = 0
+    call(hub, tmp_path, str(pruned), "org/name", *options)
+    assert head(hub, "org/name")["README.md"] == (tmp_path / "card.md").read_bytes()
+
+
+def test_what_others_see_is_not_private(hub: HubServer, pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "older").mkdir()
+    hub.add("org/most", tmp_path / "older")
+    refused = call(hub, tmp_path, str(pruned), "org/most", "--private", code=2)
+    assert "--private is for a new repository" in refused
+    assert not put(hub) and not head(hub, "org/most")
+    hub.repositories["org/most"].private = True
+    call(hub, tmp_path, str(pruned), "org/most", "--private")
+    assert "model.safetensors" in head(hub, "org/most")
+
+
+def test_with_a_card_of_ones_own_only_a_model_is_sent(pruned: Path, tmp_path: Path) -> None:
+    card, file, folder = (tmp_path / name for name in ("card.md", "letter.txt", "letters"))
+    card.write_text("# Mine\n")
+    file.write_text("Dear Sir")
+    folder.mkdir()
+    for path, error in ((file, FormatError), (folder, CheckpointError)):
+        with pytest.raises(error):
+            publish(Publish(str(path), "org/name", card=str(card), dry_run=True))
+
+
+def test_a_link_out_of_the_model_is_not_followed(pruned: Path, tmp_path: Path) -> None:
+    copy, file = tmp_path / "model", tmp_path / "letter.txt"
+    copytree(pruned, copy)
+    file.write_text("Dear Sir")
+    (copy / "config-again.json").symlink_to("config.json")
+    files = publish(Publish(str(copy), "org/name", dry_run=True)).files
+    assert files["config-again.json"] == files["config.json"]
+    (copy / "letter.txt").symlink_to(file)
+    with pytest.raises(ConfigError, match=r"letter\.txt is a link to .*outside"):
+        publish(Publish(str(copy), "org/name", dry_run=True))
 
 
 def test_weights_of_an_older_directory_are_taken_out(hub: HubServer, pruned: Path, tmp_path: Path) -> None:
@@ -264,9 +307,7 @@ def test_results_that_are_no_use_are_refused(pruned: Path, tmp_path: Path) -> No
 
 def test_datasets_of_the_hub_are_named(pruned: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
-    copy.mkdir()
-    for file in pruned.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copytree(pruned, copy)
     manifest = json.loads((copy / "gossamer.json").read_text())
     manifest["origin"] = {"repository": "org/tiny", "revision": "main", "commit": "0" * 40}
     manifest["lineage"][1]["data"] = [
@@ -283,10 +324,7 @@ def test_datasets_of_the_hub_are_named(pruned: Path, tmp_path: Path) -> None:
 )
 def test_a_card_that_says_nothing_is_no_licence(text: str, pruned: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
-    copy.mkdir()
-    for file in pruned.iterdir():
-        (copy / file.name).symlink_to(file)
-    (copy / "README.md").unlink()
+    copytree(pruned, copy)
     (copy / "README.md").write_text(text)
     assert ModelCard(publish(Publish(str(copy), "org/name", dry_run=True)).card).data.license is None
     (copy / "LICENSE").write_text("Some Community License\n")

@@ -39,17 +39,22 @@ def check_access(name: str) -> None:
 def upload(name: str, files: Mapping[str, Path | bytes], *, private: bool, message: str) -> str:
     """Commit files, by their paths in the repository, and return the commit's address.
 
-    The repository and its branch are made where they are not there; `private` is for a new one. Weights that
-    an older directory left there (`model.safetensors` or shards) are taken out when a directory comes: they
-    would be read with the others. Raises ConfigError without the right to write, OSError where the hub cannot
-    be reached.
+    The repository and its branch are made where they are not there; `private` is for a new one, and of one
+    that others see raises ConfigError. Weights that an older directory left there (`model.safetensors` or
+    shards) are taken out when a directory comes: they would be read with the others. Raises ConfigError
+    without the right to write, OSError where the hub cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors
 
     repository, branch = check_repository(name)
     api = HfApi()
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise ConfigError(
+                f"{name}: --private is for a new repository; this one is there, and all see it. Make it "
+                f"private first ({constants.ENDPOINT}/{repository}/settings), or leave --private out"
+            )
         if branch != "main":
             api.create_branch(repository, branch=branch, exist_ok=True)
         there = api.list_repo_files(repository, revision=branch)

@@ -14,7 +14,7 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.tools.card import Sources, model_card
-from gossamer.tools.inspect import Inspect, inspect
+from gossamer.tools.inspect import Inspect, InspectResult, inspect
 
 CARD = "README.md"
 
@@ -27,8 +27,8 @@ class Publish:
     repository: str = option(help="org/name[@branch]; made where it is not there", positional=True)
     results: tuple[str, ...] = option((), help="files with what `evaluate --json` printed of the model")
     speeds: tuple[str, ...] = option((), help="files with what `bench --json` printed of the model")
-    base_model: str = option(
-        "", help="org/name of the model that it was made of (default: where the first stage had it from)"
+    base_model: str | None = option(
+        None, help="org/name of the model that it was made of (default: where the first stage had it from)"
     )
     card: str = option("", help="the card: this file, which is written first where it is not there")
     private: bool = option(False, help="a new repository is seen by its owners alone")
@@ -57,7 +57,8 @@ class PublishResult(Result):
 def publish(job: Publish, progress: Progress = quiet) -> PublishResult:
     """Send a model with its card in one commit.
 
-    Raises ConfigError for files of results that are none, and what `check_access` and `upload` raise.
+    Raises ConfigError for files of results that are none and for links out of the model's directory, and what
+    `inspect`, `check_access` and `upload` raise.
     """
     repository, _ = check_repository(job.repository)
     path = Path(job.model)
@@ -65,9 +66,9 @@ def publish(job: Publish, progress: Progress = quiet) -> PublishResult:
         raise ConfigError(f"{path}: found nothing there; expected a checkpoint directory or a .goss file")
     if not job.dry_run:
         check_access(job.repository)  # before all weights are read for the card
+    found = _files(path)
     card = _card(job, repository, progress)
-    files: dict[str, Path | bytes] = {CARD: card.encode()}
-    files |= {file.name: file for file in _files(path)}
+    files: dict[str, Path | bytes] = {CARD: card.encode(), **{file.name: file for file in found}}
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
     url = None
     if not job.dry_run:
@@ -78,28 +79,49 @@ def publish(job: Publish, progress: Progress = quiet) -> PublishResult:
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or those that lie in the directory itself: no hidden ones, and not its older card."""
+    """The file, or those that lie in the directory itself: no hidden ones, and not its older card.
+
+    ConfigError for a link that leads out of the directory: what it leads to was perhaps not meant.
+    """
     if path.is_file():
         return [path]
-    return sorted(
+    files = sorted(
         it for it in path.iterdir() if it.is_file() and not it.name.startswith(".") and it.name != CARD
     )
+    if out := next((it for it in files if not it.resolve().is_relative_to(path.resolve())), None):
+        raise ConfigError(
+            f"{out} is a link to {out.resolve()}, outside of what is published; take it away, or put a copy "
+            "of the file in its place"
+        )
+    return files
 
 
 def _card(job: Publish, repository: str, progress: Progress) -> str:
-    """The card as it is in `job.card`, or a new one."""
-    file = Path(job.card)
-    if job.card and file.exists():
-        if job.results or job.speeds or job.base_model:
-            raise ConfigError(
-                f"--card {file} is there and is sent as it is; take it away, or --results, --speeds "
-                "and --base-model, which are for a new one"
-            )
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--card {file}: expected text in UTF-8 ({error})") from error
+    """The card as it is in `job.card`, or a new one. The model is read for both: what is none is not sent."""
     found = inspect(Inspect(job.model), progress)
+    file = Path(job.card)
+    written = _text(file) if job.card and file.exists() else None
+    if written is not None and not (job.results or job.speeds or job.base_model):
+        return written
+    card = _new_card(job, repository, found)
+    if written is None and job.card:
+        file.write_text(card, encoding="utf-8")
+    if written not in (None, card):
+        raise ConfigError(
+            f"--card {file} is there, is not the card that would be written now, and is sent as it is; take "
+            "it away, or --results, --speeds and --base-model, which are for a new one"
+        )
+    return card
+
+
+def _text(card: Path) -> str:
+    try:
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--card {card}: expected text in UTF-8 ({error})") from error
+
+
+def _new_card(job: Publish, repository: str, found: InspectResult) -> str:
     source = None if Path(job.model).is_file() else Checkpoint.open(job.model)
     manifest = (source.manifest if source else None) or {}
     scheme = read_scheme(source.config, job.model) if source else None
@@ -112,10 +134,7 @@ def _card(job: Publish, repository: str, progress: Progress) -> str:
         results=[row for name in job.results for row in _rows(name, "evaluate", "accuracy")],
         speeds=[row for name in job.speeds for row in _rows(name, "bench", "decode_tokens_per_s")],
     )
-    card = model_card(repository, found, sources)
-    if job.card:
-        file.write_text(card, encoding="utf-8")
-    return card
+    return model_card(repository, found, sources)
 
 
 def _rows(name: str, verb: str, field: str) -> list[dict[str, Any]]:
