@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard
 from checkpoint.hub_server import CLOSED, GOOD_TOKEN, HubServer
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, ConfigError, FormatError
+from gossamer.evaluation.kept import model_hash
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
@@ -83,8 +84,9 @@ def test_a_directory_arrives_whole_with_its_card(hub: HubServer, pruned: Path, t
     assert f"{hub.url}/org/most/commit/" in output and hub.repositories["org/most"].private
     files = head(hub, "org/most")
     here = {file.name: file.read_bytes() for file in pruned.iterdir() if file.is_file()}
-    assert {name: files[name] for name in here if name != "README.md"} == {
-        name: content for name, content in here.items() if name != "README.md"
+    rewritten = ("README.md", "gossamer.json", "report.md")
+    assert {name: files[name] for name in here if name not in rewritten} == {
+        name: content for name, content in here.items() if name not in rewritten
     }
     assert files.keys() == here.keys() | {".gitattributes"}
     card = ModelCard(files["README.md"].decode())
@@ -132,12 +134,19 @@ def test_results_become_a_model_index_with_their_errors(
             backend="engine",
             baseline=str(tiny_llama("llama3")),
         ),
-        Evaluate(str(pruned), dataset=str(text_file), row_length=64, limit=4, backend="engine"),
+        Evaluate(
+            str(pruned),
+            dataset=str(text_file),
+            row_length=64,
+            limit=4,
+            backend="engine",
+            output=str(tmp_path / "text.json"),
+        ),
     ]
     found = [evaluate(job) for job in jobs]
-    names = [str(tmp_path / f"{number}.jsonl") for number in range(2)]
-    for name, result in zip(names, found, strict=True):  # as `--json` prints it
-        Path(name).write_text('{"event": {}}\n' + json.dumps({"result": asdict(result)}) + "\n")
+    names = [str(tmp_path / "choices.json"), jobs[1].output]
+    line = json.dumps({"result": asdict(found[0])})  # as `--json` prints it
+    Path(names[0]).write_text('{"event": {}}\n' + line + "\n")
     card = ModelCard(publish(Publish(str(pruned), "org/most", dry_run=True, results=tuple(names))).card)
     assert card.data.model_name == "most" and card.data.eval_results is not None
     told = {(of.dataset_name, of.metric_type): of for of in card.data.eval_results}
@@ -153,6 +162,49 @@ def test_results_become_a_model_index_with_their_errors(
     assert of.metric_args["recovery_standard_error"] == task.recovery_errors["choices.jsonl"]
     assert told["perplexity", "perplexity"].metric_value == text.perplexity
     assert f"| perplexity | perplexity | {text.perplexity:.4g} |" in card.content
+    with pytest.raises(ConfigError, match=r"results of .*most, whose content has the hash"):
+        publish(Publish(str(pruned.parent / "half"), "org/half", dry_run=True, results=tuple(names)))
+
+
+def test_only_shares_are_percentages(pruned: Path, tmp_path: Path) -> None:
+    values = {"bits_per_byte,none": 0.95, "bleu,none": 23.4, "acc,none": 0.5, "word_perplexity,none": 7.5}
+    row = {"model_hash": model_hash(str(pruned)), "accuracy": {"task": 0.5}, "metrics": {"task": values}}
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(row | {"num_examples": {"task": 8}}, indent=1))
+    card = publish(Publish(str(pruned), "org/most", dry_run=True, results=(str(file),))).card
+    shown = dict(re.findall(r"\| task \| (\w+),none \| ([^|]+) \|", card))
+    assert shown == {"bits_per_byte": "0.95", "bleu": "23.4", "acc": "50.0%", "word_perplexity": "7.5"}
+
+
+def test_where_files_lie_here_is_not_published(
+    hub: HubServer, pruned: Path, text_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "model"
+    copytree(pruned, copy)
+    manifest = json.loads((copy / "gossamer.json").read_text())
+    first = manifest["lineage"][0]
+    first["job"] |= {
+        "dataset": ["data/private/x.txt@0.5", "hf:org/text:default:train"],
+        "teacher": "org/dense",
+    }
+    first["data"][0]["source"] = "private/x.txt"
+    manifest["origin"] = {"repository": "org/tiny", "revision": "main", "commit": "0" * 40}
+    (copy / "gossamer.json").write_text(json.dumps(manifest))
+    call(hub, tmp_path, str(copy), "org/most")
+    files = head(hub, "org/most")
+    for name in ("gossamer.json", "report.md", "README.md"):
+        text = files[name].decode()
+        assert text_file.name in text
+        assert not [word for word in (str(text_file.parent), str(pruned.parent), "private/") if word in text]
+    sent = json.loads(files["gossamer.json"])
+    assert sent["lineage"][0]["job"]["dataset"] == ["x.txt@0.5", "hf:org/text:default:train"]
+    assert sent["lineage"][0]["job"]["teacher"] == "org/dense"
+    assert sent["lineage"][0]["data"][0]["source"] == "x.txt"
+    assert (sent["lineage"][1]["job"]["model"], sent["parent"]["path"]) == ("half", "half")
+    assert {name: sent[name] for name in ("tensors", "origin", "metrics")} == {
+        name: manifest[name] for name in ("tensors", "origin", "metrics")
+    }
+    assert json.loads((copy / "gossamer.json").read_text()) == manifest  # what lies here is not touched
 
 
 def test_a_packed_file_goes_beside_a_directory(
@@ -298,7 +350,7 @@ def test_what_cannot_be_published_is_refused(pruned: Path, options: dict[str, An
 def test_results_that_are_no_use_are_refused(pruned: Path, tmp_path: Path) -> None:
     file = tmp_path / "bench.jsonl"
     file.write_text('{"event": {}}\n{"result": {"decode_tokens_per_s": 5.0}}\n')
-    with pytest.raises(ConfigError, match="found no result with accuracy"):
+    with pytest.raises(ConfigError, match="found no result with model_hash"):
         publish(Publish(str(pruned), "org/name", results=(str(file),), dry_run=True))
     file.write_text('{"result": {"decode_tokens_per_s": 5.0, "impossible": ["more than all."]}}\n')
     with pytest.raises(ConfigError, match="not to be quoted: more than all"):

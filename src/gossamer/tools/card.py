@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from gossamer.evaluation.harness import primary
+from gossamer.evaluation.harness import is_share, primary
 from gossamer.tools.inspect import InspectResult, Matrix
+from gossamer.tools.local_paths import without_folders
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 LEAST_SPARSITY = 0.01  # dense weights have a zero here and there
@@ -181,7 +182,7 @@ def _scores(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
                 examples = f"{result.get('num_tokens'):,} tokens, {result.get('row_length')} a row"
             for metric, value in metrics.items():
                 first = metric == next(iter(metrics))
-                shown = _with_error(value, errors.get(metric), share="perplexity" not in metric)
+                shown = _with_error(value, errors.get(metric), share=is_share(metric))
                 recovered = _with_error(recovery, of_recovery) if first and recovery is not None else ""
                 rows.append((task, metric, shown, recovered, str(examples or "")))
     return rows
@@ -212,7 +213,7 @@ def _recipe(found: InspectResult, sources: Sources) -> str:
     for step in _steps(found, sources.manifest):
         job = step.get("job", {})
         options = {
-            name: _without_folders(value)
+            name: without_folders(value, name)
             for name, value in job.items()
             if name not in (*PLACES, *OF_THE_MACHINE) and value not in (None, "", [], ())
         }
@@ -239,7 +240,7 @@ def _data(manifest: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 f"{key} `{of[key][:16]}`" for key in ("sha256", "revision") if isinstance(of.get(key), str)
             ]
             tokens = f"{of['num_tokens']:,}" if isinstance(of.get("num_tokens"), int) else ""
-            source = str(_without_folders(of.get("source", "")))
+            source = str(without_folders(of.get("source", "")))
             rows.append((step["stage"], source, str(of.get("weight", "")), tokens, ", ".join(known)))
     return rows
 
@@ -255,13 +256,6 @@ def _versions(manifest: Mapping[str, Any]) -> str:
 def _steps(found: InspectResult, manifest: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """Of a directory what its manifest says of each stage; a packed file knows their names only."""
     return manifest.get("lineage") or [{"stage": step.stage} for step in found.provenance]
-
-
-def _without_folders(value: Any) -> Any:
-    """Where files lie on this computer is nobody's business."""
-    if isinstance(value, list | tuple):
-        return [_without_folders(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~", ".")) else value
 
 
 def _decoder(found: InspectResult) -> list[Matrix]:

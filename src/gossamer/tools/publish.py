@@ -11,10 +11,12 @@ from gossamer.checkpoint.hub import NAME
 from gossamer.checkpoint.schemes import read_scheme
 from gossamer.checkpoint.upload import check_access, check_repository, upload
 from gossamer.errors import ConfigError
+from gossamer.evaluation.kept import model_hash
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.tools.card import Sources, model_card
 from gossamer.tools.inspect import Inspect, InspectResult, inspect
+from gossamer.tools.local_paths import published_texts
 
 CARD = "README.md"
 
@@ -25,7 +27,9 @@ class Publish:
 
     model: str = option(help="a checkpoint directory, or a .goss file", positional=True)
     repository: str = option(help="org/name[@branch]; made where it is not there", positional=True)
-    results: tuple[str, ...] = option((), help="files with what `evaluate --json` printed of the model")
+    results: tuple[str, ...] = option(
+        (), help="files that `evaluate -o` wrote of the model, or with what --json printed"
+    )
     speeds: tuple[str, ...] = option((), help="files with what `bench --json` printed of the model")
     base_model: str | None = option(
         None, help="org/name of the model that it was made of (default: where the first stage had it from)"
@@ -69,6 +73,7 @@ def publish(job: Publish, progress: Progress = quiet) -> PublishResult:
     found = _files(path)
     card = _card(job, repository, progress)
     files: dict[str, Path | bytes] = {CARD: card.encode(), **{file.name: file for file in found}}
+    files |= published_texts(path)
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
     url = None
     if not job.dry_run:
@@ -131,27 +136,49 @@ def _new_card(job: Publish, repository: str, found: InspectResult) -> str:
         base_model=job.base_model or (manifest.get("origin") or {}).get("repository"),
         scheme=scheme.name if scheme else None,
         manifest=manifest,
-        results=[row for name in job.results for row in _rows(name, "evaluate", "accuracy")],
+        results=_results(job),
         speeds=[row for name in job.speeds for row in _rows(name, "bench", "decode_tokens_per_s")],
     )
     return model_card(repository, found, sources)
 
 
+def _results(job: Publish) -> list[dict[str, Any]]:
+    """What `evaluate` measured of the model; ConfigError where it was another."""
+    rows = [(name, row) for name in job.results for row in _rows(name, "evaluate", "model_hash")]
+    identity = model_hash(job.model) if rows else ""
+    for name, row in rows:
+        if row["model_hash"] != identity:
+            raise ConfigError(
+                f"{name}: found results of {row.get('model')}, whose content has the hash "
+                f"{row['model_hash']!s:.16}; expected {identity[:16]}, that of {job.model}. "
+                "Evaluate this one"
+            )
+    return [row for _, row in rows]
+
+
 def _rows(name: str, verb: str, field: str) -> list[dict[str, Any]]:
-    """The results in a file of lines of JSON; ConfigError where there is none of that verb, or another's."""
+    """The results in a file of lines of JSON, or the one that is the whole of it.
+
+    ConfigError where there is none of that verb, or another's.
+    """
     try:
-        lines = [
-            json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        found = _json(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: expected what `gossamer {verb} --json` prints ({error})") from error
-    rows = [
-        line["result"] for line in lines if isinstance(line, dict) and isinstance(line.get("result"), dict)
-    ]
-    if not rows or any(field not in row for row in rows):
+    rows = [it.get("result", it) if isinstance(it, dict) else it for it in found]
+    rows = [row for row in rows if not (isinstance(row, dict) and "event" in row)]
+    if not rows or any(not isinstance(row, dict) or field not in row for row in rows):
         raise ConfigError(
             f"{name}: expected what `gossamer {verb} --json` prints; found no result with {field}"
         )
     if wrong := next((row["impossible"] for row in rows if row.get("impossible")), None):
         raise ConfigError(f"{name}: not to be quoted: {wrong[0]} Measure it again.")
     return rows
+
+
+def _json(text: str) -> list[Any]:
+    """One object over many lines, or one a line."""
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
