@@ -190,12 +190,14 @@ def test_where_files_lie_here_is_not_published(
     first["data"][0]["source"] = "private/x.txt"
     manifest["origin"] = {"repository": "org/tiny", "revision": "main", "commit": "0" * 40}
     (copy / "gossamer.json").write_text(json.dumps(manifest))
+    (copy / "report.md").write_bytes((copy / "report.md").read_bytes() + b"caf\xe9\n")
     call(hub, tmp_path, str(copy), "org/most")
     files = head(hub, "org/most")
     for name in ("gossamer.json", "report.md", "README.md"):
-        text = files[name].decode()
+        text = files[name].decode(errors="replace")
         assert text_file.name in text
         assert not [word for word in (str(text_file.parent), str(pruned.parent), "private/") if word in text]
+    assert files["report.md"].endswith(b"caf\xe9\n")  # whatever its bytes are, the rest of it stays
     sent = json.loads(files["gossamer.json"])
     assert sent["lineage"][0]["job"]["dataset"] == ["x.txt@0.5", "hf:org/text:default:train"]
     assert sent["lineage"][0]["job"]["teacher"] == "org/dense"

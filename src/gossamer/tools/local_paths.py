@@ -40,12 +40,12 @@ def published_texts(directory: Path) -> dict[str, bytes]:
     shown = json.dumps(manifest | without_folders(recorded), indent=2, ensure_ascii=False) + "\n"
     texts = {MANIFEST: shown.encode(errors="backslashreplace")}
     if report.is_file():
-        text = report.read_text(encoding="utf-8")
+        text = report.read_bytes().decode(errors="surrogateescape")
         for path in sorted(set(_paths(recorded)), key=len, reverse=True):
             text = re.sub(
                 rf"(?<![\w./~-]){re.escape(path)}(?![\w/-])", lambda _, of=path: Path(of).name, text
             )
-        texts[report.name] = text.encode()
+        texts[report.name] = text.encode(errors="surrogateescape")
     return texts
 
 
