@@ -27,6 +27,7 @@ def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str
         cli.call([name, "--help"])
     assert exit_info.value.code == 0
     shown = capsys.readouterr().out
+    assert ",," not in "".join(shown.replace("│", "").split()), "an empty choice"
     job, _ = cli.VERBS[name].load(name)
     for field in dataclasses.fields(job):
         if not field.metadata["positional"]:

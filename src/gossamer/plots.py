@@ -1,5 +1,6 @@
 """The pictures: drawn from a report's figures, one function a picture."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,10 @@ class Score:
 
 
 def scores(path: Path, panels: Sequence[tuple[str, Sequence[Score]]], title: str) -> None:
-    """A panel for each unit: a bar a score, with one and two standard errors, over the baseline's."""
+    """A panel for each unit: a bar a score, with one and two standard errors, over the baseline's.
+
+    What is no finite number has no bar; its text says what it is.
+    """
     from matplotlib.figure import Figure
 
     heights = [len(shown) for _, shown in panels]
@@ -154,20 +158,28 @@ def scores(path: Path, panels: Sequence[tuple[str, Sequence[Score]]], title: str
     axes_of = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[n + 1 for n in heights])[:, 0]
     for axes, (unit, shown) in zip(axes_of, panels, strict=True):
         for row, score in enumerate(shown):
+            value, error, baseline = map(_finite, (score.value, score.error, score.baseline))
             if score.baseline is not None:
-                axes.barh(row, score.baseline, height=0.8, color=PALE, label="" if row else "baseline")
-            axes.barh(row, score.value, height=0.5, color=ACCENT, label="" if row else "model")
+                axes.barh(row, baseline, height=0.8, color=PALE, label="" if row else "baseline")
+            axes.barh(row, value, height=0.5, color=ACCENT, label="" if row else "model")
             if score.error is not None:
-                axes.errorbar(score.value, row, xerr=2 * score.error, color=INK, linewidth=1)
-                axes.errorbar(score.value, row, xerr=score.error, color=INK, linewidth=3)
-            end = max(score.value + 2 * (score.error or 0), score.baseline or 0)
-            axes.text(end, row, f"  {score.value:.4g}  {score.note}", va="center", color=INK)
-        most = max(max(score.value + 2 * (score.error or 0), score.baseline or 0) for score in shown)
-        _finish(axes, [score.label for score in shown], unit, 1.7 * most or 1)
+                axes.errorbar(value, row, xerr=2 * error, color=INK, linewidth=1)
+                axes.errorbar(value, row, xerr=error, color=INK, linewidth=3)
+            axes.text(_end(score), row, f"  {score.value:.4g}  {score.note}", va="center", color=INK)
+        _finish(axes, [score.label for score in shown], unit, 1.7 * max(map(_end, shown)) or 1)
         if any(score.baseline is not None for score in shown):
             axes.legend(frameon=False, labelcolor=INK, loc="lower right")
     figure.suptitle(title, color=INK, fontsize=12, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
+
+
+def _end(score: Score) -> float:
+    """How far the bars of a score reach, with two standard errors."""
+    return max(_finite(score.value) + 2 * _finite(score.error), _finite(score.baseline))
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else 0.0
 
 
 def _open(axes, title: str) -> None:

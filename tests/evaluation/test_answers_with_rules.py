@@ -103,6 +103,28 @@ def test_examples_with_their_answers_come_before_the_prompt(tmp_path: Path) -> N
     assert instance.args[1]["until"] == ["Question:", "</s>", "<|im_end|>"]
 
 
+def test_the_asked_row_is_not_shown(tmp_path: Path) -> None:
+    rows = [{"question": f"q{n}", "answer": f"a\n#### {n}"} for n in range(4)]
+    file, other = write(tmp_path / "test.jsonl", rows), write(tmp_path / "copy.jsonl", rows)
+    for shown in (file, other):
+        settings = file_task(Path(file), "gsm8k", shots=Shots(3, Path(shown)))
+        task = load_tasks([settings])[0].load([settings])["tasks"]["test.jsonl"]
+        task.set_fewshot_seed(1)
+        task.build_all_requests()
+        for number, instance in enumerate(task.instances):
+            assert sorted(re.findall(r"Question: q(\d)", instance.args[0])) == list("0123")
+            assert instance.args[0].endswith(f"Question: q{number}\nAnswer:")
+
+
+CHAT = {
+    "kind": "chat",
+    "judge": "http://127.0.0.1:9",
+    "judge_model": "a",
+    "baseline": "b",
+    "output": "c.json",
+}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -113,6 +135,12 @@ def test_examples_with_their_answers_come_before_the_prompt(tmp_path: Path) -> N
             "--num-fewshot shows examples of .*; --kind is perplexity",
         ),
         ({"fewshot_dataset": "a.jsonl"}, "--fewshot-dataset has examples for"),
+        (
+            {"num_fewshot": 2, "kind": None},
+            "--num-fewshot is 2, and nothing that is asked for shows examples",
+        ),
+        ({"num_fewshot": 2, **CHAT}, "--num-fewshot is 2, and nothing that is asked for shows examples"),
+        ({"num_fewshot": 2, "fewshot_dataset": "a.jsonl", **CHAT}, "--fewshot-dataset has examples for"),
         ({"num_fewshot": 2, "fewshot_dataset": "nowhere.jsonl"}, r"nowhere\.jsonl --kind gsm8k: expected"),
     ],
 )

@@ -1,6 +1,7 @@
 """Figures in the cache: read while nothing that decides them has changed. And what `--output` writes."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,8 @@ from matplotlib.image import imread
 from safetensors.numpy import load_file, save_file
 
 from gossamer.errors import ConfigError
+from gossamer.evaluation.file_tasks import Shots, file_task
+from gossamer.evaluation.harness import content_of, load_tasks
 from gossamer.evaluation.kept import KeptFigures
 from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
@@ -29,6 +32,7 @@ def job(tiny_llama: TinyLlama, text_file: Path, tmp_path: Path, monkeypatch: pyt
     """A harness's task, our own examples, and a model that may be changed; the cache is empty."""
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     model = shutil.copytree(tiny_llama("llama2"), tmp_path / "model")
+    (model / "tokenizer.model").write_bytes(b"\n\x0e\n\x05\xff\xfe\x80")  # no text, as SentencePiece's
     rows = [{"context": word, "continuation": "x", "prompt": word, "answer": "y"} for word in "abcd"]
     file = write(tmp_path / "cloze.jsonl", rows)
     return Evaluate(str(model), dataset=file, kind="cloze", tasks=(file,), backend="engine")
@@ -56,7 +60,7 @@ def test_what_was_measured_is_read_again(job: Evaluate) -> None:
 def test_a_text_is_kept_by_its_content(job: Evaluate, text_file: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(text_file.read_text())
-    job = replace(job, dataset=str(text), kind="", tasks=(), limit=3)
+    job = replace(job, dataset=str(text), kind=None, tasks=(), limit=3)
     first = evaluate(job)
     assert evaluate(job).from_cache == (f"{job.model}: perplexity",)
     assert evaluate(job).perplexity == first.perplexity
@@ -67,10 +71,16 @@ def test_a_text_is_kept_by_its_content(job: Evaluate, text_file: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "template", "file", "limit", "backend", "chat", "cache type", "shots"]
+    "change",
+    [
+        *("weights", "template", "tokenizer", "file", "limit", "backend", "chat", "cache type", "shots"),
+        *("engine's instructions", "torch's instructions"),
+    ],
 )
-def test_what_has_changed_is_measured_anew(change: str, job: Evaluate, tmp_path: Path) -> None:
-    job = replace(job, tasks=())
+def test_what_has_changed_is_measured_anew(
+    change: str, job: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(job, tasks=(), backend="torch" if change.startswith("torch") else "engine")
     evaluate(job)
     assert evaluate(job).from_cache
     model, file = Path(job.model), Path(job.dataset)
@@ -81,13 +91,19 @@ def test_what_has_changed_is_measured_anew(change: str, job: Evaluate, tmp_path:
         save_file(tensors, model / "model.safetensors", {"format": "pt"})
     elif change == "template":
         (model / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    elif change == "tokenizer":
+        (model / "tokenizer.model").write_bytes(b"\xfe\xff")
+    elif change == "engine's instructions":
+        monkeypatch.setattr("gossamer._native.isa", lambda: "another")
+    elif change == "torch's instructions":
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "another")
     elif change == "file":
         file.write_text(file.read_text().replace("x", "y"))
     else:
         changes: dict[str, dict[str, Any]] = {
             "limit": {"limit": 2},
             "backend": {"backend": "torch"},
-            "chat": {"chat": True},
+            "chat": {"apply_chat_template": True},
             "cache type": {"kv_cache_dtype": "i8"},
             "shots": {"num_fewshot": 1, "fewshot_dataset": job.dataset},
         }
@@ -121,6 +137,29 @@ def test_a_damaged_file_is_told_of_and_made_anew(damage: str, job: Evaluate) -> 
     assert evaluate(job).from_cache == (f"{job.model}: cloze.jsonl",)
 
 
+def test_figures_that_cannot_be_kept_are_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "file" / "cache"))
+    events: list[Event] = []
+    kept = KeptFigures(events.append)
+    assert kept.of({"model": "a"}, "a: piqa", lambda: {"accuracy": 0.5}) == {"accuracy": 0.5}
+    [event] = events
+    assert event.lasting and "the figures of a: piqa are not kept" in event.message
+
+
+def test_examples_that_are_shown_decide(tmp_path: Path) -> None:
+    asked = write(tmp_path / "test.jsonl", [{"prompt": "a", "answer": "b"}])
+
+    def content(shown: str, num_fewshot: int | None) -> str:
+        shots = write(tmp_path / "train.jsonl", [{"prompt": shown, "answer": "c"}])
+        settings = file_task(Path(asked), "exact-match", shots=Shots(1, Path(shots)))
+        return content_of(load_tasks([settings])[0].load([settings])["tasks"]["test.jsonl"], num_fewshot)
+
+    assert content("x", None) != content("y", None)
+    assert content("x", 1) == content("x", None)
+    assert content("x", 0) == content("y", 0)
+
+
 def test_another_program_measures_anew(job: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate(job)
     monkeypatch.setattr("gossamer.evaluation.kept.program", lambda: {"gossamer": "another"})
@@ -151,7 +190,23 @@ def test_all_figures_are_written_with_a_table_and_a_picture(
     assert picture.shape[0] > 100 and picture.min() < picture.max()
     with pytest.raises(ConfigError, match=r"scores\.json exists; .*--overwrite"):
         evaluate(job)
-    text = replace(job, dataset=str(text_file), kind="", limit=2, overwrite=True)
+    text = replace(job, dataset=str(text_file), kind=None, limit=2, overwrite=True)
     assert evaluate(text).perplexity == json.loads(output.read_text())["perplexity"]
     with pytest.raises(ConfigError, match=r"--output is scores\.md; expected FILE\.json"):
         evaluate(replace(job, output="scores.md"))
+
+
+def test_what_is_no_finite_number_has_no_bar_and_the_figures_are_written_last(
+    job: Evaluate, tmp_path: Path
+) -> None:
+    output = tmp_path / "scores.json"
+    result = replace(evaluate(job), perplexity=math.inf, num_tokens=9, baseline={"perplexity": math.nan})
+    output.with_suffix(".png").mkdir()
+    with pytest.raises(OSError, match=r"scores\.png"):
+        result.write(output, job)
+    assert not output.exists()
+    output.with_suffix(".png").rmdir()
+    result.write(output, job)
+    assert json.loads(output.read_text())["perplexity"] == math.inf
+    assert "| perplexity | inf |" in output.with_suffix(".md").read_text()
+    assert imread(output.with_suffix(".png")).shape[0] > 100

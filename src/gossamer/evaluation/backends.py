@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer import _native
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, KvCacheDtype, SamplingParams
 from gossamer.engine.scoring import score
@@ -35,6 +36,16 @@ class Backend(Protocol):
     def for_harness(self) -> Any:
         """The same model as lm-evaluation-harness knows it."""
         ...
+
+
+def instructions(backend: str) -> str:
+    """What a backend computes with, on which the last bits of its figures depend."""
+    if backend == "engine":
+        return _native.isa()
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
 
 
 def open_backend(

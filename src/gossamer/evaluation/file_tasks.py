@@ -40,7 +40,7 @@ FEW_SHOT = ("multiple-choice", "cloze", "exact-match", "summarization", "gsm8k")
 
 @dataclass(frozen=True)
 class Shots:
-    """How many rows of `file` are shown with their answers before each prompt."""
+    """How many rows of `file` are shown with their answers before each prompt, never the asked row itself."""
 
     number: int
     file: Path
@@ -75,13 +75,15 @@ def file_task(
         settings = _gsm8k()
     else:
         settings = _SEVERAL_CONTEXTS if several_contexts else _TASKS[kind]
+    # Of rows of its own the harness leaves out the one that it asks.
+    split = "test" if rows.get("shots") == rows["test"] else "shots"
     return {
         "task": file.name,
-        "custom_dataset": lambda **_: {split: Dataset.from_list(part) for split, part in rows.items()},
+        "custom_dataset": lambda **_: {name: Dataset.from_list(part) for name, part in rows.items()},
         "test_split": "test",
         "metadata": {"kind": kind, "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()},
         **settings,
-        **({"fewshot_split": "shots", "num_fewshot": shots.number} if shots else {"num_fewshot": 0}),
+        **({"fewshot_split": split, "num_fewshot": shots.number} if shots else {"num_fewshot": 0}),
     }
 
 

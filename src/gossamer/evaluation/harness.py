@@ -65,17 +65,16 @@ def is_share(metric: str) -> bool:
 
 
 def load_tasks(
-    tasks: Sequence[str | Mapping[str, Any]], *, offline: bool = False
+    tasks: Sequence[str | Mapping[str, Any]], num_fewshot: int | None = None, *, offline: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """lm-evaluation-harness's manager, once it has loaded these tasks, and what decides what each asks.
 
     Raises ConfigError for a name that it does not know, OSError for a dataset that cannot be loaded. The
-    files of its own tasks are read only where one of them is named.
+    files of its own tasks are read only where one of them is named. `num_fewshot` as `run` has it.
     """
     from lm_eval.tasks import TaskManager
 
-    for name in ("lm-eval", "lm_eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _log_errors_only()
     names = [task for task in tasks if isinstance(task, str)]
     manager = TaskManager(include_defaults=bool(names))
     asked = {task["task"]: task["metadata"] for task in tasks if not isinstance(task, str)}
@@ -92,16 +91,35 @@ def load_tasks(
                 raise _not_here(name, wanted, error) from error
             except ModuleNotFoundError as error:
                 raise ConfigError(f"task {name} needs a module that is not here: {error}") from error
-        asked[name] = {leaf: [f"{task.VERSION}", _content(task)] for leaf, task in loaded.items()}
+        asked[name] = {
+            leaf: [f"{task.VERSION}", content_of(task, num_fewshot)] for leaf, task in loaded.items()
+        }
     return manager, asked
 
 
-def _content(task: Any) -> str:
-    """sha256 of the examples of a task of the harness."""
+def content_of(task: Any, num_fewshot: int | None) -> str:
+    """sha256 of the examples of a task of the harness, and of those that it shows where it shows any."""
     content = hashlib.sha256()
-    for example in task.eval_docs:
-        content.update(json.dumps(example, default=str).encode() + b"\n")
+    shows = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
+    for examples in (task.eval_docs, task.fewshot_docs() if shows else ()):
+        for example in examples:
+            content.update(json.dumps(example, default=str).encode() + b"\n")
+        content.update(b"\n")
     return content.hexdigest()
+
+
+def _log_errors_only() -> None:
+    for name in ("lm-eval", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def without_its_output() -> Iterator[None]:
+    """Drop the harness's bars, warnings, and news of bootstrapping."""
+    _log_errors_only()
+    drop = io.StringIO()
+    with contextlib.redirect_stderr(drop), contextlib.redirect_stdout(drop):
+        yield
 
 
 def _not_here(task: str, wanted: Sequence[str], error: OSError) -> OSError:
@@ -154,19 +172,18 @@ def run(
     model: Any,
     limit: int,
     *,
-    chat: bool = False,
+    apply_chat_template: bool = False,
     num_fewshot: int | None = None,
 ) -> dict[str, Scores]:
     """Run tasks through a model of the harness; at most `limit` examples of each, 0: all.
 
-    `chat`: prompts are turns of a user in the model's chat template. `num_fewshot`: examples shown before
-    each prompt of the harness's own tasks, None: as many as a task itself says.
+    `apply_chat_template`: prompts are turns of a user in the model's chat template. `num_fewshot`: examples
+    shown before each prompt of the harness's own tasks, None: as many as a task itself says.
     """
     from lm_eval import evaluator
 
     seeds: dict[str, Any] = {f"{of}_random_seed": SEED for of in ("numpy", "torch", "fewshot")}
-    drop = io.StringIO()  # bars, and news of bootstrapping
-    with contextlib.redirect_stderr(drop), contextlib.redirect_stdout(drop), _in_our_words(tasks):
+    with without_its_output(), _in_our_words(tasks):
         found: Any = evaluator.simple_evaluate(
             model,
             tasks=[task if isinstance(task, str) else _fitting(task, model.max_length) for task in tasks],
@@ -174,7 +191,7 @@ def run(
             num_fewshot=num_fewshot,
             task_manager=manager,
             bootstrap_iters=NUM_BOOTSTRAPS,
-            apply_chat_template=chat,
+            apply_chat_template=apply_chat_template,
             random_seed=SEED,
             **seeds,
         )

@@ -39,11 +39,14 @@ class KeptFigures:
             self.found.append(name)
             return kept
         figures = measure()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staged = file.with_suffix(f".{os.getpid()}")
         content = {"decides": decides, "figures": figures, "sha256": digest(figures)}
-        staged.write_text(json.dumps(content), encoding="utf-8")
-        staged.rename(file)
+        staged = file.with_suffix(f".{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            staged.write_text(json.dumps(content), encoding="utf-8")
+            staged.rename(file)
+        except OSError as error:
+            self._progress(Event("evaluate", f"the figures of {name} are not kept: {error}", lasting=True))
         return json.loads(json.dumps(figures))
 
     def _read(self, file: Path) -> dict[str, Any] | None:
@@ -73,7 +76,8 @@ def model_hash(model: str, *, offline: bool = False) -> str:
     source = Checkpoint.open(model, offline=offline)
     small = {path.name: path for pattern in SMALL_FILES for path in source.path.glob(pattern)}
     small.pop("gossamer.json", None)
-    return digest([source.hash, {name: digest(path.read_text()) for name, path in sorted(small.items())}])
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(small.items())}
+    return digest([source.hash, hashes])
 
 
 @cache

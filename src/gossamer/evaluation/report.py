@@ -93,7 +93,6 @@ class EvaluateResult(Result):
         """`output`, a JSON file with the run's options; beside it the table (.md) and a picture (.png)."""
         content: dict[str, Any] = {"options": record(job), **dataclasses.asdict(self)}
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         plots.scores(output.with_suffix(".png"), self._panels(), f"{self.model} ({self.backend})")
         parts = [
             *map(markdown, self.tables()),
@@ -101,6 +100,7 @@ class EvaluateResult(Result):
             *self.closing,
         ]
         output.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def _panels(self) -> list[tuple[str, list[plots.Score]]]:
         """Shares in percent, then perplexities, where there are any."""

@@ -13,7 +13,7 @@ from gossamer.data.sources import manifest
 from gossamer.data.tables import TABLES
 from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
-from gossamer.evaluation.backends import Backend, open_backend
+from gossamer.evaluation.backends import Backend, instructions, open_backend
 from gossamer.evaluation.chat import Journal, Speaker, compare, read_prompts
 from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery, recovery_errors
 from gossamer.evaluation.file_tasks import FEW_SHOT, Kind, Shots, file_task
@@ -36,8 +36,8 @@ class Evaluate(EngineOptions):
         positional=True,
     )
     dataset: str = option("", help="text whose perplexity to measure: SRC; with --kind, a file of examples")
-    kind: Kind | Literal["", "chat"] = option(
-        "", help="the examples of --dataset FILE, run by lm-evaluation-harness; chat: prompts for --judge"
+    kind: Literal[Kind, "chat"] | None = option(
+        None, help="the examples of --dataset FILE, run by lm-evaluation-harness; chat: prompts for --judge"
     )
     judge: str = option(
         "", help="URL of an OpenAI-compatible endpoint that compares answers of --kind chat with --baseline's"
@@ -62,7 +62,9 @@ class Evaluate(EngineOptions):
     allow_code_execution: bool = option(
         False, help="--kind code runs what the model writes, confined: no network, no files but its own"
     )
-    chat: bool = option(False, help="the harness's prompts are turns of a user in the model's chat template")
+    apply_chat_template: bool = option(
+        False, help="the harness's prompts are turns of a user in the model's chat template"
+    )
     row_length: int = option(
         255, help="tokens of a row of --dataset; each is seen after those before it in its row, BOS first"
     )
@@ -165,7 +167,7 @@ def _check(job: Evaluate) -> None:
         raise ConfigError("--judge and --judge-model are for --kind chat")
     if (job.num_fewshot or 0) < 0:
         raise ConfigError(f"--num-fewshot is {job.num_fewshot}; expected a number of examples, or 0 for none")
-    if job.fewshot_dataset and not (job.kind and job.num_fewshot):
+    if job.fewshot_dataset and (job.kind in (None, "chat") or not job.num_fewshot):
         raise ConfigError("--fewshot-dataset has examples for --dataset FILE --kind KIND --num-fewshot N")
     if job.limit < 0:
         raise ConfigError(f"--limit is {job.limit}; expected a number of examples, or 0 for all")
@@ -204,7 +206,12 @@ def _asked(job: Evaluate, progress: Progress) -> Asked:
         names.append(
             file_task(file, job.kind, job.skip_bad_rows, shots, offline=job.offline, progress=progress)
         )
-    manager, decides = load_tasks(names, offline=job.offline) if names else (None, {})
+    if job.num_fewshot and not names:
+        raise ConfigError(
+            f"--num-fewshot is {job.num_fewshot}, and nothing that is asked for shows examples; it is for "
+            f"--tasks of lm-evaluation-harness and --kind {', '.join(FEW_SHOT)}"
+        )
+    manager, decides = load_tasks(names, job.num_fewshot, offline=job.offline) if names else (None, {})
     text = None
     if job.dataset and not job.kind:
         text = manifest(job.dataset, offline=job.offline)
@@ -213,8 +220,17 @@ def _asked(job: Evaluate, progress: Progress) -> Asked:
 
 
 def _speaker(model: str, identity: str, job: Evaluate) -> Speaker:
-    how = {"model": identity, "backend": job.backend, "kv_cache": job.kv_cache_dtype, "program": program()}
-    return Speaker(model, digest(how), _opener(model, job))
+    return Speaker(model, digest({**_how(identity, job), "program": program()}), _opener(model, job))
+
+
+def _how(identity: str, job: Evaluate) -> dict[str, Any]:
+    """What a model's answers depend on beside what it is asked."""
+    return {
+        "model": identity,
+        "backend": job.backend,
+        "instructions": instructions(job.backend),
+        "kv_cache": job.kv_cache_dtype,
+    }
 
 
 def _opener(model: str, job: Evaluate) -> Callable[[], Backend]:
@@ -245,7 +261,7 @@ def measure(
     `identity`: its content's hash. It is opened once something has to be measured.
     """
     opened = _opener(model, job)
-    how = {"model": identity, "backend": job.backend, "kv_cache": job.kv_cache_dtype, "limit": job.limit}
+    how = {**_how(identity, job), "limit": job.limit}
     figures = Figures()
     if job.dataset and not job.kind:
         decides = asked.text and {**how, "text": asked.text, "row_length": job.row_length}
@@ -257,7 +273,11 @@ def measure(
         figures.accuracy[task], figures.by_kind[task] = found["accuracy"], found["by_kind"]
     for task in asked.harness:
         name = task if isinstance(task, str) else task["task"]
-        options = {"chat": job.chat, "num_fewshot": job.num_fewshot, "seed": SEED}
+        options = {
+            "apply_chat_template": job.apply_chat_template,
+            "num_fewshot": job.num_fewshot,
+            "seed": SEED,
+        }
         measured = partial(_of_harness, opened, name, task, job, asked.manager, progress)
         decides = {**how, **options, "task": asked.decides[name]}
         for leaf, found in kept.of(decides, f"{model}: {name}", measured).items():
@@ -296,5 +316,12 @@ def _of_harness(
 ) -> dict[str, Any]:
     progress(Event("evaluate", name))
     model = opened().for_harness()
-    found = run([task], manager, model, job.limit, chat=job.chat, num_fewshot=job.num_fewshot)
+    found = run(
+        [task],
+        manager,
+        model,
+        job.limit,
+        apply_chat_template=job.apply_chat_template,
+        num_fewshot=job.num_fewshot,
+    )
     return {leaf: asdict(scores) for leaf, scores in found.items()}
