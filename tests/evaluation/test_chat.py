@@ -39,6 +39,7 @@ class Endpoint:
     verdict: Callable[[str, str], str] = the_longer
     patience: int = 10_000
     status: int = 503
+    location: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
 
@@ -51,6 +52,11 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if judge.location:
+                self.send_response(302)
+                self.send_header("Location", judge.location)
+                self.end_headers()
+                return
             if self.path != "/v1/chat/completions" or judge.patience == 0:
                 self.send_error(judge.status if judge.patience == 0 else 404)
                 return
@@ -66,6 +72,10 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            judge.headers.append(dict(self.headers))
+            self.send_error(404)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
@@ -160,7 +170,7 @@ def test_a_judge_that_goes_down_leaves_what_the_same_command_goes_on_from(
     journal = Path(job.output).with_suffix(".chat.jsonl")
     assert len(journal.read_text().splitlines()) == 12 + 5
     if torn:
-        journal.write_text(journal.read_text()[:-20])
+        journal.write_bytes(journal.read_bytes()[:-20] + b"\xff")
     endpoint.patience = 10_000
     assert call(["evaluate", job.model, *flags]) == 0
     assert len(endpoint.seen) == 12 + torn
@@ -188,12 +198,48 @@ def test_answers_are_generated_once_and_anew_where_the_model_has_changed(
     assert len(Path(job.output).with_suffix(".chat.jsonl").read_text().splitlines()) == 12 + 12
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_asked_anew_goes_on_too(overwrite: bool, job: Evaluate, endpoint: Endpoint) -> None:
+    if overwrite:
+        evaluate(job)
+    endpoint.seen.clear()
+    job = replace(job, no_cache=True, overwrite=overwrite)
+    endpoint.patience = 5
+    with pytest.raises(OSError, match="the same command goes on from there"):
+        evaluate(job)
+    assert len(endpoint.seen) == 5
+    endpoint.patience = 10_000
+    evaluate(job)
+    assert len(endpoint.seen) == 12
+
+
 def test_prompts_without_a_verdict_are_counted_apart(job: Evaluate, endpoint: Endpoint) -> None:
     longest = max(answers(job.model), key=len)
     endpoint.verdict = lambda first, second: "" if longest in (first, second) else "A"
     silent = evaluate(job)
     num = sum(longest in pair for pair in zip(answers(job.model), answers(job.baseline), strict=True))
     assert silent.metrics["prompts.jsonl"]["without_verdict"] == pytest.approx(1.0 - (6 - num) / 6)
+
+
+def test_a_prompt_that_the_judge_refuses_has_no_verdict(job: Evaluate, endpoint: Endpoint) -> None:
+    endpoint.patience, endpoint.status = 10, 413
+    assert evaluate(job).metrics["prompts.jsonl"]["without_verdict"] == pytest.approx(1 / 6)
+    asked = len(endpoint.seen)
+    endpoint.patience = 10_000
+    evaluate(replace(job, overwrite=True))
+    assert len(endpoint.seen) == asked == 10
+    journal = Path(job.output).with_suffix(".chat.jsonl")
+    assert json.loads(journal.read_text().splitlines()[-1])["said"].startswith("refused: 413")
+
+
+def test_a_key_goes_to_no_other_host(
+    job: Evaluate, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    endpoint.location = endpoint.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(ConfigError, match=r"redirects to http://localhost.*give --judge the URL"):
+        evaluate(job)
+    assert endpoint.headers == []
 
 
 def test_a_key_is_sent_where_there_is_one(
@@ -240,6 +286,15 @@ def test_rows_without_a_prompt_are_named(job: Evaluate, tmp_path: Path) -> None:
         evaluate(replace(job, dataset=str(file)))
     result = evaluate(replace(job, dataset=str(file), skip_bad_rows=1))
     assert result.num_examples == {"rows.jsonl": 1}
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_the_harness_says_nothing(
+    backend: Any, job: Evaluate, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate(replace(job, backend=backend, limit=2))
+    assert "generate_until requests" not in capfd.readouterr().err
+    assert [record for record in caplog.records if record.name.startswith("lm_eval")] == []
 
 
 def test_a_journal_keeps_what_was_added(tmp_path: Path) -> None:

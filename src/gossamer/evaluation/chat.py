@@ -15,7 +15,7 @@ import numpy as np
 from gossamer.data.tables import TABLES, BadRows, table_rows
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import BATCH_ROWS, Backend
-from gossamer.evaluation.harness import Scores
+from gossamer.evaluation.harness import Scores, without_its_output
 from gossamer.evaluation.judge import ASKED, Judge
 from gossamer.evaluation.kept import digest
 from gossamer.job.report import Event, Progress
@@ -38,7 +38,7 @@ class Journal:
 
     def __init__(self, path: Path, progress: Progress, *, anew: bool = False) -> None:
         self.path, self._entries = path, dict[str, dict[str, Any]]()
-        lines = [] if anew or not path.exists() else path.read_text(encoding="utf-8").splitlines()
+        lines = [] if anew or not path.exists() else path.read_bytes().splitlines()
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
@@ -125,7 +125,10 @@ def compare(
         progress(Event("evaluate", "judged", done, len(prompts)))
     judged = [point for point in points if point is not None]
     if not judged:
-        raise ConfigError(f"the judge {judge.model!r} came to no verdict; what it said is in {journal.path}")
+        raise ConfigError(
+            f"the judge {judge.model!r} came to no verdict; what it said is in {journal.path}: "
+            "where that is mended, delete the file"
+        )
     columns = {
         "win_rate": judged,
         "wins": [float(point == 1) for point in judged],
@@ -158,7 +161,9 @@ def answer_all(
             turn = [{"role": "user", "content": prompts[index]}]
             text = backend.tokenizer.render_chat(turn, True)
             requests.append(Instance("generate_until", {}, (text, options), index))
-        for index, text in zip(batch, backend.for_harness().generate_until(requests), strict=True):
+        with without_its_output():
+            texts = backend.for_harness().generate_until(requests)
+        for index, text in zip(batch, texts, strict=True):
             journal.add(keys[index], model=speaker.name, prompt=prompts[index], answer=text.strip())
         progress(Event("evaluate", f"answers of {speaker.name}", first + len(batch), len(missing)))
     return [journal[key]["answer"] for key in keys]

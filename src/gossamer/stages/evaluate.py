@@ -118,7 +118,7 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
         base = measure(job.baseline, base_identity, job, asked, kept, progress)
         if prompts:
             speakers = _speaker(job.model, identity, job), _speaker(job.baseline, base_identity, job)
-            journal = Journal(Path(job.output).with_suffix(".chat.jsonl"), progress, anew=job.no_cache)
+            journal = _journal(job, progress)
             judge = Judge(job.judge, job.judge_model)
             scores = compare(
                 prompts[: job.limit or None], *speakers, judge, journal, job.max_tokens, progress
@@ -231,6 +231,14 @@ def _how(identity: str, job: Evaluate) -> dict[str, Any]:
         "instructions": instructions(job.backend),
         "kv_cache": job.kv_cache_dtype,
     }
+
+
+def _journal(job: Evaluate, progress: Progress) -> Journal:
+    """Beside the output. `no_cache` empties it, unless it is newer than that: then a run did not end."""
+    output = Path(job.output)
+    file = output.with_suffix(".chat.jsonl")
+    ended = file.exists() and output.exists() and file.stat().st_mtime_ns <= output.stat().st_mtime_ns
+    return Journal(file, progress, anew=job.no_cache and ended)
 
 
 def _opener(model: str, job: Evaluate) -> Callable[[], Backend]:
