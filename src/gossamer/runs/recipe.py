@@ -259,7 +259,7 @@ def measured(
         dataset=str(test),
         kind=task.kind,
         baseline=str(teacher),
-        chat=task.format == "chat",
+        apply_chat_template=task.format == "chat",
         allow_code_execution=allow_code,
         limit=limit,
         output=str(file),
