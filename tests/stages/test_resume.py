@@ -1,6 +1,5 @@
 """Interrupted runs go on as if nothing had happened: bit for bit, from the newest sound checkpoint."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -38,11 +37,10 @@ from gossamer.training import interruption, kernel_choice, parallel, trainer
 from gossamer.training.adamw import AdamW
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.sparse_linear import SparseLinear
-from pruned import copy_with_zeros
+from short_run import NUM_STEPS, model_and_text, short_run, weights
 from two_processes import one_of_three, one_of_two
 
 Llamas = Callable[[str], Path]
-NUM_STEPS = 12
 TORTURE = bool(os.environ.get("GOSSAMER_TORTURE"))
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -51,24 +49,11 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 def place(tiny_llama: Llamas, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A half sparse model and a text."""
     place = tmp_path_factory.mktemp("resume")
-    copy_with_zeros(tiny_llama("llama3"), place / "model", 0.5)
-    (place / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    return place
+    return model_and_text(place, tiny_llama("llama3"), 0.5, Path(__file__))
 
 
 def twelve_steps(place: Path, output: Path, **changes: object) -> Pretrain:
-    """A job with a checkpoint after every second step."""
-    settings: dict[str, object] = {
-        "dataset": (str(place / "text.txt"),),
-        "num_tokens": NUM_STEPS * 256,
-        "max_length": 32,
-        "batch_tokens": 256,
-        "learning_rate": 3e-3,
-        "precision": "f32",
-        "kernel": "dense",
-        "save_steps": 2,
-    }
-    return Pretrain(str(place / "model"), str(output), **(settings | changes))  # pyright: ignore
+    return short_run(place, output, **({"kernel": "dense"} | changes))
 
 
 @pytest.fixture
@@ -106,10 +91,6 @@ def interrupt(job: Pretrain, step: int = 7) -> Path:
     with pytest.raises(Stop):
         pretrain(job, stop_at(step))
     return Path(job.output_dir + ".partial") / "checkpoints"
-
-
-def weights(job: Pretrain) -> str:
-    return hashlib.sha256((Path(job.output_dir) / "model.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("micro_tokens", [2048, 64])

@@ -1,6 +1,5 @@
 """Gradual pruning: the law, what each step of pruning does to weights and moments, and whole runs of it."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,11 +20,10 @@ from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training.gradual import CubicSchedule, GradualPruning
 from gossamer.training.masks import model_mask_hash
-from pruned import copy_with_zeros
+from short_run import NUM_STEPS, model_and_text, short_run, weights
 from two_processes import trainer
 
 Llamas = Callable[[str], Path]
-NUM_STEPS = 12
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -162,29 +160,13 @@ def test_a_weight_that_training_brings_to_zero_stays_there(tiny_llama: Llamas, t
 def place(tiny_llama: Llamas, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is 30% zeros, and a text."""
     place = tmp_path_factory.mktemp("gradual")
-    copy_with_zeros(tiny_llama("llama3"), place / "model", 0.7)
-    (place / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    return place
+    return model_and_text(place, tiny_llama("llama3"), 0.7, Path(__file__))
 
 
 def twelve_steps(place: Path, output: Path, **changes: object) -> Pretrain:
-    """Zeros rise after steps 2, 5, 8 and 9; a checkpoint after every second step."""
-    settings: dict[str, object] = {
-        "dataset": (str(place / "text.txt"),),
-        "num_tokens": NUM_STEPS * 256,
-        "max_length": 32,
-        "batch_tokens": 256,
-        "learning_rate": 3e-3,
-        "precision": "f32",
-        "save_steps": 2,
-        "prune_schedule": "cubic:0.75:0.2-0.75:3",
-        "report_to": "none",
-    }
-    return Pretrain(str(place / "model"), str(output), **(settings | changes))  # pyright: ignore
-
-
-def weights(job: Pretrain | Finetune) -> str:
-    return hashlib.sha256((Path(job.output_dir) / "model.safetensors").read_bytes()).hexdigest()
+    """Zeros rise after steps 2, 5, 8 and 9."""
+    settings = {"prune_schedule": "cubic:0.75:0.2-0.75:3", "report_to": "none"}
+    return short_run(place, output, **(settings | changes))
 
 
 def logged(output: str) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Masked LoRA: the arithmetic of one linear, and whole runs, whose output is an ordinary directory."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +21,10 @@ from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.training import trainer
 from gossamer.training.lora import LowRankLinear, adapt, adapters, merge
 from pruned import copy_with_zeros
+from short_run import NUM_STEPS, model_and_text, short_run, weights
 
 Llamas = Callable[[str], Path]
-RANK, NUM_STEPS = 4, 12
+RANK = 4
 IDS_BT = torch.arange(2, 50).view(2, 24)
 
 
@@ -100,28 +100,12 @@ def test_a_merged_model_has_the_same_logits_and_zeros(
 def place(tiny_llama: Llamas, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A half sparse model and a text."""
     place = tmp_path_factory.mktemp("lora")
-    copy_with_zeros(tiny_llama("llama3"), place / "model", 0.5)
-    (place / "text.txt").write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    return place
+    return model_and_text(place, tiny_llama("llama3"), 0.5, Path(__file__))
 
 
 def twelve_steps(place: Path, output: Path, **changes: object) -> Pretrain:
-    settings: dict[str, object] = {
-        "dataset": (str(place / "text.txt"),),
-        "num_tokens": NUM_STEPS * 256,
-        "max_length": 32,
-        "batch_tokens": 256,
-        "learning_rate": 1e-2,
-        "precision": "f32",
-        "save_steps": 2,
-        "report_to": "none",
-        "lora": RANK,
-    }
-    return Pretrain(str(place / "model"), str(output), **(settings | changes))  # pyright: ignore
-
-
-def weights(job: Pretrain) -> str:
-    return hashlib.sha256((Path(job.output_dir) / "model.safetensors").read_bytes()).hexdigest()
+    settings = {"learning_rate": 1e-2, "report_to": "none", "lora": RANK}
+    return short_run(place, output, **(settings | changes))
 
 
 @pytest.mark.parametrize("taught", [False, True])
