@@ -43,7 +43,7 @@ wheel: $(VENV)/.venv
 
 $(VENV)/.venv: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) scikit-build-core nanobind cmake ninja
+	$(PIP) setuptools scikit-build-core nanobind cmake ninja
 	touch $@
 
 $(VENV)/.built: EXTRAS := compress
