@@ -29,6 +29,7 @@ from rich.table import Column
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from gossamer.allocator import keep_freed_memory
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.job.processes import is_first, num_processes, refuse_several
 from gossamer.job.report import Event, Progress, Result, Table
@@ -140,6 +141,8 @@ def call(arguments: list[str]) -> int:
         job, function = parse(name, rest)
         if not VERBS[name].in_several:
             refuse_several(name)
+        if VERBS[name].module.startswith(("gossamer.stages", "gossamer.runs")):
+            keep_freed_memory()
         with ProgressToJson() if as_json else ProgressBars() as progress:
             result = function(job, progress)
             if isinstance(result, Iterator):

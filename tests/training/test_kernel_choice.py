@@ -76,12 +76,16 @@ def test_auto_takes_what_is_faster_and_says_by_how_much(
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_measuring_finds_the_gain_and_leaves_the_model_alone(precision: Any) -> None:
-    """At 99% there is no doubt; neither gradients nor random numbers are touched."""
+    """In float32 there is no doubt at 99%, in bfloat16 with AMX there is.
+
+    Neither gradients nor random numbers are touched.
+    """
     model = llama(0.99, width=512)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     random = torch.get_rng_state()
     choice = choose_kernel("auto", model, "cpu", precision, 512)
-    assert choice.kernel == "sparse" and choice.ratio is not None and choice.ratio > 1.5
+    assert choice.ratio is not None and (choice.kernel == "sparse") == (choice.ratio > 1)
+    assert precision == "bf16" or choice.ratio > 1.5
     assert torch.equal(torch.get_rng_state(), random)
     assert all(weight.grad is None for weight in model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())

@@ -16,6 +16,7 @@ from transformers import (
 from gossamer.errors import ConfigError
 from gossamer.training import memory
 from gossamer.training.adamw import AdamW
+from gossamer.training.attention import SHORT_ROWS
 from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.lora import adapt, adapters
 from gossamer.training.memory import (
@@ -73,8 +74,10 @@ def kept_bytes(model: PreTrainedModel, num_rows: int, row_length: int, precision
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+ATTENTIONS = [("f32", "sdpa"), ("bf16", "sdpa"), ("bf16", SHORT_ROWS)]
+
+
+@pytest.mark.parametrize(("precision", "attention"), ATTENTIONS)
 @pytest.mark.parametrize("kernel", ["dense", "sparse", "lora"])
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 3}, {"intermediate_size": 768}], ids=str)
 def test_activations_are_what_autograd_keeps(
@@ -91,8 +94,7 @@ def test_activations_are_what_autograd_keeps(
     assert estimate.activations - in_passing == pytest.approx(kept, rel=0.2)
 
 
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("precision", "attention"), ATTENTIONS)
 @pytest.mark.parametrize(
     ("family", "head_dim"),
     [
@@ -149,6 +151,17 @@ def test_adapters_need_less(precision: str) -> None:
     assert after.activations < before.activations and after.logits < before.logits
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_layers_that_are_computed_again_keep_what_goes_in(precision: str) -> None:
+    """The estimate, against what autograd keeps of the layers' inputs and of one layer."""
+    whole, recomputed = (estimate_memory(llama(), 4, 128, precision, recompute=r) for r in (False, True))
+    one, two = (kept_bytes(llama(num_hidden_layers=n), 4, 128, precision) for n in (1, 2))
+    inputs = 4 * 4 * 128 * 96 * 12
+    copies = 0 if precision == "f32" else 12 * 2 * (4 * 96**2 + 3 * 96 * 256)
+    assert recomputed.activations == pytest.approx(inputs + (two - one) + copies, rel=0.2)
+    assert recomputed.activations < whole.activations / 3
+
+
 def test_where_products_are_not_native_sparse_weights_are_written_out() -> None:
     model = llama("sparse")
     here = estimate_memory(model, 1, 16, "bf16")
@@ -191,13 +204,14 @@ ESTIMATE = MemoryEstimate(weights=0, gradients=GB, moments=2 * GB, activations=3
 def test_too_little_memory_is_an_error_with_numbers_and_advice() -> None:
     check_memory(ESTIMATE, 7 * GB, 2048, could_be_sparse=False)
     with pytest.raises(ConfigError) as raised:
-        check_memory(ESTIMATE, 5 * GB, 2048, could_be_sparse=True)
+        check_memory(ESTIMATE, 5 * GB, 2048, could_be_sparse=True, could_recompute=True)
     for part in (
         "about 7.0 GB",
         "(gradients 1.0 GB, moments 2.0 GB, activations 3.0 GB, logits 1.0 GB)",
         "found 5.0 GB",
         "lower --max-length and --batch-tokens to 672 or less (a micro-batch has 2048 tokens now)",
         "--kernel sparse",
+        "--activation-checkpointing",
     ):
         assert part in str(raised.value)
     with pytest.raises(ConfigError, match=r"free memory, or train a smaller model$"):

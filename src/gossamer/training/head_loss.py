@@ -1,4 +1,4 @@
-"""The loss at a language model's head: logits, one for each token of the vocabulary, a few tokens at a time.
+"""The loss at a language model's head: logits, one for each token of the vocabulary, some tokens at a time.
 
 For tokens n with last hidden states h_n and the head's weights W:
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}  # more where a product's start costs more than memory
+PRODUCT_TOKENS = 2048  # whose gradients are multiplied at once, where the sum is of another type
 SMALLEST = 1e-9
 
 
@@ -101,18 +102,25 @@ class _HeadLoss(torch.autograd.Function):
         x_ND, w_of_type_VD = hidden_ND.detach().to(dtype), w_VD.detach().to(dtype)
         total, cross_entropy = hidden_ND.new_zeros(2, dtype=torch.float32).unbind()
         dx_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        dw_VD = torch.zeros_like(w_VD) if wants_weights else None
+        dw_VD: Tensor | None = None
         chunk = CHUNK_TOKENS[hidden_ND.device.type]
-        for begin in range(0, len(x_ND), chunk):
-            end = min(begin + chunk, len(x_ND))
-            logits_NV = (x_ND[begin:end] @ w_of_type_VD.T).float()
-            found, both, d_NV = _losses(logits_NV, targets_N[begin:end], teacher, begin)
-            cross_entropy, total = cross_entropy + found, total + both
-            d_NV = d_NV.to(dtype)
+        group = chunk if dtype == w_VD.dtype else PRODUCT_TOKENS
+        for start in range(0, len(x_ND), group):
+            x_GD = x_ND[start : start + group]
+            product_GV = x_GD @ w_of_type_VD.T
+            for at in range(0, len(x_GD), chunk):
+                begin, logits_NV = start + at, product_GV[at : at + chunk].float()
+                found, both, d_NV = _losses(
+                    logits_NV, targets_N[begin : begin + len(logits_NV)], teacher, begin
+                )
+                cross_entropy, total = cross_entropy + found, total + both
+                product_GV[at : at + chunk] = d_NV
             if dx_ND is not None:
-                dx_ND[begin:end] = d_NV @ w_of_type_VD
-            if dw_VD is not None:
-                _add_product(dw_VD, d_NV.T, x_ND[begin:end])
+                dx_ND[start : start + group] = product_GV @ w_of_type_VD
+            if wants_weights:
+                dw_VD = _plus_product(dw_VD, product_GV.T, x_GD, w_VD.dtype)
+        if wants_weights and dw_VD is None:
+            dw_VD = torch.zeros_like(w_VD)  # there is no token
         ctx.save_for_backward(dx_ND, dw_VD)
         ctx.mark_non_differentiable(cross_entropy)
         return total, cross_entropy
@@ -126,12 +134,11 @@ class _HeadLoss(torch.autograd.Function):
         return dx_ND, dw_VD, None, None, None
 
 
-def _add_product(sum_VD: Tensor, a_VN: Tensor, b_ND: Tensor) -> None:
-    """sum += a b, in place where the types are one."""
-    if a_VN.dtype == sum_VD.dtype:
-        sum_VD.addmm_(a_VN, b_ND)
-    else:
-        sum_VD += a_VN @ b_ND
+def _plus_product(sum_VD: Tensor | None, a_VN: Tensor, b_ND: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum + a b of `dtype`, in the place of the sum where there is one."""
+    if sum_VD is None:
+        return (a_VN @ b_ND).to(dtype)
+    return sum_VD.addmm_(a_VN, b_ND) if a_VN.dtype == dtype else sum_VD.add_(a_VN @ b_ND)
 
 
 def _losses(

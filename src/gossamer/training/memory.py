@@ -4,11 +4,12 @@ Beyond its weights, a run holds a gradient and two moments of each trained weigh
 backward pass of a micro-batch needs. The latter, in bytes a token, with hidden width D, feed-forward width F,
 query width Q, key and value width S, query heads A and row length T:
 
-    f32    a layer  32 D + 8 Q + 8 S + 16 F, if attention is eager + 4 A T, if q and k are normed + 8 (Q + S)
-    bf16   a layer  32 D + 8 Q + 4 S +  8 F, if attention is eager + 6 A T, if q and k are normed + 6 (Q + S),
-                    and a copy of each weight of a dense product
-    the head        24 V, beside a teacher 48 V, for 256 tokens at a time (on a GPU 2,048), and
-                    4 D V for its gradient
+    f32    a layer  32 D + 8 Q + 8 S + 16 F, if q and k are normed + 8 (Q + S)
+    bf16   a layer  32 D + 8 Q + 4 S +  8 F, if q and k are normed + 6 (Q + S), if attention is that of short
+                    rows + 2 A T, and a copy of each weight of a dense product
+    checkpointed    4 D a layer, and what one layer takes as above
+    the head        24 V, beside a teacher 48 V, for 256 tokens at a time (on a GPU 2,048), in bf16 2 V for
+                    2,048 of them, and 4 D V for its gradient
     adapters        16 D a layer less, as norms are frozen, and no copies of weights, no gradient of the head,
                     but 12 a weight of the largest linear, whose sum with its adapter is made in passing
     a teacher       8 D a layer
@@ -32,7 +33,8 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.families import read_anatomy
 from gossamer.errors import ConfigError
 from gossamer.machine import available_memory_bytes
-from gossamer.training.head_loss import CHUNK_TOKENS
+from gossamer.training.attention import SHORT_ROWS
+from gossamer.training.head_loss import CHUNK_TOKENS, PRODUCT_TOKENS
 from gossamer.training.lora import LowRankLinear, adapters
 from gossamer.training.masks import local
 from gossamer.training.parallel import is_first
@@ -75,8 +77,9 @@ def estimate_memory(
     *,
     device: str = "cpu",
     teacher: nn.Module | None = None,
+    recompute: bool = False,
 ) -> MemoryEstimate:
-    """Estimate a run with micro-batches of `num_rows` rows.
+    """Estimate a run with micro-batches of `num_rows` rows; recompute: with activation checkpointing.
 
     The weights of model and teacher are in memory already, so they count only where they must still be moved
     to another `device`.
@@ -85,13 +88,15 @@ def estimate_memory(
     trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
     moved = [model] if teacher is None else [model, teacher]
     num_tokens, num_layers = num_rows * row_length, anatomy.num_layers
+    layer_bytes = _layer_bytes(model, row_length, precision)
+    kept = 4 * anatomy.hidden_size * num_layers + layer_bytes if recompute else num_layers * layer_bytes
     step = MemoryEstimate(
         weights=0 if device == "cpu" else sum(map(_bytes, moved)),
         gradients=4 * trained,
         moments=8 * trained,
-        activations=num_tokens * num_layers * _layer_bytes(model, row_length, precision)
-        + _copied_weights(model, precision, device),
+        activations=num_tokens * kept + _copied_weights(model, precision, device),
         logits=(24 if teacher is None else 48) * min(num_tokens, CHUNK_TOKENS[device]) * anatomy.vocab_size
+        + (2 * min(num_tokens, PRODUCT_TOKENS) * anatomy.vocab_size if precision == "bf16" else 0)
         + (0 if adapted else 4 * anatomy.hidden_size * anatomy.vocab_size),
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )
@@ -99,11 +104,19 @@ def estimate_memory(
     return replace(step, saving=max(0, _saved_bytes(model, device) - freed))
 
 
-def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, could_be_sparse: bool) -> None:
+def check_memory(
+    estimate: MemoryEstimate,
+    available: int,
+    num_tokens: int,
+    *,
+    could_be_sparse: bool,
+    could_recompute: bool = False,
+) -> None:
     """Raise ConfigError, with the numbers and what to lower, if more memory is needed than is available.
 
     num_tokens: of a micro-batch; could_be_sparse: whether the dense training kernel multiplies weights that
-    have zeros, so that the sparse one would need less memory.
+    have zeros, so that the sparse one would need less memory; could_recompute: whether activations are all
+    kept.
     """
     if estimate.total <= available:
         return
@@ -116,6 +129,8 @@ def check_memory(estimate: MemoryEstimate, available: int, num_tokens: int, *, c
     )
     if could_be_sparse:
         advice += "; --kernel sparse needs no gradients and moments of zeros"
+    if could_recompute:
+        advice += "; --activation-checkpointing keeps of each layer only what goes in"
     raise ConfigError(f"training needs about {estimate.parts()}; found {_gb(available)} available: {advice}")
 
 
@@ -155,8 +170,8 @@ def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int
     query, key_value = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     num_bytes = (16 if adapters(model) else 32) * anatomy.hidden_size + 8 * query
     num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * anatomy.blocks[0].feed_forward.width
-    if model.config._attn_implementation == "eager":
-        num_bytes += (4 if wide else 6) * heads.num_heads * row_length
+    if model.config._attn_implementation == SHORT_ROWS:
+        num_bytes += 2 * heads.num_heads * row_length
     if "query" in norms:
         num_bytes += (8 if wide else 6) * (query + key_value)
     return num_bytes

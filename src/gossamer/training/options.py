@@ -53,6 +53,11 @@ class TrainingOptions(ThreadOptions):
         "auto",
         help="products of all weights or of the nonzero ones; auto: measures both and takes the faster",
     )
+    activation_checkpointing: bool = option(
+        False,
+        help="keep of each layer only what goes in, and compute the rest again in the backward pass: less "
+        "memory for longer rows and larger steps, a quarter more time",
+    )
     lora: int | None = option(
         None,
         help="train nothing but adapters of this rank in the decoder's linears, which takes less memory; it "
@@ -89,6 +94,7 @@ WITHOUT_EFFECT = {
     "offline",
     "parallel",
     "threads",
+    "activation_checkpointing",
 }
 PATHS = {"model", "dataset", "teacher", "teacher_cache"}
 

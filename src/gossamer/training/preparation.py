@@ -78,8 +78,20 @@ def prepare(
     if kernel == "sparse":
         sparsify(model, masked_linears(model))
     estimate = estimate_memory(
-        model, batch.num_rows, batch.row_length, batch.precision, device=batch.device, teacher=teacher
+        model,
+        batch.num_rows,
+        batch.row_length,
+        batch.precision,
+        device=batch.device,
+        teacher=teacher,
+        recompute=job.activation_checkpointing,
     )
     if (available := available_bytes(batch.device)) is not None:
-        check_memory(estimate, available, batch.num_tokens, could_be_sparse=could_be_sparse)
+        check_memory(
+            estimate,
+            available,
+            batch.num_tokens,
+            could_be_sparse=could_be_sparse,
+            could_recompute=not job.activation_checkpointing,
+        )
     return estimate

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from gossamer.checkpoint.resumable import Checkpoints, RunIdentity
 from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
+from gossamer.training.attention import choose_attention
 from gossamer.training.distillation import Distillation, SquareHead
 from gossamer.training.gradual import GradualPruning, schedule_of
 from gossamer.training.history import PARTS, History
@@ -37,7 +39,6 @@ from gossamer.training.teacher_cache import CachedTeacher
 from gossamer.training.trainer_contract import check_trainer
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
-EAGER_ROW_LENGTH = 512
 
 
 def train(
@@ -63,7 +64,9 @@ def train(
     _say(progress, target.stage, *start.notes)
     distribute(model, job.parallel)
     teacher_model = teacher.model if isinstance(teacher, Teacher) else None
-    _choose_attention(rows, device, precision, model, teacher_model)
+    choose_attention(rows.row_length, device, precision, model, teacher_model)
+    if job.activation_checkpointing:
+        _checkpointing(model, "enable")({"use_reentrant": False})
     arguments = _arguments(job, rows, device, precision, checkpoints)
     batch = MicroBatch(arguments.per_device_train_batch_size, rows.row_length, device, precision)
     choice = decide_kernel(job, model, batch, start.kernel)
@@ -157,11 +160,18 @@ def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
     memory for the dense weights.
     """
     model.zero_grad()
+    _checkpointing(model, "disable")()
     gc.collect()
     if parallel == "ddp":
         nn.Module.to(model, "cpu")
     densify(model.eval())
     merge(model)
+
+
+def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:
+    """The method of transformers for it, which has another name in versions before 5.23."""
+    names = [f"{kind}_checkpointing_{what}" for kind in ("activation", "gradient")]
+    return getattr(model, next(name for name in names if hasattr(model, name)))
 
 
 def _history(
@@ -232,16 +242,6 @@ def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
         return KeyboardInterrupt()
     folder = trainer.checkpoints.folder
     return Interrupted(f"interrupted after step {state.global_step} of {state.max_steps}, saved in {folder}")
-
-
-def _choose_attention(rows: Rows, device: str, precision: str, *models: PreTrainedModel | None) -> None:
-    """Choose the faster implementation of attention: eager for short bf16 rows on a CPU, else sdpa."""
-    short = rows.row_length <= EAGER_ROW_LENGTH
-    for model in models:
-        if model is not None:
-            model.set_attn_implementation(
-                "eager" if device == "cpu" and precision == "bf16" and short else "sdpa"
-            )
 
 
 def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Literal["f32", "bf16"]:
