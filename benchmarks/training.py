@@ -2,6 +2,9 @@
 
     python benchmarks/training.py linears   forward and backward of a block's linears: width 2048, FFN 5632
     python benchmarks/training.py step      whole steps of the Trainer: 12 layers x 768, vocabulary 8192
+    python benchmarks/training.py real SPARSE DENSE TEXT
+                                            whole steps of a real model by a teacher on disk, and the peak of
+                                            memory, each in a process of its own
 
 Rows of docs/results/training.jsonl; `linears` draws docs/results/training.png. Dense is torch, in float32
 and in bfloat16 (on the matrix unit where there is one); both and the sparse products take turns.
@@ -9,7 +12,9 @@ and in bfloat16 (on the matrix unit where there is one); both and the sparse pro
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +43,7 @@ SHAPES = [(WIDTH, WIDTH)] * 4 + [(FFN, WIDTH)] * 2 + [(WIDTH, FFN)]  # q k v o, 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 REPEATS = 7
 STEP_SPARSITY, ROW_LENGTH = 0.7, 512
+REAL_STEPS, REAL_ROUNDS = 3, 2
 STEPS, ROUNDS = 4, 2
 
 
@@ -196,10 +202,58 @@ def steps() -> None:
     write_row("training", row)
 
 
+def real(sparse: str, dense: str, text: str) -> None:
+    """Steps of 8,192 tokens in micro-batches of 2,048; the ways to train take turns.
+
+    Seconds are of steps after the first. What the teacher says is written down before, by a run of its own.
+    """
+    ways = {
+        "dense": ["--kernel", "dense"],
+        "dense_checkpointed": ["--kernel", "dense", "--activation-checkpointing"],
+        "sparse_checkpointed": ["--kernel", "sparse", "--activation-checkpointing"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "gossamer", "pretrain", sparse, "-o", f"{folder}/trained"]
+        command += ["--dataset", text, "--num-tokens", str(REAL_STEPS * 4 * TOKENS), "--overwrite"]
+        command += ["--batch-tokens", str(4 * TOKENS), "--max-length", str(ROW_LENGTH), "--save-steps", "0"]
+        command += ["--teacher", dense, "--distill", "both", "--teacher-cache", f"{folder}/teacher"]
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        peaks: dict[str, int] = {}
+        for turn in range(
+            1 + REAL_ROUNDS
+        ):  # in the first one, which counts for nothing, the teacher is asked
+            for way, flags in ways.items() if turn else [("dense", ways["dense"])]:
+                process = subprocess.Popen([*command, *flags], stdout=subprocess.DEVNULL)
+                _, status, used = os.wait4(process.pid, 0)
+                if status:
+                    sys.exit(f"{way} failed")
+                if turn:
+                    lines = (Path(folder) / "trained" / "metrics.jsonl").read_text().splitlines()
+                    ends = [json.loads(line)["seconds"] for line in lines]
+                    seconds[way] += [end - begin for begin, end in pairwise(ends)]
+                    peaks[way] = used.ru_maxrss * 1024
+    spreads = {way: Spread.of(found) for way, found in seconds.items()}
+    row = {
+        "job": "real",
+        "model": Path(sparse).name,
+        "tokens": 4 * TOKENS,
+        "micro_batch_tokens": TOKENS,
+        "num_threads": torch.get_num_threads(),
+        "seconds": {way: dataclasses.asdict(spread) for way, spread in spreads.items()},
+        "tokens_per_s": {way: 4 * TOKENS / spread.median for way, spread in spreads.items()},
+        "peak_bytes": peaks,
+        "impossible": [],
+    }
+    write_row("training", row)
+
+
 JOBS = {"linears": linears, "step": steps}
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["real"]:
+        real(*sys.argv[2:])
+        return
     for job in sys.argv[1:] or JOBS:
         JOBS[job]()
 

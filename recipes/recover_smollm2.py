@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gossamer.allocator import keep_freed_memory
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.mixture import Mixture
 from gossamer.data.packing import CHARACTERS_A_TOKEN, pack_once, read_rows
@@ -60,6 +61,7 @@ class Training:
 
 def main() -> None:
     options = _options()
+    keep_freed_memory()
     out, start = options.output_dir, time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
 

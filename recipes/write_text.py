@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from gossamer.allocator import keep_freed_memory
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import UnsupportedError
 from gossamer.tokens.tokenizer import Tokenizer
@@ -225,6 +226,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    keep_freed_memory()
     texts_ST = None if options.starts is None else np.load(options.starts)
     written, start = [], time.monotonic()
     for rows_BT in batches(

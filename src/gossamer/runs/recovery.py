@@ -156,7 +156,7 @@ def recover(
             prune(jobs.prune_50, progress)
             pretrain(jobs.pretrain_50, progress)
             prune(jobs.prune_70, progress)
-            _finetune(jobs.finetune, size, progress)
+            finetune_with_replay(jobs.finetune, size, progress)
     except Interrupted as error:
         raise KeyboardInterrupt from error
     quantize(jobs.quantize, progress)
@@ -167,10 +167,10 @@ def recover(
 def train_control(first: Pretrain, second: Finetune, size: Size) -> None:
     """The dense model through the same pretraining and fine-tuning: what the extra tokens alone are worth."""
     pretrain(first, quiet)
-    _finetune(second, size, quiet)
+    finetune_with_replay(second, size, quiet)
 
 
-def _finetune(job: Finetune, size: Size, progress: Progress) -> None:
+def finetune_with_replay(job: Finetune, size: Size, progress: Progress = quiet) -> None:
     """Write the pieces of the library that the job's second source names, and train."""
     write_completions(
         Path(job.dataset[1]), "python:stdlib", size.num_replay_pieces, job.seed, REPLAY_CHARACTERS
