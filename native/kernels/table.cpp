@@ -55,6 +55,17 @@ const Kernels& find(Isa isa) {
     return levels[int(isa)];
 }
 
+template <class Kernels>
+const Kernels& find_by_values(Values values, Isa isa) {
+    static const auto levels = for_all_levels([](Isa level) {
+        std::array<Kernels, kNumValues> all;
+        for (int i = 0; i < kNumValues; ++i)
+            all[i] = resolve<Kernels>(level, [&](Values v, Storage) { return v == Values(i); });
+        return all;
+    });
+    return levels[int(isa)][int(values)];
+}
+
 MatmulKernels matmul_kernels(Storage storage, Values values, Isa isa) {
     const auto is_for = [&](Values v, Storage s) { return v == values && s == storage; };
     const auto has_matmul = [&](Isa level) {
@@ -85,13 +96,11 @@ const MatmulKernels& find_matmul(Storage storage, Values values, Isa isa) {
 }
 
 const AttentionKernels& find_attention(Values values, Isa isa) {
-    static const auto levels = for_all_levels([](Isa level) {
-        std::array<AttentionKernels, kNumValues> all;
-        for (int kv = 0; kv < kNumValues; ++kv)
-            all[kv] = resolve<AttentionKernels>(level, [&](Values v, Storage) { return v == Values(kv); });
-        return all;
-    });
-    return levels[int(isa)][int(values)];
+    return find_by_values<AttentionKernels>(values, isa);
+}
+
+const HeadLossKernels& find_head_loss(Values values, Isa isa) {
+    return find_by_values<HeadLossKernels>(values, isa);
 }
 
 const VectorKernels& find_vector(Isa isa) { return find<VectorKernels>(isa); }

@@ -123,6 +123,20 @@ struct AdamwKernels {
                   float* exp_avg_sq, float* weight);
 };
 
+// What is written over a row of logits: own exp(x - highest) + soft exp((x - highest) inverse_temperature).
+struct LogitsGradient {
+    float highest, own, soft, inverse_temperature;
+};
+
+// What the loss at the head does with a row of V logits of one type, f32 or bf16 (head_loss.cpp). Every level
+// gives the same bits.
+struct HeadLossKernels {
+    float (*peak)(const void* z_V, int count);  // the highest; NaN when one is
+    // The sum of exp((z - highest) inverse_temperature), in float64; all are finite or -inf.
+    double (*total)(const void* z_V, int count, const Softmax& softmax);
+    void (*gradient)(void* z_V, int count, const LogitsGradient& terms);
+};
+
 constexpr int kSweepLanes = 32;  // outputs that a sweep takes at once
 
 // A block of inputs that are fixed one after another (sweep.hpp). `stride` elements lie between the inputs of
@@ -188,6 +202,7 @@ const AttentionKernels& find_attention(Values values, Isa isa);
 const VectorKernels& find_vector(Isa isa);
 const SamplingKernels& find_sampling(Isa isa);
 const AdamwKernels& find_adamw(Isa isa);
+const HeadLossKernels& find_head_loss(Values values, Isa isa);
 const SweepKernels& find_sweep(Isa isa);
 const TrainingKernels& find_training(Isa isa);
 const ProbeKernels& find_probe(Isa isa);

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <unistd.h>
@@ -12,9 +13,11 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <utility>
 
 #include "base/isa.hpp"
 #include "python/arrays.hpp"
+#include "training/head_loss.hpp"
 #include "training/sparse_plan.hpp"
 
 namespace gossamer {
@@ -27,6 +30,9 @@ using Mask = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>
 using FloatsOut = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using FloatMatrixOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using StridedMatrix = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
+using Logits = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // float32, or bits of bfloat16
+using LongIds = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using LongIdMatrix = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Level = std::optional<std::string>;
 
 std::mutex turn;  // one call at a time has the workspace
@@ -143,6 +149,66 @@ void adamw(FloatsOut values, Floats gradient, FloatsOut exp_avg, FloatsOut exp_a
     });
 }
 
+template <class T>
+std::string shape_of(const T& array) {
+    std::string shape = std::to_string(array.shape(0));
+    for (std::size_t i = 1; i < array.ndim(); ++i) shape += ", " + std::to_string(array.shape(i));
+    return "[" + shape + "]";
+}
+
+void check_ids(const char* what, const std::int64_t* ids, std::size_t count, std::size_t V) {
+    for (std::size_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || std::uint64_t(ids[i]) >= V)
+            throw EngineError("found the id " + std::to_string(ids[i]) + " among the " + what +
+                              "; expected ids from 0 to " + std::to_string(std::int64_t(V) - 1));
+    }
+}
+
+// N, V and the type of the logits.
+HeadLossTask task_of(const Logits& logits_NV, const LongIds& targets_N) {
+    const std::size_t N = logits_NV.shape(0), V = logits_NV.shape(1);
+    const bool wide = logits_NV.dtype() == nb::dtype<float>();
+    if (!wide && logits_NV.dtype() != nb::dtype<std::uint16_t>())
+        throw EngineError("logits must be float32, or the uint16 bits of bfloat16");
+    if (N > (1u << 30) || V < 1 || V > (1u << 30) || targets_N.size() != N)
+        throw EngineError("targets " + shape_of(targets_N) + " do not fit logits " + shape_of(logits_NV) +
+                          "; expected [N] and [N, V], at most 2^30 each");
+    check_ids("targets", targets_N.data(), N, V);
+    return {.N = int(N),
+            .V = int(V),
+            .values = wide ? Values::f32 : Values::bf16,
+            .logits_NV = logits_NV.data(),
+            .targets_N = targets_N.data()};
+}
+
+std::pair<double, double> head_loss(Logits logits_NV, LongIds targets_N, std::optional<LongIdMatrix> ids_NK,
+                                    std::optional<FloatMatrix> log_p_NK, double temperature, int num_threads,
+                                    const Level& level) {
+    HeadLossTask task = task_of(logits_NV, targets_N);
+    if (bool(ids_NK) != bool(log_p_NK)) throw EngineError("a teacher has ids and log_p, or neither");
+    if (ids_NK) {
+        const std::size_t N = ids_NK->shape(0), K = ids_NK->shape(1);
+        if (N != std::size_t(task.N) || K > std::size_t(task.V) || log_p_NK->shape(0) != N ||
+            log_p_NK->shape(1) != K)
+            throw EngineError("ids " + shape_of(*ids_NK) + " and log_p " + shape_of(*log_p_NK) +
+                              " do not fit logits " + shape_of(logits_NV) +
+                              "; expected [N, K] of both, and K of at most V");
+        if (!(temperature > 0) || !std::isfinite(temperature))
+            throw EngineError("found a temperature of " + std::to_string(temperature) +
+                              "; expected one above 0");
+        check_ids("teacher's ids", ids_NK->data(), N * K, std::size_t(task.V));
+        task.has_teacher = true;
+        task.K = int(K);
+        task.ids_NK = ids_NK->data();
+        task.log_p_NK = log_p_NK->data();
+        task.temperature = float(temperature);
+    }
+    const Isa isa_found = level ? runnable(*level) : isa();
+    HeadLossSums sums;
+    run_shared(num_threads, [&](Workspace& work) { sums = head_loss_sums(task, work.team, isa_found); });
+    return {sums.cross_entropy, sums.whole};
+}
+
 void sweep(FloatMatrixOut w_BN, StridedMatrix u_BB, Mask kept_BN, std::optional<Floats> scale_N,
            FloatMatrixOut error_BN, float largest, int num_threads, const Level& level) {
     const std::size_t B = w_BN.shape(0), N = w_BN.shape(1);
@@ -192,6 +258,9 @@ void bind_training(nb::module_& m) {
     m.def("adamw", &adamw, "values"_a.noconvert(), "gradient"_a.noconvert(), "exp_avg"_a.noconvert(),
           "exp_avg_sq"_a.noconvert(), nb::kw_only(), "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
           "weight_decay"_a, "step"_a, "num_threads"_a, "isa"_a = nb::none());
+    m.def("head_loss", &head_loss, "logits_NV"_a.noconvert(), "targets_N"_a.noconvert(),
+          "ids_NK"_a.noconvert() = nb::none(), "log_p_NK"_a.noconvert() = nb::none(), nb::kw_only(),
+          "temperature"_a = 1.0, "num_threads"_a, "isa"_a = nb::none());
     m.def("sweep", &sweep, "w_BN"_a.noconvert(), "u_BB"_a.noconvert(), "kept_BN"_a.noconvert(),
           "scale_N"_a.none(), "error_BN"_a.noconvert(), nb::kw_only(), "largest"_a, "num_threads"_a,
           "isa"_a = nb::none());

@@ -3,6 +3,7 @@
 //
 // Products and attention are not here: forward.cpp runs them over a packed model.
 
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <vector>
@@ -104,6 +105,24 @@ void run_adamw(const AdamwKernels& kernels, Numbers& numbers) {
     hash.add(w);
 }
 
+void run_head_loss(Numbers& numbers) {
+    Hash peak("peak"), total("total"), gradient("gradient");
+    for (const int count : kLengths) {
+        std::vector<float> z = numbers.floats(count, 12);
+        std::vector<std::uint16_t> bits;
+        for (float x : z) bits.push_back(std::uint16_t(std::bit_cast<std::uint32_t>(x) >> 16));
+        const auto run = [&](Values values, auto& row) {
+            const HeadLossKernels& kernels = find_head_loss(values, isa());
+            peak.add_one(kernels.peak(row.data(), count));
+            total.add_one(kernels.total(row.data(), count, {12, 0.7f}));
+            kernels.gradient(row.data(), count, {12, 0.3f, 0.2f, 0.7f});
+            gradient.add(row);
+        };
+        run(Values::f32, z);
+        run(Values::bf16, bits);
+    }
+}
+
 void run_sweep(const SweepKernels& kernels, Numbers& numbers) {
     constexpr int kInputs = 7, kOutputs = 37;
     Hash hash("sweep");
@@ -162,6 +181,7 @@ int main() {
     run_rope(find_vector(isa()), numbers);
     run_sampling(find_sampling(isa()), numbers);
     run_adamw(find_adamw(isa()), numbers);
+    run_head_loss(numbers);
     run_sweep(find_sweep(isa()), numbers);
     run_training(find_training(isa()), numbers);
     run_probes(find_probe(isa()), numbers);

@@ -305,5 +305,24 @@ def adamw(
     The same bits for every `isa` (None: the best) and number of threads. The GIL is released.
     """
 
+def head_loss(
+    logits_NV: np.ndarray,
+    targets_N: np.ndarray,
+    ids_NK: np.ndarray | None = None,
+    log_p_NK: np.ndarray | None = None,
+    *,
+    temperature: float = 1.0,
+    num_threads: int,
+    isa: str | None = None,
+) -> tuple[float, float]:
+    """The sums of cross-entropy and, beside a teacher's K likeliest tokens, of the whole loss.
+
+    They are what native/training/head_loss.hpp says. Logits, float32 or the uint16 bits of bfloat16, are
+    overwritten by their gradient. Targets and ids are int64, the ids of a row differ, and log p is float32.
+    The same bits for every `isa` (None: the best) and number of threads. The GIL is released. A row that has
+    NaN or +inf is written as NaN, and the sums are NaN. EngineError for shapes that do not fit, targets and
+    ids outside of [0, V), and a temperature that is not above 0; nothing is written then.
+    """
+
 def read_bandwidth(num_threads: int, prefetch_bytes: int, buffer: np.ndarray, repeats: int) -> list[float]:
     """Bytes/s of reading the whole buffer, `repeats` times; `prefetch_bytes` ahead in software (0: none)."""

@@ -29,8 +29,9 @@ VECTORS = {  # inputs of one length [1, n] -> outputs that every level must give
     "keep": lambda isa, a, b: _native.keep(isa, a[0], -1.0, 1.0),
 }
 # What has tests of its own: below, test_attention.py, test_sparse_plan.py, test_adamw.py, test_sweep.py,
-# test_bench.py.
+# test_native_head_loss.py (peak, total, gradient), test_bench.py.
 TESTED_APART = {"matmul", "accumulate", "attention", "rope", "multiply", "project", "adamw", "sweep"}
+TESTED_APART |= {"peak", "total", "gradient"}
 PROBES = {"read", "multiply_int8", "multiply_f32"}
 CELLS = sorted({(row["values"], row["storage"]) for row in MATMUL})
 ISAS = [isa for isa in RUNNABLE if isa in {row["isa"] for row in ROWS if row["family"] == "rmsnorm"}]

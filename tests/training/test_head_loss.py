@@ -16,6 +16,7 @@ N, D, V = 37, 16, 50
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", {"cpu": 10})
+    monkeypatch.setattr(module, "PRODUCT_TOKENS", 20)
 
 
 def made_up() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """What training needs of memory: the estimate against what autograd keeps, and what comes of too little."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -74,6 +77,27 @@ def kept_bytes(model: PreTrainedModel, num_rows: int, row_length: int, precision
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+PEAKS_AT_THE_HEAD = """
+import torch
+from gossamer.training.head_loss import TeacherLogits, TopTokens, head_loss
+N, V, D = 640, 16384, 96
+
+def kilobytes(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+hidden, w = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+targets = torch.zeros(N).long()
+top = TopTokens(torch.arange(8).repeat(N, 1), torch.full((N, 8), -3.0), 2.0)
+live = TeacherLogits(lambda begin, end: (hidden[begin:end] @ w.T).detach().float(), 2.0)
+for rounds in (False, True):
+    for teacher in (None, top, live):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+            head_loss(hidden[:300], w, targets[:300], teacher)
+            open("/proc/self/clear_refs", "w").write("5")
+            before = kilobytes("VmRSS")
+            head_loss(hidden, w, targets, teacher)
+        print((kilobytes("VmHWM") - before) * 1024 - (2 * V * D if rounds else 0))
+"""
 ATTENTIONS = [("f32", "sdpa"), ("bf16", "sdpa"), ("bf16", SHORT_ROWS)]
 
 
@@ -186,6 +210,46 @@ def test_frozen_weights_need_neither() -> None:
     model.model.embed_tokens.requires_grad_(False)
     after = estimate_memory(model, 1, 16, "f32")
     assert before.gradients + before.moments - after.gradients - after.moments == 12 * 1024 * 96
+
+
+def test_logits_take_least_where_native_code_has_their_losses() -> None:
+    """On the CPU, but for a teacher in memory; a product of bfloat16 is of more tokens."""
+    model, gradient = llama(), 1024 * 96
+    found = {
+        (precision, device, has_teacher): estimate_memory(
+            model, 32, 128, precision, device=device, teacher=model if has_teacher else None
+        ).logits
+        - (6 if precision == "bf16" else 4) * gradient
+        for precision in ("f32", "bf16")
+        for device in ("cpu", "cuda")
+        for has_teacher in (False, True)
+    }
+    assert {key: num_bytes // (1024 * 256) for key, num_bytes in found.items()} == {
+        ("f32", "cpu", False): 4,
+        ("f32", "cpu", True): 24,
+        ("f32", "cuda", False): 8 * 24,
+        ("f32", "cuda", True): 8 * 48,
+        ("bf16", "cpu", False): 8 * 2,
+        ("bf16", "cpu", True): 8 * 2 + 24,
+        ("bf16", "cuda", False): 8 * 2 + 8 * 24,
+        ("bf16", "cuda", True): 8 * 2 + 8 * 48,
+    }
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of memory from /proc")
+def test_the_head_takes_what_is_estimated() -> None:
+    """At most 10% more, at the peaks of a process of its own whose freed memory goes back at once.
+
+    The copy of the head's weights that bfloat16 needs is estimated elsewhere.
+    """
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", PEAKS_AT_THE_HEAD]
+    ran = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True, check=True)
+    model = llama(vocab_size=16384, num_hidden_layers=1)
+    cases = [(precision, teacher) for precision in ("f32", "bf16") for teacher in (None, None, model)]
+    for taken, (precision, teacher) in zip(map(int, ran.stdout.split()), cases, strict=True):
+        expected = estimate_memory(model, 5, 128, precision, teacher=teacher).logits
+        assert 0.6 * expected < taken < 1.1 * expected, (precision, teacher is not None)
 
 
 def test_a_gpu_must_hold_weights_and_teacher_too() -> None:

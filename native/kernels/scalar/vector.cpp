@@ -1,9 +1,9 @@
 // What surrounds the products, as the specification: see ../vector.hpp.
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
+#include "kernels/bfloat16.hpp"
 #include "kernels/exponential.hpp"
 #include "kernels/kernels.hpp"
 #include "kernels/vector.hpp"
@@ -13,15 +13,6 @@ namespace gossamer {
 using namespace vector;
 
 namespace scalar {
-namespace {
-
-// The nearest bfloat16, halves to even.
-std::uint16_t to_bf16(float x) {
-    const auto bits = std::bit_cast<std::uint32_t>(x);
-    return std::uint16_t((bits + (bits >> 16 & 1) + 0x7FFF) >> 16);
-}
-
-}  // namespace
 
 float largest(const float* x, int count) {
     float found = 0;
@@ -46,8 +37,8 @@ float quantize(const float* x_K, int count, float largest_x, std::uint8_t* q_K) 
 
 void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* low_K) {
     for (int i = 0; i < count; ++i) {
-        high_K[i] = to_bf16(x_K[i]);
-        low_K[i] = to_bf16(x_K[i] - std::bit_cast<float>(std::uint32_t(high_K[i]) << 16));
+        high_K[i] = nearest_bf16(x_K[i]);
+        low_K[i] = nearest_bf16(x_K[i] - widened(high_K[i]));
     }
 }
 

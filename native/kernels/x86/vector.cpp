@@ -5,6 +5,7 @@
 
 #include "kernels/kernels.hpp"
 #include "kernels/vector.hpp"
+#include "kernels/x86/bfloat16.hpp"
 #include "kernels/x86/exponential.hpp"
 #include "kernels/x86/target.hpp"
 
@@ -30,19 +31,6 @@ inline float largest_of(__m256 x) {
 inline __m256d add_square(__m256d sum, __m128 x) {
     const __m256d wide = _mm256_cvtps_pd(x);
     return _mm256_add_pd(sum, _mm256_mul_pd(wide, wide));
-}
-
-// The bits of the nearest bfloat16, halves to even, in the low words.
-inline __m256i nearest_bf16(__m256 x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
-}
-
-// Stores the low words of 8 numbers that have no others.
-inline void store_words(std::uint16_t* to, __m256i x) {
-    const __m256i twice = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), _MM_SHUFFLE(3, 1, 2, 0));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(twice));
 }
 
 // The nearest integers of x / divisor.
@@ -131,17 +119,6 @@ GOSSAMER_END
 
 GOSSAMER_BEGIN_AVX512
 namespace avx512 {
-namespace {
-
-// The bits of the nearest bfloat16, halves to even, in the low words.
-inline __m512i nearest_bf16(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
-}
-
-}  // namespace
-
 float largest(const float* x, int count) {
     __m512 found = _mm512_setzero_ps();
     for (int i = 0; i < count; i += kLanes)

@@ -9,6 +9,9 @@ For tokens n with last hidden states h_n and the head's weights W:
 from the same logits, and their gradients at once, in the forward pass: so no logits [N, V] are ever held, and
 none is computed twice. That a loss and its gradient can be had together, a piece at a time, is known from
 fused kernels such as Liger's (Hsu et al., arXiv 2410.10989).
+
+On a CPU, native code (native/training/head_loss.hpp) makes the gradient of a product where that lies, one row
+after another. Torch does the rest: other devices and types, and a teacher whose logits are all there.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from gossamer import _native
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}  # more where a product's start costs more than memory
 PRODUCT_TOKENS = 2048  # whose gradients are multiplied at once, where the sum is of another type
@@ -108,17 +113,13 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(x_ND), group):
             x_GD = x_ND[start : start + group]
             product_GV = x_GD @ w_of_type_VD.T
-            for at in range(0, len(x_GD), chunk):
-                begin, logits_NV = start + at, product_GV[at : at + chunk].float()
-                found, both, d_NV = _losses(
-                    logits_NV, targets_N[begin : begin + len(logits_NV)], teacher, begin
-                )
-                cross_entropy, total = cross_entropy + found, total + both
-                product_GV[at : at + chunk] = d_NV
+            found, both = _into_gradient(product_GV, targets_N[start : start + group], teacher, start)
+            cross_entropy, total = cross_entropy + found, total + both
             if dx_ND is not None:
                 dx_ND[start : start + group] = product_GV @ w_of_type_VD
             if wants_weights:
                 dw_VD = _plus_product(dw_VD, product_GV.T, x_GD, w_VD.dtype)
+            del product_GV  # before the next one is made
         if wants_weights and dw_VD is None:
             dw_VD = torch.zeros_like(w_VD)  # there is no token
         ctx.save_for_backward(dx_ND, dw_VD)
@@ -139,6 +140,45 @@ def _plus_product(sum_VD: Tensor | None, a_VN: Tensor, b_ND: Tensor, dtype: torc
     if sum_VD is None:
         return (a_VN @ b_ND).to(dtype)
     return sum_VD.addmm_(a_VN, b_ND) if a_VN.dtype == dtype else sum_VD.add_(a_VN @ b_ND)
+
+
+def _into_gradient(
+    product_GV: Tensor, targets_G: Tensor, teacher: HeadTeacher | None, start: int
+) -> tuple[Tensor | float, Tensor | float]:
+    """Of tokens from `start` on: cross-entropy and the whole loss; their logits become their gradient."""
+    if (teacher is None or isinstance(teacher, TopTokens)) and _fits(product_GV):
+        return _native_losses(product_GV, targets_G, teacher, start)
+    cross_entropy, total = product_GV.new_zeros(2, dtype=torch.float32).unbind()
+    chunk = CHUNK_TOKENS[product_GV.device.type]
+    for begin in range(0, len(product_GV), chunk):
+        logits_NV = product_GV[begin : begin + chunk].float()
+        targets_N = targets_G[begin : begin + chunk]
+        found, both, d_NV = _losses(logits_NV, targets_N, teacher, start + begin)
+        cross_entropy, total = cross_entropy + found, total + both
+        product_GV[begin : begin + chunk] = d_NV
+        del logits_NV, d_NV  # before the next are made
+    return cross_entropy, total
+
+
+def _fits(logits_NV: Tensor) -> bool:
+    """Whether native code can overwrite such logits."""
+    plain = type(logits_NV) is Tensor and logits_NV.device.type == "cpu" and logits_NV.is_contiguous()
+    return plain and logits_NV.dtype in (torch.float32, torch.bfloat16)
+
+
+def _native_losses(
+    logits_NV: Tensor, targets_N: Tensor, teacher: TopTokens | None, begin: int, isa: str | None = None
+) -> tuple[float, float]:
+    """Cross-entropy and the whole loss, as `_losses`; the logits are overwritten by their gradient."""
+    bits_NV = logits_NV.view(torch.uint16) if logits_NV.dtype == torch.bfloat16 else logits_NV
+    top: dict[str, Any] = {}
+    if teacher is not None:
+        rows = slice(begin, begin + len(logits_NV))
+        top["ids_NK"] = teacher.ids_NK[rows].long().contiguous().numpy()
+        top["log_p_NK"] = teacher.log_p_NK[rows].float().contiguous().numpy()
+        top["temperature"] = teacher.temperature
+    targets = targets_N.long().contiguous().numpy()
+    return _native.head_loss(bits_NV.numpy(), targets, **top, num_threads=torch.get_num_threads(), isa=isa)
 
 
 def _losses(

@@ -8,8 +8,10 @@ query width Q, key and value width S, query heads A and row length T:
     bf16   a layer  32 D + 8 Q + 4 S +  8 F, if q and k are normed + 6 (Q + S), if attention is that of short
                     rows + 2 A T, and a copy of each weight of a dense product
     checkpointed    4 D a layer, and what one layer takes as above
-    the head        24 V, beside a teacher 48 V, for 256 tokens at a time (on a GPU 2,048), in bf16 2 V for
-                    2,048 of them, and 4 D V for its gradient
+    the head        on the CPU 4 V for 256 tokens at a time (f32) or 2 V for 2,048 (bf16); beside a teacher in
+                    memory 24 V for 256 tokens (f32), or as much more (bf16); on a GPU 24 V, or 48 V beside a
+                    teacher, for 2,048 tokens (f32), or as much more (bf16); and for its gradient 4 D V (f32)
+                    or 6 D V (bf16)
     adapters        16 D a layer less, as norms are frozen, and no copies of weights, no gradient of the head,
                     but 12 a weight of the largest linear, whose sum with its adapter is made in passing
     a teacher       8 D a layer
@@ -95,9 +97,8 @@ def estimate_memory(
         gradients=4 * trained,
         moments=8 * trained,
         activations=num_tokens * kept + _copied_weights(model, precision, device),
-        logits=(24 if teacher is None else 48) * min(num_tokens, CHUNK_TOKENS[device]) * anatomy.vocab_size
-        + (2 * min(num_tokens, PRODUCT_TOKENS) * anatomy.vocab_size if precision == "bf16" else 0)
-        + (0 if adapted else 4 * anatomy.hidden_size * anatomy.vocab_size),
+        logits=_logits_bytes(anatomy.vocab_size, num_tokens, precision, device, teacher is not None)
+        + (0 if adapted else (6 if precision == "bf16" else 4) * anatomy.hidden_size * anatomy.vocab_size),
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )
     freed = step.gradients + step.logits + step.micro_batch
@@ -175,6 +176,15 @@ def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int
     if "query" in norms:
         num_bytes += (8 if wide else 6) * (query + key_value)
     return num_bytes
+
+
+def _logits_bytes(vocabulary: int, num_tokens: int, precision: str, device: str, has_teacher: bool) -> int:
+    """Bytes of the head's products and of what makes losses of them, as this module's head has it."""
+    passes = (0 if device == "cpu" else 24) + (24 if has_teacher else 0)
+    if precision == "f32":
+        return max(4, passes) * min(num_tokens, CHUNK_TOKENS[device]) * vocabulary
+    product = 2 * min(num_tokens, PRODUCT_TOKENS)
+    return (product + passes * min(num_tokens, CHUNK_TOKENS[device])) * vocabulary
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
