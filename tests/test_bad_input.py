@@ -104,6 +104,18 @@ def bad_row(model: Path) -> None:
     (model.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def long_prompt(model: Path) -> None:
+    (model.parent / "rows.jsonl").write_text(json.dumps({"prompt": "a b " * 600, "completion": "c"}) + "\n")
+
+
+def unanswered(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
+    )
+    rows = {"messages": [{"role": "user", "content": "a"}]}
+    (model.parent / "rows.jsonl").write_text(json.dumps(rows) + "\n")
+
+
 def packed(change: Callable[[Path], None]) -> Callable[[Path], None]:
     def make(model: Path) -> None:
         make_sparse(model)
@@ -345,6 +357,166 @@ TABLE: list[Case] = [
         [*FINETUNE, "--distill", "none", "--lora", "4", "--prune-schedule", "cubic:0.5"],
         ["--lora 4", "--prune-schedule cubic:0.5", "one after the other"],
     ),
+    (
+        "weight decay that grows",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--weight-decay", "-1"],
+        ["--weight-decay -1", "from 0 on"],
+    ),
+    (
+        "weight decay that is no number",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--weight-decay", "nan"],
+        ["--weight-decay nan", "from 0 on"],
+    ),
+    (
+        "gradients of less than no norm",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--max-grad-norm", "-1"],
+        ["--max-grad-norm -1", "from 0 on"],
+    ),
+    (
+        "a seed that nothing takes",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--seed", "-1"],
+        ["--seed is -1", "from 0 to 4294967295"],
+    ),
+    (
+        "no likely tokens",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--teacher-cache", "{cache}", "--cache-top-k", "0"],
+        ["--cache-top-k is 0", "at least 1"],
+    ),
+    (
+        "no layers",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--teacher-cache", "{cache}", "--cache-layers", "0"],
+        ["--cache-layers is 0", "at least 1"],
+    ),
+    (
+        "layers of no cache",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--cache-layers", "1"],
+        ["--cache-layers 1", "--teacher-cache FOLDER"],
+    ),
+    (
+        "a cache that is a file",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--teacher-cache", "{text}"],
+        ["text.txt, a file", "expected a folder"],
+    ),
+    (
+        "a cache among the files of a model",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--teacher-cache", "{model}"],
+        ["holds something else (config.json", "new, empty or a teacher's cache"],
+    ),
+    (
+        "a cache where the output goes",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--teacher-cache", "{out}"],
+        ["the output directory", "give another folder"],
+    ),
+    (
+        "no rows",
+        "llama2",
+        lambda m: (m.parent / "rows.jsonl").write_text(""),
+        [*FINETUNE, "--distill", "none"],
+        ["rows.jsonl: found no example to learn from", "it has no rows"],
+    ),
+    (
+        "prompts longer than a row",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--max-length", "3"],
+        ["left out 8 rows whose prompt alone takes 3 tokens (--max-length) or more"],
+    ),
+    (
+        "prompts longer than the context",
+        "llama2",
+        long_prompt,
+        [*FINETUNE, "--distill", "none", "--max-length", "4096"],
+        ["left out 1 rows whose prompt alone takes 512 tokens (the context of the model) or more"],
+    ),
+    (
+        "a chat in which nobody answers",
+        "llama2",
+        unanswered,
+        [*FINETUNE, "--distill", "none", "--format", "chat"],
+        ["left out 1 rows without an answer", "role assistant"],
+    ),
+    (
+        "a chat without a template",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--format", "chat"],
+        ["--format chat", "no chat template", "chat_template.jinja"],
+    ),
+    (
+        "no doctests",
+        "llama2",
+        nothing,
+        ["finetune", "{model}", "-o", "{out}", "--dataset", "python:doctests:0", "--distill", "none"],
+        ["python:doctests:0", "at least 1"],
+    ),
+    (
+        "fewer than no rows to leave out",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--dataset", "{rows}", "--kind", "cloze", "--skip-bad-rows", "-1"],
+        ["--skip-bad-rows -1", "a number of rows"],
+    ),
+    (
+        "examples that are not there",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--dataset", "{goss}", "--kind", "cloze"],
+        ["model.goss, for --kind cloze: no such file", ".jsonl, .jsonl.zst or .parquet"],
+    ),
+    (
+        "a field that holds nothing",
+        "llama2",
+        lambda m: (m.parent / "rows.jsonl").write_text('{"prompt": null, "continuation": "a"}\n'),
+        ["evaluate", "{model}", "--dataset", "{rows}", "--kind", "cloze"],
+        ["rows.jsonl:1: expected text in the field context or prompt; found null in 'prompt'"],
+    ),
+    (
+        "an answer without a number",
+        "llama2",
+        lambda m: (m.parent / "rows.jsonl").write_text('{"question": "a", "answer": "b"}\n'),
+        ["evaluate", "{model}", "--dataset", "{rows}", "--kind", "gsm8k"],
+        ["rows.jsonl:1", "expected an answer that is a number", "'#### b'"],
+    ),
+    (
+        "more examples to show than there are",
+        "llama2",
+        lambda m: (m.parent / "rows.jsonl").write_text('{"prompt": "a", "continuation": "b"}\n' * 2),
+        [
+            *("evaluate", "{model}", "--dataset", "{rows}", "--kind", "cloze"),
+            *("--num-fewshot", "1", "--fewshot-dataset", "{rows}"),
+        ],
+        ["--num-fewshot is 1", "expected at most 0", "rows.jsonl"],
+    ),
+    (
+        "a chat evaluation without a template",
+        "llama2",
+        nothing,
+        [
+            *("evaluate", "{model}", "--dataset", "{rows}", "--kind", "chat", "--baseline", "{model}"),
+            *("--judge", "http://127.0.0.1:9/v1", "--judge-model", "j", "-o", "{report}"),
+        ],
+        ["model: this model has no chat template", "chat_template.jinja"],
+    ),
     (".goss truncated", "llama2", packed(truncate), ["run", "{goss}", "hi"], ["model.goss"]),
     (
         ".goss header flipped",
@@ -434,7 +606,7 @@ def workplace(tiny_llama: Tiny, variant: str, directory: Path) -> dict[str, Path
     places["text"].write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
     places["rows"] = directory / "rows.jsonl"
     places["rows"].write_text('{"prompt": "a b", "completion": "c"}\n' * 8)
-    places["goss"] = directory / "model.goss"
+    places |= {"goss": directory / "model.goss", "cache": directory / "cache", "report": directory / "r.json"}
     return places
 
 

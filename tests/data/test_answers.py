@@ -151,7 +151,9 @@ def test_bad_rows_are_counted_and_named(tiny_llama: Tiny, tmp_path: Path) -> Non
     path.write_text(path.read_text() + "{oops\n" + json.dumps(row(CHAT)) + "\n")
     found = list(supervised_examples(str(path), "chat", tokenizer, 512, bad := BadRows(3)))
     assert len(found) == 2 and bad.found[2].startswith(f"{path}:4: not a line of JSON")
-    with pytest.raises(ConfigError, match=r"a\.jsonl:4: not a line.*after 2 others.*--skip-bad-rows N"):
+    with pytest.raises(
+        ConfigError, match=r"a\.jsonl:4: not a line.*after 2 left out, the first: .*--skip-bad-rows N"
+    ):
         list(supervised_examples(str(path), "chat", tokenizer, 512, BadRows(2)))
 
 

@@ -59,7 +59,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> No
     bad = BadRows(2)
     assert sorted(texts(f"{tmp_path}/a.jsonl", bad=bad)) == ["one", "two"]
     assert [error.split(": ")[0].rpartition(":")[2] for error in bad.found] == ["2", "3"]
-    with pytest.raises(ConfigError, match=r"a\.jsonl:3: .*after 1 others.*--skip-bad-rows N"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl:3: .*after 1 left out, the first: .*--skip-bad-rows N"):
         texts(f"{tmp_path}/a.jsonl", bad=BadRows(1))
 
 

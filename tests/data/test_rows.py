@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from gossamer.data.rows import evaluation_rows
 from gossamer.data.supervised import Format, supervised_examples, write_completions
+from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 
@@ -146,3 +147,13 @@ def test_rows_without_their_fields_are_named(
     source = write_rows(tmp_path / "a.jsonl", [good, row])
     with pytest.raises(ConfigError, match=message):
         list(supervised_examples(source, form, with_template, 512))
+
+
+def test_what_is_cut_is_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """One example is short, one loses the end of its answer, and one all of it."""
+    long = "a b c d " * 8
+    rows: list[dict[str, object]] = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": long}]
+    source = write_rows(tmp_path / "a.jsonl", [*rows, {"prompt": long, "completion": "b"}])
+    found = list(supervised_examples(source, "prompt-completion", tokenizer, 12, bad := BadRows()))
+    assert [len(ids) == 12 for ids, _ in found] == [False, True]
+    assert (bad.num_shortened, bad.num_cut_off, bad.num_without_answer) == (1, 1, 0)

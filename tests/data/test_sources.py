@@ -79,8 +79,8 @@ def test_doctests_with_a_number_end_and_differ_by_seed() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"body": "x"}', r"a\.jsonl:3: no text in field 'text'; found fields \['body'\]"),
-        (b'{"text": 7}', r"a\.jsonl:3: no text in field 'text'"),
+        (b'{"body": "x"}', r"a\.jsonl:3: no text in field 'text' or 'content'; found fields \['body'\]"),
+        (b'{"text": 7}', r"a\.jsonl:3: no text in field 'text' or 'content'; found 7 in 'text'"),
         (b"{oops", r"a\.jsonl:3: not a line of JSON"),
         (b"[1]", r"a\.jsonl:3: found list, expected an object"),
     ],

@@ -271,7 +271,7 @@ def test_a_judge_that_refuses_is_the_users_to_mend(job: Evaluate, endpoint: Endp
         ({"judge": "localhost:8000"}, "--judge is 'localhost:8000'; expected the URL"),
         ({"max_tokens": 0}, "--max-tokens is 0"),
         ({"kind": "cloze"}, "--judge and --judge-model are for --kind chat"),
-        ({"dataset": "nowhere.jsonl"}, r"nowhere\.jsonl --kind chat: expected"),
+        ({"dataset": "nowhere.jsonl"}, r"nowhere\.jsonl, for --kind chat: no such file; expected"),
     ],
 )
 def test_what_a_judge_needs_is_asked_for(options: dict[str, Any], message: str, job: Evaluate) -> None:

@@ -298,6 +298,8 @@ def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="some rows have context_options and some have not"):
         file_task(Path(write(tmp_path / "both.jsonl", rows)), "multiple-choice")
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(ConfigError, match=r"a\.txt --kind cloze: expected a \.jsonl"):
+    with pytest.raises(
+        ConfigError, match=r"a\.txt, for --kind cloze: found another kind of file; expected a \.jsonl"
+    ):
         file_task(tmp_path / "a.txt", "cloze")
     assert file_task(tmp_path / "a.txt", "perplexity")["task"] == "a.txt"

@@ -210,7 +210,11 @@ def test_a_model_recovers_all_of_itself(tiny_llama: TinyLlama, text_file: Path) 
             r"its dataset NiniCat/MMLU-SR, files .*answer_only_test/answer_only_anatomy_test\.csv.* is not",
         ),
         ({"kind": "cloze"}, ConfigError, "--kind cloze needs --dataset FILE"),
-        ({"kind": "cloze", "dataset": "nowhere.jsonl"}, ConfigError, "nowhere.jsonl --kind cloze: expected"),
+        (
+            {"kind": "cloze", "dataset": "nowhere.jsonl"},
+            ConfigError,
+            "nowhere.jsonl, for --kind cloze: no such file",
+        ),
         ({"tasks": ("nowhere.jsonl",)}, ConfigError, "nowhere.jsonl"),
         ({"tasks": ("doctest",), "limit": -1}, ConfigError, "-1"),
         ({"tasks": ("doctest",), "model": "nowhere"}, CheckpointError, "nowhere"),

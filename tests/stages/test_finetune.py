@@ -130,7 +130,7 @@ def test_teacher_of_another_shape(
         ({"distill": "none", "teacher": "x"}, "--teacher x has no part in --distill none"),
         ({"distill": "none", "num_train_epochs": 0}, "--num-train-epochs 0"),
         ({"distill": "none", "learning_rate": 0.0}, "--learning-rate 0"),
-        ({"distill": "none", "max_length": 3}, "no example with an answer within --max-length 3"),
+        ({"distill": "none", "max_length": 3}, r"prompt alone takes 3 tokens \(--max-length\)"),
         ({"distill": "none", "format": "instruct"}, r"pairs\.jsonl:1"),
     ],
 )

@@ -160,7 +160,7 @@ def test_without_room_nothing_is_asked(
 ) -> None:
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(
-        OSError, match=r"240 bytes a token.*0\.00 GB are free: make room, or lower --cache-la"
+        OSError, match=r"0\.21 MB \(240 bytes a token.*0\.00 MB are free: make room, or lower --cache-la"
     ):
         write_down(tmp_path / "cache", wanted(source, rows), load_model(source), rows, "test", quiet)
 

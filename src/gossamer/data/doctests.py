@@ -182,6 +182,8 @@ def number_and_seed(source: str) -> tuple[int | None, int]:
     if len(fields) > 2 or not all(field.isdecimal() for field in fields) or source.count("doctests:") > 1:
         raise ConfigError(f"dataset {source!r}: expected python:doctests[:NUM[:SEED]]")
     numbers = [int(field) for field in fields]
+    if numbers and numbers[0] < 1:
+        raise ConfigError(f"dataset {source!r}: expected at least 1 doctest; leave the number out for many")
     return (numbers[0] if numbers else None), (numbers[1] if len(numbers) > 1 else 0)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
 from gossamer.data.mixture import Mixture, pieces
-from gossamer.data.tables import TABLES, BadRows, table_rows
+from gossamer.data.tables import TABLES, BadRows, no_text, table_rows
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 
@@ -25,8 +25,8 @@ def supervised_examples(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(input_ids, labels) of each row; labels are -100 on what the user says.
 
-    Longer examples are cut; one whose answer is cut away wholly, or has no weight, is left out and counted
-    in `bad`. A row that cannot be used is a ConfigError, unless `bad` lets it pass.
+    Longer examples are cut; one whose answer is cut away wholly, or has no weight, is left out, and each of
+    these is counted in `bad`. A row that cannot be used is a ConfigError, unless `bad` lets it pass.
 
     chat               {"messages": [{"role", "content", "weight"?}, ...]} through the chat template
     instruct           {"instruction", "input"?, "output" or "response"}
@@ -34,7 +34,10 @@ def supervised_examples(
     """
     bad = bad or BadRows()
     if format == "chat":  # what the model lacks is no row's fault
-        tokenizer.check_template()
+        try:
+            tokenizer.check_template()
+        except ConfigError as error:
+            raise ConfigError(f"--format chat: {error}") from error
     else:
         tokenizer.required_eos()
     for where, row in _supervised_rows(source, format, bad):
@@ -48,7 +51,10 @@ def supervised_examples(
             bad.leave_out(error)
             continue
         if any(label != IGNORED for label in labels[:max_length]):
+            bad.num_shortened += len(ids) > max_length
             yield ids[:max_length], labels[:max_length]
+        elif any(label != IGNORED for label in labels):
+            bad.num_cut_off += 1
         else:
             bad.num_without_answer += 1
 
@@ -92,8 +98,7 @@ def _field(row: dict[str, Any], where: str, *names: str) -> str:
     for name in names:
         if isinstance(row.get(name), str):
             return row[name]
-    wanted = " or ".join(repr(name) for name in names)
-    raise ConfigError(f"{where}: no text in field {wanted}; found fields {sorted(row)}")
+    raise no_text(row, where, *names)
 
 
 def _answer_example(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,17 +22,20 @@ _MAX_WINDOW_BYTES = 1 << 31  # the longest that zstd writes
 class BadRows:
     """Rows that cannot be used: up to `allowed` are left out, and `found` says why; one more is an error.
 
-    `num_without_answer`: rows that could be used, and have nothing to learn in the tokens that are kept.
+    Rows that could be used, and of which not all is learned: `num_without_answer` have nothing to learn,
+    `num_cut_off` nothing in the tokens that are kept, `num_shortened` more than those.
     """
 
     allowed: int = 0
     found: list[str] = field(default_factory=list)
     num_without_answer: int = 0
+    num_cut_off: int = 0
+    num_shortened: int = 0
 
     def leave_out(self, error: ConfigError) -> None:
         """Note a row, or raise ConfigError where there are too many."""
-        if len(self.found) == self.allowed:
-            before = f" (after {self.allowed} others, such as {self.found[0]})" if self.allowed else ""
+        if len(self.found) >= self.allowed:
+            before = f" (after {self.allowed} left out, the first: {self.found[0]})" if self.allowed else ""
             raise ConfigError(
                 f"{error}{before}; mend the row, or give --skip-bad-rows N to go on without up to N"
             ) from error
@@ -151,5 +154,31 @@ def _text_field(row: dict[str, Any], where: str) -> str:
     """The field `text` of a row, or `content` (The Stack's); the ConfigError of a row names it as `where`."""
     text = row.get("text", row.get("content"))
     if not isinstance(text, str):
-        raise ConfigError(f"{where}: no text in field 'text'; found fields {sorted(row)}")
+        raise no_text(row, where, "text", "content")
     return text
+
+
+def no_text(row: Mapping[str, Any], where: str, *names: str) -> ConfigError:
+    """What to say of a row none of whose fields `names` holds text: what the first of them does hold."""
+    wanted = " or ".join(repr(name) for name in names)
+    return ConfigError(f"{where}: no text in field {wanted}; found {what_is_in(row, *names)}")
+
+
+def what_is_in(row: Mapping[str, Any], *names: str) -> str:
+    """The first of the fields `names` with its value in short, or which fields there are instead."""
+    there = next((name for name in names if name in row), None)
+    if there is None:
+        return f"fields {sorted(row)}"
+    written = json.dumps(row[there], default=str)
+    return f"{written if len(written) <= 40 else written[:40] + '...'} in {there!r}"
+
+
+def check_table(path: Path, asked: str, kinds: Sequence[str] = TABLES) -> None:
+    """Raise ConfigError, which begins with what was `asked` for, unless there is a file of these kinds."""
+    expected = f"expected a {', '.join(kinds[:-1])} or {kinds[-1]} file"
+    if not path.exists():
+        raise ConfigError(f"{asked}: no such file; {expected}")
+    if not path.is_file() or not path.name.endswith(tuple(kinds)):
+        raise ConfigError(
+            f"{asked}: found {'a folder' if path.is_dir() else 'another kind of file'}; {expected}"
+        )

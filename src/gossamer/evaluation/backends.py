@@ -1,6 +1,7 @@
 """What `evaluate` measures through: transformers, or the engine."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,20 @@ def instructions(backend: str) -> str:
 
     cuda = torch.cuda.is_available()
     return torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar meanwhile."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def open_backend(
@@ -116,9 +131,10 @@ class TorchBackend:
         self.context = source.architecture.max_position_embeddings
         self._path = source.path
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=torch.float32, local_files_only=True
-        )
+        with _without_bars():
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=torch.float32, local_files_only=True
+            )
         self._model.to(self._device)
 
     def log_probs(self, ids_BT: NDArray[np.int64]) -> NDArray[np.float64]:

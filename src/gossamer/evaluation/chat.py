@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.data.tables import TABLES, BadRows, table_rows
+from gossamer.data.tables import BadRows, check_table, table_rows, what_is_in
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import BATCH_ROWS, Backend
 from gossamer.evaluation.harness import Scores, without_its_output
@@ -46,9 +46,10 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 progress(Event("evaluate", f"{path}:{number} is damaged; left out", lasting=True))
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(".partial")
-        staged.write_text("".join(json.dumps(e) + "\n" for e in self._entries.values()), encoding="utf-8")
-        staged.rename(path)
+        if path.exists():  # else the first entry makes it: a run that fails before leaves none
+            staged = path.with_suffix(".partial")
+            staged.write_text("".join(json.dumps(e) + "\n" for e in self._entries.values()), encoding="utf-8")
+            staged.rename(path)
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -68,8 +69,7 @@ def read_prompts(file: Path, skip_bad_rows: int, progress: Progress) -> list[str
 
     Of the form of self-instruct, the input of the first of `instances`. ConfigError for other rows.
     """
-    if not file.is_file() or not file.name.endswith(TABLES):
-        raise ConfigError(f"--dataset {file} --kind chat: expected a {', '.join(TABLES)} file")
+    check_table(file, f"{file}, for --kind chat")
     bad, prompts = BadRows(skip_bad_rows), list[str]()
     for where, row in table_rows(file, bad):
         try:
@@ -84,10 +84,12 @@ def read_prompts(file: Path, skip_bad_rows: int, progress: Progress) -> list[str
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> str:
-    asked = next((row[name] for name in ("prompt", "instruction", "question") if name in row), None)
+    names = ("prompt", "instruction", "question")
+    asked = next((row[name] for name in names if name in row), None)
     if not isinstance(asked, str) or not asked.strip():
         raise ConfigError(
-            f"{where}: expected text in the field prompt, instruction or question; found fields {sorted(row)}"
+            f"{where}: expected text in the field prompt, instruction or question; "
+            f"found {what_is_in(row, *names)}"
         )
     instances = row.get("instances")
     first = instances[0] if isinstance(instances, list) and instances else row
@@ -159,7 +161,10 @@ def answer_all(
         requests = []
         for index in batch:
             turn = [{"role": "user", "content": prompts[index]}]
-            text = backend.tokenizer.render_chat(turn, True)
+            try:
+                text = backend.tokenizer.render_chat(turn, True)
+            except ConfigError as error:
+                raise ConfigError(f"{speaker.name}: {error}") from error
             requests.append(Instance("generate_until", {}, (text, options), index))
         with without_its_output():
             texts = backend.for_harness().generate_until(requests)

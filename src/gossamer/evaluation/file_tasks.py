@@ -20,13 +20,14 @@ Prompts are those of the harness's own tasks of these kinds: a query that begins
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from gossamer.data.tables import TABLES, BadRows, table_rows
+from gossamer.data.tables import TABLES, BadRows, check_table, table_rows, what_is_in
 from gossamer.errors import ConfigError
 from gossamer.evaluation import ifeval
 from gossamer.evaluation.sandbox import run_python
@@ -64,6 +65,7 @@ def file_task(
     rows = {"test": _examples(file, kind, read, BadRows(skip_bad_rows), progress)}
     if shots is not None:
         rows["shots"] = _examples(shots.file, kind, read, BadRows(skip_bad_rows), progress)
+        _check_shots(shots, rows)
     from datasets import Dataset
 
     several_contexts = kind == "multiple-choice" and isinstance(rows["test"][0]["prompt"], list)
@@ -95,16 +97,25 @@ def _examples(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """The rows of a file of this kind, at least one; tells of those that were left out."""
-    if not file.is_file() or not (
-        file.name.endswith(TABLES) or (kind == "perplexity" and file.suffix == ".txt")
-    ):
-        raise ConfigError(f"--dataset {file} --kind {kind}: expected a {', '.join(TABLES)} file")
+    check_table(file, f"{file}, for --kind {kind}", (*TABLES, ".txt") if kind == "perplexity" else TABLES)
     rows = list(_rows(file, read, bad))
     for note in bad.notes():
         progress(Event("evaluate", f"{file}: {note}", lasting=True))
     if not rows:
         raise ConfigError(f"{file} has no examples")
     return rows
+
+
+def _check_shots(shots: Shots, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Raise ConfigError for more examples to show than there are beside the one that is asked."""
+    there = len(rows["shots"])
+    if rows["shots"] == rows["test"]:  # the harness leaves out all that are equal to that one
+        there -= max(Counter(json.dumps(row, sort_keys=True) for row in rows["shots"]).values())
+    if shots.number > there:
+        raise ConfigError(
+            f"--num-fewshot is {shots.number}; expected at most {there}: so many examples has {shots.file} "
+            "beside one that is asked"
+        )
 
 
 def _rows(
@@ -164,7 +175,7 @@ def _text(row: Mapping[str, Any], where: str, *names: str) -> str:
     found = next((row[name] for name in names if name in row), None)
     if not isinstance(found, str) or not found.strip():
         wanted = " or ".join(names)
-        raise ConfigError(f"{where}: expected text in the field {wanted}; found fields {sorted(row)}")
+        raise ConfigError(f"{where}: expected text in the field {wanted}; found {what_is_in(row, *names)}")
     return found
 
 
@@ -211,6 +222,10 @@ def _arithmetic(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(steps, str):
             raise ConfigError(f"{where}: expected text in the field chain_of_thought; found {steps!r}")
         answer = f"{steps.strip()}\n#### {answer}".lstrip()
+    if not any(character.isdigit() for character in answer.rpartition("####")[2]):
+        raise ConfigError(
+            f"{where}: expected an answer that is a number, or ends in '#### 18'; found {answer!r}"
+        )
     return {"question": _text(row, where, "question", "context").strip(), "answer": answer}
 
 

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gossamer.data.tables import what_is_in
 from gossamer.errors import ConfigError
 
 # The rules that split a text into words or sentences as NLTK does, by data that is not in its package.
@@ -26,7 +27,8 @@ def rules(*, offline: bool = False) -> Any:
 
     langdetect.DetectorFactory.seed = 0  # its guesses are drawn
     if not offline and not _has_nltk_data():
-        nltk.download("punkt_tab", quiet=True)
+        # Where that fails, the rules that need them say so.
+        nltk.download("punkt_tab", quiet=True, print_error_to=io.StringIO())
     with _without_download(nltk):
         from lm_eval.tasks.ifeval import utils
     return utils
@@ -57,7 +59,7 @@ def read_instructions(row: Mapping[str, Any], where: str, rules: Any) -> dict[st
     known = rules.instructions_registry.INSTRUCTION_DICT
     prompt, names, kwargs = row.get("prompt"), row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(f"{where}: expected text in the field prompt; found {prompt!r}")
+        raise ConfigError(f"{where}: expected text in the field prompt; found {what_is_in(row, 'prompt')}")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{where}: expected names in the field instruction_id_list; found {names!r}")
     if not isinstance(kwargs, list) or len(kwargs) != len(names):

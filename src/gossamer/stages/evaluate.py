@@ -165,6 +165,8 @@ def _check(job: Evaluate) -> None:
         _check_chat(job)
     elif job.judge or job.judge_model:
         raise ConfigError("--judge and --judge-model are for --kind chat")
+    if job.skip_bad_rows < 0:
+        raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if (job.num_fewshot or 0) < 0:
         raise ConfigError(f"--num-fewshot is {job.num_fewshot}; expected a number of examples, or 0 for none")
     if job.fewshot_dataset and (job.kind in (None, "chat") or not job.num_fewshot):

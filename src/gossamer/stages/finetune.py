@@ -71,20 +71,28 @@ def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> list[Exa
     bad = BadRows(job.skip_bad_rows)
     for name in job.dataset:
         examples += supervised_examples(name, job.format, tokenizer, length, bad)
-    for note in _left_out(bad, length):
-        progress(Event("finetune", note, lasting=True))
+    notes = [*_not_learned(job, bad, length)]
     if not examples:
-        raise ConfigError(
-            f"--dataset {' '.join(job.dataset)}: found no example with an answer within --max-length {length}"
-        )
+        found = "; ".join(notes) or "it has no rows"
+        raise ConfigError(f"--dataset {' '.join(job.dataset)}: found no example to learn from: {found}")
+    for note in notes:
+        progress(Event("finetune", note, lasting=True))
     return examples
 
 
-def _left_out(bad: BadRows, length: int) -> Iterator[str]:
+def _not_learned(job: Finetune, bad: BadRows, length: int) -> Iterator[str]:
     """What of the data is not trained on, and why."""
     yield from bad.notes()
     if bad.num_without_answer:
-        yield f"left out {bad.num_without_answer} rows without an answer in their first {length} tokens"
+        yield (
+            f"left out {bad.num_without_answer} rows without an answer; expected a message of the role "
+            "assistant, with text and a weight that is not 0"
+        )
+    limit = f"{length} tokens ({'--max-length' if length == job.max_length else 'the context of the model'})"
+    if bad.num_cut_off:
+        yield f"left out {bad.num_cut_off} rows whose prompt alone takes {limit} or more"
+    if bad.num_shortened:
+        yield f"cut {bad.num_shortened} rows that are longer than {limit}"
 
 
 def _rows(job: Finetune, examples: list[Example]) -> Rows:

@@ -81,7 +81,7 @@ class ChatTemplate:
         if self._text is None:
             raise ConfigError(
                 "this model has no chat template, so it takes plain text, not chat messages. "
-                "Send a plain prompt, or add chat_template.jinja to the model directory."
+                "Give it plain text, or add chat_template.jinja to the model directory."
             )
         try:
             return _template_environment().from_string(self._text)

@@ -42,7 +42,7 @@ class TrainingOptions(ThreadOptions):
     warmup_ratio: float = option(0.02, help="share of the steps in which the learning rate rises")
     lr_schedule: Literal["linear", "cosine"] = option("linear", help="how the learning rate falls")
     weight_decay: float = option(0.1, help="AdamW's decay of matrices (norms have none)")
-    max_grad_norm: float = option(1.0, help="gradients of a larger norm are scaled down to it")
+    max_grad_norm: float = option(1.0, help="gradients of a larger norm are scaled down to it (0: none are)")
     precision: Literal["auto", "f32", "bf16"] = option(
         "auto", help="of matrix products; weights are always trained in float32"
     )
@@ -110,16 +110,27 @@ def check_options(job: TrainingOptions) -> None:
             f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
             "expected a rate above 0 and a ratio in [0, 1)"
         )
+    if not (0 <= job.weight_decay < math.inf and 0 <= job.max_grad_norm < math.inf):
+        raise ConfigError(
+            f"--weight-decay {job.weight_decay:g}, --max-grad-norm {job.max_grad_norm:g}: expected numbers "
+            "from 0 on; 0 is no decay, and gradients of any norm"
+        )
+    if not 0 <= job.seed < 1 << 32:
+        raise ConfigError(
+            f"--seed is {job.seed}; expected a number from 0 to {(1 << 32) - 1}, as NumPy's are"
+        )
     if not 0 < job.distill_temperature < math.inf:
         raise ConfigError(f"--distill-temperature is {job.distill_temperature:g}; expected a number above 0")
     if job.distill == "none" and job.teacher is not None:
         raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
     if job.teacher_cache is not None and job.teacher is None:
         raise ConfigError(f"--teacher-cache {job.teacher_cache} needs --teacher DIR, the dense model")
-    if job.cache_top_k < 1 or (job.cache_layers is not None and job.cache_layers < 1):
-        raise ConfigError(
-            f"--cache-top-k {job.cache_top_k}, --cache-layers {job.cache_layers}: expected at least 1"
-        )
+    if job.cache_top_k < 1:
+        raise ConfigError(f"--cache-top-k is {job.cache_top_k}; expected at least 1 token")
+    if job.cache_layers is not None and job.cache_layers < 1:
+        raise ConfigError(f"--cache-layers is {job.cache_layers}; expected at least 1 layer")
+    if job.cache_layers is not None and job.teacher_cache is None:
+        raise ConfigError(f"--cache-layers {job.cache_layers} is for --teacher-cache FOLDER; give both")
     if job.skip_bad_rows < 0:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if job.save_steps < 0:

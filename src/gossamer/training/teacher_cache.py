@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from gossamer.training.teacher import LiveTeacher, Teacher
 from gossamer.training.whole_model import load_model
 
 RECORD = "teacher.json"
+_OURS = re.compile(r"hidden-\d+\.bf16|top-ids\.i32|top-logprobs\.f16|teacher\.json\.new")
 CHUNK_ROWS = 16
 DEFAULT_BYTES = 5000
 
@@ -168,7 +170,7 @@ def teacher_for(
         if not (missing := missing_bytes(folder, wanted)):
             return
         check_room(folder, wanted, missing)
-        size = f"{missing / 1e9:,.2f} GB, {wanted.token_bytes:,} bytes a token"
+        size = f"{_size(missing)}, {wanted.token_bytes:,} bytes a token"
         progress(Event(stage, f"{folder}: the teacher is asked once, into {size}", lasting=True))
         model = load_model(directory)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
@@ -177,8 +179,24 @@ def teacher_for(
         if torch.cuda.is_available():  # what is freed is torch's still
             torch.cuda.empty_cache()
 
+    _refuse_others_folder(folder, job)
     from_first(complete)
     return CachedTeacher.open(folder, wanted)
+
+
+def _refuse_others_folder(folder: Path, job: TrainingOptions) -> None:
+    """Raise ConfigError for a place where a cache would lie among other files, or be replaced by them."""
+    if folder.resolve() == Path(job.output_dir).resolve():
+        raise ConfigError(f"--teacher-cache is {folder}, the output directory; give another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--teacher-cache is {folder}, a file; expected a folder, or a new name")
+    if not folder.is_dir() or (folder / RECORD).is_file():
+        return
+    if others := sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)):
+        raise ConfigError(
+            f"--teacher-cache {folder} holds something else ({', '.join(others[:3])}); expected a folder "
+            "that is new, empty or a teacher's cache"
+        )
 
 
 def missing_bytes(folder: Path, wanted: Wanted) -> int:
@@ -197,10 +215,14 @@ def check_room(folder: Path, wanted: Wanted, missing: int) -> None:
         raise OSError(
             errno.ENOSPC,
             f"what the teacher makes of {wanted.num_rows * wanted.row_length:,} tokens needs "
-            f"{missing / 1e9:,.2f} GB ({wanted.token_bytes:,} bytes a token), {free / 1e9:,.2f} GB are free: "
-            "make room, or lower --cache-layers, --cache-top-k or the number of tokens",
+            f"{_size(missing)} ({wanted.token_bytes:,} bytes a token), {_size(free)} are free: make room, or "
+            "lower --cache-layers, --cache-top-k or the number of tokens",
             str(folder),
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
 
 
 def write_down(
