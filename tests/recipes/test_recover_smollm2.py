@@ -78,4 +78,6 @@ def test_a_pruned_model_is_trained_on_both_kinds_of_text(
     log = (tmp_path / "trained-dense-256-1e-3-both" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in log]
     assert len(steps) == 4
-    assert steps[0]["kl"] < 1e-6  # at first it says what its teacher says
+    assert (
+        steps[0]["kl"] < 1e-3
+    )  # at first it says what its teacher says, which has bfloat16 weights or float32
