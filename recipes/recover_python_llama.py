@@ -80,6 +80,7 @@ def measure(models: dict[str, Path], seed: int) -> list[dict[str, float | int | 
             seed=100 + seed,
         )
         found = evaluate(job)
+        assert found.perplexity is not None
         accuracy = found.accuracy["doctest"]
         dense = dense or accuracy
         figures = (found.perplexity, accuracy, accuracy / dense, found.accuracy["doctest-unseen"])
