@@ -141,7 +141,10 @@ CHAT = {
         ),
         ({"num_fewshot": 2, **CHAT}, "--num-fewshot is 2, and nothing that is asked for shows examples"),
         ({"num_fewshot": 2, "fewshot_dataset": "a.jsonl", **CHAT}, "--fewshot-dataset has examples for"),
-        ({"num_fewshot": 2, "fewshot_dataset": "nowhere.jsonl"}, r"nowhere\.jsonl --kind gsm8k: expected"),
+        (
+            {"num_fewshot": 2, "fewshot_dataset": "nowhere.jsonl"},
+            r"nowhere\.jsonl, for --kind gsm8k: no such",
+        ),
     ],
 )
 def test_examples_to_show_are_asked_for_in_full(

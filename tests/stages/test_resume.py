@@ -208,7 +208,7 @@ def test_a_run_by_a_teacher_that_was_written_down_resumes_to_the_same_bits(
     with pytest.raises(ConfigError, match=r"written of something else .layers: found"):
         pretrain(replace(cached, resume=True, cache_layers=2))
     with pytest.raises(ConfigError, match=r"teacher_cache: found .*, expected "):
-        pretrain(replace(cached, resume=True, teacher_cache=None))
+        pretrain(replace(cached, resume=True, teacher_cache=None, cache_layers=None))
     pretrain(replace(cached, resume=True), events.append)
     assert weights(cached) == weights(whole)
     assert not [event for event in events if event.message == "the teacher reads"]

@@ -103,9 +103,9 @@ def test_sparse_kernel_of_a_dense_model_is_an_error(
 def test_too_little_memory_is_found_before_the_first_step(
     run: Callable[..., TrainingResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "available_bytes", lambda device: 5_500_000)
+    monkeypatch.setattr(preparation, "available_bytes", lambda device: 4_500_000)
     events: list[Event] = []
-    with pytest.raises(ConfigError, match=r"needs about .* found 5\.5 MB available: lower --max-length"):
+    with pytest.raises(ConfigError, match=r"needs about .* found 4\.5 MB available: lower --max-length"):
         run("pretrain", "out", events.append, kernel="dense")
     assert not any(event.message == "training" for event in events)
     assert not (tmp_path / "out").exists()
