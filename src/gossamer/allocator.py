@@ -6,7 +6,6 @@ operation allocates its result, that took 40% of the time.
 """
 
 import ctypes
-import ctypes.util
 import mmap
 
 from gossamer.machine import available_memory_bytes
