@@ -352,15 +352,15 @@ def test_training_through_the_rounding_keeps_zeros_and_is_what_transformers_load
 ) -> None:
     parent = pruned(tiny_llama(variant), tmp_path / "pruned", text_file)
     job = replace(small(parent, tmp_path / "rounded", text_file), scheme=scheme, ignore=("*.0.mlp.up_proj",))
-    rate = 3e-3 if scheme == "W4A8" else 3e-4
-    trained = replace(job, output_dir=str(tmp_path / "trained"), reconstruct_epochs=3)
+    # INT8 leaves a twentieth of what INT4 does to win, by small steps and more of them.
+    rate = {"W8A8": 1e-4, "W4A8": 3e-3, "FP8_DYNAMIC": 3e-4}[scheme]
+    trained = replace(job, output_dir=str(tmp_path / "trained"), reconstruct_epochs=6)
     trained = replace(trained, reconstruct_learning_rate=rate)
     assert quantize(job).reconstruction == []
     result = quantize(trained)
-    assert len(result.reconstruction) == 2 and all(len(errors) == 4 for errors in result.reconstruction)
+    assert len(result.reconstruction) == 2 and all(len(errors) == 7 for errors in result.reconstruction)
     assert all(min(errors) <= errors[0] for errors in result.reconstruction)
-    # INT8 leaves so little to win that on some processors no layer of a tiny model does.
-    assert scheme == "W8A8" or any(min(errors) < errors[0] for errors in result.reconstruction)
+    assert any(min(errors) < errors[0] for errors in result.reconstruction)
     before, rounded, after = (Checkpoint.open(each) for each in (parent, job.output_dir, trained.output_dir))
     for name in after.linears:
         assert after.zeros(f"{name}.weight")[before.zeros(f"{name}.weight")].all()
