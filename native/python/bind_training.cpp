@@ -9,6 +9,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -149,6 +151,47 @@ void adamw(FloatsOut values, Floats gradient, FloatsOut exp_avg, FloatsOut exp_a
     });
 }
 
+using Marks = nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Calls work(begin, end) on the threads, for pieces of `count` elements that `marks` must fit.
+template <class Work>
+void run_marked(std::size_t count, const Marks& marks, int num_threads, Work&& work) {
+    if (marks.size() != count) throw EngineError("marks must be as long as the values");
+    const int pieces = int((count + kPiece - 1) / kPiece);
+    run_shared(num_threads, [&](Workspace& space) {
+        space.team.run([&](int thread) {
+            const Part part(pieces, thread, space.team.size());
+            work(std::size_t(part.begin) * kPiece, std::min(count, std::size_t(part.end) * kPiece));
+        });
+    });
+}
+
+void zero_marked(FloatsOut values, Marks marks, int num_threads) {
+    float* v = values.data();
+    const bool* marked = marks.data();
+    run_marked(values.size(), marks, num_threads, [=](std::size_t begin, std::size_t end) {
+        for (std::size_t i = begin; i < end; ++i)
+            v[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(v[i]) & (std::uint32_t(marked[i]) - 1));
+    });
+}
+
+std::int64_t count_marked(Floats values, Marks marks, int num_threads) {
+    const float* v = values.data();
+    const bool* marked = marks.data();
+    std::atomic<std::int64_t> found{0};
+    run_marked(values.size(), marks, num_threads, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t piece = begin; piece < end; piece += kPiece) {
+            std::uint32_t nonzero = 0;
+            const std::size_t piece_end = std::min(end, piece + kPiece);
+            for (std::size_t i = piece; i < piece_end; ++i)  // all bits but the sign
+                nonzero +=
+                    std::uint32_t((std::bit_cast<std::uint32_t>(v[i]) << 1) != 0) & std::uint32_t(marked[i]);
+            found += nonzero;
+        }
+    });
+    return found;
+}
+
 template <class T>
 std::string shape_of(const T& array) {
     std::string shape = std::to_string(array.shape(0));
@@ -258,6 +301,8 @@ void bind_training(nb::module_& m) {
     m.def("adamw", &adamw, "values"_a.noconvert(), "gradient"_a.noconvert(), "exp_avg"_a.noconvert(),
           "exp_avg_sq"_a.noconvert(), nb::kw_only(), "learning_rate"_a, "beta1"_a, "beta2"_a, "eps"_a,
           "weight_decay"_a, "step"_a, "num_threads"_a, "isa"_a = nb::none());
+    m.def("zero_marked", &zero_marked, "values"_a.noconvert(), "marks"_a.noconvert(), "num_threads"_a);
+    m.def("count_marked", &count_marked, "values"_a.noconvert(), "marks"_a.noconvert(), "num_threads"_a);
     m.def("head_loss", &head_loss, "logits_NV"_a.noconvert(), "targets_N"_a.noconvert(),
           "ids_NK"_a.noconvert() = nb::none(), "log_p_NK"_a.noconvert() = nb::none(), nb::kw_only(),
           "temperature"_a = 1.0, "num_threads"_a, "isa"_a = nb::none());

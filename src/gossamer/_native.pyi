@@ -305,6 +305,12 @@ def adamw(
     The same bits for every `isa` (None: the best) and number of threads. The GIL is released.
     """
 
+def zero_marked(values: np.ndarray, marks: np.ndarray, num_threads: int) -> None:
+    """Write 0 where `marks`, bool and as long as the float32 `values`, is true. The GIL is released."""
+
+def count_marked(values: np.ndarray, marks: np.ndarray, num_threads: int) -> int:
+    """How many of the float32 `values` are not 0 (NaN is not) where `marks` is true. The GIL is released."""
+
 def head_loss(
     logits_NV: np.ndarray,
     targets_N: np.ndarray,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from gossamer import _native
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.errors import GossamerError, UnsupportedError
+from gossamer.errors import EngineError, GossamerError, UnsupportedError
 from gossamer.training import masks
 from gossamer.training.masks import MaskCallback, decoder_zeros, model_mask_hash
 from gossamer.training.sparse_linear import sparsify
@@ -307,6 +309,22 @@ def test_frozen_weights_need_no_gradient(sparse_model: LlamaForCausalLM, tmp_pat
     )
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+@pytest.mark.parametrize("size", [0, 1, 16_383, 16_384, 100_003])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_native_marks_are_those_of_numpy(size: int, num_threads: int) -> None:
+    random = np.random.default_rng(size)
+    values = random.standard_normal(size).astype(np.float32)
+    values[random.random(size) < 0.3] = -0.0
+    values[random.random(size) < 0.1] = np.nan
+    marks = random.random(size) < 0.5
+    assert _native.count_marked(values, marks, num_threads) == np.count_nonzero((values != 0) & marks)
+    expected = np.where(marks, np.float32(0), values)
+    _native.zero_marked(values, marks, num_threads)
+    assert values.tobytes() == expected.tobytes()
+    with pytest.raises(EngineError, match="as long as"):
+        _native.zero_marked(values, np.zeros(size + 1, bool), num_threads)
 
 
 def test_only_linears_of_decoder_layers_are_masked() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gossamer import _native
+from gossamer.training.flat import fits, flat
 
 
 class AdamW(torch.optim.AdamW):
@@ -42,10 +43,10 @@ class AdamW(torch.optim.AdamW):
         state["step"] += 1
         assert weight.grad is not None
         _native.adamw(
-            _flat(weight),
-            _flat(weight.grad.contiguous()),
-            _flat(state["exp_avg"]),
-            _flat(state["exp_avg_sq"]),
+            flat(weight),
+            flat(weight.grad.contiguous()),
+            flat(state["exp_avg"]),
+            flat(state["exp_avg_sq"]),
             learning_rate=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -59,14 +60,4 @@ class AdamW(torch.optim.AdamW):
 def _is_native(group: dict[str, Any]) -> bool:
     known = not (group["amsgrad"] or group["maximize"] or group["differentiable"])
     plain = not any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"]))
-    return known and plain and all(_fits(weight) for weight in group["params"])
-
-
-def _fits(weight: Tensor) -> bool:
-    dense = type(weight) in (Tensor, torch.nn.Parameter) and weight.layout == torch.strided
-    return dense and weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-
-
-def _flat(tensor: Tensor) -> Any:
-    """The memory of the tensor as a flat NumPy array, not a copy."""
-    return tensor.detach().view(-1).numpy()
+    return known and plain and all(fits(weight) for weight in group["params"])

@@ -27,8 +27,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from gossamer import _native
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
+from gossamer.training.flat import fits, flat
 from gossamer.training.sparse_linear import Pattern, SparseLinear
 
 _IN_DECODER_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
@@ -50,7 +52,11 @@ class MaskedWeight:
     def mask_gradient(self, weight: Tensor) -> None:
         """Zero the gradients of pruned weights: the hook that runs whenever `weight.grad` was added to."""
         assert weight.grad is not None
-        local(weight.grad).masked_fill_(self.zeros, 0)
+        gradient = local(weight.grad)
+        if fits(gradient):
+            _native.zero_marked(flat(gradient), flat(self.zeros.contiguous()), torch.get_num_threads())
+        else:
+            gradient.masked_fill_(self.zeros, 0)
         self.num_maskings += 1
 
     def moments(self, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
@@ -62,6 +68,10 @@ class MaskedWeight:
 
     def count(self, values: Tensor) -> Tensor:
         """How many of `values` are nonzero where the weight is pruned: a scalar on the device of `values`."""
+        if fits(values):
+            return torch.tensor(
+                _native.count_marked(flat(values), flat(self.zeros.contiguous()), torch.get_num_threads())
+            )
         return torch.count_nonzero((values != 0) & self.zeros)
 
 
