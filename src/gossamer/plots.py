@@ -135,6 +135,31 @@ def training_speed(
     figure.savefig(path, dpi=130)
 
 
+def recovery(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> None:
+    """A line a curve: perplexity over the dense model's, by millions of tokens of training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for (label, points), color in zip(curves.items(), COLORS, strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), color=color, marker="o", label=label)
+        for tokens, ratio in points:
+            axes.annotate(
+                f"{ratio:.2f}", (tokens, ratio), (4, 5), textcoords="offset points", color=color, fontsize=8
+            )
+    axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="dense")
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.9)
+    axes.set_yticks([1, 1.5, 2, 3, 4], ["1x", "1.5x", "2x", "3x", "4x"], minor=False)
+    axes.set_yticks([], minor=True)
+    axes.set_xticks([0, 0.1, 1, 10], ["one shot", "0.1 M", "1 M", "10 M"])
+    axes.set_xlabel("tokens of training", color=INK)
+    axes.set_ylabel("held-out perplexity over the dense model's", color=INK)
+    _open(axes, title)
+    figure.savefig(path, dpi=130)
+
+
 @dataclass(frozen=True)
 class Score:
     """A figure with its standard error, what the baseline reaches, and a note on the two."""
