@@ -285,7 +285,7 @@ def test_the_error_of_recovery_is_paired() -> None:
         (
             "multiple-choice",
             {"choices": ["b", "c"], "gold": 0},
-            "text in the field query or question or prompt",
+            "text in the field query, question or prompt",
         ),
         ("multiple-choice", {"context_options": ["b", "c"], "gold": 0}, "text in the field continuation"),
         ("cloze", {"context": "a"}, r"text in the field continuation; found fields \['context'\]"),
@@ -293,7 +293,7 @@ def test_the_error_of_recovery_is_paired() -> None:
         ("perplexity", {"txt": "a"}, "text in the field text"),
         ("code", {"prompt": "a"}, "text in the field test"),
         ("code", {"text": "a", "test_list": []}, "list of texts in the field test_list"),
-        ("summarization", {"prompt": "a"}, "text in the field completion or target or summary"),
+        ("summarization", {"prompt": "a"}, "text in the field completion, target or summary"),
     ],
 )
 def test_rows_of_another_kind_are_named(kind: Any, row: dict[str, Any], message: str, tmp_path: Path) -> None:
