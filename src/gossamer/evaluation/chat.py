@@ -5,6 +5,7 @@ The judge sees each pair twice, with positions swapped; where its verdicts diffe
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,9 @@ def compare(
     judged = [point for point in points if point is not None]
     if not judged:
         raise ConfigError(
-            f"the judge {judge.model!r} came to no verdict; what it said is in {journal.path}: "
-            "where that is mended, delete the file"
+            f"the judge {judge.model!r} came to no verdict; what it said is in {journal.path}. Once that is "
+            "mended, the same command asks again for what is taken out, and the answers stay: "
+            f"""sed -i '/"verdict": ""/d' {shlex.quote(str(journal.path))}"""
         )
     columns = {
         "win_rate": judged,
