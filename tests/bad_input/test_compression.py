@@ -126,6 +126,20 @@ TABLE: list[Case] = [
         ["--num-calibration-samples is 1", "at least 2: an eighth of the rows"],
     ),
     (
+        "a seed that nothing takes",
+        "llama2",
+        nothing,
+        [*PRUNE, "--seed", f"{1 << 64}"],
+        ["--seed is 18446744073709551616", "from 0 to 18446744073709551615"],
+    ),
+    (
+        "a seed below zero",
+        "llama2",
+        nothing,
+        ["quantize", *PRUNE[1:], "--seed", "-1"],
+        ["--seed is -1", "from 0 to 18446744073709551615"],
+    ),
+    (
         "short calibration",
         "llama2",
         nothing,
