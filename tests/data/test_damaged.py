@@ -147,8 +147,8 @@ def test_damaged_files_are_named_with_what_to_do(
 
 def test_tasks_need_their_fields(tmp_path: Path) -> None:
     for row, says in (
-        ({"prompt": "a"}, "fields prompt and answer; found"),
-        ({"prompt": "", "answer": "b"}, "empty"),
+        ({"prompt": "a"}, r"text in the field answer; found fields \['prompt'\]"),
+        ({"prompt": "", "answer": "b"}, "text in the field prompt; found \"\" in 'prompt'"),
     ):
         (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + json.dumps(row))
         with pytest.raises(ConfigError, match=rf"a\.jsonl:2: .*{says}"):

@@ -54,7 +54,11 @@ REFUSED = {
     "cut": ("ConfigError", "Parquet magic bytes not found"),
     "packed": ("ConfigError", "zstd decompress error"),
     "latin": ("ConfigError", "can't decode byte 0xe9"),
-    "other": ("ConfigError", "hf:org/other:1: no text in field 'text' or 'content'; found fields ['body']"),
+    "other": (
+        "ConfigError",
+        "hf:org/other:1: expected text in the field text or content",
+        "found fields ['body']",
+    ),
     "image": ("ConfigError", "cannot identify image"),
     "good:en": ("ConfigError", "BuilderConfig 'en' not found. Available: ['default']"),
     "good:default:test": ("ConfigError", "Bad split: test. Available splits: ['train']"),

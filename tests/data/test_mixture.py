@@ -54,7 +54,7 @@ def test_truncated_documents_begin_as_they_do(tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"txt": 1}\n{\n{"text": "two"}\n')
-    with pytest.raises(ConfigError, match=r"a\.jsonl:2: no text in field 'text'"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl:2: expected text in the field text or content"):
         texts(f"{tmp_path}/a.jsonl")
     bad = BadRows(2)
     assert sorted(texts(f"{tmp_path}/a.jsonl", bad=bad)) == ["one", "two"]

@@ -127,11 +127,11 @@ def test_doctests_are_examples(tokenizer: Tokenizer) -> None:
         (
             "prompt-completion",
             {"prompt": "a"},
-            r"a\.jsonl:2: no text in field 'completion'; found fields \['prompt'\]",
+            r"a\.jsonl:2: expected text in the field completion; found fields \['prompt'\]",
         ),
-        ("instruct", {"instruction": "a"}, r"a\.jsonl:2: no text in field 'output' or 'response'"),
+        ("instruct", {"instruction": "a"}, r"a\.jsonl:2: expected text in the field output or response"),
         ("chat", {"text": "a"}, r"a\.jsonl:2: no list in field 'messages'"),
-        ("chat", {"messages": [{"role": "user"}]}, r"a\.jsonl:2: no text in field 'content'"),
+        ("chat", {"messages": [{"role": "user"}]}, r"a\.jsonl:2: expected text in the field content; found"),
         ("chat", {"messages": ["hi"]}, r"a\.jsonl:2: a message is str"),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import zstandard
 
 from gossamer.data.sources import documents, manifest, parse_weight
+from gossamer.data.tables import text_of
 from gossamer.errors import ConfigError
 
 TEXTS = ["first\ntext", "second: naïve café", "third"]
@@ -76,11 +77,22 @@ def test_doctests_with_a_number_end_and_differ_by_seed() -> None:
     assert len(list(islice(documents("python:doctests"), 7))) == 7
 
 
+def test_text_is_that_of_the_first_field_that_holds_any() -> None:
+    row = {"prompt": None, "query": " \n", "question": "a", "context": "b"}
+    assert text_of(row, "here", "prompt", "query", "question", "context") == "a"
+    assert text_of(row, "here", "prompt", "query", "question", blank=True) == " \n"
+    with pytest.raises(ConfigError, match=r"^here: .* text in the field prompt; found null in 'prompt'$"):
+        text_of(row, "here", "prompt", blank=True)
+    said = r'^here: expected text in the field text, query or prompt; found " \\n" in \'query\'$'
+    with pytest.raises(ConfigError, match=said):
+        text_of(row, "here", "text", "query", "prompt")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"body": "x"}', r"a\.jsonl:3: no text in field 'text' or 'content'; found fields \['body'\]"),
-        (b'{"text": 7}', r"a\.jsonl:3: no text in field 'text' or 'content'; found 7 in 'text'"),
+        (b'{"body": "x"}', r"a\.jsonl:3: .* in the field text or content; found fields \['body'\]"),
+        (b'{"text": 7}', r"a\.jsonl:3: expected text in the field text or content; found 7 in 'text'"),
         (b"{oops", r"a\.jsonl:3: not a line of JSON"),
         (b"[1]", r"a\.jsonl:3: found list, expected an object"),
     ],

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -219,6 +220,25 @@ def test_prompts_without_a_verdict_are_counted_apart(job: Evaluate, endpoint: En
     silent = evaluate(job)
     num = sum(longest in pair for pair in zip(answers(job.model), answers(job.baseline), strict=True))
     assert silent.metrics["prompts.jsonl"]["without_verdict"] == pytest.approx(1.0 - (6 - num) / 6)
+
+
+def test_what_a_judge_says_in_vain_is_taken_out_alone(
+    job: Evaluate, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    """By the very command that the message gives; answers and what other judges said are kept."""
+    whole = evaluate(replace(job, judge_model="another", output=str(tmp_path / "the other's.json")))
+    (tmp_path / "the other's.json").unlink()
+    job = replace(job, output=str(tmp_path / "the other's.json"))
+    endpoint.verdict = lambda first, second: ""
+    with pytest.raises(ConfigError, match=r"the judge 'fair' came to no verdict.*the answers stay") as raised:
+        evaluate(job)
+    journal = (tmp_path / "the other's.chat.jsonl").read_text().splitlines()
+    assert len(journal) == 12 + 12 + 12
+    subprocess.run(str(raised.value).rpartition("stay: ")[2], shell=True, check=True)
+    assert (tmp_path / "the other's.chat.jsonl").read_text().splitlines() == journal[:24]
+    endpoint.verdict = the_longer
+    endpoint.seen.clear()
+    assert evaluate(job).metrics == whole.metrics and len(endpoint.seen) == 12
 
 
 def test_a_prompt_that_the_judge_refuses_has_no_verdict(job: Evaluate, endpoint: Endpoint) -> None:

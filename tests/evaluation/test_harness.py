@@ -1,5 +1,6 @@
 """`evaluate` through lm-evaluation-harness: our engine against its own backend, and files of each kind."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +20,7 @@ from gossamer.evaluation.backends import EngineBackend, TorchBackend
 from gossamer.evaluation.engine_lm import sampling
 from gossamer.evaluation.figures import Figures, recovery, recovery_errors
 from gossamer.evaluation.file_tasks import file_task
-from gossamer.evaluation.harness import Scores
+from gossamer.evaluation.harness import Scores, load_tasks, run
 from gossamer.evaluation.sandbox import run_python
 from gossamer.stages.evaluate import Evaluate, evaluate
 
@@ -97,6 +99,26 @@ def test_a_tasks_sampling_is_the_engines() -> None:
     assert (greedy.stop, greedy.max_tokens, greedy.temperature, greedy.top_p) == (("\n",), 9, 0.0, 1.0)
     drawn = sampling({"until": ["a", ""], "do_sample": True, "temperature": 0.2, "top_p": 0.95, "top_k": 7})
     assert (drawn.stop, drawn.temperature, drawn.top_p, drawn.top_k) == (("a",), 0.2, 0.95, 7)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_harness_is_left_as_it_was(
+    fails: bool, tiny_llama: TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it would ask git and torch is not asked, and asked again by whoever runs it later."""
+    called: list[str] = []
+    names = ("get_git_commit_hash", "add_env_info")
+    for name in names:
+        monkeypatch.setattr(evaluator, name, lambda *given, name=name: called.append(name))
+    before = [getattr(evaluator, name) for name in names]
+    task = file_task(Path(write(tmp_path / "a.jsonl", [{"context": "a", "continuation": "b"}])), "cloze")
+    model = EngineBackend(str(tiny_llama("llama3")), 1).for_harness()
+    if fails:
+        monkeypatch.setattr(model, "loglikelihood", lambda requests: 1 / 0)
+    manager, _ = load_tasks([task])
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        assert run([task], manager, model, 0)["a.jsonl"].num_examples == 1
+    assert called == [] and [getattr(evaluator, name) for name in names] == before
 
 
 def reference(model_dir: Path, prompt: str, answer: str) -> tuple[float, int, bool]:
@@ -263,7 +285,7 @@ def test_the_error_of_recovery_is_paired() -> None:
         (
             "multiple-choice",
             {"choices": ["b", "c"], "gold": 0},
-            "text in the field query or question or prompt",
+            "text in the field query, question or prompt",
         ),
         ("multiple-choice", {"context_options": ["b", "c"], "gold": 0}, "text in the field continuation"),
         ("cloze", {"context": "a"}, r"text in the field continuation; found fields \['context'\]"),
@@ -271,7 +293,7 @@ def test_the_error_of_recovery_is_paired() -> None:
         ("perplexity", {"txt": "a"}, "text in the field text"),
         ("code", {"prompt": "a"}, "text in the field test"),
         ("code", {"text": "a", "test_list": []}, "list of texts in the field test_list"),
-        ("summarization", {"prompt": "a"}, "text in the field completion or target or summary"),
+        ("summarization", {"prompt": "a"}, "text in the field completion, target or summary"),
     ],
 )
 def test_rows_of_another_kind_are_named(kind: Any, row: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_a_disk_without_room_is_told_before_the_start(job: Prune, monkeypatch: p
     [
         ({"sparsity": 0.6}, r"sparsity: found 0\.6, expected 0\.5"),
         ({"method": "admm"}, "method: found admm, expected sparsegpt"),
-        ({"num_calibration_samples": 9}, r"num_calibration_samples: found 9, expected 8; data: found \w+"),
+        ({"num_calibration_samples": 9}, r"num_calibration_samples: found 9, expected 8; the rows of tokens"),
         ({"dampening_frac": 0.02}, r"dampening_frac: found 0\.02, expected 0\.01"),
         ({"threads": 2}, "num_threads: found 2, expected 1"),
     ],
@@ -298,11 +298,11 @@ def test_another_parent_or_text_is_named(job: Prune, place: Path, tmp_path: Path
     interrupt(job)
     shutil.copytree(job.model, tmp_path / "same")
     other = save_random(LlamaConfig(**SIZES), tmp_path / "other", torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"model: found \w+, expected \w+"):
+    with pytest.raises(ConfigError, match=r"the model's files \(sha256\): found \w{12}, expected \w{12};"):
         run(replace(job, model=str(other), resume=True))
     text = tmp_path / "text.txt"
     text.write_text(Path(job.dataset[0]).read_text(encoding="utf-8").replace("e", "a"), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"configuration: data: found \w+, expected \w+; give"):
+    with pytest.raises(ConfigError, match=r"configuration: the rows of tokens \(sha256\): found \w{12}, exp"):
         run(replace(job, dataset=(str(text),), resume=True))
     run(replace(job, model=str(tmp_path / "same"), resume=True))
 

@@ -136,10 +136,13 @@ def test_what_is_damaged_or_of_something_else_is_refused(
     want, folder = wanted(source, rows), tmp_path / "cache"
     write_down(folder, want, load_model(source), rows, "test", quiet)
     for change, words in (
-        ({"rows": "other"}, "rows: found .*, expected other"),
-        ({"teacher": "other"}, "teacher: found .*, expected other"),
-        ({"temperature": 1.0}, "temperature: found 2.0, expected 1.0"),
-        ({"layers": (1,)}, r"layers: found \[1, 2\], expected \[1\]"),
+        (
+            {"rows": "0123456789ab" + "c" * 52},
+            rf"the rows of tokens \(sha256\): found {want.rows[:12]}, expected 0123456789ab\)",
+        ),
+        ({"teacher": "other"}, r"the teacher's files \(sha256\): found [0-9a-f]{12}, expected other"),
+        ({"temperature": 1.0}, "--distill-temperature: found 2.0, expected 1.0"),
+        ({"layers": (1,)}, r"layers \(--cache-layers, --distill\): found \[1, 2\], expected \[1\]"),
     ):
         with pytest.raises(ConfigError, match=f"was written of something else .{words}.*another folder"):
             CachedTeacher.open(folder, replace(want, **change))

@@ -4,29 +4,20 @@
 //   mass of x = round(2^40 exp((x - highest) / temperature))
 //
 // A mass is an integer, so that sums are exact: every order and every level give the same sum, and sums of
-// parts add up.
+// parts add up. The highest is the `peak` of head_loss.cpp.
 
 #include <cmath>
-#include <limits>
 
 #include "kernels/exponential.hpp"
 #include "kernels/kernels.hpp"
 
 namespace gossamer {
 
-constexpr float kUnit = float(kMassUnit), kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kUnit = float(kMassUnit);
 
 namespace scalar {
 
-float highest(const float* x, int count) {
-    float found = -kInfinity;
-    bool has_nan = false;
-    for (int i = 0; i < count; ++i) {
-        found = x[i] > found ? x[i] : found;
-        has_nan |= std::isnan(x[i]);
-    }
-    return has_nan ? std::numeric_limits<float>::quiet_NaN() : found;
-}
+float highest(const float* x, int count) { return peak_f32(x, count); }
 
 std::uint64_t mass(const float* x, int count, const Softmax& softmax, float low) {
     std::uint64_t sum = 0;

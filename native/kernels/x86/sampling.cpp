@@ -1,15 +1,12 @@
 // What choosing a token reads of a row of logits, by vectors: see ../scalar/sampling.cpp.
 
-#include <cmath>
-#include <limits>
-
 #include "kernels/kernels.hpp"
 #include "kernels/x86/exponential.hpp"
 #include "kernels/x86/target.hpp"
 
 namespace gossamer {
 
-constexpr float kUnit = float(kMassUnit), kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kUnit = float(kMassUnit);
 
 GOSSAMER_BEGIN_AVX2
 namespace avx2 {
@@ -25,19 +22,7 @@ inline __m256i rounded(__m128 x) {
 
 }  // namespace
 
-float highest(const float* x, int count) {
-    const int whole = count / kLanes * kLanes;
-    float lanes[kLanes + 1];
-    __m256 found = _mm256_set1_ps(-kInfinity), nan = _mm256_setzero_ps();
-    for (int i = 0; i < whole; i += kLanes) {
-        const __m256 here = _mm256_loadu_ps(x + i);
-        nan = _mm256_or_ps(nan, _mm256_cmp_ps(here, here, _CMP_UNORD_Q));
-        found = _mm256_max_ps(here, found);
-    }
-    _mm256_storeu_ps(lanes, _mm256_or_ps(found, nan));  // all bits set: NaN
-    lanes[kLanes] = scalar::highest(x + whole, count - whole);
-    return scalar::highest(lanes, kLanes + 1);
-}
+float highest(const float* x, int count) { return peak_f32(x, count); }
 
 std::uint64_t mass(const float* x, int count, const Softmax& softmax, float low) {
     const __m256 highest_x = _mm256_set1_ps(softmax.highest), lowest = _mm256_set1_ps(low);
@@ -72,16 +57,7 @@ constexpr int kLanes = 16;
 
 }  // namespace
 
-float highest(const float* x, int count) {
-    __m512 found = _mm512_set1_ps(-kInfinity);
-    __mmask16 has_nan = 0;
-    for (int i = 0; i < count; i += kLanes) {
-        const __m512 here = _mm512_mask_loadu_ps(found, first_lanes(count - i), x + i);
-        has_nan |= _mm512_cmp_ps_mask(here, here, _CMP_UNORD_Q);
-        found = _mm512_max_ps(here, found);
-    }
-    return has_nan ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(found);
-}
+float highest(const float* x, int count) { return peak_f32(x, count); }
 
 std::uint64_t mass(const float* x, int count, const Softmax& softmax, float low) {
     const __m512 highest_x = _mm512_set1_ps(softmax.highest), lowest = _mm512_set1_ps(low);

@@ -14,6 +14,7 @@ checkpoint and tells the user so.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ from gossamer.checkpoint.partial import CHECKPOINTS, checkpoint_steps
 from gossamer.errors import CheckpointError, ConfigError
 
 RECORD = "checkpoint.json"
+_IN_WORDS = {
+    "model": "the model's files (sha256)",
+    "teacher": "the teacher's files (sha256)",
+    "data": "the rows of tokens (sha256)",
+    "mask": "the model's zeros (sha256)",
+}
 
 
 @dataclass(frozen=True)
@@ -114,12 +121,12 @@ class Checkpoints:
     def _check_same_run(self, path: Path) -> list[str]:
         """Raise ConfigError naming every difference in `must_match`; returns notes on the others."""
         theirs, ours = _read_record(path), _plain(self.identity)
-        if changed := _differences(ours["decides"], theirs["decides"]):
+        if changed := differences(ours["decides"], theirs["decides"], _IN_WORDS):
             raise ConfigError(
                 f"{path} belongs to a run of another configuration: {'; '.join(changed)}; give what that run "
                 "was started with, or --overwrite to start anew"
             )
-        changed = _differences(ours["rounds"], theirs["rounds"])
+        changed = differences(ours["rounds"], theirs["rounds"], _IN_WORDS)
         return [
             f"resumed under other circumstances ({text}): not bit-identical to an uninterrupted run"
             for text in changed
@@ -142,9 +149,19 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
-    return [f"{name}: found {ours.get(name)}, expected {theirs.get(name)}" for name in names]
+def differences(
+    found: Mapping[str, Any], expected: Mapping[str, Any], in_words: Mapping[str, str]
+) -> list[str]:
+    """What differs between two records, by name or as `in_words` has it; of a sha256 12 digits."""
+    names = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    return [
+        f"{in_words.get(name, name)}: found {_short(found.get(name))}, expected {_short(expected.get(name))}"
+        for name in names
+    ]
+
+
+def _short(value: object) -> object:
+    return value[:12] if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def _plain(identity: RunIdentity) -> dict[str, Any]:

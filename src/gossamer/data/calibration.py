@@ -25,6 +25,7 @@ class CalibrationOptions(ThreadOptions):
         128, help="inputs of a linear that are treated as one block, before its error moves on to the rest"
     )
     dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
+    seed: int = option(0, help="order of the data")
     save_seconds: float | None = option(
         None,
         help="least time between two checkpoints, which are saved after a layer; 0: after each, inf: never "
@@ -46,6 +47,8 @@ def check_options(job: CalibrationOptions) -> None:
             raise ConfigError(f"{flag} is {value:g}; expected at least {least}{why}")
     if job.save_seconds is not None and not job.save_seconds >= 0:
         raise ConfigError(f"--save-seconds is {job.save_seconds:g}; expected at least 0")
+    if not 0 <= job.seed < 1 << 64:
+        raise ConfigError(f"--seed is {job.seed}; expected a number from 0 to {(1 << 64) - 1}")
     if not job.dataset:
         raise ConfigError("--dataset names no calibration text; give at least one SRC")
     if job.threads is not None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
 from gossamer.data.mixture import Mixture, pieces
-from gossamer.data.tables import TABLES, BadRows, no_text, table_rows
+from gossamer.data.tables import TABLES, BadRows, table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 
@@ -87,18 +87,13 @@ def _supervised_rows(source: str, format: Format, bad: BadRows) -> Iterator[tupl
 
 def _prompt_and_answer(row: dict[str, Any], format: Format, where: str) -> tuple[str, str]:
     if format == "prompt-completion":
-        return _field(row, where, "prompt"), _field(row, where, "completion")
-    instruction, answer = _field(row, where, "instruction"), _field(row, where, "output", "response")
+        prompt, answer = (text_of(row, where, name, blank=True) for name in ("prompt", "completion"))
+        return prompt, answer
+    instruction = text_of(row, where, "instruction", blank=True)
+    answer = text_of(row, where, "output", "response", blank=True)
     extra = row.get("input")
     given = f"\n\n### Input:\n{extra}" if extra else ""
     return f"### Instruction:\n{instruction}{given}\n\n### Response:\n", answer
-
-
-def _field(row: dict[str, Any], where: str, *names: str) -> str:
-    for name in names:
-        if isinstance(row.get(name), str):
-            return row[name]
-    raise no_text(row, where, *names)
 
 
 def _answer_example(prompt: str, answer: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -121,8 +116,8 @@ def _chat_example(row: dict[str, Any], tokenizer: Tokenizer, where: str) -> tupl
     for message in messages:
         if not isinstance(message, dict):
             raise ConfigError(f"{where}: a message is {type(message).__name__}, expected an object")
-        _field(message, where, "role")
-        _field(message, where, "content")
+        for name in ("role", "content"):
+            text_of(message, where, name, blank=True)
     try:
         text = render(messages, tokenizer)
         spans = answer_spans(messages, text, tokenizer)

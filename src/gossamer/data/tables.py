@@ -141,7 +141,7 @@ def hub_documents(source: str, offline: bool, bad: BadRows | None = None) -> Ite
 def _texts(rows: Iterable[tuple[str, dict[str, Any]]], bad: BadRows | None) -> Iterator[str]:
     for where, row in rows:
         try:
-            text = _text_field(row, where)
+            text = text_of(row, where, "text", "content", blank=True)  # The Stack's have content
         except ConfigError as error:
             if bad is None:
                 raise
@@ -150,21 +150,20 @@ def _texts(rows: Iterable[tuple[str, dict[str, Any]]], bad: BadRows | None) -> I
             yield text
 
 
-def _text_field(row: dict[str, Any], where: str) -> str:
-    """The field `text` of a row, or `content` (The Stack's); the ConfigError of a row names it as `where`."""
-    text = row.get("text", row.get("content"))
-    if not isinstance(text, str):
-        raise no_text(row, where, "text", "content")
-    return text
+def text_of(row: Mapping[str, Any], where: str, *names: str, blank: bool = False) -> str:
+    """The first of the fields `names` that holds text; it has more than white space in it, unless `blank`.
+
+    Where none does it is a ConfigError, which names the row as `where` and says what is there instead.
+    """
+    for name in names:
+        if isinstance(text := row.get(name), str) and (blank or text.strip()):
+            return text
+    *others, last = names
+    wanted = f"{', '.join(others)} or {last}" if others else last
+    raise ConfigError(f"{where}: expected text in the field {wanted}; found {_what_is_in(row, *names)}")
 
 
-def no_text(row: Mapping[str, Any], where: str, *names: str) -> ConfigError:
-    """What to say of a row none of whose fields `names` holds text: what the first of them does hold."""
-    wanted = " or ".join(repr(name) for name in names)
-    return ConfigError(f"{where}: no text in field {wanted}; found {what_is_in(row, *names)}")
-
-
-def what_is_in(row: Mapping[str, Any], *names: str) -> str:
+def _what_is_in(row: Mapping[str, Any], *names: str) -> str:
     """The first of the fields `names` with its value in short, or which fields there are instead."""
     there = next((name for name in names if name in row), None)
     if there is None:

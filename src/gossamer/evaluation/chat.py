@@ -5,6 +5,7 @@ The judge sees each pair twice, with positions swapped; where its verdicts diffe
 """
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.data.tables import BadRows, check_table, table_rows, what_is_in
+from gossamer.data.tables import BadRows, check_table, table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import BATCH_ROWS, Backend
 from gossamer.evaluation.harness import Scores, without_its_output
@@ -84,19 +85,11 @@ def read_prompts(file: Path, skip_bad_rows: int, progress: Progress) -> list[str
 
 
 def _prompt(row: Mapping[str, Any], where: str) -> str:
-    names = ("prompt", "instruction", "question")
-    asked = next((row[name] for name in names if name in row), None)
-    if not isinstance(asked, str) or not asked.strip():
-        raise ConfigError(
-            f"{where}: expected text in the field prompt, instruction or question; "
-            f"found {what_is_in(row, *names)}"
-        )
+    asked = text_of(row, where, "prompt", "instruction", "question").strip()
     instances = row.get("instances")
     first = instances[0] if isinstance(instances, list) and instances else row
     below = first.get("input") if isinstance(first, dict) else None
-    return (
-        f"{asked.strip()}\n\n{below.strip()}" if isinstance(below, str) and below.strip() else asked.strip()
-    )
+    return f"{asked}\n\n{below.strip()}" if isinstance(below, str) and below.strip() else asked
 
 
 def compare(
@@ -128,8 +121,9 @@ def compare(
     judged = [point for point in points if point is not None]
     if not judged:
         raise ConfigError(
-            f"the judge {judge.model!r} came to no verdict; what it said is in {journal.path}: "
-            "where that is mended, delete the file"
+            f"the judge {judge.model!r} came to no verdict; what it said is in {journal.path}. Once that is "
+            "mended, the same command asks again for what is taken out, and the answers stay: "
+            f"""sed -i '/"verdict": ""/d' {shlex.quote(str(journal.path))}"""
         )
     columns = {
         "win_rate": judged,

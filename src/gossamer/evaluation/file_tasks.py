@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from gossamer.data.tables import TABLES, BadRows, check_table, table_rows, what_is_in
+from gossamer.data.tables import TABLES, BadRows, check_table, table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.evaluation import ifeval
 from gossamer.evaluation.sandbox import run_python
@@ -144,9 +144,9 @@ def _choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"found {gold!r}"
         )
     if "context_options" in row:
-        return {"prompt": choices, "target": _text(row, where, "continuation").strip(), "gold": gold}
+        return {"prompt": choices, "target": text_of(row, where, "continuation").strip(), "gold": gold}
     return {
-        "prompt": _asked(_text(row, where, "query", "question", "prompt").rstrip()),
+        "prompt": _asked(text_of(row, where, "query", "question", "prompt").rstrip()),
         "choices": choices,
         "gold": gold,
     }
@@ -154,29 +154,20 @@ def _choice(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _cloze(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {
-        "prompt": _text(row, where, "context", "prompt").rstrip(),
-        "target": _text(row, where, "continuation").strip(),
+        "prompt": text_of(row, where, "context", "prompt").rstrip(),
+        "target": text_of(row, where, "continuation").strip(),
     }
 
 
 def _exact(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {
-        "prompt": _asked(_text(row, where, "prompt", "query", "question", "context")),
-        "target": _text(row, where, "answer").strip(),
+        "prompt": _asked(text_of(row, where, "prompt", "query", "question", "context")),
+        "target": text_of(row, where, "answer").strip(),
     }
 
 
 def _document(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"prompt": "", "target": _text(row, where, "text")}
-
-
-def _text(row: Mapping[str, Any], where: str, *names: str) -> str:
-    """The first of these fields; ConfigError unless it is a text with something in it."""
-    found = next((row[name] for name in names if name in row), None)
-    if not isinstance(found, str) or not found.strip():
-        wanted = " or ".join(names)
-        raise ConfigError(f"{where}: expected text in the field {wanted}; found {what_is_in(row, *names)}")
-    return found
+    return {"prompt": "", "target": text_of(row, where, "text")}
 
 
 def _asked(query: str) -> str:
@@ -191,14 +182,14 @@ def _program(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(setup := row.get("test_setup_code", ""), str):
             raise ConfigError(f"{where}: expected text in the field test_setup_code; found {setup!r}")
         shown = "\n".join(tests)
-        asked = f"You are an expert Python programmer, and here is your task: {_text(row, where, 'text')}"
+        asked = f"You are an expert Python programmer, and here is your task: {text_of(row, where, 'text')}"
         return {
             "prompt": f"{asked} Your code should pass these tests:\n\n{shown}\n[BEGIN]\n",
             "before": f"{setup}\n",
             "tests": shown,
         }
-    prompt = _text(row, where, "prompt")
-    tests = f"{_text(row, where, 'test')}\ncheck({_text(row, where, 'entry_point')})"
+    prompt = text_of(row, where, "prompt")
+    tests = f"{text_of(row, where, 'test')}\ncheck({text_of(row, where, 'entry_point')})"
     return {"prompt": prompt, "before": prompt, "tests": tests}
 
 
@@ -207,16 +198,16 @@ def _summary(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if isinstance(target, list) and target and all(isinstance(text, str) for text in target):
         targets = target
     else:
-        targets = [_text(row, where, "completion", "target", "summary").strip()]
+        targets = [text_of(row, where, "completion", "target", "summary").strip()]
     source = row.get("source")
     if isinstance(source, list) and all(isinstance(text, str) for text in source):
         source = " ".join(source)
-    prompt = source if isinstance(source, str) and source else _text(row, where, "prompt", "article")
+    prompt = source if isinstance(source, str) and source else text_of(row, where, "prompt", "article")
     return {"prompt": prompt, "targets": targets}
 
 
 def _arithmetic(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    answer = _text(row, where, "answer").strip()
+    answer = text_of(row, where, "answer").strip()
     if "####" not in answer:
         steps = row.get("chain_of_thought", "")
         if not isinstance(steps, str):
@@ -226,7 +217,7 @@ def _arithmetic(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(
             f"{where}: expected an answer that is a number, or ends in '#### 18'; found {answer!r}"
         )
-    return {"question": _text(row, where, "question", "context").strip(), "answer": answer}
+    return {"question": text_of(row, where, "question", "context").strip(), "answer": answer}
 
 
 def passes(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:

@@ -182,10 +182,8 @@ def run(
     """
     from lm_eval import evaluator
 
-    # It asks git, which complains outside of a repository, and torch, whose answer takes seconds.
-    evaluator.get_git_commit_hash, evaluator.add_env_info = (lambda: None), (lambda storage: None)
     seeds: dict[str, Any] = {f"{of}_random_seed": SEED for of in ("numpy", "torch", "fewshot")}
-    with without_its_output(), _in_our_words(tasks):
+    with without_its_output(), _in_our_words(tasks), _without_surroundings():
         found: Any = evaluator.simple_evaluate(
             model,
             tasks=[task if isinstance(task, str) else _fitting(task, model.max_length) for task in tasks],
@@ -198,6 +196,19 @@ def run(
             **seeds,
         )
     return {name: _scores(found["results"][name], samples) for name, samples in found["samples"].items()}
+
+
+@contextlib.contextmanager
+def _without_surroundings() -> Iterator[None]:
+    """Have the harness ask neither git, which complains outside of a repository, nor torch, which is slow."""
+    from lm_eval import evaluator
+
+    before = evaluator.get_git_commit_hash, evaluator.add_env_info
+    evaluator.get_git_commit_hash, evaluator.add_env_info = (lambda: None), (lambda storage: None)
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash, evaluator.add_env_info = before
 
 
 def _fitting(task: Mapping[str, Any], context: int) -> dict[str, Any]:

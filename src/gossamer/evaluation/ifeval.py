@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gossamer.data.tables import what_is_in
+from gossamer.data.tables import text_of
 from gossamer.errors import ConfigError
 
 # The rules that split a text into words or sentences as NLTK does, by data that is not in its package.
@@ -57,9 +57,7 @@ def ifeval_task(rules: Any) -> dict[str, Any]:
 def read_instructions(row: Mapping[str, Any], where: str, rules: Any) -> dict[str, Any]:
     """A row of `prompt`, `instruction_id_list` and `kwargs`, once each of its instructions can be checked."""
     known = rules.instructions_registry.INSTRUCTION_DICT
-    prompt, names, kwargs = row.get("prompt"), row.get("instruction_id_list"), row.get("kwargs")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(f"{where}: expected text in the field prompt; found {what_is_in(row, 'prompt')}")
+    prompt, names, kwargs = text_of(row, where, "prompt"), row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{where}: expected names in the field instruction_id_list; found {names!r}")
     if not isinstance(kwargs, list) or len(kwargs) != len(names):

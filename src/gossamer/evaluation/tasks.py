@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.data import doctests
-from gossamer.data.tables import TABLES, table_rows, what_is_in
+from gossamer.data.tables import TABLES, table_rows, text_of
 from gossamer.errors import ConfigError
 
 NUM_DOCTESTS = 500
@@ -63,22 +63,12 @@ def read_examples(file: Path) -> list[Example | Choice]:
 def _example(row: dict[str, Any], where: str) -> Example | Choice:
     if "choices" in row:
         return _choice(row, where)
-    prompt, answer = row.get("prompt"), row.get("answer")
-    if not isinstance(prompt, str) or not isinstance(answer, str):
-        raise ConfigError(
-            f"{where}: expected text in the fields prompt and answer; found "
-            f"{what_is_in(row, 'answer' if isinstance(prompt, str) else 'prompt')}"
-        )
-    answer = answer.strip()
-    if not prompt or not answer:
-        raise ConfigError(f"{where}: prompt or answer is empty")
+    prompt, answer = text_of(row, where, "prompt"), text_of(row, where, "answer").strip()
     return Example(prompt, str(row.get("kind", "")), answer, lambda got: got.strip() == answer)
 
 
 def _choice(row: dict[str, Any], where: str) -> Choice:
-    prompt, answer, choices = row.get("prompt"), row.get("answer"), row["choices"]
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(f"{where}: expected text in the field prompt; found {what_is_in(row, 'prompt')}")
+    prompt, answer, choices = text_of(row, where, "prompt"), row.get("answer"), row["choices"]
     if not isinstance(choices, list) or not all(isinstance(text, str) and text.strip() for text in choices):
         raise ConfigError(f"{where}: expected a list of texts in the field choices; found {choices!r}")
     if len(set(choices)) != len(choices) or len(choices) < 2:

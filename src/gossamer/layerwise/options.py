@@ -30,14 +30,12 @@ class PruneOptions(CalibrationOptions):
         "outputs (default: 1 after admm, 0 after the others, which so stay what they were published as)",
     )
     reconstruct_learning_rate: float = option(2.8e-3, help="highest learning rate of that training")
-    seed: int = option(0, help="order of the data")
 
     @property
     def epochs(self) -> int:
         """How often reconstruction passes over the rows."""
-        if self.reconstruct_epochs is None:
-            return 1 if self.method == "admm" else 0
-        return self.reconstruct_epochs
+        default = 1 if self.method == "admm" else 0
+        return default if self.reconstruct_epochs is None else self.reconstruct_epochs
 
 
 def check_training(epochs: int, learning_rate: float) -> None:

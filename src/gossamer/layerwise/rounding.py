@@ -53,7 +53,6 @@ class RoundingOptions(CalibrationOptions):
         help="highest learning rate of that training, in sevenths of the largest weight (the default is for "
         "W4A8; 8 bits want less)",
     )
-    seed: int = option(0, help="order of the data")
 
 
 @dataclass(frozen=True)

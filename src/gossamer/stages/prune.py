@@ -35,8 +35,7 @@ class Prune(PruneOptions):
         "none", help="also round each layer as `quantize` does, before the next one sees it"
     )
     rounded_epochs: int = option(
-        0,
-        help="passes over the rows in which each layer, once rounded, is trained through the rounding",
+        0, help="passes over the rows in which each layer, once rounded, is trained through the rounding"
     )
 
 

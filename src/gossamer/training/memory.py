@@ -23,6 +23,7 @@ counts.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -106,33 +107,25 @@ def estimate_memory(
 
 
 def check_memory(
-    estimate: MemoryEstimate,
-    available: int,
-    num_tokens: int,
-    *,
-    could_be_sparse: bool,
-    could_recompute: bool = False,
+    estimate: MemoryEstimate, available: int, num_tokens: int, advice: Sequence[str] = ()
 ) -> None:
     """Raise ConfigError, with the numbers and what to lower, if more memory is needed than is available.
 
-    num_tokens: of a micro-batch; could_be_sparse: whether the dense training kernel multiplies weights that
-    have zeros, so that the sparse one would need less memory; could_recompute: whether activations are all
-    kept.
+    num_tokens: of a micro-batch; advice: what else the run could do with less memory, a clause each.
     """
     if estimate.total <= available:
         return
     fitting = (available - estimate.total + estimate.micro_batch) * num_tokens // max(1, estimate.micro_batch)
-    advice = (
+    first = (
         f"lower --max-length and --batch-tokens to {fitting // 16 * 16} or less (a micro-batch has "
         f"{num_tokens} tokens now)"
         if fitting >= 16
         else "free memory, or train a smaller model"
     )
-    if could_be_sparse:
-        advice += "; --kernel sparse needs no gradients and moments of zeros"
-    if could_recompute:
-        advice += "; --activation-checkpointing keeps of each layer only what goes in"
-    raise ConfigError(f"training needs about {estimate.parts()}; found {_gb(available)} available: {advice}")
+    raise ConfigError(
+        f"training needs about {estimate.parts()}; found {_gb(available)} available: "
+        f"{'; '.join([first, *advice])}"
+    )
 
 
 def available_bytes(device: str) -> int | None:

@@ -72,7 +72,11 @@ def prepare(
     Raises ConfigError if there is too little memory.
     """
     must_be_dense = job.parallel == "fsdp" or job.prune_schedule is not None or job.lora is not None
-    could_be_sparse = kernel == "dense" and not must_be_dense and bool(masked_linears(model))
+    advice = list[str]()
+    if kernel == "dense" and not must_be_dense and masked_linears(model):
+        advice.append("--kernel sparse needs no gradients and moments of zeros")
+    if not job.activation_checkpointing:
+        advice.append("--activation-checkpointing keeps of each layer only what goes in")
     if job.lora is not None:
         adapt(model, job.lora, job.seed)
     if kernel == "sparse":
@@ -87,11 +91,5 @@ def prepare(
         recompute=job.activation_checkpointing,
     )
     if (available := available_bytes(batch.device)) is not None:
-        check_memory(
-            estimate,
-            available,
-            batch.num_tokens,
-            could_be_sparse=could_be_sparse,
-            could_recompute=not job.activation_checkpointing,
-        )
+        check_memory(estimate, available, batch.num_tokens, advice)
     return estimate

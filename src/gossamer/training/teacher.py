@@ -14,6 +14,13 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.training.head_loss import HeadTeacher, TeacherLogits
 
+# The files that tokenizers are in, the surest first, and those that belong to them.
+_TOKENIZERS = {
+    "tokenizer.json": (),
+    "tokenizer.model": ("added_tokens.json",),
+    "vocab.json": ("merges.txt", "added_tokens.json"),
+}
+
 
 class TeacherStates(Protocol):
     """What a teacher makes of the micro-batch that the student computes with."""
@@ -107,15 +114,35 @@ def open_teacher(path: str | Path, student: Checkpoint, *, offline: bool = False
                 f"--teacher {path} has {field} {theirs}, the model {student.path} has {ours}; they must "
                 "be equal: the teacher is the dense model that the student was pruned from"
             )
-    digests = [_tokenizer_digest(checkpoint.path) for checkpoint in (teacher, student)]
-    if digests[0] != digests[1]:
-        raise ConfigError(
-            f"--teacher {path} has another tokenizer (tokenizer.json sha256 {digests[0]}) than the model "
-            f"{student.path} ({digests[1]}); expected the same file in both"
-        )
+    _check_tokenizer(teacher, student)
     return teacher
 
 
-def _tokenizer_digest(path: Path) -> str:
-    file = path / "tokenizer.json"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.exists() else "none"
+def _check_tokenizer(teacher: Checkpoint, student: Checkpoint) -> None:
+    """Raise ConfigError unless a file that both have says that ids mean the same to both.
+
+    Where neither has such a file, a teacher is known to read the student's ids only if it is the student.
+    """
+    theirs, ours = (_tokenizer_digests(checkpoint.path) for checkpoint in (teacher, student))
+    shared = next((name for name in ours if name in theirs), None)
+    if shared is not None and theirs[shared] != ours[shared]:
+        raise ConfigError(
+            f"--teacher {teacher.path} has another tokenizer ({shared} sha256 {theirs[shared]}) than the "
+            f"model {student.path} ({ours[shared]}); expected the same file in both"
+        )
+    if shared is None and (theirs or ours or teacher.hash != student.hash):
+        raise ConfigError(
+            f"--teacher {teacher.path} may have another tokenizer than the model {student.path}: found "
+            f"{' and '.join(theirs) or 'none'} there, {' and '.join(ours) or 'none'} here; expected "
+            "tokenizer.json in both (transformers' AutoTokenizer saves one)"
+        )
+
+
+def _tokenizer_digests(path: Path) -> dict[str, str]:
+    """What there is of `_TOKENIZERS` in a directory, with the first 12 digits of a sha256."""
+    digests = {}
+    for name, beside in _TOKENIZERS.items():
+        if (path / name).is_file():
+            files = [file for file in (path / name, *(path / other for other in beside)) if file.is_file()]
+            digests[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    return digests

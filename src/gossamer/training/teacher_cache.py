@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.checkpoint.resumable import sync
+from gossamer.checkpoint.resumable import differences, sync
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.job.report import Event, Progress
 from gossamer.training.head_loss import CHUNK_TOKENS, HeadTeacher, TopTokens
@@ -39,6 +39,16 @@ from gossamer.training.whole_model import load_model
 
 RECORD = "teacher.json"
 _OURS = re.compile(r"hidden-\d+\.bf16|top-ids\.i32|top-logprobs\.f16|teacher\.json\.new")
+_IN_WORDS = {
+    "teacher": "the teacher's files (sha256)",
+    "rows": "the rows of tokens (sha256)",
+    "num_rows": "how many rows",
+    "row_length": "tokens a row (--max-length)",
+    "hidden_size": "the teacher's hidden size",
+    "layers": "layers (--cache-layers, --distill)",
+    "top_k": "likely tokens (--cache-top-k, --distill)",
+    "temperature": "--distill-temperature",
+}
 CHUNK_ROWS = 16
 DEFAULT_BYTES = 5000
 
@@ -280,12 +290,9 @@ def _read_row(
 
 def _check_same(folder: Path, wanted: Wanted) -> None:
     """Raise ConfigError unless the folder's cache is of these very things."""
-    theirs, ours = _recorded(folder)["wanted"], wanted.record()
-    if theirs != ours:
-        changed = [f"{name}: found {theirs.get(name)}, expected {ours[name]}" for name in ours]
-        differing = [text for name, text in zip(ours, changed, strict=True) if theirs.get(name) != ours[name]]
+    if changed := differences(_recorded(folder)["wanted"], wanted.record(), _IN_WORDS):
         raise ConfigError(
-            f"--teacher-cache {folder} was written of something else ({'; '.join(differing)}); give another "
+            f"--teacher-cache {folder} was written of something else ({'; '.join(changed)}); give another "
             "folder, or delete this one"
         )
 
