@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gossamer import cli
 
 Tiny = Callable[[str], Path]
-Case = tuple[str, str, Callable[[Path], None], list[str], list[str]]
+Case = tuple[str, str, Callable[[Path], object], list[str], list[str]]
 CALIBRATE = ["--dataset", "{text}", "--num-calibration-samples", "4", "--max-seq-length", "32"]
 PRUNE = ["prune", "{model}", "-o", "{out}", *CALIBRATE]
 FINETUNE = ["finetune", "{model}", "-o", "{out}", "--dataset", "{rows}", "--num-train-epochs", "1"]

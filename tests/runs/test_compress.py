@@ -198,7 +198,7 @@ def test_other_data_does_not_go_on_with_what_is_left(job: Compress, tmp_path: Pa
         compress(made, interrupt)
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
     text.write_text("".join(reversed(lines)), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"data: found .*--overwrite"):
+    with pytest.raises(ConfigError, match=r"the rows of tokens .sha256.: found .*--overwrite"):
         compress(made)
     anew = compress(dataclasses.replace(made, overwrite=True))
     assert [how for _, _, how in anew.stages] == ["stood", "ran", "ran", "ran"]
