@@ -19,6 +19,7 @@ def main() -> None:
             if {"sparsity", "tokens", "over_dense"} <= set(row):
                 label = f"{row['curve']}, {row['sparsity']:.0%} zeros"
                 curves[label].append((row["tokens"] / 1e6, row["over_dense"]))
+    curves = {label: points for label, points in curves.items() if len(points) > 1}
     plots.recovery(RESULTS / "recovery.png", curves, "Perplexity after one-shot pruning and after training")
 
 

@@ -148,15 +148,17 @@ def recovery(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], ti
                 f"{ratio:.2f}", (tokens, ratio), (4, 5), textcoords="offset points", color=color, fontsize=8
             )
     axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="dense")
+    _open(axes, title)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=0.9)
     axes.set_yticks([1, 1.5, 2, 3, 4], ["1x", "1.5x", "2x", "3x", "4x"], minor=False)
     axes.set_yticks([], minor=True)
     axes.set_xticks([0, 0.1, 1, 10], ["one shot", "0.1 M", "1 M", "10 M"])
     axes.set_xlabel("tokens of training", color=INK)
     axes.set_ylabel("held-out perplexity over the dense model's", color=INK)
-    _open(axes, title)
+    axes.set_xlim(-0.02, 1.6 * max(tokens for points in curves.values() for tokens, _ in points))
+    axes.set_ylim(0.9, 1.15 * max(ratio for points in curves.values() for _, ratio in points))
+    axes.legend(loc="upper right", frameon=False)
     figure.savefig(path, dpi=130)
 
 
