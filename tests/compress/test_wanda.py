@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gossamer.compress.magnitude import magnitude
-from gossamer.compress.pattern import Pattern
+from gossamer.compress.pattern import Groups
 from gossamer.compress.wanda import wanda
 from gossamer.errors import CalibrationError
 
@@ -41,7 +41,7 @@ def test_patterns_are_those_of_the_paper(kept: int, size: int) -> None:
     for start in range(0, 40, size):
         smallest = np.argsort(metric[:, start : start + size], axis=1)[:, : size - kept]
         np.put_along_axis(expected[:, start : start + size], smallest, 0.0, axis=1)
-    pattern = Pattern(kept, size)
+    pattern = Groups(kept, size)
     np.testing.assert_array_equal(wanda(w_NK, norm_K, pattern.sparsity, pattern=pattern).numpy(), expected)
 
 

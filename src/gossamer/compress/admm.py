@@ -17,23 +17,27 @@ Unlike the paper, which prunes each row of a matrix alike, the smallest are chos
 SmolLM2-135M at 70% this gives 1 to 10% less perplexity, depending on the text.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from gossamer.compress.pattern import Pattern
 from gossamer.compress.sparsegpt import smallest
+
+if TYPE_CHECKING:
+    from gossamer.compress.pattern import Pattern
 
 ROUNDS, RISING = 20, 15
 REFIT_STEPS = 10
 
 
 def admm(
-    w_NK: Tensor, H_KK: Tensor, sparsity: float, *, target_NK: Tensor, pattern: Pattern | None = None
+    w_NK: Tensor, H_KK: Tensor, sparsity: float, *, target_NK: Tensor, pattern: "Pattern | None" = None
 ) -> Tensor:
     """Return weights near `target_NK` with W's zeros [N, K] among theirs; H is `dampened`.
 
-    They have round(sparsity N K) zeros, or as many as W brings where these are more. With a pattern,
-    `sparsity` is the pattern's.
+    They have round(sparsity N K) zeros, or as many as W brings where these are more. With a pattern that
+    fixes the sparsity, `sparsity` is the pattern's.
     """
     zeros_NK = w_NK == 0
     before, after = int(zeros_NK.sum()), max(round(sparsity * w_NK.numel()), int(zeros_NK.sum()))
@@ -46,7 +50,7 @@ def admm(
         share = 1 - (1 - min(1.0, index / RISING)) ** 3
         torch.add(v_NK, u_NK, out=z_NK)
         if pattern:
-            pruned_NK = pattern.choose(z_NK.abs(), zeros_NK, share)
+            pruned_NK = pattern.choose(z_NK.square(), zeros_NK, sparsity, share)
         else:
             count = before + round(share * (after - before))
             pruned_NK = smallest(z_NK.abs().masked_fill_(zeros_NK, -1.0), count)

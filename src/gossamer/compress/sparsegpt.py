@@ -32,7 +32,7 @@ def sparsegpt(
     """Return weights near W [N, K] (or near `target_NK`) with W's zeros among theirs.
 
     They have round(sparsity N K) zeros, or as many as W and the dead inputs bring where these are more. With
-    a pattern, `sparsity` is the pattern's.
+    a pattern that fixes the sparsity, `sparsity` is the pattern's.
     """
     if pattern:
         block_size += -block_size % pattern.size  # whole groups
@@ -42,7 +42,7 @@ def sparsegpt(
         block = slice(start * block_size, (start + 1) * block_size)
         u_BB = factor.u_KK[block, block]
         if pattern:
-            error_BN = pattern.fix(w_KN[block], u_BB, zeros_KN[block])
+            error_BN = pattern.fix(w_KN[block], u_BB, zeros_KN[block], quota)
         else:
             saliency_BN = (w_KN[block] / u_BB.diagonal()[:, None]).square().masked_fill(zeros_KN[block], -1.0)
             error_BN = fix_rows(w_KN[block], u_BB, ~smallest(saliency_BN, quota))

@@ -18,7 +18,8 @@ def wanda(
 ) -> Tensor:
     """Return W [N, K] with round(sparsity N K) zeros, or as many as it came with where these are more.
 
-    With a pattern, `sparsity` is the pattern's. Raises CalibrationError naming the layer if a norm is not
+    With a pattern that fixes the sparsity, `sparsity` is the pattern's; blocks are compared within the whole
+    matrix. Raises CalibrationError naming the layer if a norm is not
     finite.
     """
     if not torch.isfinite(norm_K).all():
@@ -27,7 +28,7 @@ def wanda(
         )
     zeros_NK, saliency_NK = w_NK == 0, w_NK.abs() * norm_K
     if pattern:
-        return w_NK.masked_fill(pattern.choose(saliency_NK, zeros_NK), 0.0)
+        return w_NK.masked_fill(pattern.choose(saliency_NK.square(), zeros_NK, sparsity), 0.0)
     quotas_N1 = torch.tensor(zeros_per_block(zeros_NK, sparsity, 1))[:, None]
     ranks_NK = saliency_NK.masked_fill(zeros_NK, -1.0).argsort(dim=1, stable=True).argsort(dim=1)
     return w_NK.masked_fill(ranks_NK < quotas_N1, 0.0)

@@ -46,15 +46,16 @@ def check_budget(source: Checkpoint, job: PruneOptions) -> None:
         )
     if not (pattern := parse_pattern(job.pattern)):
         return
-    if job.sparsity_profile != "uniform":
+    fixed = pattern.sparsity
+    if fixed is not None and job.sparsity_profile != "uniform":
         raise ConfigError(
             f"--sparsity-profile {job.sparsity_profile} gives linears different shares of zeros, and "
-            f"--pattern {job.pattern} fixes them all at {pattern.sparsity:g}; leave out one of the two"
+            f"--pattern {job.pattern} fixes them all at {fixed:g}; leave out one of the two"
         )
-    if abs(job.sparsity - pattern.sparsity) > 5e-7:
+    if fixed is not None and abs(job.sparsity - fixed) > 5e-7:
         raise ConfigError(
-            f"--pattern {job.pattern} fixes the sparsity at {pattern.sparsity:g}, and --sparsity is "
-            f"{job.sparsity:g}; give --sparsity {pattern.sparsity:g}, or another pattern"
+            f"--pattern {job.pattern} fixes the sparsity at {fixed:g}, and --sparsity is "
+            f"{job.sparsity:g}; give --sparsity {fixed:g}, or another pattern"
         )
     for name in source.linears:
         width = source.architecture.tensor_shapes[f"{name}.weight"][1]

@@ -17,7 +17,7 @@ class PruneOptions(CalibrationOptions):
     )
     method: Literal["sparsegpt", "admm", "wanda", "magnitude"] = option("admm", help="how weights are chosen")
     pattern: str = option(
-        "unstructured", help="where zeros may be: anywhere, or N:M, so that N of each M weights stay (2:4)"
+        "unstructured", help="zeros anywhere; in blocks of M inputs (1x4); or N:M, N of each M stay (2:4)"
     )
     sparsity_profile: Literal["uniform", "owl", "auto"] = option(
         "uniform", help="how zeros are shared out: alike, among layers by outliers, or by measured error"
