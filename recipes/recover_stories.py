@@ -29,7 +29,8 @@ from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
 from gossamer.tokens.tokenizer import Tokenizer
 
-SPARSITY, ROW_LENGTH, BATCH_TOKENS, RATE = 0.7, 256, 4096, 2e-3
+SPARSITY, ROW_LENGTH, BATCH_TOKENS = 0.7, 256, 4096
+RATE = 2e-3  # of pretraining; so high a rate makes fine-tuning learn its few examples by heart
 PROMPT_WORDS = 12
 PASSES = 2  # over the examples, after pretraining
 
@@ -91,8 +92,8 @@ def train(options: argparse.Namespace, one_shot: Path, text: Path, examples: Pat
     alone = folder / "alone"
     if not alone.exists():
         passes = PASSES + math.ceil(options.num_tokens / tokens_of(examples, options.model))
-        job = replace(on_task, model=str(one_shot), output_dir=str(alone), num_train_epochs=passes, **taught)
-        finetune(replace(job, learning_rate=RATE))
+        job = replace(on_task, model=str(one_shot), output_dir=str(alone), **taught)
+        finetune(replace(job, num_train_epochs=passes))
     yield "70%, fine-tuned alone", alone
     for name, teaching in {
         "pretrained, fine-tuned": taught,
@@ -103,9 +104,7 @@ def train(options: argparse.Namespace, one_shot: Path, text: Path, examples: Pat
             teacher = {"teacher": model} if "teacher" in teaching else {}
             pretrain(replace(on_text, output_dir=str(middle), **teaching | teacher))
         if not end.exists():
-            finetune(
-                replace(on_task, model=str(middle), output_dir=str(end), learning_rate=RATE / 4, **teaching)
-            )
+            finetune(replace(on_task, model=str(middle), output_dir=str(end), **teaching))
         yield f"70%, {name}", end
 
 
