@@ -253,7 +253,10 @@ class Act:
         }
 
     def _train(self, pruned: str, trained: str, training: Training) -> int:
-        """The teacher is in memory, and not on disk: what it makes of a row is needed only once."""
+        """The teacher is in memory, not on disk, as what it makes of a row is needed only once.
+
+        Of its logits: SquareHead beside them takes long to settle, and steps are few.
+        """
         job = Pretrain(
             pruned,
             trained,
@@ -261,7 +264,7 @@ class Act:
             num_tokens=training.num_tokens,
             repeat=True,
             teacher=str(self.dense),
-            distill="both",
+            distill="kl",
             max_length=self.budget.trained_row_length,
             batch_tokens=self.budget.batch_tokens,
             learning_rate=training.learning_rate,
