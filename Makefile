@@ -1,4 +1,4 @@
-# make demo    the tour: install, build, then this CPU, a real chat model pruned, a small one pruned and won back
+# make demo    the tour: install, build, then a real chat model halved and won back, this CPU, a small model
 # make test    what CI runs: checks, then every test
 # make check   ruff, pyright, import-linter, clang-format
 # make torture long checks: fuzzing and kills

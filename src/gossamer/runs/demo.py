@@ -1,4 +1,4 @@
-"""`demo`: the tour. Wide layers measured on this CPU, a real chat model pruned, a small one won back."""
+"""`demo`: the tour. A real chat model halved and won back, wide layers on this CPU, a small model made."""
 
 import dataclasses
 import json
@@ -25,13 +25,16 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Demo(recovery.Recovery):
-    """Measure this CPU, prune a real chat model in one shot, win a small one back (at most 10 minutes).
+    """Win a real chat model back from half its weights, measure this CPU, make a small model (12 minutes).
 
     The data and the measurements are fixed, and so is all that is done to the chat model. The stages of the
     small one take all their options, whose defaults are tuned to it and to these minutes: only with them can
     the figures be compared with those of the README.
     """
 
+    long: bool = option(
+        False, help="the chat model for about an hour: more text, more training, and 70% zeros as well"
+    )
     output_dir: str = option("gossamer-demo", help="directory for models, report and picture", short="-o")
 
 
@@ -54,8 +57,8 @@ class DemoResult(Result):
     `chat` is None where the chat model is not installed.
     """
 
-    cpu: CpuTour
     chat: chat_model.ChatModel | None
+    cpu: CpuTour
     rows: tuple[Row, ...]
     samples: dict[str, dict[str, str]]
     seconds: float
@@ -65,7 +68,7 @@ class DemoResult(Result):
 
     def tables(self) -> list[Table]:
         chat = self.chat.tables() if self.chat else []
-        return [*self.cpu.tables(), *chat, self._models(), self._samples()]
+        return [*chat, *self.cpu.tables(), self._models(), self._samples()]
 
     def _models(self) -> Table:
         columns = ("model", "held-out perplexity", "doctests", "recovery", "two unseen kinds", "bytes")
@@ -92,9 +95,11 @@ class DemoResult(Result):
         body = {"model": "model", "prompt": PROMPTS[0], "max_tokens": 16, "temperature": 0, "stop": ["\n"]}
         program = "gossamer" if shutil.which("gossamer") else sys.argv[0]
         if self.chat:
-            chat = [f"  {program} run {file}  # talk to it" for file in self.chat.packed[:2]]
+            names = ("talk to it, half its weights gone", "and as it was")
+            files = zip(self.chat.to_talk_to, names, strict=True)
+            chat = [f"  {program} run {file}  # {name}" for file, name in files]
         else:
-            chat = [f"  {chat_model.INSTALL}  # the chat model, for this demo's second act"]
+            chat = [f"  {chat_model.INSTALL}  # the chat model, for this demo's first act"]
         return (
             f"\n{self.seconds:.0f} s in all. Report: {self.report}   Picture: {self.picture}\n\nTry it:",
             *chat,
@@ -110,22 +115,26 @@ def demo(
     progress: Progress = quiet,
     *,
     cpu_seconds: float = 30,
-    budget: chat_model.Budget = chat_model.WHOLE,
+    budget: chat_model.Budget | None = None,
     size: recovery.Size = recovery.WHOLE,
 ) -> DemoResult:
-    """Run the tour; `output_dir` may be a former demo's, which is replaced."""
+    """Run the tour; `output_dir` may be a former demo's, which is replaced.
+
+    The chat model's `budget` is the job's, where none is given.
+    """
+    budget = budget or (chat_model.LONG if job.long else chat_model.WHOLE)
     start, output = time.monotonic(), Path(job.output_dir)
     if output.exists() and any(output.iterdir()) and not (output / REPORT).exists():
         raise ConfigError(f"{output} exists and holds no demo; give another --output-dir")
     output.mkdir(parents=True, exist_ok=True)
     (output / REPORT).write_text("{}\n", encoding="utf-8")  # an interrupted demo may be run again
-    cpu = cpu_tour(progress, cpu_seconds)
     chat = act_of_the_chat_model(output / "chat", job.seed, progress, budget)
+    cpu = cpu_tour(progress, cpu_seconds)
     models = recovery.recover(job, recovery.SHIPPED, output / "models", progress, size)
     rows = measure(models, job.seed, progress)
     result = DemoResult(
-        cpu=cpu,
         chat=chat,
+        cpu=cpu,
         rows=rows,
         samples=side_by_side(models),
         seconds=time.monotonic() - start,
@@ -136,8 +145,8 @@ def demo(
     (output / REPORT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
     plots.demo(
         output / "demo.png",
-        cpu.speeds(),
         [(row.name, 100 * row.accuracy) for row in chat.rows] if chat else [],
+        cpu.speeds(),
         [(row.name, 100 * row.accuracy) for row in rows],
         cpu.cpu,
     )
