@@ -32,10 +32,10 @@ class Demo(recovery.Recovery):
     the figures be compared with those of the README.
     """
 
+    output_dir: str = option("gossamer-demo", help="directory for models, report and picture", short="-o")
     long: bool = option(
         False, help="the chat model for about an hour: more text, more training, and 70% zeros as well"
     )
-    output_dir: str = option("gossamer-demo", help="directory for models, report and picture", short="-o")
 
 
 @dataclass(frozen=True)
