@@ -148,7 +148,7 @@ def recovery(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], ti
                 f"{ratio:.2f}", (tokens, ratio), (4, 5), textcoords="offset points", color=color, fontsize=8
             )
     axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="dense")
-    _open(axes, title)
+    _open(axes, title, legend="upper right")
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_yscale("log")
     axes.set_yticks([1, 1.5, 2, 3, 4], ["1x", "1.5x", "2x", "3x", "4x"], minor=False)
@@ -158,7 +158,6 @@ def recovery(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], ti
     axes.set_ylabel("held-out perplexity over the dense model's", color=INK)
     axes.set_xlim(-0.02, 1.6 * max(tokens for points in curves.values() for tokens, _ in points))
     axes.set_ylim(0.9, 1.15 * max(ratio for points in curves.values() for _, ratio in points))
-    axes.legend(loc="upper right", frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -209,11 +208,11 @@ def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else 0.0
 
 
-def _open(axes, title: str) -> None:
+def _open(axes, title: str, legend: str = "upper left") -> None:
     """A plot of curves from 0 up, without a box around it."""
     axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
-    axes.legend(frameon=False, labelcolor=INK, loc="upper left")
+    axes.legend(frameon=False, labelcolor=INK, loc=legend)
     _bare(axes)
 
 

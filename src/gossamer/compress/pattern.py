@@ -95,21 +95,26 @@ class Blocks:
 
     def choose(self, saliency_NK: Tensor, zeros_NK: Tensor, sparsity: float, share: float = 1.0) -> Tensor:
         """The blocks of the smallest sums."""
-        empty = zeros_NK.reshape(len(zeros_NK), -1, self.size).all(2)
+        empty = self._empty(zeros_NK)
         before = int(empty.sum())
         after = max(before, round(sparsity * empty.numel()))
-        return self._smallest(saliency_NK, zeros_NK, before + round(share * (after - before)))
+        return self._smallest(saliency_NK, zeros_NK, empty, before + round(share * (after - before)))
 
     def fix(self, w_BN: Tensor, u_BB: Tensor, zeros_BN: Tensor, quota: int) -> Tensor:
         """All at once, by what the weights are before the first is fixed."""
         saliency_BN = (w_BN / u_BB.diagonal()[:, None]).square()
-        pruned_NB = self._smallest(saliency_BN.T, zeros_BN.T, round(quota / self.size))
+        empty = self._empty(zeros_BN.T)
+        num_blocks = max(round(quota / self.size), int(empty.sum()))
+        pruned_NB = self._smallest(saliency_BN.T, zeros_BN.T, empty, num_blocks)
         return fix_rows(w_BN, u_BB, ~pruned_NB.T.contiguous())
 
-    def _smallest(self, saliency_NK: Tensor, zeros_NK: Tensor, num_blocks: int) -> Tensor:
-        worth = saliency_NK.masked_fill(zeros_NK, 0.0).reshape(len(saliency_NK), -1, self.size).sum(2)
-        empty = zeros_NK.reshape(*worth.shape, self.size).all(2)
-        chosen = smallest(worth.masked_fill(empty, -1.0), max(num_blocks, int(empty.sum())))
+    def _empty(self, zeros_NK: Tensor) -> Tensor:
+        """Boolean [N, K / size], True at blocks that have no weight."""
+        return zeros_NK.reshape(len(zeros_NK), -1, self.size).all(2)
+
+    def _smallest(self, saliency_NK: Tensor, zeros_NK: Tensor, empty: Tensor, num_blocks: int) -> Tensor:
+        worth = saliency_NK.masked_fill(zeros_NK, 0.0).reshape(*empty.shape, self.size).sum(2)
+        chosen = smallest(worth.masked_fill(empty, -1.0), num_blocks)
         return chosen.repeat_interleave(self.size, 1) | zeros_NK
 
 
