@@ -20,7 +20,7 @@ def fail(file: Path) -> None:
 
 
 def sleep_then_write(file: Path) -> None:
-    time.sleep(60)
+    time.sleep(3600)  # the test would run into its limit
     file.write_text("late")
 
 
@@ -49,9 +49,7 @@ def test_a_failure_beside_is_ours_too(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def test_our_failure_ends_the_other(tmp_path: Path) -> None:
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt), beside(sleep_then_write, tmp_path / "late"):
         raise KeyboardInterrupt
-    assert time.monotonic() - start < 30
     assert not (tmp_path / "late").exists()
     assert torch.get_num_threads() == 2

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,11 +155,10 @@ def test_an_optimizer_that_writes_everywhere_is_caught_under_fsdp(found: dict[st
 
 
 def test_one_process_that_fails_ends_all(folder: Path) -> None:
-    start = time.monotonic()
+    """Ends before `LIMIT_S`: the first process would wait for the second for a day."""
     ran = torchrun("failure_of_one", folder)
     assert ran.returncode != 0
     assert "the second process gave up" in ran.stderr
-    assert time.monotonic() - start < 60
     assert not (folder / "failed").exists()
 
 
