@@ -221,13 +221,18 @@ HeadLossTask task_of(const Logits& logits_NV, const LongIds& targets_N) {
             .V = int(V),
             .values = wide ? Values::f32 : Values::bf16,
             .logits_NV = logits_NV.data(),
-            .targets_N = targets_N.data()};
+            .targets_N = targets_N.data(),
+            .weight = 1};
 }
 
 std::pair<double, double> head_loss(Logits logits_NV, LongIds targets_N, std::optional<LongIdMatrix> ids_NK,
-                                    std::optional<FloatMatrix> log_p_NK, double temperature, int num_threads,
-                                    const Level& level) {
+                                    std::optional<FloatMatrix> log_p_NK, double temperature,
+                                    double cross_entropy_weight, int num_threads, const Level& level) {
     HeadLossTask task = task_of(logits_NV, targets_N);
+    if (!(cross_entropy_weight >= 0) || !std::isfinite(cross_entropy_weight))
+        throw EngineError("found a weight of " + std::to_string(cross_entropy_weight) +
+                          "; expected a finite one from 0 on");
+    task.weight = float(cross_entropy_weight);
     if (bool(ids_NK) != bool(log_p_NK)) throw EngineError("a teacher has ids and log_p, or neither");
     if (ids_NK) {
         const std::size_t N = ids_NK->shape(0), K = ids_NK->shape(1);
@@ -305,7 +310,7 @@ void bind_training(nb::module_& m) {
     m.def("count_marked", &count_marked, "values"_a.noconvert(), "marks"_a.noconvert(), "num_threads"_a);
     m.def("head_loss", &head_loss, "logits_NV"_a.noconvert(), "targets_N"_a.noconvert(),
           "ids_NK"_a.noconvert() = nb::none(), "log_p_NK"_a.noconvert() = nb::none(), nb::kw_only(),
-          "temperature"_a = 1.0, "num_threads"_a, "isa"_a = nb::none());
+          "temperature"_a = 1.0, "cross_entropy_weight"_a = 1.0, "num_threads"_a, "isa"_a = nb::none());
     m.def("sweep", &sweep, "w_BN"_a.noconvert(), "u_BB"_a.noconvert(), "kept_BN"_a.noconvert(),
           "scale_N"_a.none(), "error_BN"_a.noconvert(), nb::kw_only(), "largest"_a, "num_threads"_a,
           "isa"_a = nb::none());

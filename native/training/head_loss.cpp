@@ -43,21 +43,22 @@ class Rows {
             return {kNaN, kNaN};
         }
         const double total = kernels_.total(z_V, V, {highest, 1});
+        const double w = task_.weight;
         const double cross_entropy = std::log(total) - (number(z_V[target]) - double(highest));
         for (int k = 0; k < K; ++k) own_[k] = number(z_V[ids_K[k]]);
         own_[K] = number(z_V[target]);
         if (!task_.has_teacher) {
             floats_.gradient(own_.data(), 1, {highest, 1, 0, 1});
-            kernels_.gradient(z_V, V, {highest, float(1 / total), 0, 1});
-            put(z_V[target], own_[K] / total - 1);
-            return {cross_entropy, cross_entropy};
+            kernels_.gradient(z_V, V, {highest, float(w / total), 0, 1});
+            put(z_V[target], w * (own_[K] / total - 1));
+            return {cross_entropy, w * cross_entropy};
         }
         const double t = task_.temperature;
         const Softmax softmax{highest, float(1 / t)};
         const double soft_total = t == 1 ? total : kernels_.total(z_V, V, softmax);
         const Others others = learn(task_.log_p_NK + std::size_t(n) * K, softmax, soft_total);
         // What is written over all tokens is right for the others, and then mended for the K and the target.
-        const double own = 1 / total, soft = t * others.share / soft_total;
+        const double own = w / total, soft = t * others.share / soft_total;
         const LogitsGradient apart{highest, float(own), float(soft), softmax.inverse_temperature};
         kernels_.gradient(z_V, V, t == 1 ? LogitsGradient{highest, float(own + soft), 0, 1} : apart);
         double of_target = own_[K] * own + soft_[K] * soft;
@@ -66,8 +67,8 @@ class Rows {
             put(z_V[ids_K[k]], found);
             if (ids_K[k] == target) of_target = found;
         }
-        put(z_V[target], of_target - 1);
-        return {cross_entropy, cross_entropy + t * t * others.divergence};
+        put(z_V[target], of_target - w);
+        return {cross_entropy, w * cross_entropy + t * t * others.divergence};
     }
 
   private:

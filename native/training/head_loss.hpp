@@ -4,9 +4,9 @@
 //   q = softmax(z), s = softmax(z / t), p' = 1 - sum_K p, s' = sum of s over the tokens that are not among
 //   the K; p' and s' are at least 1e-9
 //
-//   cross-entropy  -log q_y
+//   cross-entropy  -log q_y, and its weight w in the loss
 //   divergence     t^2 (sum_K p log(p / s) + p' log(p' / s'))
-//   gradient       of their sum: q - [token is y], and of the teacher t (s - p) for one of the K tokens and
+//   gradient       w (q - [token is y]), and of the teacher t (s - p) for one of the K tokens and
 //                  t s (1 - p' / s') for another
 //
 // as training/head_loss.py has it in torch.
@@ -25,6 +25,7 @@ struct HeadLossTask {
     Values values;  // of the logits: f32 or bf16
     void* logits_NV;
     const std::int64_t* targets_N;
+    float weight;  // w
     bool has_teacher;
     int K;  // 0 without a teacher
     const std::int64_t* ids_NK;

@@ -318,6 +318,7 @@ def head_loss(
     log_p_NK: np.ndarray | None = None,
     *,
     temperature: float = 1.0,
+    cross_entropy_weight: float = 1.0,
     num_threads: int,
     isa: str | None = None,
 ) -> tuple[float, float]:
@@ -327,7 +328,8 @@ def head_loss(
     overwritten by their gradient. Targets and ids are int64, the ids of a row differ, and log p is float32.
     The same bits for every `isa` (None: the best) and number of threads. The GIL is released. A row that has
     NaN or +inf is written as NaN, and the sums are NaN. EngineError for shapes that do not fit, targets and
-    ids outside of [0, V), and a temperature that is not above 0; nothing is written then.
+    ids outside of [0, V), a temperature that is not above 0, and a weight that is not from 0 on; nothing is
+    written then.
     """
 
 def read_bandwidth(num_threads: int, prefetch_bytes: int, buffer: np.ndarray, repeats: int) -> list[float]:

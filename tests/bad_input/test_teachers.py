@@ -55,6 +55,20 @@ TABLE: list[Case] = [
         ["--distill-temperature is 0", "above 0"],
     ),
     (
+        "cross-entropy that counts less than nothing",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "kl", "--teacher", "dense", "--cross-entropy-weight", "-1"],
+        ["--cross-entropy-weight is -1", "from 0 on"],
+    ),
+    (
+        "nothing is learned at all",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--cross-entropy-weight", "0"],
+        ["--cross-entropy-weight 0", "expected --teacher"],
+    ),
+    (
         "no likely tokens",
         "llama2",
         nothing,

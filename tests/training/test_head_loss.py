@@ -26,26 +26,34 @@ def made_up() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden_ND.requires_grad_(), w_VD.requires_grad_(), torch.randint(V, (N,)), torch.randn(N, V) * 2
 
 
-def written_out(hidden_ND: Tensor, w_VD: Tensor, targets_N: Tensor, z_NV: Tensor | None, t: float) -> Tensor:
+def written_out(
+    hidden_ND: Tensor,
+    w_VD: Tensor,
+    targets_N: Tensor,
+    z_NV: Tensor | None,
+    t: float,
+    weight: float = 1.0,
+) -> Tensor:
     logits_NV = hidden_ND @ w_VD.T
-    total = cross_entropy(logits_NV, targets_N, reduction="sum")
+    total = weight * cross_entropy(logits_NV, targets_N, reduction="sum")
     if z_NV is None:
         return total
     log_q_NV, log_p_NV = ((x.to(logits_NV) / t).log_softmax(-1) for x in (logits_NV, z_NV))
     return total + t**2 * kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("temperature", [None, 1.0, 2.0])
-def test_equals_torchs_losses_and_their_gradients(temperature: float | None) -> None:
+def test_equals_torchs_losses_and_their_gradients(temperature: float | None, weight: float) -> None:
     hidden_ND, w_VD, targets_N, z_NV = made_up()
     teacher = None
     if temperature is not None:
         teacher = TeacherLogits(lambda begin, end: z_NV[begin:end], temperature)
-    found, found_cross_entropy = head_loss(hidden_ND, w_VD, targets_N, teacher)
+    found, found_cross_entropy = head_loss(hidden_ND, w_VD, targets_N, teacher, weight)
     (found * 0.5).backward()
     gradients: list[Any] = [hidden_ND.grad, w_VD.grad]
     wide = [x.detach().double().requires_grad_() for x in (hidden_ND, w_VD)]
-    expected = written_out(*wide, targets_N, None if teacher is None else z_NV, temperature or 1.0)
+    expected = written_out(*wide, targets_N, None if teacher is None else z_NV, temperature or 1.0, weight)
     (expected * 0.5).backward()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     alone = written_out(*wide, targets_N, None, 1.0)

@@ -39,21 +39,21 @@ def made_up(
 
 
 def run(
-    logits_NV: Tensor, targets_N: Tensor, teacher: TopTokens | None, isa: str | None
+    logits_NV: Tensor, targets_N: Tensor, teacher: TopTokens | None, isa: str | None, weight: float = 1.0
 ) -> tuple[float, float, Tensor]:
     d_NV = logits_NV.clone()
-    return *module._native_losses(d_NV, targets_N, teacher, 0, isa), d_NV
+    return *module._native_losses(d_NV, targets_N, teacher, weight, 0, isa), d_NV
 
 
 def assert_is_torchs(
-    logits_NV: Tensor, targets_N: Tensor, teacher: TopTokens | None, isa: str | None
+    logits_NV: Tensor, targets_N: Tensor, teacher: TopTokens | None, isa: str | None, weight: float = 1.0
 ) -> None:
     """Sums within 1e-5; gradients too, but for what 1 - sum p is inexact by, and for one rounding.
 
     Torch's passes are given float64: of logits near 10,000 float32 knows the logarithm of a sum to .001 only.
     """
-    found, whole, d_NV = run(logits_NV, targets_N, teacher, isa)
-    expected, expected_whole, expected_NV = module._losses(logits_NV.double(), targets_N, teacher, 0)
+    found, whole, d_NV = run(logits_NV, targets_N, teacher, isa, weight)
+    expected, expected_whole, expected_NV = module._losses(logits_NV.double(), targets_N, teacher, weight, 0)
     assert found == pytest.approx(expected.item(), rel=1e-5)
     assert whole == pytest.approx(expected_whole.item(), rel=1e-5)
     rounding = 1e-5 if logits_NV.dtype == torch.float32 else 2.0**-8 + 1e-5
@@ -73,6 +73,17 @@ def test_the_table_has_every_level_and_type() -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_is_what_torch_computes(isa: str, V: int, K: int, temperature: float, dtype: torch.dtype) -> None:
     assert_is_torchs(*made_up(V, K, temperature, dtype), isa)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [0, 7])
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+@pytest.mark.parametrize("isa", ISAS)
+def test_cross_entropy_has_a_weight(isa: str, weight: float, K: int, dtype: torch.dtype) -> None:
+    """In the whole loss and its gradient; cross-entropy alone is told without it."""
+    made = made_up(64, K, 2.0, dtype)
+    assert_is_torchs(*made, isa, weight)
+    assert run(*made, isa, weight)[0] == run(*made, isa)[0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -168,6 +179,8 @@ def arguments(**changed: Any) -> dict[str, Any]:
         ({"log_p_NK": None}, "ids and log_p, or neither"),
         ({"temperature": 0.0}, "temperature of 0"),
         ({"temperature": float("nan")}, "temperature of nan"),
+        ({"cross_entropy_weight": -1.0}, "weight of -1"),
+        ({"cross_entropy_weight": float("inf")}, "weight of inf"),
         ({"logits_NV": np.zeros((N, 50))}, "float32, or the uint16 bits of bfloat16"),
         ({"logits_NV": np.zeros((N, 0), np.float32)}, r"logits \[12, 0\]"),
     ],
@@ -204,7 +217,7 @@ def test_who_computes_what(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TeacherLogits(lambda begin, end: logits_NV[begin:end].flip(1))
     torchs = module._losses
     calls: list[int] = []
-    monkeypatch.setattr(module, "_losses", lambda *given: calls.append(given[3]) or torchs(*given))
+    monkeypatch.setattr(module, "_losses", lambda *given: calls.append(given[4]) or torchs(*given))
     for teacher in (None, top):
         found = head_loss(hidden_ND, w_VD, targets_N, teacher)
         with torch.autocast("cpu", torch.bfloat16):

@@ -129,9 +129,9 @@ def test_packed_teacher_sees_the_same_and_padding_does_not_count(
     assert alone.result("out", 0.5).squarehead_first is None and "squarehead_first" not in alone.metrics()
 
 
-@pytest.mark.parametrize("distill", ["kl", "both"])
+@pytest.mark.parametrize(("distill", "weight"), [("kl", 1.0), ("both", 1.0), ("kl", 0.0), ("both", 0.25)])
 def test_what_the_teacher_expects_next_is_learned_at_a_temperature(
-    model: LlamaForCausalLM, target: Derived, distill: Any
+    model: LlamaForCausalLM, target: Derived, distill: Any, weight: float
 ) -> None:
     """The first logged divergence is t^2 KL over the answers' tokens, run alone; training then heeds it."""
     made, teacher = examples(6), copy.deepcopy(model)
@@ -149,17 +149,19 @@ def test_what_the_teacher_expects_next_is_learned_at_a_temperature(
         return total / count
 
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, parameter in model.named_parameters():
             if "_proj" in name:
-                weight.mul_(0.7)
+                parameter.mul_(0.7)
     before, untaught = divergence(model), copy.deepcopy(model)
     rows = packed_rows(made, 24, 10, seed=0)
     job = replace(JOB, batch_tokens=6 * 24, distill=distill, distill_temperature=2.0)
+    job = replace(job, cross_entropy_weight=weight)
     history = train(job, model, rows, target, quiet, Teacher(teacher, "hash"))
     train(replace(job, distill="none"), untaught, rows, target, quiet)
-    parts = history.parts
+    parts = dict(history.parts)
     assert parts["kl"][0] == pytest.approx(before, rel=1e-3)
     assert divergence(model) < 0.9 * divergence(untaught) and ("squarehead" in parts) == (distill == "both")
+    parts["cross_entropy"] = tuple(weight * value for value in parts["cross_entropy"])
     sums = [sum(values) for values in zip(*parts.values(), strict=True)]
     assert sums == pytest.approx(history.losses, rel=1e-4)
     assert history.result("out", 0.5).kl_first == history.metrics()["kl_first"]

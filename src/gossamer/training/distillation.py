@@ -134,11 +134,15 @@ class SquareHead:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them."""
+    """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them.
+
+    Cross-entropy has a weight; the teacher's parts have none.
+    """
 
     teacher: TeacherStates
     parts: tuple[str, ...]
     temperature: float
+    cross_entropy_weight: float
 
     def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
         """What it expects after the kept tokens [B, T - 1], if that is learned."""

@@ -5,7 +5,8 @@ For tokens n with last hidden states h_n and the head's weights W:
     cross-entropy   sum over n of  -log softmax(W h_n)[target_n]
     divergence      sum over n of  t^2 KL(softmax(z_n / t) || softmax(W h_n / t)),   z_n the teacher's logits
 
-(t: a temperature; t^2 keeps the gradient's size, as in Hinton et al., arXiv 1503.02531). Both are computed
+(t: a temperature; t^2 keeps the gradient's size, as in Hinton et al., arXiv 1503.02531; the loss has a weight
+for cross-entropy). Both are computed
 from the same logits, and their gradients at once, in the forward pass: so no logits [N, V] are ever held, and
 none is computed twice. That a loss and its gradient can be had together, a piece at a time, is known from
 fused kernels such as Liger's (Hsu et al., arXiv 2410.10989).
@@ -78,16 +79,20 @@ class TopTokens:
 
 
 def head_loss(
-    hidden_ND: Tensor, w_VD: Tensor, targets_N: Tensor, teacher: HeadTeacher | None = None
+    hidden_ND: Tensor,
+    w_VD: Tensor,
+    targets_N: Tensor,
+    teacher: HeadTeacher | None = None,
+    weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy + divergence over all tokens, a sum that has gradients; and cross-entropy alone.
+    """`weight` x cross-entropy + divergence over all tokens, with gradients; and cross-entropy alone.
 
     Under autocast products are of autocast's type; all else is float32.
     """
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     with torch.autocast(device, enabled=False):
-        total, cross_entropy = _HeadLoss.apply(hidden_ND, w_VD, targets_N, teacher, dtype)  # pyright: ignore[reportGeneralTypeIssues]
+        total, cross_entropy = _HeadLoss.apply(hidden_ND, w_VD, targets_N, teacher, weight, dtype)  # pyright: ignore[reportGeneralTypeIssues]
     return total, cross_entropy
 
 
@@ -101,6 +106,7 @@ class _HeadLoss(torch.autograd.Function):
         w_VD: Tensor,
         targets_N: Tensor,
         teacher: HeadTeacher | None,
+        weight: float,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weights = ctx.needs_input_grad[:2]
@@ -113,7 +119,8 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(x_ND), group):
             x_GD = x_ND[start : start + group]
             product_GV = x_GD @ w_of_type_VD.T
-            found, both = _into_gradient(product_GV, targets_N[start : start + group], teacher, start)
+            targets_G = targets_N[start : start + group]
+            found, both = _into_gradient(product_GV, targets_G, teacher, weight, start)
             cross_entropy, total = cross_entropy + found, total + both
             if dx_ND is not None:
                 dx_ND[start : start + group] = product_GV @ w_of_type_VD
@@ -130,9 +137,9 @@ class _HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, d_total: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         dx_ND, dw_VD = (None if saved is None else saved * d_total for saved in ctx.saved_tensors)
-        return dx_ND, dw_VD, None, None, None
+        return dx_ND, dw_VD, None, None, None, None
 
 
 def _plus_product(sum_VD: Tensor | None, a_VN: Tensor, b_ND: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,17 +150,17 @@ def _plus_product(sum_VD: Tensor | None, a_VN: Tensor, b_ND: Tensor, dtype: torc
 
 
 def _into_gradient(
-    product_GV: Tensor, targets_G: Tensor, teacher: HeadTeacher | None, start: int
+    product_GV: Tensor, targets_G: Tensor, teacher: HeadTeacher | None, weight: float, start: int
 ) -> tuple[Tensor | float, Tensor | float]:
     """Of tokens from `start` on: cross-entropy and the whole loss; their logits become their gradient."""
     if (teacher is None or isinstance(teacher, TopTokens)) and _fits(product_GV):
-        return _native_losses(product_GV, targets_G, teacher, start)
+        return _native_losses(product_GV, targets_G, teacher, weight, start)
     cross_entropy, total = product_GV.new_zeros(2, dtype=torch.float32).unbind()
     chunk = CHUNK_TOKENS[product_GV.device.type]
     for begin in range(0, len(product_GV), chunk):
         logits_NV = product_GV[begin : begin + chunk].float()
         targets_N = targets_G[begin : begin + chunk]
-        found, both, d_NV = _losses(logits_NV, targets_N, teacher, start + begin)
+        found, both, d_NV = _losses(logits_NV, targets_N, teacher, weight, start + begin)
         cross_entropy, total = cross_entropy + found, total + both
         product_GV[begin : begin + chunk] = d_NV
         del logits_NV, d_NV  # before the next are made
@@ -167,11 +174,16 @@ def _fits(logits_NV: Tensor) -> bool:
 
 
 def _native_losses(
-    logits_NV: Tensor, targets_N: Tensor, teacher: TopTokens | None, begin: int, isa: str | None = None
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    teacher: TopTokens | None,
+    weight: float,
+    begin: int,
+    isa: str | None = None,
 ) -> tuple[float, float]:
     """Cross-entropy and the whole loss, as `_losses`; the logits are overwritten by their gradient."""
     bits_NV = logits_NV.view(torch.uint16) if logits_NV.dtype == torch.bfloat16 else logits_NV
-    top: dict[str, Any] = {}
+    top: dict[str, Any] = {"cross_entropy_weight": weight}
     if teacher is not None:
         rows = slice(begin, begin + len(logits_NV))
         top["ids_NK"] = teacher.ids_NK[rows].long().contiguous().numpy()
@@ -182,7 +194,7 @@ def _native_losses(
 
 
 def _losses(
-    logits_NV: Tensor, targets_N: Tensor, teacher: HeadTeacher | None, begin: int
+    logits_NV: Tensor, targets_N: Tensor, teacher: HeadTeacher | None, weight: float, begin: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of some tokens: cross-entropy, the whole loss, and the gradient [N, V] of the logits.
 
@@ -194,7 +206,9 @@ def _losses(
     cross_entropy = (total_N - chosen_N).sum()
     d_NV = logits_NV.sub_(total_N[:, None]).exp_()
     d_NV[rows_N, targets_N] -= 1
+    if weight != 1:
+        d_NV.mul_(weight)
     if learned is None:
-        return cross_entropy, cross_entropy, d_NV
+        return cross_entropy, weight * cross_entropy, d_NV
     divergence, towards_NV = learned
-    return cross_entropy, cross_entropy + divergence, d_NV.add_(towards_NV)
+    return cross_entropy, weight * cross_entropy + divergence, d_NV.add_(towards_NV)

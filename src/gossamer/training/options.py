@@ -27,6 +27,10 @@ class TrainingOptions(ThreadOptions):
         "expects next (kl), or both",
     )
     distill_temperature: float = option(1.0, help="by which logits are divided before kl compares them")
+    cross_entropy_weight: float = option(
+        1.0,
+        help="of the text's own tokens in the loss, beside what is learned of the teacher (0: that alone)",
+    )
     teacher_cache: str | None = option(
         None,
         help="a folder for what the teacher makes of this run's tokens: it is asked once, and is not in "
@@ -121,6 +125,15 @@ def check_options(job: TrainingOptions) -> None:
         )
     if not 0 < job.distill_temperature < math.inf:
         raise ConfigError(f"--distill-temperature is {job.distill_temperature:g}; expected a number above 0")
+    if not 0 <= job.cross_entropy_weight < math.inf:
+        raise ConfigError(
+            f"--cross-entropy-weight is {job.cross_entropy_weight:g}; expected a number from 0 on"
+        )
+    if job.cross_entropy_weight != 1 and job.teacher is None:
+        raise ConfigError(
+            f"--cross-entropy-weight {job.cross_entropy_weight:g} is beside what is learned of a teacher; "
+            "expected --teacher DIR, the dense model, with it"
+        )
     if job.distill == "none" and job.teacher is not None:
         raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
     if job.teacher_cache is not None and job.teacher is None:

@@ -82,7 +82,7 @@ class RowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The sum of the labelled tokens' cross-entropy, divided by the number of them in the whole batch.
+        """The sum of the labelled tokens' losses, divided by the number of them in the whole batch.
 
         The whole batch is what all processes accumulate for one optimizer step. Their gradients are averaged
         afterwards, so the loss is multiplied by the number of processes.
@@ -98,14 +98,16 @@ class RowTrainer(Trainer):
         targets_BT = labels_BT[:, 1:]
         kept_BT = targets_BT != IGNORED
         hidden = outputs.hidden_states[-1][:, :-1][kept_BT]
-        teacher = None if self.distillation is None else self.distillation.at_the_head(kept_BT)
+        learned = self.distillation
+        teacher = None if learned is None else learned.at_the_head(kept_BT)
+        weight = 1.0 if learned is None else learned.cross_entropy_weight
         with self.accelerator.autocast():
-            loss, cross_entropy = head_loss(hidden, self.head.weight, targets_BT[kept_BT], teacher)
+            loss, cross_entropy = head_loss(hidden, self.head.weight, targets_BT[kept_BT], teacher, weight)
         if num_items_in_batch is None:
             loss = loss / kept_BT.sum()
         else:
             scale = num_processes() / num_items_in_batch
-            self._parts += torch.stack([cross_entropy, loss.detach() - cross_entropy]) * scale
+            self._parts += torch.stack([cross_entropy, loss.detach() - weight * cross_entropy]) * scale
             loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
@@ -143,9 +145,11 @@ class RowTrainer(Trainer):
         assert isinstance(gathered, Tensor)
         cross_entropy, divergence = gathered.mean(0).tolist()
         self._parts.zero_()
-        parts = {"cross_entropy": cross_entropy, "kl": divergence}
-        parts["squarehead"] = loss - cross_entropy - divergence
-        wanted = self.distillation.parts if self.distillation else ()
+        if self.distillation is None:
+            return {}
+        rest = loss - self.distillation.cross_entropy_weight * cross_entropy - divergence
+        parts = {"cross_entropy": cross_entropy, "kl": divergence, "squarehead": rest}
+        wanted = self.distillation.parts
         return {name: value for name, value in parts.items() if name in wanted}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -130,7 +130,7 @@ def _attach(
     watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
     parts = ("cross_entropy", *(("kl", "squarehead") if job.distill == "both" else (job.distill,)))
-    trainer.distillation = Distillation(states, parts, job.distill_temperature)
+    trainer.distillation = Distillation(states, parts, job.distill_temperature, job.cross_entropy_weight)
 
 
 def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
