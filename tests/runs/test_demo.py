@@ -6,12 +6,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from foreign.gguf_files import bpe, write_model
 from gossamer import cli
-from gossamer.engine import OpenModel
+from gossamer.engine import LLM, OpenModel
 from gossamer.errors import ConfigError
 from gossamer.packed.from_checkpoint import expands_int8_fast
 from gossamer.packed.reader import Packed
@@ -19,7 +21,6 @@ from gossamer.runs import chat_model
 from gossamer.runs.chat_text import FORMS, SUBJECTS, requests, write_text
 from gossamer.runs.demo import Demo, demo
 from gossamer.runs.recovery import SHIPPED, Models, Size, plan
-from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.finetune import Finetune
 from gossamer.stages.import_model import Import, import_model
 from gossamer.stages.pack import Pack, pack
@@ -88,6 +89,7 @@ LITTLE_CHAT = chat_model.Budget(
     trainings=(chat_model.Training(0.5, 4 * 128, 1e-3),),
     num_written=400,
     num_rows=4,
+    num_reconstruction_rows=5,
     num_rounding_rows=2,
     row_length=64,
     trained_row_length=128,
@@ -115,7 +117,8 @@ def test_the_act_of_the_chat_model(chat_gguf: Path, tmp_path: Path, monkeypatch:
         "recovered-50.goss",
         "text.jsonl",
     ]
-    assert (found.num_calibration_tokens, found.num_trained_tokens) == (256, (512,))
+    assert (found.num_calibration_tokens, found.num_reconstruction_tokens) == (256, 320)
+    assert found.num_trained_tokens == (512,)
     assert found.num_written_tokens >= 400
     figures, answers = found.tables()
     names = ["dense, bfloat16", "50% one-shot, INT8", "50% recovered, INT8"]
@@ -150,17 +153,25 @@ def test_the_long_act_has_both_sparsities(
     ]
 
 
-def test_training_teaches_the_chat_model_the_text(
+def test_a_recovered_model_expects_what_the_dense_one_does(
     chat_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A random model, which expects nothing of the requests before it is trained on them."""
+    """By reconstruction, and more so by training after it."""
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
-    budget = replace(LITTLE_CHAT, trainings=(chat_model.Training(0.5, 4096, 3e-3),))
-    found = chat_model.chat_model(chat_gguf, tmp_path / "out", 0, budget=budget)
-    text = str(tmp_path / "out" / "text.jsonl")
-    perplexity = [evaluate(Evaluate(file, dataset=text, no_cache=True)).perplexity for file in found.packed]
-    _, one_shot, recovered = (value or 0 for value in perplexity)
-    assert 1 < recovered < 0.8 * one_shot
+    ids = np.random.default_rng(0).integers(3, 320, 200).tolist()
+
+    def logits(file: str) -> torch.Tensor:
+        return torch.from_numpy(LLM(file).logits(ids)).log_softmax(-1)
+
+    def divergences(training: chat_model.Training) -> list[float]:
+        budget = replace(LITTLE_CHAT, trainings=(training,), num_reconstruction_rows=8)
+        found = chat_model.chat_model(chat_gguf, tmp_path / "out", 0, budget=budget)
+        dense, *pruned = map(logits, found.packed)
+        return [float((dense.exp() * (dense - other)).sum(-1).mean()) for other in pruned]
+
+    one_shot, rebuilt = divergences(chat_model.Training(0.5))
+    _, trained = divergences(chat_model.Training(0.5, 4096, 1e-3))
+    assert trained < rebuilt < one_shot
 
 
 def test_what_the_dense_model_writes_are_chats_to_different_requests(chat_gguf: Path, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A real chat model that lost half its weights and is won back, beside itself: SmolLM2-135M-Instruct.
 
     GGUF -> import -> pack                                                              dense
-                   -> prune -> quantize -> pack                                         one-shot, INT8
-                            -> pretrain beside the dense model -> quantize -> pack      recovered, INT8
+                   -> prune (SparseGPT) -> quantize -> pack                             one-shot, INT8
+                   -> prune (ADMM, reconstruction) [-> pretrain] -> quantize -> pack    recovered, INT8
 
 It is calibrated and taught by what it writes itself (`chat_text.py`), seeded. What is measured (`texts/`:
 essays and choices) is ours, too, and nothing was calibrated or trained on it. Nothing of the model is part of
@@ -10,6 +10,7 @@ this package: the act takes place where the model is installed.
 """
 
 import importlib.util
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,25 +53,27 @@ ASKED = (
 
 @dataclass(frozen=True)
 class Training:
-    """How a model with this share of zeros is won back."""
+    """How a model with this share of zeros is won back, after reconstruction (0 tokens: not at all)."""
 
     sparsity: float
-    num_tokens: int
-    learning_rate: float
+    num_tokens: int = 0
+    learning_rate: float = 1e-4
 
 
 @dataclass(frozen=True)
 class Budget:
     """What the act may cost.
 
-    `num_written`: tokens that the dense model writes, of which `num_rows` rows calibrate the pruning, fewer
-    the rounding, and all the training, again and again until it has its tokens. `trained_row_length` and
-    `batch_tokens` are of training. Then rounds of speeds, and tokens an answer.
+    `num_written`: tokens that the dense model writes, of which `num_rows` rows calibrate SparseGPT,
+    `num_reconstruction_rows` the other way, fewer the rounding, and all the training, again and again until
+    it has its tokens. `trained_row_length` and `batch_tokens` are of training. Then rounds of speeds, and
+    tokens an answer.
     """
 
-    trainings: tuple[Training, ...] = (Training(0.5, 40_960, 1e-4),)
+    trainings: tuple[Training, ...] = (Training(0.5),)
     num_written: int = 20_480
     num_rows: int = 32
+    num_reconstruction_rows: int = 80
     num_rounding_rows: int = 8
     row_length: int = 256
     trained_row_length: int = 512
@@ -81,9 +84,10 @@ class Budget:
 
 WHOLE = Budget()
 LONG = Budget(
-    trainings=(Training(0.5, 131_072, 1e-4), Training(0.7, 196_608, 1e-4)),
+    trainings=(Training(0.5, 131_072), Training(0.7, 196_608)),
     num_written=131_072,
     num_rows=64,
+    num_reconstruction_rows=256,
     batch_tokens=4096,
 )
 
@@ -122,6 +126,7 @@ class ChatModel:
     num_choices: int
     num_written_tokens: int
     num_calibration_tokens: int
+    num_reconstruction_tokens: int
     num_trained_tokens: tuple[int, ...]
     spent: dict[str, Spent]
     seconds: float
@@ -139,12 +144,15 @@ class ChatModel:
             )
             for row in self.rows
         ]
-        trained = " and ".join(f"{number:,}" for number in self.num_trained_tokens)
         title = (
             f"SmolLM2-135M-Instruct (a GGUF of {self.num_bytes:,} bytes) wrote {self.num_written_tokens:,} "
-            f"tokens. One-shot: pruned by {self.num_calibration_tokens:,} of them; recovered: then trained "
-            f"on {trained}, beside the dense model, in {self.spent['train'].seconds:.0f} s"
+            f"tokens. One-shot: SparseGPT by {self.num_calibration_tokens:,} of them; recovered: ADMM by "
+            f"{self.num_reconstruction_tokens:,}, each layer trained towards the dense model's outputs"
         )
+        if any(self.num_trained_tokens):
+            trained = " and ".join(f"{number:,}" for number in self.num_trained_tokens)
+            title += f", then all layers on {trained} tokens, beside the dense model"
+        title += f", in {self.spent['recover'].seconds:.0f} s"
         if not expands_int8_fast():
             title += (
                 " (zeros of INT8 are stored, because this CPU is faster so; pack --storage smallest: not)"
@@ -196,6 +204,7 @@ def chat_model(
         num_choices=len(CHOICES.read_text(encoding="utf-8").splitlines()),
         num_written_tokens=written,
         num_calibration_tokens=budget.num_rows * budget.row_length,
+        num_reconstruction_tokens=budget.num_reconstruction_rows * budget.row_length,
         num_trained_tokens=tuple(trained),
         spent=act.spent,
         seconds=time.monotonic() - start,
@@ -231,31 +240,33 @@ class Act:
     def prune_and_train(self, training: Training, one_shot: Path, recovered: Path) -> int:
         """Write the two packed files of a sparsity; returns the number of tokens that it was trained on."""
         with tempfile.TemporaryDirectory(dir=self.output) as name:
-            pruned, trained = f"{name}/pruned", f"{name}/trained"
+            pruned, rebuilt, trained = (f"{name}/{model}" for model in ("pruned", "rebuilt", "trained"))
             with self.measured("prune"):
-                # By SparseGPT: the other way takes longer, and training comes after it anyway.
-                how: dict[str, Any] = {"sparsity": training.sparsity, "method": "sparsegpt"}
-                how |= self._rows(self.budget.num_rows)
-                prune(Prune(str(self.dense), pruned, **how), self.progress)
+                how = {"sparsity": training.sparsity, **self._rows(self.budget.num_rows)}
+                prune(Prune(str(self.dense), pruned, method="sparsegpt", **how), self.progress)
             self._round_and_pack(pruned, one_shot)
-            with self.measured("train"):
-                num_tokens = self._train(pruned, trained, training)
-            self._round_and_pack(trained, recovered)
+            with self.measured("recover"):
+                how |= self._rows(self.budget.num_reconstruction_rows)
+                prune(Prune(str(self.dense), rebuilt, method="admm", **how), self.progress)
+                num_tokens = self._train(rebuilt, trained, training) if training.num_tokens else 0
+            self._round_and_pack(trained if num_tokens else rebuilt, recovered)
         return num_tokens
 
     def _rows(self, num_rows: int) -> dict[str, Any]:
-        """Options of calibration."""
+        """Options of calibration; what is interrupted begins anew, so that nothing is saved on the way."""
         length = self.budget.row_length
         return {
             "dataset": (str(self.text),),
             "num_calibration_samples": num_rows,
             "max_seq_length": length,
+            "save_seconds": math.inf,
         }
 
     def _train(self, pruned: str, trained: str, training: Training) -> int:
         """The teacher is in memory, not on disk, as what it makes of a row is needed only once.
 
-        Of its logits: SquareHead beside them takes long to settle, and steps are few.
+        Of its logits alone: SquareHead beside them takes long to settle, and steps are few; the text's own
+        tokens are the requests too, which the dense model did not write.
         """
         job = Pretrain(
             pruned,
@@ -265,6 +276,7 @@ class Act:
             repeat=True,
             teacher=str(self.dense),
             distill="kl",
+            cross_entropy_weight=0,
             max_length=self.budget.trained_row_length,
             batch_tokens=self.budget.batch_tokens,
             learning_rate=training.learning_rate,
