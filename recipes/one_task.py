@@ -43,15 +43,15 @@ def fail(options: argparse.ArgumentParser, error: Exception) -> NoReturn:
 
 
 def sizes_of(given: argparse.Namespace, sparsity: float) -> Sizes:
-    whole = Sizes()
+    step = given.batch_tokens
+    asked = {} if step is None else {"pretrain_batch_tokens": step, "finetune_batch_tokens": step}
     return Sizes(
         sparsity=sparsity,
         num_tokens=tuple(given.num_tokens),
         num_calibration_samples=given.num_calibration_samples,
         max_length=given.max_length,
-        pretrain_batch_tokens=given.batch_tokens or whole.pretrain_batch_tokens,
-        finetune_batch_tokens=given.batch_tokens or whole.finetune_batch_tokens,
         num_processes=given.processes,
+        **asked,
     )
 
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,27 @@ def job(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     assert result.sparsity >= 0.699
     assert result.num_bytes == Path(result.packed).stat().st_size
     return made
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": 5_000_000_000}, "--seed is 5000000000"),
+        ({"learning_rate": 0.0}, "--learning-rate 0"),
+        ({"num_tokens": 0}, "--num-tokens 0"),
+        ({"num_train_epochs": 0}, "--num-train-epochs 0"),
+        ({"lora": 0}, "--lora"),
+        ({"smoothing_strength": 2.0}, "--smoothing-strength is 2"),
+        ({"ignore": ("nothing*",)}, "--ignore 'nothing.*' matches none"),
+    ],
+)
+def test_what_a_later_step_refuses_is_said_before_the_first(
+    job: Compress, wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """And nothing is written, where else hours of pruning would come first."""
+    with pytest.raises(ConfigError, match=message):
+        compress(dataclasses.replace(job, output_dir=str(tmp_path / "out"), **wrong))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_foreign_directory_is_refused(job: Compress, tmp_path: Path) -> None:

@@ -44,10 +44,8 @@ class Finetune(TrainingOptions):
 @in_every_process
 def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
-    check_options(job)
-    _check(job)
     source = Checkpoint.open(job.model, offline=job.offline)
-    check_model(job, source)
+    check(job, source)
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "finetune") as target:
         target.data = [manifest(name, offline=job.offline) for name in job.dataset]
@@ -101,7 +99,10 @@ def _rows(job: Finetune, examples: list[Example]) -> Rows:
     return packed_rows(examples, max(longest, ROW_LENGTH), job.num_train_epochs, job.seed)
 
 
-def _check(job: Finetune) -> None:
+def check(job: Finetune, source: Checkpoint) -> None:
+    """Raise ConfigError or UnsupportedError for a job that cannot be done."""
+    check_options(job)
+    check_model(job, source)
     if job.distill != "none" and job.teacher is None:
         raise ConfigError(
             f"--distill {job.distill} needs --teacher DIR, the dense tuned model; else --distill none"

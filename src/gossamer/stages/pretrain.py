@@ -42,11 +42,9 @@ class Pretrain(TrainingOptions):
 @in_every_process
 def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
-    check_options(job)
-    _check(job)
-    job = replace(job, dataset=expand(job.dataset))
     source = Checkpoint.open(job.model, offline=job.offline)
-    check_model(job, source)
+    check(job, source)
+    job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "pretrain") as target:
         rows = _rows(job, source, target, progress)
@@ -117,7 +115,10 @@ def _notes(job: Pretrain, packed: PackedText, bad: BadRows) -> Iterator[str]:
     yield from bad.notes()
 
 
-def _check(job: Pretrain) -> None:
+def check(job: Pretrain, source: Checkpoint) -> None:
+    """Raise ConfigError or UnsupportedError for a job that cannot be done."""
+    check_options(job)
+    check_model(job, source)
     if job.num_tokens < 1:
         raise ConfigError(f"--num-tokens {job.num_tokens}: expected at least 1")
     if job.distill in ("kl", "both") and job.teacher is None:
