@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from gossamer.data.rows import evaluation_rows
 from gossamer.data.supervised import Format, supervised_examples, write_completions
 from gossamer.data.tables import BadRows
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, GossamerError
 from gossamer.tokens.tokenizer import Tokenizer
 
 TINY = Callable[[str], Path]
@@ -35,6 +35,22 @@ def test_evaluation_rows_cut_the_whole_text(tokenizer: Tokenizer, tiny_llama: TI
     rows = evaluation_rows(str(tmp_path / "a.txt"), tokenizer)
     assert rows.shape == (len(ids) // 255, 256) and (rows[:, 0] == tokenizer.bos_id).all()
     np.testing.assert_array_equal(rows[:, 1:].reshape(-1), ids[: len(ids) // 255 * 255])
+
+
+def test_few_evaluation_rows_read_no_more_than_they_need(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The same rows as of the whole; the line that no text could be read from is never reached."""
+    rows = [{"text": TEXTS[n % len(TEXTS)]} for n in range(400)]
+    whole = write_rows(tmp_path / "whole.jsonl", rows)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(Path(whole).read_text() + "{")
+    expected = evaluation_rows(whole, tokenizer, 16)
+    for max_rows in (1, 3, 40):
+        np.testing.assert_array_equal(
+            evaluation_rows(str(broken), tokenizer, 16, max_rows=max_rows), expected[:max_rows]
+        )
+    with pytest.raises(GossamerError, match=r"broken\.jsonl"):
+        evaluation_rows(str(broken), tokenizer, 16)
+    np.testing.assert_array_equal(evaluation_rows(whole, tokenizer, 16, max_rows=10**6), expected)
 
 
 def test_evaluation_needs_a_row_and_an_end(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def test_our_engine_answers_500_requests_as_the_harnesss_own_backend(
     assert ours.generate_until(prompts) == theirs.generate_until(prompts)
 
 
+def test_answers_as_long_as_the_context_are_refused(tiny_llama: TinyLlama) -> None:
+    """Where else each prompt would be cut to its last token, and the score be about nothing."""
+    ours = EngineBackend(str(tiny_llama("llama3")), 1).for_harness()
+    for tokens in (ours.max_length, ours.max_length + 1):
+        with pytest.raises(ConfigError, match=f"answers of {tokens} tokens; expected fewer than"):
+            ours.generate_until(asked("generate_until", ("x = 1", {"max_gen_toks": tokens})))
+
+
 def test_an_answer_that_cannot_be_scored_is_refused(tiny_llama: TinyLlama) -> None:
     ours = EngineBackend(str(tiny_llama("llama3")), 1).for_harness()
     for answer, found in (([], 0), ([5] * (ours.max_length + 1), ours.max_length + 1)):

@@ -86,7 +86,13 @@ class EngineLM(TemplateLM):
         for indices in by_options.values():
             params = sampling(requests[indices[0]].args[1])
             room = self.max_length - (params.max_tokens or 0)
-            prompts = [self.tok_encode(requests[index].args[0])[-max(1, room) :] for index in indices]
+            if room < 1:
+                raise ConfigError(
+                    f"{requests[indices[0]].task_name or 'the task'} asks for answers of {params.max_tokens} "
+                    f"tokens; expected fewer than {self.max_length}, what the context holds of prompt "
+                    "and answer together"
+                )
+            prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
             for index, generation in zip(indices, self._llm.generate(prompts, params), strict=True):
                 found[index] = generation.text
                 self.cache_hook.add_partial("generate_until", requests[index].args, generation.text)

@@ -302,9 +302,11 @@ def _of_text(model: str, backend: Backend, job: Evaluate, progress: Progress) ->
             f"--row-length is {job.row_length}; expected at most {backend.context}, what the context of "
             f"{model} holds"
         )
-    rows_BT = evaluation_rows(job.dataset, backend.tokenizer, job.row_length, offline=job.offline)
+    rows_BT = evaluation_rows(
+        job.dataset, backend.tokenizer, job.row_length, max_rows=job.limit or None, offline=job.offline
+    )
     figures = Figures()
-    measure_text(figures, backend, job.dataset, rows_BT[: job.limit or None], progress)
+    measure_text(figures, backend, job.dataset, rows_BT, progress)
     return {"perplexity": figures.perplexity, "num_tokens": figures.num_tokens}
 
 
