@@ -90,6 +90,37 @@ TABLE: list[Case] = [
         ["--cache-layers 1", "--teacher-cache FOLDER"],
     ),
     (
+        "layers that are not learned of",
+        "llama2",
+        nothing,
+        [
+            *(*FINETUNE, "--teacher", "{model}", "--teacher-cache", "{cache}", "--distill", "kl"),
+            *("--cache-layers", "1"),
+        ],
+        ["--cache-layers 1", "kl learns of no layer"],
+    ),
+    (
+        "likely tokens of no cache",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--distill", "kl", "--cache-top-k", "64"],
+        ["--cache-top-k 64 is for --teacher-cache FOLDER", "no --teacher-cache"],
+    ),
+    (
+        "likely tokens that are not learned",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--teacher-cache", "{cache}", "--cache-top-k", "64"],
+        ["--cache-top-k 64", "found --distill squarehead"],
+    ),
+    (
+        "a temperature of nothing",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--distill-temperature", "2"],
+        ["--distill-temperature 2 has no part in --distill squarehead", "kl or both"],
+    ),
+    (
         "a cache that is a file",
         "llama2",
         nothing,

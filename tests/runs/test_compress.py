@@ -20,7 +20,8 @@ from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import ConfigError, Interrupted
 from gossamer.job.report import Event
 from gossamer.packed.reader import Packed
-from gossamer.runs.compress import Compress, compress
+from gossamer.runs.compress import Compress, compress, plan
+from gossamer.runs.options import check
 
 STAGES = ["prune", "pretrain", "prune", "pretrain", "finetune", "quantize", "pack"]
 
@@ -62,6 +63,7 @@ def job(tiny_llama: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
         ({"num_tokens": 0}, "--num-tokens 0"),
         ({"num_train_epochs": 0}, "--num-train-epochs 0"),
         ({"lora": 0}, "--lora"),
+        ({"distill": "none", "cross_entropy_weight": 0.5}, "--cross-entropy-weight 0.5"),
         ({"smoothing_strength": 2.0}, "--smoothing-strength is 2"),
         ({"ignore": ("nothing*",)}, "--ignore 'nothing.*' matches none"),
     ],
@@ -73,6 +75,14 @@ def test_what_a_later_step_refuses_is_said_before_the_first(
     with pytest.raises(ConfigError, match=message):
         compress(dataclasses.replace(job, output_dir=str(tmp_path / "out"), **wrong))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_of_a_teacher_is_not_for_pretraining_without_one(job: Compress) -> None:
+    asked = dataclasses.replace(job, distill="both", cross_entropy_weight=0.25, distill_temperature=2.0)
+    jobs = {step.stage: step.job for step in plan(asked)}
+    assert (jobs["finetune"].cross_entropy_weight, jobs["finetune"].distill_temperature) == (0.25, 2.0)
+    assert (jobs["pretrain"].cross_entropy_weight, jobs["pretrain"].distill_temperature) == (1.0, 1.0)
+    check(jobs.values(), Checkpoint.open(job.model))
 
 
 def test_a_foreign_directory_is_refused(job: Compress, tmp_path: Path) -> None:

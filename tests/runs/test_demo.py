@@ -222,6 +222,28 @@ def test_the_questions_have_one_right_answer_each() -> None:
     assert all(places.count(place) >= 20 for place in range(3))  # no place is right much more often
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rate": -1.0}, "--learning-rate -1"),
+        ({"ignore": ("nothing*",)}, "matches none"),
+        ({"distill": "none", "cross_entropy_weight": 0.5}, None),
+    ],
+)
+def test_what_the_last_act_refuses_is_said_before_the_first(
+    wrong: dict[str, Any], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is of a teacher is left out where there is none, as beside the control."""
+
+    def act(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gossamer.runs.demo.act_of_the_chat_model", act)
+    with pytest.raises(ConfigError if message else KeyboardInterrupt, match=message):
+        demo(Demo(output_dir=str(tmp_path / "out"), **wrong))
+    assert (tmp_path / "out").exists() == (message is None)
+
+
 def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
     with pytest.raises(ConfigError, match="holds no demo"):

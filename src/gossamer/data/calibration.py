@@ -25,7 +25,7 @@ class CalibrationOptions(ThreadOptions):
         128, help="inputs of a linear that are treated as one block, before its error moves on to the rest"
     )
     dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
-    seed: int = option(0, help="order of the data")
+    seed: int = option(0, help="order of several sources' texts, and of the rows where layers are trained")
     save_seconds: float | None = option(
         None,
         help="least time between two checkpoints, which are saved after a layer; 0: after each, inf: never "
@@ -90,4 +90,4 @@ def _texts(job: CalibrationOptions) -> Iterator[str]:
         return documents(parse_weight(job.dataset[0])[0], offline=job.offline)
     from gossamer.data.mixture import Mixture
 
-    return (piece.text for piece in Mixture(job.dataset, 0, repeat=True, offline=job.offline))
+    return (piece.text for piece in Mixture(job.dataset, job.seed, repeat=True, offline=job.offline))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,31 +15,22 @@ from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job.options import option, record
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.reader import Packed
-from gossamer.runs.options import options_for, options_of
+from gossamer.runs.options import check, options_for, options_of
 from gossamer.stages.finetune import Finetune, finetune
-from gossamer.stages.finetune import check as check_finetune
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.stages.pretrain import check as check_pretrain
 from gossamer.stages.prune import Prune, prune
-from gossamer.stages.prune import check as check_prune
 from gossamer.stages.quantize import Quantize, quantize
-from gossamer.stages.quantize import check as check_quantize
 
 TRAINED = ("pretrain", "finetune")
-CHECKS: dict[str, Callable[[Any, Checkpoint], Any]] = {
-    "prune": check_prune,
-    "pretrain": check_pretrain,
-    "finetune": check_finetune,
-    "quantize": check_quantize,
-}
 STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
 # What compress decides: where a stage reads and writes, who teaches whom, that `prune` prunes and `quantize`
 # rounds, and what is done again. It runs in one process, so `parallel` has nothing to choose.
 DECIDED = (
     *("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel"),
-    *("prune_scheme", "rounded_epochs", "pretrain_distill", "pretrain_distill_temperature"),
-    *("teacher_cache", "cache_layers", "cache_top_k", "prune_schedule"),
+    *("prune_scheme", "rounded_epochs", "prune_schedule"),
+    *("pretrain_distill", "pretrain_distill_temperature", "pretrain_cross_entropy_weight"),
+    *("teacher_cache", "cache_layers", "cache_top_k"),
 )
 DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
 HOW = (
@@ -98,7 +89,7 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     """
     job = pinned(job)
     steps = plan(job)
-    check(steps, Checkpoint.open(job.model, offline=job.offline))
+    check([step.job for step in steps], Checkpoint.open(job.model, offline=job.offline))
     left = claim(Path(job.output_dir), inputs(job))
     ran = [(step.stage, str(step.output), run(step, left, job.overwrite, progress)) for step in steps]
     left.mark.write_text(left.finished, encoding="utf-8")
@@ -195,13 +186,6 @@ def plan(job: Compress) -> list[Step]:
     add(quantize, Quantize)
     add(pack, Pack)
     return steps
-
-
-def check(steps: Sequence[Step], dense: Checkpoint) -> None:
-    """Raise what a step would refuse of its own options or of such a model, before the first one begins."""
-    for step in steps:
-        if step.stage in CHECKS:
-            CHECKS[step.stage](step.job, dense)
 
 
 def run(step: Step, left: Left, overwrite: bool, progress: Progress) -> str:

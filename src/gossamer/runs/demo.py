@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gossamer import plots
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, SamplingParams
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.measure.tour import CpuTour, cpu_tour
 from gossamer.runs import chat_model, recovery
+from gossamer.runs.options import check
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 HELD_OUT = "python:stdlib:held-out"
@@ -126,6 +128,8 @@ def demo(
     start, output = time.monotonic(), Path(job.output_dir)
     if output.exists() and any(output.iterdir()) and not (output / REPORT).exists():
         raise ConfigError(f"{output} exists and holds no demo; give another --output-dir")
+    jobs = recovery.plan(job, recovery.Models.under(output, recovery.SHIPPED), output, size)
+    check(vars(jobs).values(), Checkpoint.open(recovery.SHIPPED))  # before the acts that come first
     output.mkdir(parents=True, exist_ok=True)
     (output / REPORT).write_text("{}\n", encoding="utf-8")  # an interrupted demo may be run again
     chat = act_of_the_chat_model(output / "chat", job.seed, progress, budget)

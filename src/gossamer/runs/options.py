@@ -1,11 +1,20 @@
-"""Options of a run of several verbs, made from theirs, and each verb's options out of the run's."""
+"""Options of a run of several verbs, made from theirs; each verb's, out of the run's; and their checks."""
 
 import dataclasses
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.options import option
+from gossamer.stages import finetune, pretrain, prune, quantize
+
+CHECKS: dict[type, Callable[[Any, Checkpoint], Any]] = {
+    prune.Prune: prune.check,
+    pretrain.Pretrain: pretrain.check,
+    finetune.Finetune: finetune.check,
+    quantize.Quantize: quantize.check,
+}
 
 
 def options_of(
@@ -61,3 +70,10 @@ def options_for(job: object, verb: str, kind: type, *, without: Collection[str] 
         for name in names
         if f"{verb}_{name}" in given or name in given
     }
+
+
+def check(jobs: Iterable[Any], dense: Checkpoint) -> None:
+    """Raise what a verb would refuse of a job's options or of such a model, before the first one begins."""
+    for job in jobs:
+        if type(job) in CHECKS:
+            CHECKS[type(job)](job, dense)

@@ -29,8 +29,9 @@ from gossamer.errors import ConfigError, GossamerError
 from gossamer.evaluation.file_tasks import Kind
 from gossamer.job.options import record
 from gossamer.job.report import Progress, quiet
-from gossamer.runs.compress import TRAINED, Left, Step, check, claim, is_up_to_date
+from gossamer.runs.compress import TRAINED, Left, Step, claim, is_up_to_date
 from gossamer.runs.compress import run as run_here
+from gossamer.runs.options import check
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
@@ -208,7 +209,7 @@ def run(
         "model_hash": Checkpoint.open(steps[0].job.model).hash,
         "data": [manifest(name) for name in names],
     }
-    check(steps, Checkpoint.open(steps[0].job.model))
+    check([step.job for step in steps], Checkpoint.open(steps[0].job.model))
     left = claim(output, decided)
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,9 @@ STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize"
 DECIDED = (
     *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
     *("resume", "overwrite", "parallel", "seed", "threads"),
-    *("prune_scheme", "rounded_epochs", "pretrain_distill", "pretrain_distill_temperature"),
-    *("teacher_cache", "cache_layers", "cache_top_k", "prune_schedule"),
+    *("prune_scheme", "rounded_epochs", "prune_schedule"),
+    *("pretrain_distill", "pretrain_distill_temperature", "pretrain_cross_entropy_weight"),
+    *("teacher_cache", "cache_layers", "cache_top_k"),
 )
 DEFAULTS = {
     "method": "sparsegpt",  # the other way takes longer, and training comes after it anyway
@@ -122,7 +123,9 @@ def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Pla
     def finetuned(model: Path, made: Path, teacher: Path | None) -> Finetune:
         """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""
         data = (f"python:doctests:{size.num_examples}:{job.seed}", str(made.with_suffix(".jsonl")))
-        taught = {"teacher": str(teacher)} if teacher and job.distill != "none" else {"distill": "none"}
+        taught: dict[str, Any] = {"teacher": str(teacher)}
+        if not teacher or job.distill == "none":
+            taught = {"distill": "none", "distill_temperature": 1.0, "cross_entropy_weight": 1.0}
         return Finetune(**options(Finetune, model, made, dataset=data, **taught))
 
     pruned_50, pretrained_50, pruned_70, control = (

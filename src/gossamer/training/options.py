@@ -10,6 +10,8 @@ from gossamer.job.threads import use_threads
 from gossamer.training.gradual import CubicSchedule
 from gossamer.training.monitor import check_reporter
 
+CACHE_TOP_K = 128
+
 
 @dataclass(frozen=True)
 class TrainingOptions(ThreadOptions):
@@ -39,7 +41,7 @@ class TrainingOptions(ThreadOptions):
     cache_layers: int | None = option(
         None, help="layers whose hidden states go there (default: as many as 5 kB a token hold)"
     )
-    cache_top_k: int = option(128, help="likeliest tokens whose probabilities go there")
+    cache_top_k: int = option(CACHE_TOP_K, help="likeliest tokens whose probabilities go there")
     max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
     batch_tokens: int = option(16_384, help="tokens an optimizer step, prompts included")
     learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
@@ -134,6 +136,11 @@ def check_options(job: TrainingOptions) -> None:
             f"--cross-entropy-weight {job.cross_entropy_weight:g} is beside what is learned of a teacher; "
             "expected --teacher DIR, the dense model, with it"
         )
+    if job.distill_temperature != 1 and job.distill not in ("kl", "both"):
+        raise ConfigError(
+            f"--distill-temperature {job.distill_temperature:g} has no part in --distill {job.distill}; "
+            "expected --distill kl or both with it"
+        )
     if job.distill == "none" and job.teacher is not None:
         raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
     if job.teacher_cache is not None and job.teacher is None:
@@ -144,6 +151,15 @@ def check_options(job: TrainingOptions) -> None:
         raise ConfigError(f"--cache-layers is {job.cache_layers}; expected at least 1 layer")
     if job.cache_layers is not None and job.teacher_cache is None:
         raise ConfigError(f"--cache-layers {job.cache_layers} is for --teacher-cache FOLDER; give both")
+    if job.cache_layers is not None and job.distill == "kl":
+        raise ConfigError(
+            f"--cache-layers {job.cache_layers}: --distill kl learns of no layer; leave one out"
+        )
+    if job.cache_top_k != CACHE_TOP_K and (job.teacher_cache is None or job.distill == "squarehead"):
+        raise ConfigError(
+            f"--cache-top-k {job.cache_top_k} is for --teacher-cache FOLDER and --distill kl or both; found "
+            f"--distill {job.distill} and {'no' if job.teacher_cache is None else 'a'} --teacher-cache"
+        )
     if job.skip_bad_rows < 0:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if job.save_steps < 0:
