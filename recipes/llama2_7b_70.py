@@ -22,7 +22,7 @@ import coding
 import instruction
 import summarization
 import torch
-from one_task import fail, parser, print_measured, run_and_print, sizes_of
+from one_task import fail, parser, run_and_print, sizes_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gossamer.errors import ConfigError, GossamerError
@@ -111,9 +111,7 @@ def main() -> None:
         if given.dry_run:
             print_plan(given, sizes, steps)
             return
-        run_and_print(steps, given)
-        for name, each in files.items():
-            print_measured(TASKS[name], each.test, given)
+        run_and_print(steps, [(TASKS[name], each.test) for name, each in files.items()], given)
     except (GossamerError, OSError) as error:
         fail(options, error)
 

@@ -6,9 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from gossamer.cli import ProgressBars
 from gossamer.errors import GossamerError
 from gossamer.runs.compress import Step
-from gossamer.runs.recipe import Files, Sizes, Task, command, examples_of, finetuned, measured, pruned, run
+from gossamer.runs.recipe import (
+    Files,
+    Sizes,
+    Task,
+    command,
+    evaluation,
+    examples_of,
+    finetuned,
+    measured,
+    pruned,
+    run,
+)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -20,6 +32,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--dataset", nargs="+", default=["preset:sparse-llama"], help="text to pretrain on")
     made.add_argument("--calibration", nargs="+", required=True, help="text to calibrate on: SRC[@WEIGHT]...")
     made.add_argument("--num-tokens", nargs=2, type=int, default=whole.num_tokens, metavar=("AT_50", "AT_70"))
+    made.add_argument("--repeat", action="store_true", help="text that is used up begins again")
     made.add_argument("--num-calibration-samples", type=int, default=whole.num_calibration_samples)
     made.add_argument("--max-length", type=int, default=whole.max_length, help="tokens a row")
     made.add_argument("--batch-tokens", type=int, help="an optimizer step's, in both kinds of training")
@@ -50,21 +63,31 @@ def sizes_of(given: argparse.Namespace, sparsity: float) -> Sizes:
         num_tokens=tuple(given.num_tokens),
         num_calibration_samples=given.num_calibration_samples,
         max_length=given.max_length,
+        repeat=given.repeat,
         num_processes=given.processes,
         **asked,
     )
 
 
-def run_and_print(steps: Sequence[Step], given: argparse.Namespace) -> None:
-    """A line for each step that is done."""
-    done = run(steps, given.output_dir, given.processes, given.overwrite)
-    for step, how in zip(steps, done, strict=True):
-        print(f"{how:8} {step.stage:9} {step.output}", flush=True)
+def run_and_print(
+    steps: Sequence[Step], tests: Sequence[tuple[Task, Path]], given: argparse.Namespace
+) -> None:
+    """A line for each step that is done, and then what each task's examples say.
 
-
-def print_measured(task: Task, test: Path, given: argparse.Namespace) -> None:
-    folder = given.output_dir / task.name
-    print(measured(task, test, folder, given.limit, allow_code=given.allow_code_execution), flush=True)
+    Raises what the steps raise, and ConfigError before the first for what could not be measured in the end.
+    """
+    last = [
+        evaluation(
+            task, test, given.output_dir / task.name, given.limit, allow_code=given.allow_code_execution
+        )
+        for task, test in tests
+    ]
+    with ProgressBars() as progress:
+        done = run(steps, given.output_dir, given.processes, given.overwrite, progress)
+        for step, how in zip(steps, done, strict=True):
+            print(f"{how:8} {step.stage:9} {step.output}", flush=True)
+        for job in last:
+            print(measured(job, progress), flush=True)
 
 
 def main(task: Task, description: str | None) -> None:
@@ -85,7 +108,6 @@ def main(task: Task, description: str | None) -> None:
             for step in [*first, *rest]:
                 print(shlex.join(command(step, sizes.num_processes)))
             return
-        run_and_print([*first, *rest], given)
-        print_measured(task, files.test, given)
+        run_and_print([*first, *rest], [(task, files.test)], given)
     except (GossamerError, OSError) as error:
         fail(options, error)

@@ -77,11 +77,18 @@ def test_the_whole_run_ends_in_a_report_and_is_skipped_the_second_time(
 def test_what_a_later_step_refuses_is_said_before_the_first(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = [*given, "--batch-tokens", "0"]  # of training; pruning has none
-    with pytest.raises(SystemExit):
-        run("llama2_7b_70.py", wrong, monkeypatch, capsys)
-    assert "--batch-tokens 0: expected at least" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    code = ["--examples", f"code={tmp_path}/code.jsonl,{tmp_path}/code.jsonl"]
+    (tmp_path / "code.jsonl").write_text(
+        json.dumps({"instruction": "Greet.", "output": "print('hello')"})
+    )
+    for wrong, message in (
+        (["--batch-tokens", "0"], "--batch-tokens 0: expected at least"),  # of training; pruning has none
+        (code, "--allow-code-execution"),
+    ):
+        with pytest.raises(SystemExit):
+            run("llama2_7b_70.py", [*given, *wrong], monkeypatch, capsys)
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_plan_has_commands_memory_time_and_cost(

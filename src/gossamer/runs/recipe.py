@@ -33,6 +33,7 @@ from gossamer.runs.compress import TRAINED, Left, Step, claim, is_up_to_date
 from gossamer.runs.compress import run as run_here
 from gossamer.runs.options import check
 from gossamer.stages.evaluate import Evaluate, evaluate
+from gossamer.stages.evaluate import check as check_evaluation
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
@@ -73,6 +74,7 @@ class Sizes:
     pretrain_batch_tokens: int = 4_194_304
     finetune_batch_tokens: int = 65_536
     pretrain_learning_rate: float = 3e-4
+    repeat: bool = False  # text that is used up begins again
     num_processes: int = 1  # of torchrun, which share training by FSDP
 
 
@@ -113,6 +115,7 @@ def pruned(
             num_tokens=num_tokens,
             batch_tokens=sizes.pretrain_batch_tokens,
             learning_rate=sizes.pretrain_learning_rate,
+            repeat=sizes.repeat,
             **_training(sizes),
         )
         steps.append(Step("pretrain", pretrain, training, trained))
@@ -247,27 +250,31 @@ def command(step: Step, num_processes: int = 1) -> list[str]:
     return [*words, *flags]
 
 
-def measured(
-    task: Task, test: Path, folder: Path, limit: int, *, allow_code: bool = False, progress: Progress = quiet
-) -> str:
-    """What `evaluate` says of the packed model against the dense teacher, in Markdown.
+def evaluation(task: Task, test: Path, folder: Path, limit: int, *, allow_code: bool = False) -> Evaluate:
+    """How the packed model in the task's folder is measured against the dense teacher.
 
     evaluation.json, .md and .png lie beside the model; figures that are kept are not measured again.
     Raises ConfigError for the code task unless `allow_code` lets what the models write be run.
     """
-    packed, teacher, file = folder / "model.goss", folder / "teacher", folder / "evaluation.json"
     job = Evaluate(
-        str(packed),
+        str(folder / "model.goss"),
         dataset=str(test),
         kind=task.kind,
-        baseline=str(teacher),
+        baseline=str(folder / "teacher"),
         apply_chat_template=task.format == "chat",
         allow_code_execution=allow_code,
         limit=limit,
-        output=str(file),
+        output=str(folder / "evaluation.json"),
         overwrite=True,
     )
+    check_evaluation(job)
+    return job
+
+
+def measured(job: Evaluate, progress: Progress = quiet) -> str:
+    """What such an evaluation says, in Markdown."""
+    packed = Path(job.model)
     evaluate(job, progress)
-    sparsity = Checkpoint.open(folder / "quantized").sparsity()
-    title = f"# {task.name}: {sparsity:.0%} zeros, {packed.stat().st_size:,} bytes"
-    return f"{title}\n\n{file.with_suffix('.md').read_text(encoding='utf-8')}"
+    sparsity = Checkpoint.open(packed.parent / "quantized").sparsity()
+    title = f"# {packed.parent.name}: {sparsity:.0%} zeros, {packed.stat().st_size:,} bytes"
+    return f"{title}\n\n{Path(job.output).with_suffix('.md').read_text(encoding='utf-8')}"

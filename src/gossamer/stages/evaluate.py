@@ -98,7 +98,7 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     What an earlier run measured of the same content is taken from the cache, unless `no_cache`.
     """
     start = time.monotonic()
-    _check(job)
+    check(job)
     prompts = read_prompts(Path(job.dataset), job.skip_bad_rows, progress) if job.kind == "chat" else []
     asked = _asked(job, progress)
     if job.backend == "auto":
@@ -150,8 +150,8 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     return result
 
 
-def _check(job: Evaluate) -> None:
-    """ConfigError for options that do not go together."""
+def check(job: Evaluate) -> None:
+    """Raise ConfigError for options that do not go together."""
     if job.kind and not job.dataset:
         raise ConfigError(f"--kind {job.kind} needs --dataset FILE, the examples")
     if job.kind == "code" and not job.allow_code_execution:
