@@ -117,7 +117,10 @@ def test_a_kill_before_the_last_chunk_is_on_record_is_made_up_for(
     job = Pretrain(
         "model", "out", dataset=("text",), teacher="t", teacher_cache=str(tmp_path / "c"), distill="both"
     )
-    teacher_for(job, source, rows, "test", quiet)
+    events: list[Event] = []
+    teacher_for(job, source, rows, "test", events.append)
+    [said] = [event.message for event in events if event.lasting]
+    assert "bytes a token: its states after layers 1, 2 of 2 and the 128 likeliest tokens" in said
     record_file, whole = tmp_path / "c" / "teacher.json", contents(tmp_path / "c")
     recorded = json.loads(record_file.read_text())
     record_file.write_text(json.dumps({**recorded, "chunks": recorded["chunks"][:-1]}))
@@ -205,10 +208,12 @@ def test_training_by_the_cache_is_training_by_the_teacher(
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((30, 576, 128, None), (10, 20, 30)),
-        ((32, 4096, 128, None), (32,)),
+        ((30, 576, 128, None), (8, 15, 22, 30)),
+        ((30, 384, 128, None), (6, 12, 18, 24, 30)),
+        ((32, 4096, 128, None), (8, 16, 24, 32)),
+        ((3, 4096, 128, None), (1, 2, 3)),
         ((6, 192, 128, None), (1, 2, 3, 4, 5, 6)),
-        ((30, 576, 128, 4), (8, 15, 22, 30)),
+        ((30, 576, 128, 3), (10, 20, 30)),
         ((2, 64, 8, 9), (1, 2)),
     ],
 )

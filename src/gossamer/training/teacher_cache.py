@@ -51,6 +51,7 @@ _IN_WORDS = {
 }
 CHUNK_ROWS = 16
 DEFAULT_BYTES = 5000
+DEFAULT_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,25 @@ class Wanted:
             yield "top-ids.i32", np.dtype(np.int32), self.top_k
             yield "top-logprobs.f16", np.dtype(np.float16), self.top_k
 
+    def in_words(self, num_layers: int) -> str:
+        """What is written down of each token by a teacher of so many layers."""
+        layers = ", ".join(map(str, self.layers))
+        parts = [f"its states after layers {layers} of {num_layers}"] if self.layers else []
+        parts += [f"the {self.top_k} likeliest tokens"] if self.top_k else []
+        return " and ".join(parts)
+
     def record(self) -> dict[str, Any]:
         """As JSON gives it back."""
         return json.loads(json.dumps(vars(self)))
 
 
 def spread_layers(num_layers: int, hidden_size: int, top_k: int, count: int | None) -> tuple[int, ...]:
-    """`count` layers at even distances, the last among them; by default as many as `DEFAULT_BYTES` hold."""
+    """`count` layers at even distances, the last among them.
+
+    By default as many as `DEFAULT_BYTES` hold, but no fewer than `DEFAULT_LAYERS`.
+    """
     if count is None:
-        count = max(1, (DEFAULT_BYTES - 6 * top_k) // (2 * hidden_size))
+        count = max(DEFAULT_LAYERS, (DEFAULT_BYTES - 6 * top_k) // (2 * hidden_size))
     count = min(count, num_layers)
     return tuple(round(num_layers * (index + 1) / count) for index in range(count))
 
@@ -181,7 +192,8 @@ def teacher_for(
             return
         check_room(folder, wanted, missing)
         size = f"{_size(missing)}, {wanted.token_bytes:,} bytes a token"
-        progress(Event(stage, f"{folder}: the teacher is asked once, into {size}", lasting=True))
+        what = wanted.in_words(anatomy.num_layers)
+        progress(Event(stage, f"{folder}: the teacher is asked once, into {size}: {what}", lasting=True))
         model = load_model(directory)
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
         write_down(folder, wanted, model, rows, stage, progress)
