@@ -15,6 +15,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.training.distillation import SquareHead
 from gossamer.training.masks import MaskCallback
+from gossamer.training.teacher import LiveTeacher
 
 
 @pytest.fixture
@@ -115,6 +116,39 @@ def test_a_student_that_is_its_teacher_loses_nothing(
     trainer.train()
     assert distillation.last == pytest.approx(0.0, abs=1e-9)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+class SomeLayers(LiveTeacher):
+    """Gives the states of the last layer alone."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__(model)
+        self.layers = self.layers[-1:]
+
+    def states(self) -> tuple[Tensor, ...]:
+        return super().states()[-1:]
+
+
+def test_what_some_layers_add_counts_for_all(
+    pair: tuple[LlamaForCausalLM, LlamaForCausalLM], tmp_path: Path
+) -> None:
+    """The last of two layers counts twice, in the loss that is logged too."""
+    ids_BT = torch.arange(2, 30).expand(2, -1)
+    student, teacher = pair
+    row = {"input_ids": ids_BT[0].tolist(), "labels": ids_BT[0].tolist()}
+    losses = []
+    for states in (None, SomeLayers(teacher)):
+        trainer = trainer_of(copy.deepcopy(student), tmp_path, **row)
+        if states is not None:
+            distillation = SquareHead(states)
+            distillation.attach(trainer)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    with torch.no_grad():
+        s_BTD, t_BTD = (m.model(ids_BT).last_hidden_state for m in (student, teacher))
+        expected = 2 * float((((s_BTD - t_BTD) ** 2).sum(-1) / (t_BTD**2).sum(-1)).mean())
+    assert distillation.last == pytest.approx(expected, rel=1e-4)
+    assert losses[1] - losses[0] == pytest.approx(expected, rel=1e-3)
 
 
 class Odd(LlamaForCausalLM):

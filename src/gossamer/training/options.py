@@ -39,7 +39,9 @@ class TrainingOptions(ThreadOptions):
         "memory while the model is trained",
     )
     cache_layers: int | None = option(
-        None, help="layers whose hidden states go there (default: as many as 5 kB a token hold)"
+        None,
+        help="layers whose hidden states go there, evenly spread (default: as many as 5 kB a token hold, but "
+        "at least 4)",
     )
     cache_top_k: int = option(CACHE_TOP_K, help="likeliest tokens whose probabilities go there")
     max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")

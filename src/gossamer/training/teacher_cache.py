@@ -5,9 +5,10 @@ A folder holds, for S rows of T tokens, in files that are read where they lie,
     hidden-LL.bf16     bfloat16 [S, T, D]: the hidden states after layer LL
     top-ids.i32        int32 [S, T, K]: the K likeliest tokens after each, the likeliest first
     top-logprobs.f16   float16 [S, T, K]: their log probabilities, of logits divided by the temperature
-    teacher.json       what they were made of, and a sha256 of each file's bytes for every `CHUNK_ROWS` rows
+    teacher.json       what they were made of
+    chunks.jsonl       a line for every `CHUNK_ROWS` rows: a sha256 of each file's bytes for them
 
-Rows are written a chunk at a time and then recorded: after a kill, the chunks on record are kept.
+Rows are written a chunk at a time, and then the chunk's line: after a kill, the chunks on record are kept.
 """
 
 import errno
@@ -29,7 +30,9 @@ from transformers import PreTrainedModel
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.resumable import differences, sync
 from gossamer.errors import CheckpointError, ConfigError
-from gossamer.job.report import Event, Progress
+from gossamer.job.report import Event, Progress, quiet
+from gossamer.training.attention import choose_attention
+from gossamer.training.device import MICRO_BATCH_TOKENS, Precision, cast_teacher, choose_precision
 from gossamer.training.head_loss import CHUNK_TOKENS, HeadTeacher, TopTokens
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import from_first
@@ -37,8 +40,8 @@ from gossamer.training.rows import Rows
 from gossamer.training.teacher import LiveTeacher, Teacher
 from gossamer.training.whole_model import load_model
 
-RECORD = "teacher.json"
-_OURS = re.compile(r"hidden-\d+\.bf16|top-ids\.i32|top-logprobs\.f16|teacher\.json\.new")
+RECORD, CHUNKS = "teacher.json", "chunks.jsonl"
+_OURS = re.compile(r"hidden-\d+\.bf16|top-ids\.i32|top-logprobs\.f16|teacher\.json\.new|chunks\.jsonl")
 _IN_WORDS = {
     "teacher": "the teacher's files (sha256)",
     "rows": "the rows of tokens (sha256)",
@@ -48,9 +51,11 @@ _IN_WORDS = {
     "layers": "layers (--cache-layers, --distill)",
     "top_k": "likely tokens (--cache-top-k, --distill)",
     "temperature": "--distill-temperature",
+    "precision": "the teacher's precision (--precision)",
 }
 CHUNK_ROWS = 16
 DEFAULT_BYTES = 5000
+DEFAULT_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Wanted:
     layers: tuple[int, ...]
     top_k: int
     temperature: float
+    precision: Precision
 
     @property
     def token_bytes(self) -> int:
@@ -82,15 +88,25 @@ class Wanted:
             yield "top-ids.i32", np.dtype(np.int32), self.top_k
             yield "top-logprobs.f16", np.dtype(np.float16), self.top_k
 
+    def in_words(self, num_layers: int) -> str:
+        """What is written down of each token by a teacher of so many layers."""
+        layers = ", ".join(map(str, self.layers))
+        parts = [f"its states after layers {layers} of {num_layers}"] if self.layers else []
+        parts += [f"the {self.top_k} likeliest tokens"] if self.top_k else []
+        return " and ".join(parts)
+
     def record(self) -> dict[str, Any]:
         """As JSON gives it back."""
         return json.loads(json.dumps(vars(self)))
 
 
 def spread_layers(num_layers: int, hidden_size: int, top_k: int, count: int | None) -> tuple[int, ...]:
-    """`count` layers at even distances, the last among them; by default as many as `DEFAULT_BYTES` hold."""
+    """`count` layers at even distances, the last among them.
+
+    By default as many as `DEFAULT_BYTES` hold, but no fewer than `DEFAULT_LAYERS`.
+    """
     if count is None:
-        count = max(1, (DEFAULT_BYTES - 6 * top_k) // (2 * hidden_size))
+        count = max(DEFAULT_LAYERS, (DEFAULT_BYTES - 6 * top_k) // (2 * hidden_size))
     count = min(count, num_layers)
     return tuple(round(num_layers * (index + 1) / count) for index in range(count))
 
@@ -111,17 +127,8 @@ class CachedTeacher:
 
     @classmethod
     def open(cls, folder: Path, wanted: Wanted) -> Self:
-        """Raises CheckpointError for a file that is not as it was written, ConfigError for another cache."""
-        _check_same(folder, wanted)
-        hashes = _recorded(folder)["chunks"]
-        if (missing := -(-wanted.num_rows // CHUNK_ROWS) - len(hashes)) > 0:
-            raise CheckpointError(f"{folder}: {missing} of {missing + len(hashes)} chunks are not there yet")
-        for index, expected in enumerate(hashes):
-            if damaged := _damaged(folder, wanted, index, expected):
-                raise CheckpointError(
-                    f"{folder / damaged}: rows from {index * CHUNK_ROWS} on are not as they were written; "
-                    "delete the folder, and the teacher will be asked again"
-                )
+        """Raises what `verify` does."""
+        verify(folder, wanted)
         return cls(folder, wanted)
 
     def prepare(self, student: PreTrainedModel, device: torch.device) -> None:
@@ -150,11 +157,27 @@ class CachedTeacher:
         return torch.from_numpy(found).to(self._device)
 
 
+def verify(folder: Path, wanted: Wanted, stage: str = "", progress: Progress = quiet) -> None:
+    """Raise CheckpointError for a file that is not as it was written, ConfigError for another cache."""
+    _check_same(folder, wanted)
+    hashes = _hashes(folder)
+    if (missing := -(-wanted.num_rows // CHUNK_ROWS) - len(hashes)) > 0:
+        raise CheckpointError(f"{folder}: {missing} of {missing + len(hashes)} chunks are not there yet")
+    for index, expected in enumerate(hashes):
+        if damaged := _damaged(folder, wanted, index, expected):
+            raise CheckpointError(
+                f"{folder / damaged}: rows from {index * CHUNK_ROWS} on are not as they were written; "
+                "delete the folder, and the teacher will be asked again"
+            )
+        progress(Event(stage, "what the teacher made is checked", index + 1, len(hashes)))
+
+
 def teacher_for(
     job: TrainingOptions, directory: Checkpoint | None, rows: Rows, stage: str, progress: Progress
 ) -> Teacher | CachedTeacher | None:
     """The teacher in memory, or what is written down of it, which is done now if it was not.
 
+    Of several processes the first one writes it down, and checks all that is there.
     Raises ConfigError where the cache is of something else, CheckpointError where it is damaged, OSError
     where there is no room for it.
     """
@@ -163,6 +186,7 @@ def teacher_for(
     if job.teacher_cache is None:
         return Teacher(load_model(directory), directory.hash)
     folder, anatomy = Path(job.teacher_cache), directory.architecture
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     top_k = min(job.cache_top_k, anatomy.vocab_size) if job.distill in ("kl", "both") else 0
     layers = spread_layers(anatomy.num_layers, anatomy.hidden_size, top_k, job.cache_layers)
     wanted = Wanted(
@@ -174,16 +198,22 @@ def teacher_for(
         layers=layers if job.distill in ("squarehead", "both") else (),
         top_k=top_k,
         temperature=job.distill_temperature if top_k else 1.0,
+        precision=choose_precision(job.precision, device),
     )
 
     def complete() -> None:
-        if not (missing := missing_bytes(folder, wanted)):
-            return
+        if missing := missing_bytes(folder, wanted):
+            ask(missing)
+        verify(folder, wanted, stage, progress)
+
+    def ask(missing: int) -> None:
         check_room(folder, wanted, missing)
         size = f"{_size(missing)}, {wanted.token_bytes:,} bytes a token"
-        progress(Event(stage, f"{folder}: the teacher is asked once, into {size}", lasting=True))
+        what = wanted.in_words(anatomy.num_layers)
+        progress(Event(stage, f"{folder}: the teacher is asked once, into {size}: {what}", lasting=True))
         model = load_model(directory)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+        cast_teacher(model, wanted.precision)
+        model.to(device)  # pyright: ignore[reportArgumentType]
         write_down(folder, wanted, model, rows, stage, progress)
         del model
         if torch.cuda.is_available():  # what is freed is torch's still
@@ -191,7 +221,7 @@ def teacher_for(
 
     _refuse_others_folder(folder, job)
     from_first(complete)
-    return CachedTeacher.open(folder, wanted)
+    return CachedTeacher(folder, wanted)
 
 
 def _refuse_others_folder(folder: Path, job: TrainingOptions) -> None:
@@ -214,7 +244,7 @@ def missing_bytes(folder: Path, wanted: Wanted) -> int:
     num_done = 0
     if (folder / RECORD).is_file():
         _check_same(folder, wanted)
-        num_done = len(_recorded(folder)["chunks"]) * CHUNK_ROWS
+        num_done = len(_hashes(folder)) * CHUNK_ROWS
     return wanted.token_bytes * wanted.row_length * max(0, wanted.num_rows - num_done)
 
 
@@ -238,59 +268,68 @@ def _size(num_bytes: int) -> str:
 def write_down(
     folder: Path, wanted: Wanted, teacher: PreTrainedModel, rows: Rows, stage: str, progress: Progress
 ) -> None:
-    """Have the teacher read all rows, but those that are on record already.
+    """Have the teacher, which gets the wanted precision, read all rows but those that are on record already.
 
     Raises ConfigError where the folder holds a cache of something else, OSError without room for it.
     """
     check_room(folder, wanted, missing_bytes(folder, wanted))
-    folder.mkdir(parents=True, exist_ok=True)
-    hashes = _recorded(folder)["chunks"] if (folder / RECORD).is_file() else []
-    live, head = LiveTeacher(teacher), teacher.get_output_embeddings()
-    device = next(teacher.parameters()).device
+    num_done = _begin(folder, wanted)
+    live, device = LiveTeacher(teacher), next(teacher.parameters()).device
+    cast_teacher(teacher, wanted.precision)
+    choose_attention(wanted.row_length, device.type, wanted.precision, teacher)
+    at_once = max(1, MICRO_BATCH_TOKENS[device.type] // wanted.row_length)
     num_chunks = -(-wanted.num_rows // CHUNK_ROWS)
-    for index in range(len(hashes), num_chunks):
-        first = index * CHUNK_ROWS
-        last = min(first + CHUNK_ROWS, wanted.num_rows)
-        found = [_read_row(live, head, rows, row, wanted, device) for row in range(first, last)]
+    for index in range(num_done, num_chunks):
+        first, last = index * CHUNK_ROWS, min((index + 1) * CHUNK_ROWS, wanted.num_rows)
+        parts = [
+            _read_rows(live, rows, range(begin, min(begin + at_once, last)), wanted, device)
+            for begin in range(first, last, at_once)
+        ]
         chunk = {}
         for place, (name, dtype, width) in enumerate(wanted.files()):
-            values = np.stack([of_row[place] for of_row in found])
-            chunk[name] = hashlib.sha256(values.tobytes()).hexdigest()
+            content = np.concatenate([part[place] for part in parts]).data
+            chunk[name] = hashlib.sha256(content).hexdigest()
             with (folder / name).open("r+b" if (folder / name).exists() else "wb") as file:
                 file.seek(first * wanted.row_length * width * dtype.itemsize)
-                file.write(values.tobytes())
+                file.write(content)
                 file.truncate()
                 file.flush()
                 os.fsync(file.fileno())
-        hashes.append(chunk)
-        _record(folder, wanted, hashes)
+        _record(folder, chunk)
         progress(Event(stage, "the teacher reads", index + 1, num_chunks))
 
 
 @torch.no_grad()
-def _read_row(
-    live: LiveTeacher, head: Any, rows: Rows, row: int, wanted: Wanted, device: torch.device
+def _read_rows(
+    live: LiveTeacher, rows: Rows, some: Sequence[int], wanted: Wanted, device: torch.device
 ) -> list[np.ndarray]:
-    """What goes into each file for one row, [T, width]; behind the row's end there are zeros."""
-    batch = {name: tensor.to(device) for name, tensor in rows.collate([row]).items()}
+    """What goes into each file for some rows, [B, T, width]; behind a row's end there are zeros.
+
+    The teacher computes as it would beside a student: under autocast, but for the head.
+    """
+    batch = {name: tensor.to(device) for name, tensor in rows.collate(list(some)).items()}
     live.read(batch, {"input_ids": batch["input_ids"], "position_ids": batch.get("position_ids")})
-    states = live.states()
-    found: list[Tensor] = [states[layer - 1][0].bfloat16().view(torch.uint16) for layer in wanted.layers]
+    with torch.autocast(device.type, torch.bfloat16, enabled=wanted.precision == "bf16"):
+        states = live.states()
+    found: list[Tensor] = [states[layer - 1].bfloat16().view(torch.uint16) for layer in wanted.layers]
     if wanted.top_k:
-        pieces = states[-1][0].split(CHUNK_TOKENS[device.type])
+        head: Any = live.model.get_output_embeddings()
+        pieces = states[-1].flatten(0, 1).split(CHUNK_TOKENS[device.type])
         tops = [(head(x).float() / wanted.temperature).log_softmax(-1).topk(wanted.top_k) for x in pieces]
-        found += [torch.cat([top.indices for top in tops]).int()]
-        found += [torch.cat([top.values for top in tops]).half()]
+        shape = (len(some), -1, wanted.top_k)
+        found += [torch.cat([top.indices for top in tops]).int().view(shape)]
+        found += [torch.cat([top.values for top in tops]).half().view(shape)]
     live.forget()
-    whole = [np.zeros((wanted.row_length, width), dtype) for _, dtype, width in wanted.files()]
+    whole = [np.zeros((len(some), wanted.row_length, width), dtype) for _, dtype, width in wanted.files()]
+    kept_BT = batch.get("token_mask", torch.ones_like(batch["input_ids"], dtype=torch.bool)).cpu().numpy()
     for array, values in zip(whole, found, strict=True):
-        array[: len(values)] = values.cpu().numpy()
+        array[:, : kept_BT.shape[1]][kept_BT] = values.cpu().numpy()[kept_BT]
     return whole
 
 
 def _check_same(folder: Path, wanted: Wanted) -> None:
     """Raise ConfigError unless the folder's cache is of these very things."""
-    if changed := differences(_recorded(folder)["wanted"], wanted.record(), _IN_WORDS):
+    if changed := differences(_recorded(folder), wanted.record(), _IN_WORDS):
         raise ConfigError(
             f"--teacher-cache {folder} was written of something else ({'; '.join(changed)}); give another "
             "folder, or delete this one"
@@ -314,19 +353,52 @@ def _damaged(folder: Path, wanted: Wanted, index: int, expected: Mapping[str, st
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
+    """What the folder's cache was made of."""
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return {"wanted": dict(found["wanted"]), "chunks": list(found["chunks"])}
+        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8"))["wanted"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / RECORD}: not the record of a teacher's cache ({error}); delete the folder"
-        ) from error
+        raise _unreadable(folder / RECORD, error) from error
 
 
-def _record(folder: Path, wanted: Wanted, hashes: Sequence[Mapping[str, str]]) -> None:
-    """Replace the record in one step."""
+def _hashes(folder: Path) -> list[dict[str, str]]:
+    """Of each chunk on record: the sha256 of each file's bytes."""
+    try:
+        return [dict(json.loads(line)) for line in _lines(folder)]
+    except (ValueError, TypeError) as error:
+        raise _unreadable(folder / CHUNKS, error) from error
+
+
+def _lines(folder: Path) -> list[bytes]:
+    """A line for each chunk on record, without one that was begun when the process was killed."""
+    try:
+        content = (folder / CHUNKS).read_bytes()
+    except FileNotFoundError:
+        return []
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file}: not the record of a teacher's cache ({error}); delete the folder")
+
+
+def _begin(folder: Path, wanted: Wanted) -> int:
+    """Have a folder to write into, without a piece of a line; how many chunks are on record there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = _lines(folder) if (folder / RECORD).is_file() else []
+    with (folder / CHUNKS).open("ab") as file:
+        file.truncate(sum(map(len, lines)))
+    sync(folder / CHUNKS)
     staged = folder / f"{RECORD}.new"
-    staged.write_text(json.dumps({"wanted": wanted.record(), "chunks": hashes}), encoding="utf-8")
+    staged.write_text(json.dumps({"wanted": wanted.record()}), encoding="utf-8")
     sync(staged)
     staged.replace(folder / RECORD)
     sync(folder)
+    return len(lines)
+
+
+def _record(folder: Path, chunk: Mapping[str, str]) -> None:
+    """Add the line of a chunk whose bytes are on the disk."""
+    with (folder / CHUNKS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(chunk) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
 from gossamer.training.attention import choose_attention
+from gossamer.training.device import MICRO_BATCH_TOKENS, cast_teacher, choose_precision
 from gossamer.training.distillation import Distillation, SquareHead
 from gossamer.training.gradual import GradualPruning, schedule_of
 from gossamer.training.history import PARTS, History
@@ -37,8 +38,6 @@ from gossamer.training.sparse_linear import densify
 from gossamer.training.teacher import LiveTeacher, Teacher
 from gossamer.training.teacher_cache import CachedTeacher
 from gossamer.training.trainer_contract import check_trainer
-
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
 
 def train(
@@ -125,7 +124,7 @@ def _attach(
     job: TrainingOptions, teacher: Teacher | CachedTeacher, trainer: RowTrainer, precision: str
 ) -> None:
     if isinstance(teacher, Teacher):
-        nn.Module.to(teacher.model, torch.bfloat16 if precision == "bf16" else torch.float32)
+        cast_teacher(teacher.model, precision)
     states = LiveTeacher(teacher.model) if isinstance(teacher, Teacher) else teacher
     watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
@@ -242,14 +241,6 @@ def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
         return KeyboardInterrupt()
     folder = trainer.checkpoints.folder
     return Interrupted(f"interrupted after step {state.global_step} of {state.max_steps}, saved in {folder}")
-
-
-def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Literal["f32", "bf16"]:
-    """The precision of matrix products: for `auto` bf16 where hardware has it (1.5 to 2 times as fast)."""
-    if wanted != "auto":
-        return wanted
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "f32"
 
 
 def _arguments(
