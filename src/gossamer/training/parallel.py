@@ -103,6 +103,15 @@ def any_process(wish: bool) -> bool:
     return bool(wishes.item())
 
 
+def least_of_all(number: int) -> int:
+    """The least `number` of all processes; every process must call this at the same point."""
+    if num_processes() == 1:
+        return number
+    numbers = torch.tensor([number], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(numbers, dist.ReduceOp.MIN)
+    return int(numbers.item())
+
+
 def wait_for_all() -> None:
     """Return when every process has called this."""
     if num_processes() > 1:
