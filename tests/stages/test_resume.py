@@ -30,6 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gossamer import _native
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.resumable import _sha256, _write_record, damage
+from gossamer.data import packing
 from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.stages import pretrain as pretrain_module
@@ -296,6 +297,7 @@ def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with what it began with; that is said before anything is sharded."""
+    monkeypatch.setattr(preparation, "check_processes", lambda _: None)  # one is enough to be refused
     monkeypatch.setattr(kernel_choice, "_seconds", lambda *_: (0.3, 0.1))
     job = replace(job, kernel="auto")
     interrupt(job)
@@ -303,9 +305,67 @@ def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
         pretrain(replace(job, resume=True, parallel="fsdp"))
 
 
-def test_ctrl_c_before_the_first_step_is_done_leaves_nothing(
+def left_behind(job: Pretrain) -> list[str]:
+    partial = Path(job.output_dir + ".partial")
+    return sorted(str(path.relative_to(partial)) for path in partial.rglob("*"))
+
+
+def test_ctrl_c_before_the_first_step_is_done_leaves_the_rows(
+    job: Pretrain, uninterrupted: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no run to be resumed; the next run takes them, unless its data are others."""
+    text = tmp_path / "other.txt"
+    text.write_text(Path(job.dataset[0]).read_text(encoding="utf-8") * 2, encoding="utf-8")
+    before = Path(job.output_dir + ".partial/rows/rows.i32")
+    with monkeypatch.context() as patch:
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            pretrain(job)
+        assert not isinstance(raised.value, Interrupted)
+        assert left_behind(job) == ["rows", "rows/rows.i32", "rows/rows.json"]
+        with pytest.raises(ConfigError, match="--resume: found no interrupted run in"):
+            pretrain(replace(job, resume=True))
+        written = before.stat().st_mtime_ns
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(replace(job, seed=1))
+        assert before.stat().st_mtime_ns > written
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(replace(job, dataset=(str(text),)))
+        assert left_behind(job) == ["rows", "rows/rows.i32", "rows/rows.json"]
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(job)
+    events: list[Event] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "pack", None)
+        pretrain(job, events.append)
+    assert "the rows are those that an earlier run packed" in [
+        event.message for event in events if event.lasting
+    ]
+    assert weights(job) == uninterrupted() and not (Path(job.output_dir) / "rows").exists()
+
+
+def test_a_run_that_fails_while_it_packs_leaves_nothing(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packing, "REPORT_ROWS", 10)
+    seen: list[tuple[float, float]] = []
+
+    def stop(event: Event) -> None:
+        if event.done:
+            seen.append((event.done, event.total))
+            if event.done == 30:
+                raise Stop
+
+    with pytest.raises(Stop):
+        pretrain(job, stop)
+    assert seen == [(10, 96), (20, 96), (30, 96)]
+    assert not Path(job.output_dir + ".partial").exists()
+
+
+def press_control_c_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trainer.MICRO_BATCH_TOKENS, "cpu", 64)
     compute_loss = RowTrainer.compute_loss
 
@@ -316,10 +376,6 @@ def test_ctrl_c_before_the_first_step_is_done_leaves_nothing(
 
     pressed: list[None] = []
     monkeypatch.setattr(RowTrainer, "compute_loss", press_control_c)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        pretrain(job)
-    assert not isinstance(raised.value, Interrupted)
-    assert not Path(job.output_dir + ".partial").exists()
 
 
 def flip(folder: Path, name: str = "optimizer.pt") -> None:
@@ -751,4 +807,4 @@ def test_no_memory_is_the_environments_failure(job: Pretrain, monkeypatch: pytes
     monkeypatch.setattr(RowTrainer, "training_step", step)
     with pytest.raises(MemoryError, match=r"16777216 bytes.*lower --max-length or --batch-tokens"):
         pretrain(job)
-    assert not Path(f"{job.output_dir}.partial").exists()
+    assert left_behind(job) == ["rows", "rows/rows.i32", "rows/rows.json"]

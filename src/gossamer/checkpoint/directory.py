@@ -23,6 +23,7 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.partial import (
     CHECKPOINTS,
     check_interrupted,
+    clear,
     holds_checkpoint,
     interrupted,
     locked,
@@ -143,11 +144,19 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def derive(
-        self, output: str | Path, job: object, stage: str, *, overwrite: bool = False, resume: bool = False
+        self,
+        output: str | Path,
+        job: object,
+        stage: str,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        kept: str | None = None,
     ) -> Iterator["Derived"]:
         """Write a child directory: whole and renamed into place, or not there at all.
 
-        Only a run that left checkpoints stays in `OUT.partial/` when it fails, for `resume` to go on with.
+        Only a run that left checkpoints stays in `OUT.partial/` when it fails, for `resume` to go on with; of
+        another the folder of the file `kept` stays, once that is there, for the next run to find.
         `job` is the stage's dataclass of options. Raises ConfigError if `output` exists without
         `overwrite` or another process is writing it, CheckpointError if the child lost one of its parent's
         zeros or tensors, Interrupted after Ctrl-C if there is a checkpoint.
@@ -162,14 +171,16 @@ class Checkpoint:
             try:
                 options = {name: value for name, value in record(job).items() if name not in HOW_IT_STARTED}
                 target = Derived(self, output, partial, options, stage)
-                target._begin(resume)
+                target._begin(resume, kept)
                 yield target
                 target._finish()
             except KeyboardInterrupt as error:
                 raise interrupted(partial, error) from error
             finally:
                 if not holds_checkpoint(partial):
-                    shutil.rmtree(partial, ignore_errors=True)
+                    with contextlib.suppress(OSError):  # the directory is not empty if something is kept
+                        clear(partial, kept)
+                        partial.rmdir()
 
 
 class Derived:
@@ -198,10 +209,10 @@ class Derived:
 
             self._stored = Joining(self.shards, parent.architecture)
 
-    def _begin(self, resume: bool) -> None:
-        """Clear the directory of what an earlier run left in it, unless that is to be resumed."""
-        for left in self.path.glob("*") if not resume else ():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    def _begin(self, resume: bool, kept: str | None = None) -> None:
+        """Clear the directory of what an earlier run left in it, unless that is `kept` or to be resumed."""
+        if not resume:
+            clear(self.path, kept)
         for file in companions(self.parent.path):
             shutil.copyfile(file, self.path / file.name)
 

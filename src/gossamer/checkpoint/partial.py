@@ -43,6 +43,14 @@ def check_interrupted(partial: Path, overwrite: bool, resume: bool) -> None:
         )
 
 
+def clear(partial: Path, kept: str | None) -> None:
+    """Delete all that stands in `partial`, but for the folder of the file `kept` if that is there."""
+    spared = None if kept is None or not (partial / kept).is_file() else (partial / kept).parent
+    for left in partial.glob("*"):
+        if left != spared:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def interrupted(partial: Path, error: KeyboardInterrupt) -> KeyboardInterrupt:
     """What to raise after Ctrl-C: Interrupted, which names the newest checkpoint, if there is one."""
     if isinstance(error, Interrupted) or not (steps := checkpoint_steps(partial)):

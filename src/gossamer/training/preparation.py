@@ -9,7 +9,14 @@ from transformers import PreTrainedModel
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.processes import num_processes
 from gossamer.training.gradual import schedule_of
-from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, choose_kernel, masked_linears
+from gossamer.training.kernel_choice import (
+    KernelChoice,
+    TrainingKernel,
+    choose_kernel,
+    masked_linears,
+    refuse_dense,
+    refuse_sharded,
+)
 from gossamer.training.lora import adapt, check_rank
 from gossamer.training.memory import (
     MemoryEstimate,
@@ -19,8 +26,10 @@ from gossamer.training.memory import (
     largest_fitting,
 )
 from gossamer.training.options import TrainingOptions
-from gossamer.training.parallel import from_first, least_of_all
+from gossamer.training.parallel import check_processes, from_first, least_of_all, rows_of_this_process
 from gossamer.training.sparse_linear import sparsify
+from gossamer.training.teacher_cache import check_folder
+from gossamer.training.trainer_contract import check_trainer
 
 SHORTEST_ROW = 128  # tokens, that a row with too little memory is advised to have
 
@@ -29,6 +38,23 @@ def check_model(job: TrainingOptions, source: Checkpoint) -> None:
     """Raise ConfigError for what the job asks for and this model cannot have."""
     schedule_of(job.prune_schedule, source)
     check_rank(job.lora, source)
+
+
+def check_start(job: TrainingOptions, source: Checkpoint, row_length: int | None = None) -> None:
+    """Raise what training or its teacher would, once hours went into the rows: of what is known before.
+
+    That is the version of transformers, the processes that are there, their share of rows of `row_length`
+    tokens, the kernel that is asked for, and what lies where the teacher's cache is to be.
+    """
+    check_trainer()
+    check_processes(job.parallel)
+    if row_length is not None:
+        rows_of_this_process(job.batch_rows(row_length), row_length)
+    if job.kernel == "sparse":
+        if job.parallel == "fsdp":
+            refuse_sharded(job.kernel)
+        refuse_dense(has_zeros=any(source.zeros(f"{name}.weight").any() for name in source.linears))
+    check_folder(job)
 
 
 @dataclass(frozen=True)

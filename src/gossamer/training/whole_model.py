@@ -48,14 +48,17 @@ def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 @contextlib.contextmanager
-def derive_in_first(source: Checkpoint, job: TrainingOptions, stage: str) -> Iterator[Derived]:
+def derive_in_first(
+    source: Checkpoint, job: TrainingOptions, stage: str, kept: str | None = None
+) -> Iterator[Derived]:
     """The child directory that all processes of a run share: the first one writes it.
 
-    The others go through the same motions with one that stores nothing. Raises what `Checkpoint.derive` does.
+    The others go through the same motions with one that stores nothing. `kept` is `Checkpoint.derive`'s, and
+    so is what is raised.
     """
     if is_first():
         with source.derive(
-            job.output_dir, job, stage=stage, overwrite=job.overwrite, resume=job.resume
+            job.output_dir, job, stage=stage, overwrite=job.overwrite, resume=job.resume, kept=kept
         ) as target:
             yield target
     else:
