@@ -10,6 +10,7 @@ rate that you measured, time and cost.
 """
 
 import argparse
+import functools
 import math
 import shlex
 from collections.abc import Sequence
@@ -23,13 +24,16 @@ import instruction
 import summarization
 import torch
 from one_task import fail, parser, run_and_print, sizes_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gossamer.errors import ConfigError, GossamerError
-from gossamer.runs.compress import TRAINED, Step
+from gossamer.runs.compress import Step
 from gossamer.runs.recipe import Files, Sizes, command, examples_of, finetuned, pruned
+from gossamer.stages.finetune import Finetune
 from gossamer.stages.pretrain import Pretrain
-from gossamer.training.memory import estimate_memory
+from gossamer.training.device import MICRO_BATCH_TOKENS
+from gossamer.training.memory import MemoryEstimate, estimate_memory, largest_fitting
+from gossamer.training.trainer import micro_row_counts
 
 TASKS = {module.TASK.name: module.TASK for module in (arithmetic, chat, coding, instruction, summarization)}
 SPARSITY = 0.7
@@ -49,29 +53,42 @@ def examples_by_task(given: Sequence[str]) -> dict[str, Files]:
     return found
 
 
-def memory(model: str, sizes: Sizes, *, teacher: bool) -> str:
+@functools.cache
+def without_weights(model: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
+
+
+def memory(model: str, sizes: Sizes, job: Pretrain | Finetune, gpu_bytes: float) -> str:
     """What training takes of each GPU, from the model's configuration alone, in words.
 
-    FSDP shares out weights, gradients and moments; a micro-batch of one row, and the teacher, are each GPU's.
+    FSDP shares out weights, gradients and moments; the teacher and a micro-batch, which is the largest that
+    fits into `gpu_bytes`, are each GPU's.
     """
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
-    beside = built if teacher else None
-    whole = estimate_memory(built, 1, sizes.max_length, "bf16", device="cuda", teacher=beside)
+    built = without_weights(model)
+    beside = None if job.teacher is None else built
     own = sum(weight.nbytes for weight in built.parameters())
-    shared = {
-        name: math.ceil(getattr(whole, name) / sizes.num_processes) for name in ("gradients", "moments")
-    }
-    weights = whole.weights - own + math.ceil(own / sizes.num_processes)
-    return replace(whole, weights=weights, **shared).parts()
+
+    def estimate(num_rows: int) -> MemoryEstimate:
+        whole = estimate_memory(built, num_rows, job.max_length, "bf16", device="cuda", teacher=beside)
+        shared = {
+            name: math.ceil(getattr(whole, name) / sizes.num_processes) for name in ("gradients", "moments")
+        }
+        weights = whole.weights - own + math.ceil(own / sizes.num_processes)
+        return replace(whole, weights=weights, **shared)
+
+    own_rows = max(1, job.batch_rows(job.max_length) // sizes.num_processes)
+    counts = micro_row_counts(own_rows, job.max_length, MICRO_BATCH_TOKENS["cuda"])
+    num_rows = largest_fitting(counts, estimate, int(gpu_bytes))
+    return f"{estimate(num_rows).parts()} in micro-batches of {num_rows * job.max_length:,} tokens"
 
 
 def print_plan(given: argparse.Namespace, sizes: Sizes, steps: Sequence[Step]) -> None:
     speed, hours = given.tokens_per_s, 0.0
     for number, step in enumerate(steps, 1):
         print(f"# {number}. {step.stage} -> {step.output}")
-        if step.stage in TRAINED:
-            needed = memory(given.model, sizes, teacher=getattr(step.job, "teacher", None) is not None)
+        if isinstance(step.job, Pretrain | Finetune):
+            needed = memory(given.model, sizes, step.job, given.gpu_gb * 1e9)
             print(f"#    each of {sizes.num_processes} GPUs: about {needed}")
         if isinstance(step.job, Pretrain) and speed:
             took = step.job.num_tokens / (speed * sizes.num_processes) / 3600
@@ -96,6 +113,7 @@ def main() -> None:
     options = parser("The paper's whole run of Llama-2-7B to 70% zeros.")
     options.add_argument("--examples", nargs="*", default=[], metavar="TASK=TRAIN,TEST")
     options.add_argument("--tokens-per-s", type=float, help="that a GPU trains, as you measured it")
+    options.add_argument("--gpu-gb", type=float, default=80, help="memory of a GPU, for the plan")
     options.add_argument("--price", type=float, help="of an hour of a GPU")
     given = options.parse_args()
     output, sizes = given.output_dir, sizes_of(given, SPARSITY)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.data.mixture import Mixture
-from gossamer.data.packing import ROWS, PackedText, pack, pack_once, read_rows
+from gossamer.data.packing import RECORD, ROWS, PackedText, pack, pack_once, read_rows
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.rows import Rows
@@ -118,6 +118,9 @@ def test_what_was_packed_is_taken_again_unless_it_differs(tokenizer: Tokenizer, 
     assert once(seed=0) == first and (tmp_path / "runs" / ROWS).stat().st_mtime_ns == written
     assert first.num_rows == 20 and first.used_up is None
     assert once(seed=1) == first and (tmp_path / "runs" / ROWS).stat().st_mtime_ns != written
+    for record in ("{", "[]", '{"packed": {"num_rows": 20, "new": 1}}'):  # torn, or another version's
+        (tmp_path / "runs" / RECORD).write_text(record)
+        assert once(seed=1) == first
     (tmp_path / "runs" / ROWS).write_bytes(b"cut")
     assert once(seed=1) == first and (tmp_path / "runs" / ROWS).stat().st_size == first.num_bytes
 

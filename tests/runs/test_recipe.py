@@ -78,9 +78,7 @@ def test_what_a_later_step_refuses_is_said_before_the_first(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = ["--examples", f"code={tmp_path}/code.jsonl,{tmp_path}/code.jsonl"]
-    (tmp_path / "code.jsonl").write_text(
-        json.dumps({"instruction": "Greet.", "output": "print('hello')"})
-    )
+    (tmp_path / "code.jsonl").write_text(json.dumps({"instruction": "Greet.", "output": "print('hello')"}))
     for wrong, message in (
         (["--batch-tokens", "0"], "--batch-tokens 0: expected at least"),  # of training; pruning has none
         (code, "--allow-code-execution"),
@@ -115,6 +113,9 @@ def test_the_plan_has_commands_memory_time_and_cost(
     )
     assert "360,000 tokens: 0.2 hours, 2.00 at 2 a GPU-hour" in printed
     assert "pretraining: 0.8 hours, 6.00 at 2 a GPU-hour, at 100 tokens/s a GPU" in printed
+    assert printed.count("in micro-batches of 128 tokens") == 4  # a quarter of a step of 8 rows
+    crowded = [*given, "--gpu-gb", "0.001"]
+    assert run("llama2_7b_70.py", crowded, monkeypatch, capsys).count("in micro-batches of 64 tokens") == 2
     assert (
         "each of 4 GPUs: about" in printed
         and "-m torch.distributed.run --nproc-per-node 4 -m gossamer pretrain" in printed

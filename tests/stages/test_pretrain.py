@@ -1,5 +1,6 @@
 """`pretrain`: directory to directory, zeros kept; nothing is left behind when it fails."""
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.report import Event, quiet
+from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
 
 Llamas = Callable[[str], Path]
@@ -97,11 +99,54 @@ def test_teacher_adds_its_loss(tiny_llama: Llamas, tmp_path: Path, text: str) ->
     assert taught.losses[0] > alone.losses[0] + 0.01
 
 
-def test_a_loss_that_is_not_finite_leaves_nothing(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:
+def test_a_loss_that_is_not_finite_leaves_the_rows_alone(
+    tiny_llama: Llamas, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "work").mkdir()
     with pytest.raises(ConfigError, match="lower --learning-rate"):
         pretrain(job(tiny_llama("llama2"), tmp_path / "work" / "out", text, learning_rate=1e18), quiet)
-    assert not list((tmp_path / "work").iterdir())
+    left = [str(path.relative_to(tmp_path / "work")) for path in (tmp_path / "work").rglob("*.*")]
+    assert sorted(left) == ["out.partial.rows", "out.partial.rows/rows.i32", "out.partial.rows/rows.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "num_processes", "message"),
+    [
+        ({"batch_tokens": 8 * 32}, "3", "8 rows of 32 tokens, which 3 processes cannot share"),
+        ({"parallel": "fsdp"}, "1", "--parallel fsdp found one process"),
+        ({"kernel": "sparse"}, "1", "--kernel sparse: found no zeros"),
+        ({"kernel": "sparse", "parallel": "fsdp"}, "2", "kernel sparse: found weights sharded by FSDP"),
+        ({"teacher_cache": "text.txt"}, "1", "--teacher-cache is .*text.txt, a file"),
+        ({"teacher_cache": "."}, "1", r"--teacher-cache .* holds something else \(text.txt\)"),
+    ],
+)
+def test_what_needs_no_rows_is_refused_before_they_are_packed(
+    tiny_llama: Llamas,
+    tmp_path: Path,
+    text: str,
+    change: dict[str, str],
+    num_processes: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of several processes too, which need not be joined for it."""
+    model = tiny_llama("llama2")
+    if "teacher_cache" in change:
+        change = {"teacher_cache": str(tmp_path / change["teacher_cache"]), "teacher": str(model)}
+    monkeypatch.setenv("WORLD_SIZE", num_processes)
+    monkeypatch.setattr(pretrain_module, "pack_once", None)
+    with pytest.raises((ConfigError, UnsupportedError), match=message):
+        inspect.unwrap(pretrain)(job(model, tmp_path / "out", text, **change))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_several_gpus_of_one_process_are_refused_before_the_rows_are_packed(
+    tiny_llama: Llamas, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(pretrain_module, "pack_once", None)
+    with pytest.raises(UnsupportedError, match="found 2 GPUs and one process"):
+        pretrain(job(tiny_llama("llama2"), tmp_path / "out", text))
 
 
 @pytest.mark.parametrize(

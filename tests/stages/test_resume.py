@@ -28,15 +28,19 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gossamer import _native
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.resumable import _sha256, _write_record, damage
+from gossamer.data import packing
 from gossamer.errors import CheckpointError, ConfigError, GossamerError, Interrupted, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.stages import pretrain as pretrain_module
 from gossamer.stages.pretrain import Pretrain, pretrain
-from gossamer.training import interruption, kernel_choice, parallel, trainer
+from gossamer.training import interruption, kernel_choice, parallel, preparation, trainer
 from gossamer.training.adamw import AdamW
+from gossamer.training.memory import estimate_memory
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.sparse_linear import SparseLinear
+from gossamer.training.whole_model import load_model
 from short_run import NUM_STEPS, model_and_text, short_run, weights
 from two_processes import one_of_three, one_of_two
 
@@ -215,6 +219,57 @@ def test_a_run_by_a_teacher_that_was_written_down_resumes_to_the_same_bits(
     assert not (Path(cached.output_dir) / "rows").exists()
 
 
+@pytest.fixture
+def make_room(job: Pretrain, monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """rows -> from now on there is memory for micro-batches of so many of the job's rows, or for any."""
+    model = load_model(Checkpoint.open(job.model))
+
+    def make(num_rows: int | None) -> None:
+        found = None if num_rows is None else int(estimate_memory(model, num_rows, 32, "f32").total / 0.9) + 1
+        monkeypatch.setattr(preparation, "available_bytes", lambda device: found)
+
+    return make
+
+
+def test_micro_batches_stay_those_that_fitted_when_the_run_began(
+    job: Pretrain, make_room: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    """Whatever fits when it goes on; with less than they need that is said, and what may be changed."""
+    whole = replace(job, output_dir=str(tmp_path / "whole"))
+    said: list[str] = []
+
+    def listen(event: Event) -> None:
+        said.extend(event.message.split(", in ")[-1] for _ in range(event.lasting))
+
+    make_room(2)
+    pretrain(whole, listen)
+    folder = interrupt(job)
+    assert json.loads((folder / "checkpoint-6/checkpoint.json").read_text())["micro_rows"] == 2
+    make_room(1)
+    again = "--activation-checkpointing keeps .*; --overwrite starts anew, .*; free memory"
+    with pytest.raises(ConfigError, match=f"for 64 tokens at a time; found .* available: {again}"):
+        pretrain(replace(job, resume=True))
+    make_room(None)
+    pretrain(replace(job, resume=True), listen)
+    assert said == ["micro-batches of 64 tokens (more do not fit)", "micro-batches of 64 tokens"]
+    assert weights(job) == weights(whole)
+
+
+def test_a_run_from_before_micro_batches_were_fitted_keeps_the_usual_ones(
+    job: Pretrain, uninterrupted: Callable[..., str], make_room: Callable[[int | None], None]
+) -> None:
+    newest = interrupt(job) / "checkpoint-6"
+    record = json.loads((newest / "checkpoint.json").read_text())
+    assert record.pop("micro_rows") == 8 and record.pop("digest")
+    _write_record(newest, record)
+    make_room(2)
+    with pytest.raises(ConfigError, match="for 256 tokens at a time; found"):
+        pretrain(replace(job, resume=True))
+    make_room(None)
+    pretrain(replace(job, resume=True))
+    assert weights(job) == uninterrupted()
+
+
 def test_moments_and_values_are_gone_when_dense_weights_come_back(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +297,7 @@ def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with what it began with; that is said before anything is sharded."""
+    monkeypatch.setattr(preparation, "check_processes", lambda _: None)  # one is enough to be refused
     monkeypatch.setattr(kernel_choice, "_seconds", lambda *_: (0.3, 0.1))
     job = replace(job, kernel="auto")
     interrupt(job)
@@ -249,9 +305,69 @@ def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
         pretrain(replace(job, resume=True, parallel="fsdp"))
 
 
-def test_ctrl_c_before_the_first_step_is_done_leaves_nothing(
+def left_behind(job: Pretrain) -> list[str]:
+    """What is in `OUT.partial`, and in the folder beside it that packed rows are put into."""
+    partial, aside = (Path(job.output_dir + end) for end in (".partial", ".partial.rows"))
+    inside = sorted(str(path.relative_to(partial)) for path in partial.rglob("*"))
+    return inside + sorted(f"beside: {path.name}" for path in aside.rglob("*"))
+
+
+def test_ctrl_c_before_the_first_step_is_done_leaves_the_rows(
+    job: Pretrain, uninterrupted: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no run to be resumed; the next run takes them, unless its data are others."""
+    text = tmp_path / "other.txt"
+    text.write_text(Path(job.dataset[0]).read_text(encoding="utf-8") * 2, encoding="utf-8")
+    before = Path(job.output_dir + ".partial.rows/rows.i32")
+    with monkeypatch.context() as patch:
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            pretrain(job)
+        assert not isinstance(raised.value, Interrupted)
+        assert left_behind(job) == ["beside: rows.i32", "beside: rows.json"]
+        with pytest.raises(ConfigError, match="--resume: found no interrupted run in"):
+            pretrain(replace(job, resume=True))
+        written = before.stat().st_mtime_ns
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(replace(job, seed=1))
+        assert before.stat().st_mtime_ns > written
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(replace(job, dataset=(str(text),)))
+        assert left_behind(job) == ["beside: rows.i32", "beside: rows.json"]
+        press_control_c_in_the_first_step(patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(job)
+    events: list[Event] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "pack", None)
+        pretrain(job, events.append)
+    assert "the rows are those that an earlier run packed" in [
+        event.message for event in events if event.lasting
+    ]
+    assert weights(job) == uninterrupted() and not (Path(job.output_dir) / "rows").exists()
+
+
+def test_a_run_that_fails_while_it_packs_leaves_nothing(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(packing, "REPORT_ROWS", 10)
+    seen: list[tuple[float, float]] = []
+
+    def stop(event: Event) -> None:
+        if event.done:
+            seen.append((event.done, event.total))
+            if event.done == 30:
+                raise Stop
+
+    with pytest.raises(Stop):
+        pretrain(job, stop)
+    assert seen == [(10, 96), (20, 96), (30, 96)]
+    assert not Path(job.output_dir + ".partial").exists()
+
+
+def press_control_c_in_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trainer.MICRO_BATCH_TOKENS, "cpu", 64)
     compute_loss = RowTrainer.compute_loss
 
@@ -262,10 +378,6 @@ def test_ctrl_c_before_the_first_step_is_done_leaves_nothing(
 
     pressed: list[None] = []
     monkeypatch.setattr(RowTrainer, "compute_loss", press_control_c)
-    with pytest.raises(KeyboardInterrupt) as raised:
-        pretrain(job)
-    assert not isinstance(raised.value, Interrupted)
-    assert not Path(job.output_dir + ".partial").exists()
 
 
 def flip(folder: Path, name: str = "optimizer.pt") -> None:
@@ -695,6 +807,6 @@ def test_no_memory_is_the_environments_failure(job: Pretrain, monkeypatch: pytes
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16777216 bytes")
 
     monkeypatch.setattr(RowTrainer, "training_step", step)
-    with pytest.raises(MemoryError, match=r"16777216 bytes.*lower --max-length and --batch-tokens"):
+    with pytest.raises(MemoryError, match=r"16777216 bytes.*lower --max-length or --batch-tokens"):
         pretrain(job)
-    assert not Path(f"{job.output_dir}.partial").exists()
+    assert left_behind(job) == ["beside: rows.i32", "beside: rows.json"]

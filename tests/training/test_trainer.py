@@ -1,6 +1,7 @@
 """Rows of tokens and the trainer that eats them, against transformers run example by example."""
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import record
 from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
+from gossamer.training import preparation
+from gossamer.training.memory import estimate_memory
+from gossamer.training.row_trainer import RowTrainer
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.teacher import Teacher
 from gossamer.training.trainer import train
@@ -178,6 +182,51 @@ def test_training_is_deterministic_and_learns(model: LlamaForCausalLM, target: D
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert [event.done for event in events if event.total] == list(range(1, 17))
     assert events[-1].metrics["learning_rate"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_micro_batches_are_as_large_as_memory_has_room_for(
+    model: LlamaForCausalLM, target: Derived, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to a row, and the steps stay the same; below that it says what to do in the options' words."""
+    rows, seen, losses = Rows(np.tile(np.arange(2, 34, dtype=np.int32), (24, 1))), [], []
+    job, compute_loss = replace(JOB, batch_tokens=12 * 32), RowTrainer.compute_loss
+
+    def watch(trainer: RowTrainer, model: Any, inputs: Any, *more: Any, **named: Any) -> Any:
+        seen.append(len(inputs["input_ids"]))
+        return compute_loss(trainer, model, inputs, *more, **named)
+
+    monkeypatch.setattr(RowTrainer, "compute_loss", watch)
+
+    def largest(num_bytes: int, **changes: Any) -> int:
+        seen.clear()
+        monkeypatch.setattr(preparation, "available_bytes", lambda device: num_bytes)
+        events: list[Event] = []
+        history = train(replace(job, **changes), copy.deepcopy(model), rows, target, events.append)
+        losses.append(history.losses)
+        [said] = [event.message for event in events if event.lasting]
+        assert f"in micro-batches of {32 * seen[0]} tokens" in said
+        assert seen == [seen[0]] * (24 // seen[0]) and ("(more do not fit)" in said) == (seen[0] < 12)
+        return seen[0]
+
+    needed = [estimate_memory(model, count, 32, "f32").total for count in (1, 2, 3, 4, 6, 12)]
+    assert largest(needed[5]) == 12 and largest(needed[5] - 1) == 6
+    assert largest(math.ceil(needed[2] / 0.9)) == 3
+    assert largest(needed[0]) == 1
+    assert all(each == pytest.approx(losses[0], rel=1e-5) for each in losses)
+    with pytest.raises(ConfigError, match="for 32 tokens at a time") as raised:
+        largest(needed[0] - 1)
+    assert "--activation-checkpointing" in str(raised.value) and "--batch" not in str(raised.value)
+
+
+def test_a_row_that_does_not_fit_is_advised_to_be_shorter(
+    model: LlamaForCausalLM, target: Derived, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, teacher = Rows(np.ones((2, 1024), np.int32)), Teacher(copy.deepcopy(model), "hash")
+    needed = estimate_memory(model, 1, 256, "f32", teacher=teacher.model, recompute=True).total
+    monkeypatch.setattr(preparation, "available_bytes", lambda device: needed)
+    advice = "lower --max-length to 256 or less; --teacher-cache FOLDER asks the .*; free memory"
+    with pytest.raises(ConfigError, match=f"for 1,024 tokens at a time; found .* available: {advice}"):
+        train(replace(JOB, activation_checkpointing=True), model, rows, target, quiet, teacher)
 
 
 @pytest.mark.parametrize("kernel", ["dense", "sparse"])

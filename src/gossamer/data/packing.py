@@ -9,10 +9,12 @@ is stored as ~id, which is negative, so that attention and loss end at its borde
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -27,6 +29,7 @@ from gossamer.tokens.tokenizer import Tokenizer
 
 FOLDER, ROWS, RECORD = "rows", "rows.i32", "rows.json"  # in the directory of a run, while it lasts
 BATCH_PIECES = 256
+REPORT_ROWS = 1024
 CHARACTERS_A_TOKEN = 4  # about, so that pieces of documents fill about a row
 
 
@@ -53,10 +56,18 @@ class PackedText:
         return 4 * self.num_rows * self.row_length
 
 
-def pack(mixture: Mixture, tokenizer: Tokenizer, row_length: int, max_rows: int, file: Path) -> PackedText:
+def pack(
+    mixture: Mixture,
+    tokenizer: Tokenizer,
+    row_length: int,
+    max_rows: int,
+    file: Path,
+    report: Callable[[int], None] = lambda num_rows: None,
+) -> PackedText:
     """Write at most `max_rows` rows of `row_length` tokens; what would not fill a row is left out.
 
-    Raises ConfigError where there is not one row.
+    report: is told after every `REPORT_ROWS` rows how many there are. Raises ConfigError where there is not
+    one row.
     """
     bos, always, digest = [tokenizer.required_bos()], tokenizer.adds_bos, hashlib.sha256()
     row_T, used, num_rows, num_truncated = np.empty(row_length, np.int32), 0, 0, 0
@@ -78,8 +89,12 @@ def pack(mixture: Mixture, tokenizer: Tokenizer, row_length: int, max_rows: int,
                     stream.write(row_T.data)
                     digest.update(row_T.data)
                     used, num_rows = 0, num_rows + 1
+                    if num_rows % REPORT_ROWS == 0:
+                        report(num_rows)
             if num_rows == max_rows:
                 break
+        stream.flush()
+        os.fsync(stream.fileno())
     if not num_rows:
         raise ConfigError(
             f"the dataset holds {sum(num_tokens)} tokens, which do not fill a row of {row_length}; give more "
@@ -103,28 +118,32 @@ def pack_once(
     max_rows: int,
     folder: Path,
     decided: Mapping[str, Any],
+    report: Callable[[int], None] = lambda num_rows: None,
 ) -> PackedText:
     """What an earlier run packed into `folder` if all that `decided` its rows was the same, else packed now.
 
-    Raises OSError where the disk has no room for the rows.
+    `report` is `pack`'s. Raises OSError where the disk has no room for the rows.
     """
     decided = {**decided, "row_length": row_length, "max_rows": max_rows}
     file, record = folder / ROWS, folder / RECORD
     if record.is_file() and file.is_file():
-        found = json.loads(record.read_text(encoding="utf-8"))
-        packed = PackedText(**found["packed"])
-        if found["decided"] == json.loads(json.dumps(decided)) and file.stat().st_size == packed.num_bytes:
-            return packed
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # another version's record is no use
+            found = json.loads(record.read_text(encoding="utf-8"))
+            packed, same = PackedText(**found["packed"]), found["decided"] == json.loads(json.dumps(decided))
+            if same and file.stat().st_size == packed.num_bytes:
+                return packed
     folder.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     try:
-        packed = pack(mixture, tokenizer, row_length, max_rows, file)
+        packed = pack(mixture, tokenizer, row_length, max_rows, file, report)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         advice = "no room for the text's tokens, 4 bytes each: make some, or lower --num-tokens"
         raise OSError(errno.ENOSPC, advice, str(file)) from error
-    record.write_text(json.dumps({"decided": decided, "packed": asdict(packed)}), encoding="utf-8")
+    staged = folder / f"{RECORD}.new"
+    staged.write_text(json.dumps({"decided": decided, "packed": asdict(packed)}), encoding="utf-8")
+    staged.replace(record)
     return packed
 
 

@@ -15,7 +15,7 @@ from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options, inherited
 from gossamer.training.parallel import from_first, in_every_process
-from gossamer.training.preparation import check_model
+from gossamer.training.preparation import check_model, check_start
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.teacher import open_teacher
 from gossamer.training.teacher_cache import teacher_for
@@ -46,6 +46,7 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
     source = Checkpoint.open(job.model, offline=job.offline)
     check(job, source)
+    check_start(job, source)
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "finetune") as target:
         target.data = [manifest(name, offline=job.offline) for name in job.dataset]

@@ -9,7 +9,7 @@ from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.data.mixture import Mixture
-from gossamer.data.packing import CHARACTERS_A_TOKEN, FOLDER, PackedText, pack_once, read_rows
+from gossamer.data.packing import CHARACTERS_A_TOKEN, FOLDER, RECORD, PackedText, pack_once, read_rows
 from gossamer.data.presets import expand
 from gossamer.data.sources import manifest
 from gossamer.data.tables import BadRows
@@ -21,7 +21,7 @@ from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, in_every_process
-from gossamer.training.preparation import check_model
+from gossamer.training.preparation import check_model, check_start
 from gossamer.training.rows import Rows
 from gossamer.training.teacher import open_teacher
 from gossamer.training.teacher_cache import teacher_for
@@ -44,10 +44,12 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
     source = Checkpoint.open(job.model, offline=job.offline)
     check(job, source)
+    length = min(job.max_length, source.architecture.max_position_embeddings)
+    check_start(job, source, length)
     job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
-    with derive_in_first(source, job, "pretrain") as target:
-        rows = _rows(job, source, target, progress)
+    with derive_in_first(source, job, "pretrain", kept=f"{FOLDER}/{RECORD}") as target:
+        rows = _rows(job, source, target, length, progress)
         teacher = teacher_for(job, directory, rows, "pretrain", progress)
         model = load_model(source)
         history = train(job, model, rows, target, progress, teacher)
@@ -59,9 +61,8 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     return from_first(lambda: history.result(job.output_dir, target.sparsity))
 
 
-def _rows(job: Pretrain, source: Checkpoint, target: Derived, progress: Progress) -> Rows:
-    """Whole rows for `num_tokens` (rounded up), packed before training begins, in the run's own folder."""
-    length = min(job.max_length, source.architecture.max_position_embeddings)
+def _rows(job: Pretrain, source: Checkpoint, target: Derived, length: int, progress: Progress) -> Rows:
+    """Whole rows of `length` tokens for `num_tokens` (rounded up), packed in the run's own folder."""
     data = from_first(lambda: [manifest(name, offline=job.offline) for name in job.dataset])
     packed = from_first(lambda: _packed(job, source, target, length, data, progress))
     target.data = [
@@ -81,7 +82,8 @@ def _packed(
     progress: Progress,
 ) -> PackedText:
     max_rows = math.ceil(job.num_tokens / length)
-    progress(Event("pretrain", f"tokenizing {max_rows * length:,} tokens"))
+    tokenizing = f"tokenizing {max_rows * length:,} tokens"
+    progress(Event("pretrain", tokenizing))
     tokenizer, bad = Tokenizer.open(source.path), BadRows(job.skip_bad_rows)
     mixture = Mixture(
         job.dataset,
@@ -97,7 +99,17 @@ def _packed(
         "tokenizer": hashlib.sha256(tokenizer.bytes).hexdigest(),
         **{name: getattr(job, name) for name in ("seed", "repeat", "truncate", "skip_bad_rows")},
     }
-    packed = pack_once(mixture, tokenizer, length, max_rows, target.path / FOLDER, decided)
+    packed = pack_once(
+        mixture,
+        tokenizer,
+        length,
+        max_rows,
+        target.path / FOLDER,
+        decided,
+        lambda num_rows: progress(Event("pretrain", tokenizing, num_rows, max_rows)),
+    )
+    if not job.resume and not any(mixture.num_documents):
+        progress(Event("pretrain", "the rows are those that an earlier run packed", lasting=True))
     for note in _notes(job, packed, bad):
         progress(Event("pretrain", note, lasting=True))
     return packed

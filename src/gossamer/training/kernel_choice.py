@@ -62,17 +62,22 @@ def choose_kernel(
         return KernelChoice("dense", "FSDP shards the weights")
     linears = masked_linears(model)
     if wanted == "sparse":
-        if not linears:
-            raise ConfigError(
-                "--kernel sparse: found no zeros in the decoder's linears; expected a pruned model: run "
-                "`gossamer prune` first, or train with --kernel dense"
-            )
+        refuse_dense(has_zeros=bool(linears))
         return KernelChoice("sparse", "asked for")
     if not linears:
         return KernelChoice("dense", "the model has no zeros")
     if device != "cpu":
         return KernelChoice("dense", "a GPU multiplies dense matrices either way")
     return _measured(linears, precision, num_tokens)
+
+
+def refuse_dense(*, has_zeros: bool) -> None:
+    """Raise ConfigError for a model that the sparse training kernel has nothing to leave out of."""
+    if not has_zeros:
+        raise ConfigError(
+            "--kernel sparse: found no zeros in the decoder's linears; expected a pruned model: run "
+            "`gossamer prune` first, or train with --kernel dense"
+        )
 
 
 def refuse_sharded(kernel: str) -> None:

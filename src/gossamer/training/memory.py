@@ -23,7 +23,7 @@ counts.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -42,6 +42,8 @@ from gossamer.training.lora import LowRankLinear, adapters
 from gossamer.training.masks import local
 from gossamer.training.parallel import is_first
 from gossamer.training.sparse_linear import SparseLinear
+
+SPARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,25 +108,33 @@ def estimate_memory(
     return replace(step, saving=max(0, _saved_bytes(model, device) - freed))
 
 
+def largest_fitting(
+    row_counts: Sequence[int], estimate: Callable[[int], MemoryEstimate], available: int | None
+) -> int:
+    """The first of `row_counts`, which fall, whose `estimate` fits into what is available; else the last.
+
+    One that is smaller than the first leaves `SPARE` of it free, as estimates are near and not exact, unless
+    there is none smaller. available: in bytes; None if that is not known, and the first is taken.
+    """
+    for num_rows in row_counts[:-1]:
+        share = 1 if num_rows == row_counts[0] else 1 - SPARE
+        if available is None or estimate(num_rows).total <= share * available:
+            return num_rows
+    return row_counts[-1]
+
+
 def check_memory(
     estimate: MemoryEstimate, available: int, num_tokens: int, advice: Sequence[str] = ()
 ) -> None:
-    """Raise ConfigError, with the numbers and what to lower, if more memory is needed than is available.
+    """Raise ConfigError, with the numbers and what to do, if more memory is needed than is available.
 
-    num_tokens: of a micro-batch; advice: what else the run could do with less memory, a clause each.
+    num_tokens: of a micro-batch; advice: what the run could do with less memory, a clause each.
     """
     if estimate.total <= available:
         return
-    fitting = (available - estimate.total + estimate.micro_batch) * num_tokens // max(1, estimate.micro_batch)
-    first = (
-        f"lower --max-length and --batch-tokens to {fitting // 16 * 16} or less (a micro-batch has "
-        f"{num_tokens} tokens now)"
-        if fitting >= 16
-        else "free memory, or train a smaller model"
-    )
     raise ConfigError(
-        f"training needs about {estimate.parts()}; found {_gb(available)} available: "
-        f"{'; '.join([first, *advice])}"
+        f"training needs about {estimate.parts()} for {num_tokens:,} tokens at a time; found "
+        f"{_gb(available)} available: {'; '.join([*advice, 'free memory, or train a smaller model'])}"
     )
 
 

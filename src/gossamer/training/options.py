@@ -86,6 +86,10 @@ class TrainingOptions(ThreadOptions):
     overwrite: bool = option(False, help="replace the output directory")
     offline: bool = option(False, help="never touch the network")
 
+    def batch_rows(self, row_length: int) -> int:
+        """The rows of an optimizer step, of all processes."""
+        return max(1, self.batch_tokens // row_length)
+
 
 def inherited(parent: type, name: str, default: Any) -> Any:
     """The option `name` of the dataclass `parent`, with another default."""

@@ -103,6 +103,15 @@ def any_process(wish: bool) -> bool:
     return bool(wishes.item())
 
 
+def least_of_all(number: int) -> int:
+    """The least `number` of all processes; every process must call this at the same point."""
+    if num_processes() == 1:
+        return number
+    numbers = torch.tensor([number], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(numbers, dist.ReduceOp.MIN)
+    return int(numbers.item())
+
+
 def wait_for_all() -> None:
     """Return when every process has called this."""
     if num_processes() > 1:
@@ -148,25 +157,32 @@ def rows_of_this_process(batch_rows: int, row_length: int) -> int:
     return batch_rows // count
 
 
-def distribute(model: PreTrainedModel, parallel: Parallel) -> None:
-    """Shard the model in place for `fsdp`. For `ddp` leave it whole: the Trainer wraps it.
-
-    Raises UnsupportedError for one process with several GPUs and for a transformers that does not know
-    sharded models, ConfigError for `fsdp` in one process.
-    """
-    if num_processes() == 1 and torch.cuda.device_count() > 1:
+def check_processes(parallel: Parallel) -> None:
+    """Raise UnsupportedError for one process with several GPUs, ConfigError for `fsdp` in one process."""
+    if num_processes() > 1:
+        return
+    if torch.cuda.device_count() > 1:
         raise UnsupportedError(
             f"found {torch.cuda.device_count()} GPUs and one process; start one for each: torchrun "
             "--nproc-per-node gpu -m gossamer ..., or choose a GPU with CUDA_VISIBLE_DEVICES"
         )
+    if parallel == "fsdp":
+        raise ConfigError("--parallel fsdp found one process; start several with torchrun, or leave it out")
+
+
+def distribute(model: PreTrainedModel, parallel: Parallel) -> None:
+    """Shard the model in place for `fsdp`. For `ddp` leave it whole: the Trainer wraps it.
+
+    Raises what `check_processes` does, and UnsupportedError for a transformers that does not know sharded
+    models.
+    """
+    check_processes(parallel)
     if parallel == "fsdp":
         _shard(model)
 
 
 def _shard(model: PreTrainedModel) -> None:
     """Shard with FSDP2: each decoder layer is a group of its own, all other weights are the root's group."""
-    if num_processes() == 1:
-        raise ConfigError("--parallel fsdp found one process; start several with torchrun, or leave it out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (num_processes(),))
     for layer in decoder_layers(model):

@@ -1,24 +1,60 @@
 """What is done before the first step: choose the training kernel and check that the run fits into memory."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from transformers import PreTrainedModel
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.job.processes import num_processes
 from gossamer.training.gradual import schedule_of
-from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, choose_kernel, masked_linears
+from gossamer.training.kernel_choice import (
+    KernelChoice,
+    TrainingKernel,
+    choose_kernel,
+    masked_linears,
+    refuse_dense,
+    refuse_sharded,
+)
 from gossamer.training.lora import adapt, check_rank
-from gossamer.training.memory import MemoryEstimate, available_bytes, check_memory, estimate_memory
+from gossamer.training.memory import (
+    MemoryEstimate,
+    available_bytes,
+    check_memory,
+    estimate_memory,
+    largest_fitting,
+)
 from gossamer.training.options import TrainingOptions
-from gossamer.training.parallel import from_first
+from gossamer.training.parallel import check_processes, from_first, least_of_all, rows_of_this_process
 from gossamer.training.sparse_linear import sparsify
+from gossamer.training.teacher_cache import check_folder
+from gossamer.training.trainer_contract import check_trainer
+
+SHORTEST_ROW = 128  # tokens, that a row with too little memory is advised to have
 
 
 def check_model(job: TrainingOptions, source: Checkpoint) -> None:
     """Raise ConfigError for what the job asks for and this model cannot have."""
     schedule_of(job.prune_schedule, source)
     check_rank(job.lora, source)
+
+
+def check_start(job: TrainingOptions, source: Checkpoint, row_length: int | None = None) -> None:
+    """Raise what training or its teacher would, once hours went into the rows: of what is known before.
+
+    That is the version of transformers, the processes that are there, their share of rows of `row_length`
+    tokens, the kernel that is asked for, and what lies where the teacher's cache is to be.
+    """
+    check_trainer()
+    check_processes(job.parallel)
+    if row_length is not None:
+        rows_of_this_process(job.batch_rows(row_length), row_length)
+    if job.kernel == "sparse":
+        if job.parallel == "fsdp":
+            refuse_sharded(job.kernel)
+        refuse_dense(has_zeros=any(source.zeros(f"{name}.weight").any() for name in source.linears))
+    check_folder(job)
 
 
 @dataclass(frozen=True)
@@ -60,36 +96,72 @@ def prepare(
     job: TrainingOptions,
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
-    batch: MicroBatch,
+    batches: Sequence[MicroBatch],
     kernel: TrainingKernel,
-) -> MemoryEstimate:
-    """Replace layers of `model` as the training kernel or --lora needs it.
+) -> tuple[MicroBatch, MemoryEstimate]:
+    """Replace layers of `model` as the training kernel or --lora needs it, and choose the micro-batch.
 
-    `sparse_linear.densify` and `lora.merge` undo it.
+    `sparse_linear.densify` and `lora.merge` undo the former.
 
-    Returns what the run will take beyond what it holds already.
+    batches: those that may be chosen, the largest first; they differ in their rows alone.
 
-    Raises ConfigError if there is too little memory.
+    Returns the largest that fits into the memory of every process, and what the run will take with it beyond
+    what it holds already.
+
+    Raises ConfigError if there is too little memory for the smallest one.
     """
-    must_be_dense = job.parallel == "fsdp" or job.prune_schedule is not None or job.lora is not None
-    advice = list[str]()
-    if kernel == "dense" and not must_be_dense and masked_linears(model):
-        advice.append("--kernel sparse needs no gradients and moments of zeros")
-    if not job.activation_checkpointing:
-        advice.append("--activation-checkpointing keeps of each layer only what goes in")
+    has_zeros = bool(masked_linears(model))
     if job.lora is not None:
         adapt(model, job.lora, job.seed)
     if kernel == "sparse":
         sparsify(model, masked_linears(model))
-    estimate = estimate_memory(
-        model,
-        batch.num_rows,
-        batch.row_length,
-        batch.precision,
-        device=batch.device,
-        teacher=teacher,
-        recompute=job.activation_checkpointing,
-    )
-    if (available := available_bytes(batch.device)) is not None:
-        check_memory(estimate, available, batch.num_tokens, advice)
-    return estimate
+    largest, available = batches[0], available_bytes(batches[0].device)
+
+    def estimate(num_rows: int, row_length: int = largest.row_length) -> MemoryEstimate:
+        return estimate_memory(
+            model,
+            num_rows,
+            row_length,
+            largest.precision,
+            device=largest.device,
+            teacher=teacher,
+            recompute=job.activation_checkpointing,
+        )
+
+    num_rows = largest_fitting([batch.num_rows for batch in batches], estimate, available)
+    batch = replace(largest, num_rows=least_of_all(num_rows))
+    needed = estimate(batch.num_rows)
+    if available is not None and needed.total > available:
+        shorter = None if job.resume else _shorter_row(estimate, batch.row_length, available)
+        advice = [] if shorter is None else [f"lower --max-length to {shorter} or less"]
+        advice += _lighter(job, kernel, has_zeros=has_zeros, has_teacher=teacher is not None)
+        check_memory(needed, available, batch.num_tokens, advice)
+    return batch, needed
+
+
+def _shorter_row(
+    estimate: Callable[[int, int], MemoryEstimate], row_length: int, available: int
+) -> int | None:
+    """A half, a quarter ... of `row_length`, of which a row fits; None if not even `SHORTEST_ROW` does."""
+    while (row_length := row_length // 2) >= SHORTEST_ROW:
+        if estimate(1, row_length).total <= available:
+            return row_length
+    return None
+
+
+def _lighter(
+    job: TrainingOptions, kernel: TrainingKernel, *, has_zeros: bool, has_teacher: bool
+) -> Iterator[str]:
+    """What could be given besides; where a run is resumed, only what it may have otherwise than before."""
+    if not job.activation_checkpointing:
+        yield "--activation-checkpointing keeps of each layer only what goes in"
+    if num_processes() > 1 and job.parallel == "ddp" and job.lora is None and kernel == "dense":
+        yield "--parallel fsdp shares weights, gradients and moments among the processes"
+    if job.resume:
+        yield "--overwrite starts anew, with as much at a time as fits now"
+        return
+    if has_teacher:
+        yield "--teacher-cache FOLDER asks the teacher before training, and it is not in memory then"
+    must_be_dense = job.parallel == "fsdp" or job.prune_schedule is not None or job.lora is not None
+    if kernel == "dense" and has_zeros and not must_be_dense:
+        yield "--kernel sparse needs no gradients and moments of zeros"

@@ -175,7 +175,9 @@ class RowTrainer(Trainer):
             if is_first():
                 for file in companions(self.checkpoints.run_dir):
                     shutil.copyfile(file, self.checkpoints.staged(step) / file.name)
-                self.checkpoints.publish(step, {"mask": mask, "kernel": self.kernel})
+                micro_rows = self.args.per_device_train_batch_size
+                began_with = {"kernel": self.kernel, "micro_rows": micro_rows}
+                self.checkpoints.publish(step, {"mask": mask, **began_with})
         finally:
             if is_first():
                 self.checkpoints.discard_staged()

@@ -219,13 +219,16 @@ def teacher_for(
         if torch.cuda.is_available():  # what is freed is torch's still
             torch.cuda.empty_cache()
 
-    _refuse_others_folder(folder, job)
+    check_folder(job)
     from_first(complete)
     return CachedTeacher(folder, wanted)
 
 
-def _refuse_others_folder(folder: Path, job: TrainingOptions) -> None:
-    """Raise ConfigError for a place where a cache would lie among other files, or be replaced by them."""
+def check_folder(job: TrainingOptions) -> None:
+    """Raise ConfigError for a --teacher-cache that would lie among other files, or be replaced by them."""
+    if job.teacher_cache is None:
+        return
+    folder = Path(job.teacher_cache)
     if folder.resolve() == Path(job.output_dir).resolve():
         raise ConfigError(f"--teacher-cache is {folder}, the output directory; give another folder")
     if folder.exists() and not folder.is_dir():

@@ -66,12 +66,13 @@ def train(
     choose_attention(rows.row_length, device, precision, model, teacher_model)
     if job.activation_checkpointing:
         _checkpointing(model, "enable")({"use_reentrant": False})
-    arguments = _arguments(job, rows, device, precision, checkpoints)
-    batch = MicroBatch(arguments.per_device_train_batch_size, rows.row_length, device, precision)
-    choice = decide_kernel(job, model, batch, start.kernel)
-    estimate = prepare(job, model, teacher_model, batch, choice.kernel)
-    memory = f"steps will take about {estimate.parts()} beside the model"
+    batches = _micro_batches(job, rows, device, precision, start.micro_rows)
+    choice = decide_kernel(job, model, batches[0], start.kernel)
+    batch, estimate = prepare(job, model, teacher_model, batches, choice.kernel)
+    tokens = f"{batch.num_tokens:,} tokens" + (" (more do not fit)" if batch != batches[0] else "")
+    memory = f"steps will take about {estimate.parts()} beside the model, in micro-batches of {tokens}"
     _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}; {memory}")
+    arguments = _arguments(job, rows, batch, checkpoints)
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
     shared = rows.padded(num_processes() * batch.num_rows)
@@ -91,13 +92,15 @@ def train(
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a run begins: after `step` steps, with the training kernel that it began with.
+    """Where a run begins: after `step` steps, with the kernel and the micro-batches that it began with.
 
-    `kernel` is None if it is still to be chosen; `notes` are for the user.
+    `kernel` is None if it is still to be chosen, and so is `micro_rows`, the rows of a micro-batch; in a run
+    from before they were fitted to memory it is 0. `notes` are for the user.
     """
 
     step: int = 0
     kernel: TrainingKernel | None = None
+    micro_rows: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -109,7 +112,13 @@ def _find_start(job: TrainingOptions, checkpoints: Checkpoints) -> _Start:
     start = _Start()
     if job.resume:
         step, notes = from_first(checkpoints.newest_sound)
-        start = _Start(step, checkpoints.recorded(step)["kernel"], tuple(notes))
+        found, here = checkpoints.recorded(step), checkpoints.identity.may_differ
+        # Another number of sums is another rounding anyway, and another device has other room.
+        same = all(
+            found["rounds"].get(name) == here[name] for name in ("device", "num_processes", "parallel")
+        )
+        micro_rows = found.get("micro_rows", 0) if same else None
+        start = _Start(step, found["kernel"], micro_rows, tuple(notes))
     if job.parallel == "fsdp":
         refuse_sharded(start.kernel or job.kernel)
     return start
@@ -146,7 +155,10 @@ def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
             trainer.train(resume_from_checkpoint=str(trainer.checkpoints.path(step)) if step else None)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise MemoryError(f"out of memory ({error}); lower --max-length and --batch-tokens") from error
+            raise MemoryError(
+                f"out of memory ({error}); lower --max-length or --batch-tokens (of a step, over all "
+                "processes), or give --activation-checkpointing"
+            ) from error
         raise
     if trainer.state.global_step < trainer.state.max_steps:
         raise _interrupted(trainer)
@@ -244,17 +256,15 @@ def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
 
 
 def _arguments(
-    job: TrainingOptions, rows: Rows, device: str, precision: str, checkpoints: Checkpoints
+    job: TrainingOptions, rows: Rows, batch: MicroBatch, checkpoints: Checkpoints
 ) -> TrainingArguments:
-    batch_rows = max(1, job.batch_tokens // rows.row_length)
-    own_rows = rows_of_this_process(batch_rows, rows.row_length)
-    micro_rows = _micro_rows(own_rows, rows.row_length, MICRO_BATCH_TOKENS[device])
-    num_steps = math.ceil(len(rows) / batch_rows)
+    num_steps = math.ceil(len(rows) / job.batch_rows(rows.row_length))
     return TrainingArguments(
         output_dir=str(checkpoints.staging),
         num_train_epochs=1,
-        per_device_train_batch_size=micro_rows,
-        gradient_accumulation_steps=own_rows // micro_rows,
+        per_device_train_batch_size=batch.num_rows,
+        gradient_accumulation_steps=rows_of_this_process(job.batch_rows(rows.row_length), rows.row_length)
+        // batch.num_rows,
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.lr_schedule,
         warmup_steps=round(job.warmup_ratio * num_steps),
@@ -262,8 +272,8 @@ def _arguments(
         max_grad_norm=job.max_grad_norm,
         adam_beta2=0.95,
         optim="adamw_torch_fused",
-        bf16=precision == "bf16",
-        use_cpu=device == "cpu",
+        bf16=batch.precision == "bf16",
+        use_cpu=batch.device == "cpu",
         seed=job.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -273,12 +283,30 @@ def _arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         train_sampling_strategy="sequential",
-        dataloader_pin_memory=device == "cuda",
+        dataloader_pin_memory=batch.device == "cuda",
         ddp_find_unused_parameters=True,  # keeps DDP from rebuilding its buckets: see parallel.py
     )
 
 
-def _micro_rows(batch_rows: int, row_length: int, limit_tokens: int) -> int:
-    """The largest divisor of `batch_rows` whose rows hold at most `limit_tokens` (at least one row)."""
-    fitting = [n for n in range(1, batch_rows + 1) if batch_rows % n == 0 and n * row_length <= limit_tokens]
-    return max(fitting, default=1)
+def _micro_batches(
+    job: TrainingOptions,
+    rows: Rows,
+    device: str,
+    precision: Literal["f32", "bf16"],
+    began_with: int | None,
+) -> list[MicroBatch]:
+    """The micro-batches that the run may have, the largest first: `micro_row_counts` of a process's rows.
+
+    began_with: the rows of the one that the interrupted run had, which is kept (0: the largest), or None.
+    """
+    own_rows = rows_of_this_process(job.batch_rows(rows.row_length), rows.row_length)
+    counts = micro_row_counts(own_rows, rows.row_length, MICRO_BATCH_TOKENS[device])
+    if began_with is not None:
+        counts = [began_with or counts[0]]
+    return [MicroBatch(count, rows.row_length, device, precision) for count in counts]
+
+
+def micro_row_counts(own_rows: int, row_length: int, limit_tokens: int) -> list[int]:
+    """The divisors of `own_rows` whose rows hold at most `limit_tokens`, and 1; the largest first."""
+    most = max(1, min(own_rows, limit_tokens // row_length))
+    return [count for count in range(most, 0, -1) if own_rows % count == 0]

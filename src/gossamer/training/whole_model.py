@@ -1,6 +1,7 @@
 """A whole model as transformers has it: made of a checkpoint to be trained, and written to another."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.checkpoint.directory import Checkpoint, Derived
+from gossamer.checkpoint.partial import holds_checkpoint
 from gossamer.decoder import model_config, refuse_quantized, tensor, write_tensor
 from gossamer.job.options import record
 from gossamer.job.processes import is_first
@@ -48,18 +50,33 @@ def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTra
 
 
 @contextlib.contextmanager
-def derive_in_first(source: Checkpoint, job: TrainingOptions, stage: str) -> Iterator[Derived]:
+def derive_in_first(
+    source: Checkpoint, job: TrainingOptions, stage: str, kept: str | None = None
+) -> Iterator[Derived]:
     """The child directory that all processes of a run share: the first one writes it.
 
-    The others go through the same motions with one that stores nothing. Raises what `Checkpoint.derive` does.
+    The others go through the same motions with one that stores nothing. Where a run fails before its first
+    checkpoint, the folder of the file `kept` stays as `OUT.partial.<folder>` if that is there, and the next
+    run finds it in its place. Raises what `Checkpoint.derive` does.
     """
+    output = Path(job.output_dir)
     if is_first():
-        with source.derive(
-            job.output_dir, job, stage=stage, overwrite=job.overwrite, resume=job.resume
-        ) as target:
-            yield target
+        with source.derive(output, job, stage=stage, overwrite=job.overwrite, resume=job.resume) as target:
+            if kept is None:
+                yield target
+                return
+            folder = (target.path / kept).parent
+            aside = target.path.with_name(f"{target.path.name}.{folder.name}")
+            if (aside / Path(kept).name).is_file() and not folder.exists():
+                aside.rename(folder)
+            try:
+                yield target
+            except BaseException:
+                if (target.path / kept).is_file() and not holds_checkpoint(target.path):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)
+                raise
     else:
-        output = Path(job.output_dir)
         yield WrittenElsewhere(source, output, output.with_name(output.name + ".partial"), record(job), stage)
 
 
