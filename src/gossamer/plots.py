@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -141,12 +142,12 @@ def recovery(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], ti
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     axes = figure.subplots()
-    for (label, points), color in zip(curves.items(), COLORS, strict=False):
+    for number, ((label, points), color) in enumerate(zip(curves.items(), COLORS, strict=False)):
         axes.plot(*zip(*sorted(points), strict=True), color=color, marker="o", label=label)
+        offset = (4, -12 if number % 2 else 5)  # curves meet: every second one has its figures below
+        text: dict[str, Any] = {"textcoords": "offset points", "color": color, "fontsize": 8}
         for tokens, ratio in points:
-            axes.annotate(
-                f"{ratio:.2f}", (tokens, ratio), (4, 5), textcoords="offset points", color=color, fontsize=8
-            )
+            axes.annotate(f"{ratio:.2f}", (tokens, ratio), offset, **text)
     axes.axhline(1, color=INK, linestyle="--", linewidth=1.2, label="dense")
     _open(axes, title, legend="upper right")
     axes.set_xscale("symlog", linthresh=0.1)

@@ -22,6 +22,7 @@ from gossamer.stages.pretrain import Pretrain
 from gossamer.training import teacher_cache as module
 from gossamer.training.attention import choose_attention
 from gossamer.training.device import cast_teacher
+from gossamer.training.head_loss import TeacherLogits, TopTokens
 from gossamer.training.rows import Rows
 from gossamer.training.teacher import LiveTeacher, Teacher
 from gossamer.training.teacher_cache import (
@@ -94,7 +95,8 @@ def test_it_holds_what_the_teacher_gives_for_each_document_alone(
         log_p_TV = (outputs.logits[0] / 2.0).log_softmax(-1)
         num = min(end, LENGTH - 1) - begin
         place = row * (LENGTH - 1) + begin
-        ids_TK, log_p_TK = top.ids_NK[place : place + num], top.log_p_NK[place : place + num]  # type: ignore[attr-defined]
+        assert isinstance(top, TopTokens)
+        ids_TK, log_p_TK = top.ids_NK[place : place + num], top.log_p_NK[place : place + num]
         torch.testing.assert_close(log_p_TK.float(), log_p_TV.topk(8).values[:num], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(log_p_TV[:num].gather(1, ids_TK), log_p_TK.float(), rtol=2e-3, atol=2e-3)
     assert not states[0][1, 13:].any()
@@ -126,7 +128,9 @@ def test_it_is_read_as_by_a_teacher_beside_a_student(
         there = batch["token_mask"]
         assert torch.equal(state[there], expected[layer - 1].bfloat16()[there])
     top: Any = cached.at_the_head(kept_BT, 2.0)
-    logits_NV = (live.at_the_head(kept_BT, 2.0)).logits(0, int(kept_BT.sum()))  # type: ignore[attr-defined]
+    head = live.at_the_head(kept_BT, 2.0)
+    assert isinstance(head, TeacherLogits)
+    logits_NV = head.logits(0, int(kept_BT.sum())).float()
     log_p_NK = (logits_NV / 2.0).log_softmax(-1).topk(8).values.half()
     there = batch["token_mask"][:, :-1].flatten()
     torch.testing.assert_close(top.log_p_NK[there], log_p_NK[there], rtol=1e-3, atol=1e-3)
@@ -152,8 +156,9 @@ def test_rows_that_are_read_together_are_as_if_read_alone(
         torch.testing.assert_close(ours, theirs)
         assert not ours[~batch["token_mask"]].any()
     kept_BT = torch.ones(NUM_ROWS, LENGTH - 1, dtype=torch.bool)
-    ours, theirs = (teacher.at_the_head(kept_BT, 2.0).log_p_NK for teacher in (together, alone))  # type: ignore[attr-defined]
-    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+    ours, theirs = (teacher.at_the_head(kept_BT, 2.0) for teacher in (together, alone))
+    assert isinstance(ours, TopTokens) and isinstance(theirs, TopTokens)
+    torch.testing.assert_close(ours.log_p_NK, theirs.log_p_NK, rtol=2e-3, atol=2e-3)
 
 
 def test_a_chunk_adds_a_line_and_rewrites_none(source: Checkpoint, rows: Rows, tmp_path: Path) -> None:

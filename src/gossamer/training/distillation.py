@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 
 from gossamer.compress.squarehead import squarehead_loss
 from gossamer.errors import UnsupportedError
+from gossamer.training.compiled import fused
 from gossamer.training.head_loss import HeadTeacher
 from gossamer.training.teacher import LiveTeacher, TeacherStates
 
@@ -111,7 +112,8 @@ class SquareHead:
     def _loss(self, mask_BT: Tensor | None) -> Tensor:
         ours = [self._seen["hidden"][layer] for layer in self.teacher.layers]
         scale = (len(self._seen["hidden"]) - 1) / len(ours)  # the first is the embeddings
-        loss = squarehead_loss(ours, self.teacher.states(), mask_BT) * scale
+        of_layers = fused(squarehead_loss, ours[0].device.type)
+        loss = of_layers(ours, self.teacher.states(), mask_BT) * scale
         self.last = loss.item()
         return loss
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from gossamer import _native
+from gossamer.training.compiled import fused
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}  # more where a product's start costs more than memory
 PRODUCT_TOKENS = 2048  # whose gradients are multiplied at once, where the sum is of another type
@@ -39,18 +40,24 @@ class HeadTeacher(Protocol):
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """Logits to learn from: `logits(begin, end)` are [end - begin, V] of those tokens, in float32."""
+    """Logits to learn from: `logits(begin, end)` are [end - begin, V] of those tokens, in any type."""
 
     logits: Callable[[int, int], Tensor]
     temperature: float = 1.0
 
     def divergence(self, logits_NV: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-        """d/dz of t^2 KL is t (q - p)."""
-        t = self.temperature
-        log_p_NV = (self.logits(begin, begin + len(logits_NV)) / t).log_softmax(-1)
-        log_q_NV = (logits_NV / t).log_softmax(-1)
-        p_NV = log_p_NV.exp()
-        return t**2 * (p_NV * (log_p_NV - log_q_NV)).sum(), log_q_NV.exp_().sub_(p_NV).mul_(t)
+        divergence = fused(_divergence, logits_NV.device.type)
+        return divergence(self.logits(begin, begin + len(logits_NV)), logits_NV, self.temperature)
+
+
+def _divergence(theirs_NV: Tensor, ours_NV: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """t^2 KL, and its gradient: d/dz of t^2 KL is t (q - p)."""
+    log_p_NV = theirs_NV.float() / t
+    del theirs_NV  # before more is made of it
+    log_p_NV = log_p_NV.log_softmax(-1)
+    log_q_NV = (ours_NV / t).log_softmax(-1)
+    p_NV = log_p_NV.exp()
+    return t**2 * (p_NV * (log_p_NV - log_q_NV)).sum(), log_q_NV.exp_().sub_(p_NV).mul_(t)
 
 
 @dataclass(frozen=True)
@@ -201,14 +208,18 @@ def _losses(
     The logits are overwritten.
     """
     learned = None if teacher is None else teacher.divergence(logits_NV, begin)
+    cross_entropy, d_NV = fused(_cross_entropy, logits_NV.device.type)(logits_NV, targets_N, weight)
+    if learned is None:
+        return cross_entropy, weight * cross_entropy, d_NV
+    divergence, towards_NV = learned
+    return cross_entropy, weight * cross_entropy + divergence, d_NV.add_(towards_NV)
+
+
+def _cross_entropy(logits_NV: Tensor, targets_N: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, and the gradient of `weight` times it in the place of the logits."""
     rows_N = torch.arange(len(logits_NV), device=logits_NV.device)
     chosen_N, total_N = logits_NV[rows_N, targets_N], logits_NV.logsumexp(-1)
     cross_entropy = (total_N - chosen_N).sum()
     d_NV = logits_NV.sub_(total_N[:, None]).exp_()
     d_NV[rows_N, targets_N] -= 1
-    if weight != 1:
-        d_NV.mul_(weight)
-    if learned is None:
-        return cross_entropy, weight * cross_entropy, d_NV
-    divergence, towards_NV = learned
-    return cross_entropy, weight * cross_entropy + divergence, d_NV.add_(towards_NV)
+    return cross_entropy, d_NV if weight == 1 else d_NV.mul_(weight)

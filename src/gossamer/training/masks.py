@@ -15,7 +15,7 @@ that were attached before the parameter was sharded never run. This callback the
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import TrainerCallback
 from gossamer import _native
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import GossamerError, UnsupportedError
+from gossamer.training.compiled import fused
 from gossamer.training.flat import fits, flat
 from gossamer.training.sparse_linear import Pattern, SparseLinear
 
@@ -66,13 +67,16 @@ class MaskedWeight:
             if name in state:
                 yield name, local(state[name])
 
-    def count(self, values: Tensor) -> Tensor:
-        """How many of `values` are nonzero where the weight is pruned: a scalar on the device of `values`."""
-        if fits(values):
-            return torch.tensor(
-                _native.count_marked(flat(values), flat(self.zeros.contiguous()), torch.get_num_threads())
-            )
-        return torch.count_nonzero((values != 0) & self.zeros)
+    def counts(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """How many of each tensor's values are nonzero where the weight is pruned: scalars on its device."""
+        if all(map(fits, tensors)):
+            marked, num_threads = flat(self.zeros.contiguous()), torch.get_num_threads()
+            return [torch.tensor(_native.count_marked(flat(t), marked, num_threads)) for t in tensors]
+        return fused(_count_marked, self.zeros.device.type)(self.zeros, list(tensors)).unbind()
+
+
+def _count_marked(zeros: Tensor, tensors: list[Tensor]) -> Tensor:
+    return torch.stack([((tensor != 0) & zeros).sum() for tensor in tensors])
 
 
 class MaskCallback(TrainerCallback):
@@ -103,7 +107,9 @@ class MaskCallback(TrainerCallback):
         if not self._is_given:
             self._zeros = self.zeros_of(model)
         self._masked = self.weights_of(model)
-        self._check(state.global_step, "weights", {m.name: m.count(local(m.weight)) for m in self._masked})
+        self._check(
+            state.global_step, "weights", {m.name: m.counts([local(m.weight)])[0] for m in self._masked}
+        )
         for masked in self._masked:
             if masked.weight.requires_grad:
                 self._hooks.append(masked.weight.register_post_accumulate_grad_hook(masked.mask_gradient))
@@ -115,16 +121,17 @@ class MaskCallback(TrainerCallback):
         """Raise if a gradient was not masked, or if a pruned weight, gradient or moment is not zero."""
         step, optimizer = state.global_step + 1, kwargs.get("optimizer")
         self._check_hooks(step)
-        gradients, moments, weights = {}, {}, {}
+        found: dict[str, dict[str, Tensor]] = {"gradients": {}, "moments": {}, "weights": {}}
         for masked in self._masked:
+            held = {("weights", masked.name): local(masked.weight)}
             if masked.weight.grad is not None:
-                gradients[masked.name] = masked.count(local(masked.weight.grad))
+                held["gradients", masked.name] = local(masked.weight.grad)
             for name, moment in masked.moments(optimizer):
-                moments[f"{masked.name} ({name})"] = masked.count(moment)
-            weights[masked.name] = masked.count(local(masked.weight))
-        self._check(step, "gradients", gradients)
-        self._check(step, "moments", moments)
-        self._check(step, "weights", weights)
+                held["moments", f"{masked.name} ({name})"] = moment
+            for (what, name), count in zip(held, masked.counts([*held.values()]), strict=True):
+                found[what][name] = count
+        for what, counts in found.items():
+            self._check(step, what, counts)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._remove_hooks()
@@ -143,7 +150,7 @@ class MaskCallback(TrainerCallback):
     @torch.no_grad()
     def broken(self, model: nn.Module) -> dict[str, int]:
         """name -> how many of the weights that the enforced masks prune are not zero, where there are any."""
-        counts = {m.name: int(m.count(local(m.weight))) for m in paired(model, self._zeros)}
+        counts = {m.name: int(m.counts([local(m.weight)])[0]) for m in paired(model, self._zeros)}
         return {name: count for name, count in counts.items() if count}
 
     def enforced_mask_hash(self) -> str:

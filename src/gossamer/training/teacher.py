@@ -88,7 +88,7 @@ class LiveTeacher:
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:
-            return head(hidden_ND[begin:end]).float()
+            return head(hidden_ND[begin:end])
 
         return TeacherLogits(logits, temperature)
 

@@ -19,6 +19,7 @@ from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
 from gossamer.training.attention import choose_attention
+from gossamer.training.compiled import COMPILING, compile_layers, restore_layers
 from gossamer.training.device import MICRO_BATCH_TOKENS, cast_teacher, choose_precision
 from gossamer.training.distillation import Distillation, SquareHead
 from gossamer.training.gradual import GradualPruning, schedule_of
@@ -72,6 +73,8 @@ def train(
     tokens = f"{batch.num_tokens:,} tokens" + (" (more do not fit)" if batch != batches[0] else "")
     memory = f"steps will take about {estimate.parts()} beside the model, in micro-batches of {tokens}"
     _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}; {memory}")
+    if choice.kernel == "dense" and job.lora is None and compile_layers(device, model, teacher_model):
+        _say(progress, target.stage, COMPILING)
     arguments = _arguments(job, rows, batch, checkpoints)
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
@@ -171,6 +174,7 @@ def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
     memory for the dense weights.
     """
     model.zero_grad()
+    restore_layers(model)
     _checkpointing(model, "disable")()
     gc.collect()
     if parallel == "ddp":
