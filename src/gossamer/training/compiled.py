@@ -25,6 +25,7 @@ COMPILING = (
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+@functools.cache
 def compiles(device: str) -> bool:
     """Whether torch can compile for the device: Triton and the C compiler that it calls are there."""
     if device != "cuda" or importlib.util.find_spec("triton") is None:
