@@ -125,6 +125,25 @@ def test_what_was_packed_is_taken_again_unless_it_differs(tokenizer: Tokenizer, 
     assert once(seed=1) == first and (tmp_path / "runs" / ROWS).stat().st_size == first.num_bytes
 
 
+def test_rows_with_a_flipped_byte_are_said_and_packed_anew(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [f"some text {i} and more of it" for i in range(60)])
+    notes: list[str] = []
+
+    def once() -> PackedText:
+        mixture = Mixture([source], 0)
+        return pack_once(mixture, tokenizer, 16, 20, tmp_path / "runs", {}, note=notes.append)
+
+    first, file = once(), tmp_path / "runs" / ROWS
+    written = file.read_bytes()
+    assert once() == first and not notes
+    file.write_bytes(written[:99] + bytes([written[99] ^ 1]) + written[100:])
+    assert once() == first and file.read_bytes() == written
+    [note] = notes
+    assert (
+        "rows.i32: found sha256 " in note and f"expected {first.sha256[:12]}): they are packed anew" in note
+    )
+
+
 def test_a_text_that_ends_says_so_and_one_too_short_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", ["short"])
     with pytest.raises(ConfigError, match="do not fill a row of 64; give more text, --repeat"):

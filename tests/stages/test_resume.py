@@ -349,6 +349,18 @@ def test_ctrl_c_before_the_first_step_is_done_leaves_the_rows(
     assert weights(job) == uninterrupted() and not (Path(job.output_dir) / "rows").exists()
 
 
+def test_a_run_with_a_flipped_byte_in_its_rows_packs_them_anew_and_ends_in_the_same_bits(
+    job: Pretrain, uninterrupted: Callable[..., str]
+) -> None:
+    interrupt(job)
+    flip(Path(job.output_dir + ".partial/rows"), "rows.i32")
+    events: list[Event] = []
+    pretrain(replace(job, resume=True), events.append)
+    [said] = [event.message for event in events if "rows that an earlier run packed" in event.message]
+    assert "are damaged (rows.i32: found sha256" in said and said.endswith("they are packed anew")
+    assert weights(job) == uninterrupted()
+
+
 def test_a_run_that_fails_while_it_packs_leaves_nothing(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

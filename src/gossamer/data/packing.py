@@ -119,10 +119,13 @@ def pack_once(
     folder: Path,
     decided: Mapping[str, Any],
     report: Callable[[int], None] = lambda num_rows: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> PackedText:
     """What an earlier run packed into `folder` if all that `decided` its rows was the same, else packed now.
 
-    `report` is `pack`'s. Raises OSError where the disk has no room for the rows.
+    `report` is `pack`'s. `note` is told of rows that are not as they were written, and so are packed anew:
+    the same text gives the same rows, also to a run that is resumed. Raises OSError where the disk has no
+    room for the rows.
     """
     decided = {**decided, "row_length": row_length, "max_rows": max_rows}
     file, record = folder / ROWS, folder / RECORD
@@ -130,8 +133,10 @@ def pack_once(
         with contextlib.suppress(ValueError, KeyError, TypeError):  # another version's record is no use
             found = json.loads(record.read_text(encoding="utf-8"))
             packed, same = PackedText(**found["packed"]), found["decided"] == json.loads(json.dumps(decided))
-            if same and file.stat().st_size == packed.num_bytes:
+            if same and (damaged := _damage(file, packed)) is None:
                 return packed
+            if same:
+                note(f"the rows that an earlier run packed are damaged ({damaged}): they are packed anew")
     folder.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     try:
@@ -145,6 +150,15 @@ def pack_once(
     staged.write_text(json.dumps({"decided": decided, "packed": asdict(packed)}), encoding="utf-8")
     staged.replace(record)
     return packed
+
+
+def _damage(file: Path, packed: PackedText) -> str | None:
+    """How the file differs from what was written, or None."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found == packed.sha256:
+        return None
+    return f"{file.name}: found sha256 {found[:12]}, expected {packed.sha256[:12]}"
 
 
 def read_rows(folder: Path, packed: PackedText) -> np.ndarray:

@@ -107,6 +107,7 @@ def _packed(
         target.path / FOLDER,
         decided,
         lambda num_rows: progress(Event("pretrain", tokenizing, num_rows, max_rows)),
+        lambda text: progress(Event("pretrain", text, lasting=True)),
     )
     if not job.resume and not any(mixture.num_documents):
         progress(Event("pretrain", "the rows are those that an earlier run packed", lasting=True))
