@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data import packing
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.report import Event, quiet
 from gossamer.stages import pretrain as pretrain_module
@@ -147,6 +148,46 @@ def test_several_gpus_of_one_process_are_refused_before_the_rows_are_packed(
     monkeypatch.setattr(pretrain_module, "pack_once", None)
     with pytest.raises(UnsupportedError, match="found 2 GPUs and one process"):
         pretrain(job(tiny_llama("llama2"), tmp_path / "out", text))
+
+
+@pytest.mark.parametrize(
+    ("free", "change", "message"),
+    [
+        (
+            6000,
+            {},
+            r"packing 1,504 tokens needs 0\.01 MB \(4 bytes a token\), 0\.01 MB are free: .*--num-tokens",
+        ),
+        (6100, {}, None),
+        (
+            290_000,
+            {"teacher_cache": "cache"},
+            r"packing .* and what the teacher makes of 1,504 tokens needs 0\.29 MB \(192 bytes a token\), "
+            r"0\.29 MB are free",
+        ),
+    ],
+)
+def test_a_disk_without_room_for_rows_or_cache_is_told_before_they_are_packed(
+    tiny_llama: Llamas,
+    tmp_path: Path,
+    text: str,
+    free: int,
+    change: dict[str, str],
+    message: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows and cache lie on one disk, and count together."""
+    model = tiny_llama("llama2")
+    if change:
+        change = {"teacher_cache": str(tmp_path / "cache"), "teacher": str(model)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free))
+    if message is None:
+        pretrain(job(model, tmp_path / "out", text, **change))
+        return
+    monkeypatch.setattr(packing, "pack", None)
+    with pytest.raises(OSError, match=message):
+        pretrain(job(model, tmp_path / "out", text, **change))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
 
 
 @pytest.mark.parametrize(

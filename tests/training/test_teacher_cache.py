@@ -275,7 +275,7 @@ def test_only_the_first_process_checks_and_it_says_how_far_it_is(
 def test_without_room_nothing_is_asked(
     source: Checkpoint, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(
         OSError, match=r"0\.21 MB \(240 bytes a token.*0\.00 MB are free: make room, or lower --cache-la"
     ):

@@ -14,7 +14,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -25,6 +25,7 @@ import numpy as np
 
 from gossamer.data.mixture import Mixture, Piece
 from gossamer.errors import ConfigError
+from gossamer.job.room import Need, check_room
 from gossamer.tokens.tokenizer import Tokenizer
 
 FOLDER, ROWS, RECORD = "rows", "rows.i32", "rows.json"  # in the directory of a run, while it lasts
@@ -120,12 +121,13 @@ def pack_once(
     decided: Mapping[str, Any],
     report: Callable[[int], None] = lambda num_rows: None,
     note: Callable[[str], None] = lambda text: None,
+    beside: Sequence[Need] = (),
 ) -> PackedText:
     """What an earlier run packed into `folder` if all that `decided` its rows was the same, else packed now.
 
     `report` is `pack`'s. `note` is told of rows that are not as they were written, and so are packed anew:
-    the same text gives the same rows, also to a run that is resumed. Raises OSError where the disk has no
-    room for the rows.
+    the same text gives the same rows, also to a run that is resumed. Raises OSError, before packing, where a
+    disk has no room for `max_rows` rows and what is needed `beside` them.
     """
     decided = {**decided, "row_length": row_length, "max_rows": max_rows}
     file, record = folder / ROWS, folder / RECORD
@@ -138,6 +140,9 @@ def pack_once(
             if same:
                 note(f"the rows that an earlier run packed are damaged ({damaged}): they are packed anew")
     folder.mkdir(parents=True, exist_ok=True)
+    num_tokens, there = max_rows * row_length, file.stat().st_size if file.is_file() else 0
+    rows = Need(folder, max(0, 4 * num_tokens - there), f"packing {num_tokens:,} tokens", 4)
+    check_room([rows, *beside], "lower --num-tokens (no more than the text holds are needed)")
     record.unlink(missing_ok=True)
     try:
         packed = pack(mixture, tokenizer, row_length, max_rows, file, report)

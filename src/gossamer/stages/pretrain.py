@@ -24,7 +24,7 @@ from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.preparation import check_model, check_start
 from gossamer.training.rows import Rows
 from gossamer.training.teacher import open_teacher
-from gossamer.training.teacher_cache import teacher_for
+from gossamer.training.teacher_cache import need_before_packing, teacher_for
 from gossamer.training.trainer import train
 from gossamer.training.whole_model import derive_in_first, load_model, write_model
 
@@ -49,7 +49,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "pretrain", kept=f"{FOLDER}/{RECORD}") as target:
-        rows = _rows(job, source, target, length, progress)
+        rows = _rows(job, source, target, length, directory, progress)
         teacher = teacher_for(job, directory, rows, "pretrain", progress)
         model = load_model(source)
         history = train(job, model, rows, target, progress, teacher)
@@ -61,10 +61,17 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     return from_first(lambda: history.result(job.output_dir, target.sparsity))
 
 
-def _rows(job: Pretrain, source: Checkpoint, target: Derived, length: int, progress: Progress) -> Rows:
+def _rows(
+    job: Pretrain,
+    source: Checkpoint,
+    target: Derived,
+    length: int,
+    teacher: Checkpoint | None,
+    progress: Progress,
+) -> Rows:
     """Whole rows of `length` tokens for `num_tokens` (rounded up), packed in the run's own folder."""
     data = from_first(lambda: [manifest(name, offline=job.offline) for name in job.dataset])
-    packed = from_first(lambda: _packed(job, source, target, length, data, progress))
+    packed = from_first(lambda: _packed(job, source, target, length, teacher, data, progress))
     target.data = [
         {**known, "num_documents": documents, "num_tokens": tokens}
         for known, documents, tokens in zip(data, packed.num_documents, packed.num_tokens, strict=True)
@@ -78,6 +85,7 @@ def _packed(
     source: Checkpoint,
     target: Derived,
     length: int,
+    teacher: Checkpoint | None,
     data: list[dict[str, Any]],
     progress: Progress,
 ) -> PackedText:
@@ -108,6 +116,7 @@ def _packed(
         decided,
         lambda num_rows: progress(Event("pretrain", tokenizing, num_rows, max_rows)),
         lambda text: progress(Event("pretrain", text, lasting=True)),
+        need_before_packing(job, teacher, max_rows, length),
     )
     if not job.resume and not any(mixture.num_documents):
         progress(Event("pretrain", "the rows are those that an earlier run packed", lasting=True))

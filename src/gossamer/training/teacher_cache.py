@@ -11,12 +11,10 @@ A folder holds, for S rows of T tokens, in files that are read where they lie,
 Rows are written a chunk at a time, and then the chunk's line: after a kill, the chunks on record are kept.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.resumable import differences, sync
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.job.report import Event, Progress, quiet
+from gossamer.job.room import Need, check_room, size
 from gossamer.training.attention import choose_attention
 from gossamer.training.device import MICRO_BATCH_TOKENS, Precision, cast_teacher, choose_precision
 from gossamer.training.head_loss import CHUNK_TOKENS, HeadTeacher, TopTokens
@@ -56,6 +55,7 @@ _IN_WORDS = {
 CHUNK_ROWS = 16
 DEFAULT_BYTES = 5000
 DEFAULT_LAYERS = 4
+LIGHTER = "lower --cache-layers, --cache-top-k or the number of tokens"
 
 
 @dataclass(frozen=True)
@@ -185,21 +185,8 @@ def teacher_for(
         return None
     if job.teacher_cache is None:
         return Teacher(load_model(directory), directory.hash)
-    folder, anatomy = Path(job.teacher_cache), directory.architecture
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    top_k = min(job.cache_top_k, anatomy.vocab_size) if job.distill in ("kl", "both") else 0
-    layers = spread_layers(anatomy.num_layers, anatomy.hidden_size, top_k, job.cache_layers)
-    wanted = Wanted(
-        teacher=directory.hash,
-        rows=rows.hash(),
-        num_rows=len(rows),
-        row_length=rows.row_length,
-        hidden_size=anatomy.hidden_size,
-        layers=layers if job.distill in ("squarehead", "both") else (),
-        top_k=top_k,
-        temperature=job.distill_temperature if top_k else 1.0,
-        precision=choose_precision(job.precision, device),
-    )
+    folder = Path(job.teacher_cache)
+    wanted = _wanted(job, directory, rows.hash(), len(rows), rows.row_length)
 
     def complete() -> None:
         if missing := missing_bytes(folder, wanted):
@@ -207,13 +194,13 @@ def teacher_for(
         verify(folder, wanted, stage, progress)
 
     def ask(missing: int) -> None:
-        check_room(folder, wanted, missing)
-        size = f"{_size(missing)}, {wanted.token_bytes:,} bytes a token"
-        what = wanted.in_words(anatomy.num_layers)
-        progress(Event(stage, f"{folder}: the teacher is asked once, into {size}: {what}", lasting=True))
+        check_room([need(folder, wanted, missing)], LIGHTER)
+        into = f"{size(missing)}, {wanted.token_bytes:,} bytes a token"
+        what = wanted.in_words(directory.architecture.num_layers)
+        progress(Event(stage, f"{folder}: the teacher is asked once, into {into}: {what}", lasting=True))
         model = load_model(directory)
         cast_teacher(model, wanted.precision)
-        model.to(device)  # pyright: ignore[reportArgumentType]
+        model.to(_device())  # pyright: ignore[reportArgumentType]
         write_down(folder, wanted, model, rows, stage, progress)
         del model
         if torch.cuda.is_available():  # what is freed is torch's still
@@ -222,6 +209,28 @@ def teacher_for(
     check_folder(job)
     from_first(complete)
     return CachedTeacher(folder, wanted)
+
+
+def _wanted(job: TrainingOptions, directory: Checkpoint, rows: str, num_rows: int, row_length: int) -> Wanted:
+    """What the job wants of a teacher's directory; `rows` is the sha256 of its rows."""
+    anatomy = directory.architecture
+    top_k = min(job.cache_top_k, anatomy.vocab_size) if job.distill in ("kl", "both") else 0
+    layers = spread_layers(anatomy.num_layers, anatomy.hidden_size, top_k, job.cache_layers)
+    return Wanted(
+        teacher=directory.hash,
+        rows=rows,
+        num_rows=num_rows,
+        row_length=row_length,
+        hidden_size=anatomy.hidden_size,
+        layers=layers if job.distill in ("squarehead", "both") else (),
+        top_k=top_k,
+        temperature=job.distill_temperature if top_k else 1.0,
+        precision=choose_precision(job.precision, _device()),
+    )
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_folder(job: TrainingOptions) -> None:
@@ -251,21 +260,22 @@ def missing_bytes(folder: Path, wanted: Wanted) -> int:
     return wanted.token_bytes * wanted.row_length * max(0, wanted.num_rows - num_done)
 
 
-def check_room(folder: Path, wanted: Wanted, missing: int) -> None:
-    """Raise OSError where the disk has no room for what is missing."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if (free := shutil.disk_usage(place).free) < missing:
-        raise OSError(
-            errno.ENOSPC,
-            f"what the teacher makes of {wanted.num_rows * wanted.row_length:,} tokens needs "
-            f"{_size(missing)} ({wanted.token_bytes:,} bytes a token), {_size(free)} are free: make room, or "
-            "lower --cache-layers, --cache-top-k or the number of tokens",
-            str(folder),
-        )
+def need(folder: Path, wanted: Wanted, num_bytes: int) -> Need:
+    """What so many bytes of the cache are for, in words."""
+    what = f"what the teacher makes of {wanted.num_rows * wanted.row_length:,} tokens"
+    return Need(folder, num_bytes, what, wanted.token_bytes)
 
 
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
+def need_before_packing(
+    job: TrainingOptions, directory: Checkpoint | None, num_rows: int, row_length: int
+) -> list[Need]:
+    """What a --teacher-cache of at most so many rows, which are not packed yet, will need; none without."""
+    if directory is None or job.teacher_cache is None:
+        return []
+    folder = Path(job.teacher_cache)
+    wanted = _wanted(job, directory, "", num_rows, row_length)
+    there = sum(path.stat().st_size for path in folder.glob("*") if _OURS.fullmatch(path.name))
+    return [need(folder, wanted, max(0, wanted.token_bytes * num_rows * row_length - there))]
 
 
 def write_down(
@@ -275,7 +285,7 @@ def write_down(
 
     Raises ConfigError where the folder holds a cache of something else, OSError without room for it.
     """
-    check_room(folder, wanted, missing_bytes(folder, wanted))
+    check_room([need(folder, wanted, missing_bytes(folder, wanted))], LIGHTER)
     num_done = _begin(folder, wanted)
     live, device = LiveTeacher(teacher), next(teacher.parameters()).device
     cast_teacher(teacher, wanted.precision)
