@@ -20,6 +20,13 @@ for name in sys.argv[1:]:
     except Exception as error:
         print(json.dumps([name, f"{type(error).__name__}: {error}"]))
 """
+MANIFEST_THEN_READ = """
+import json, sys
+from gossamer.data.sources import documents, manifest
+print(json.dumps([manifest(source)["revision"] for source in sys.argv[1:]]), flush=True)
+sys.stdin.readline()
+print(json.dumps([list(documents(source)) for source in sys.argv[1:]]))
+"""
 TEXTS = ["one", "two – 2", "three"]
 ROWS = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 REPOSITORIES: dict[str, dict[str, bytes]] = {
@@ -50,7 +57,12 @@ REFUSED = {
     "missing": ("ConfigError", "the hub shows no", "datasets/org/missing; check the name"),
     "empty": ("ConfigError", "doesn't contain any data files"),
     "script": ("ConfigError", "scripts are no longer supported", "download its files"),
-    "broken": ("ConfigError", "JSON parse error"),
+    "broken": (
+        "ConfigError",
+        "JSON parse error",
+        "--skip-bad-rows cannot go on after that",
+        "download its files and give one of them",
+    ),
     "cut": ("ConfigError", "Parquet magic bytes not found"),
     "packed": ("ConfigError", "zstd decompress error"),
     "latin": ("ConfigError", "can't decode byte 0xe9"),
@@ -62,6 +74,10 @@ REFUSED = {
     "image": ("ConfigError", "cannot identify image"),
     "good:en": ("ConfigError", "BuilderConfig 'en' not found. Available: ['default']"),
     "good:default:test": ("ConfigError", "Bad split: test. Available splits: ['train']"),
+    "good@missing": (
+        "ConfigError",
+        "datasets/org/good has no such revision; give a branch, a tag or a commit",
+    ),
     "name/of/three": ("ConfigError", "Couldn't find any data file"),
     "no name": ("ConfigError", "Repo id must use alphanumeric chars"),
 }
@@ -119,6 +135,29 @@ def test_the_error_names_what_was_asked_and_what_to_do(
     assert isinstance(answer, str) and f"hf:org/{name}" in answer
     for words in REFUSED[name]:
         assert words in answer
+
+
+def test_the_commit_of_the_manifest_is_the_one_that_is_read(hub: HubServer, tmp_path: Path) -> None:
+    """Also where the hub has another between the two; a revision that is given stays what it is."""
+    repository = hub.repositories["datasets/org/moving"] = Repository()
+    old = repository.commit({"train.jsonl": b'{"text": "old"}\n'})
+    new = repository.commit({"train.jsonl": b'{"text": "new"}\n'})
+    repository.branches |= {"main": old, "next": new}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    sources = [f"hf:org/moving{pin}" for pin in ("", "@next", f"@{new}", f"@{old}:default")]
+    with subprocess.Popen(
+        [sys.executable, "-c", MANIFEST_THEN_READ, *sources],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdin and program.stdout
+        known = json.loads(program.stdout.readline())
+        repository.branches |= {"main": new, "next": old}
+        found = json.loads(program.communicate("go on\n", timeout=200)[0])
+    assert known == [old, new, new, old]
+    assert found == [["old"], ["new"], ["new"], ["old"]]
 
 
 def test_a_token_opens_what_is_gated_or_private(hub: HubServer, tmp_path: Path) -> None:

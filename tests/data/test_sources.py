@@ -109,7 +109,8 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, line: bytes, message: str) 
         ("nowhere.txt", "no such file or folder"),
         ("python:doctests:many", r"expected python:doctests\[:NUM\[:SEED\]\]"),
         ("python:sdtlib", "no such file or folder; a source is .*python:stdlib"),
-        ("hf:a:b:c:d", r"expected hf:repo\[:config\[:split\]\]"),
+        ("hf:a:b:c:d", r"expected hf:repo\[@revision\]\[:config\[:split\]\]"),
+        ("hf:a@:b", r"expected hf:repo\[@revision\]\[:config\[:split\]\]"),
     ],
 )
 def test_bad_sources_say_what_a_source_is(source: str, message: str) -> None:
@@ -140,6 +141,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         ("a.txt", ("a.txt", 1.0)),
         ("a.txt@0.25", ("a.txt", 0.25)),
         ("hf:me/data@2", ("hf:me/data", 2.0)),
+        ("hf:me/data@main", ("hf:me/data@main", 1.0)),
+        ("hf:me/data@2@1", ("hf:me/data@2", 1.0)),
+        ("hf:me/data@refs/pr/1:en@0.5", ("hf:me/data@refs/pr/1:en", 0.5)),
         ("/home/me@work/a.txt", ("/home/me@work/a.txt", 1.0)),
     ],
 )

@@ -365,11 +365,12 @@ def test_datasets_of_the_hub_are_named(pruned: Path, tmp_path: Path) -> None:
     manifest = json.loads((copy / "gossamer.json").read_text())
     manifest["origin"] = {"repository": "org/tiny", "revision": "main", "commit": "0" * 40}
     manifest["lineage"][1]["data"] = [
-        {"source": "hf:org/text:default:train", "weight": 3.0, "num_tokens": 1234, "revision": "abc"}
+        {"source": "hf:org/text:default:train", "weight": 3.0, "num_tokens": 1234, "revision": "abc"},
+        {"source": "hf:org/pinned@main", "weight": 1.0, "revision": "abc"},
     ]
     (copy / "gossamer.json").write_text(json.dumps(manifest))
     card = ModelCard(publish(Publish(str(copy), "org/name", dry_run=True)).card)
-    assert (card.data.datasets, card.data.base_model) == (["org/text"], "org/tiny")
+    assert (card.data.datasets, card.data.base_model) == (["org/pinned", "org/text"], "org/tiny")
     assert "| prune | hf:org/text:default:train | 3.0 | 1,234 | revision `abc` |" in card.content
 
 

@@ -6,9 +6,10 @@ A source `SRC` is one of
     python:stdlib   this interpreter's own library, without tests, tables and the held-out files
     python:stdlib:held-out          the files that `python:stdlib` leaves out, to evaluate on
     python:doctests[:NUM[:SEED]]    generated examples (`>>> sorted("bca")` and its answer); see doctests.py
-    hf:repo[:config[:split]]        a Hugging Face dataset, streamed (presets.py: some have names)
+    hf:repo[@revision][:config[:split]]     a Hugging Face dataset, streamed (presets.py: some have names)
 
-and in a mixture (mixture.py) `SRC@WEIGHT`, the weight being the source's share of the characters.
+and in a mixture (mixture.py) `SRC@WEIGHT`, the weight being the source's share of the characters. A number
+at the end is a weight: a tag that is a number is followed by one (`hf:repo@2@1`).
 A .txt holds one document, or several separated by `<|endoftext|>`; rows have a field `text` or `content`.
 """
 
@@ -32,7 +33,8 @@ END_OF_TEXT = "<|endoftext|>"
 STDLIB = ("python:stdlib", "python:stdlib:held-out")
 SUPPORTED = (
     "a .txt, .jsonl, .jsonl.zst or .parquet file, a folder or .tar.gz of .py/.txt files, "
-    "python:stdlib, python:stdlib:held-out, python:doctests[:NUM[:SEED]] or hf:repo[:config[:split]]"
+    "python:stdlib, python:stdlib:held-out, python:doctests[:NUM[:SEED]] or "
+    "hf:repo[@revision][:config[:split]]"
 )
 
 

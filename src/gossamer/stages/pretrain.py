@@ -33,7 +33,9 @@ from gossamer.training.whole_model import derive_in_first, load_model, write_mod
 class Pretrain(TrainingOptions):
     """Train on text with the model's zeros held fixed, so that it recovers from pruning."""
 
-    dataset: tuple[str, ...] = option(help="training text: SRC[@WEIGHT]..., or preset:NAME")
+    dataset: tuple[str, ...] = option(
+        help="training text: SRC[@WEIGHT]..., or preset:NAME; SRC may be hf:repo[@revision][:config[:split]]"
+    )
     num_tokens: int = option(10_000_000, help="tokens to train on, or as many as there are")
     repeat: bool = option(False, help="sources that are used up begin again, instead of ending the text")
     truncate: bool = option(False, help="of a document longer than a row only the beginning is used")

@@ -5,6 +5,7 @@ from the card of the model that it was made of (licence, language), and from wha
 measured.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,9 @@ def front_matter(name: str, found: InspectResult, sources: Sources) -> dict[str,
     front = {
         **kept,
         "base_model": sources.base_model,
-        "datasets": sorted({of.split(":")[1] for of in _names(sources.manifest) if of.startswith("hf:")}),
+        "datasets": sorted(
+            {re.split("[:@]", of)[1] for of in _names(sources.manifest) if of.startswith("hf:")}
+        ),
         "library_name": "gossamer" if _is_packed(found) else "transformers",
         "pipeline_tag": kept.get("pipeline_tag", "text-generation"),
         "tags": _tags(found, sources.scheme),
