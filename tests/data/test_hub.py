@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -158,6 +158,32 @@ def test_the_commit_of_the_manifest_is_the_one_that_is_read(hub: HubServer, tmp_
         found = json.loads(program.communicate("go on\n", timeout=200)[0])
     assert known == [old, new, new, old]
     assert found == [["old"], ["new"], ["new"], ["old"]]
+
+
+READ_CHATS = """
+import json, sys
+from gossamer.data.supervised import supervised_examples
+from gossamer.tokens.tokenizer import Tokenizer
+plain = Tokenizer.open(sys.argv[1])
+template = "{% for m in messages %}{{ m.content + ';' }}{% endfor %}"
+tokenizer = Tokenizer(plain.bytes, {"eos_token": "</s>"}, chat_template=template)
+for form in ("chat", "prompt-completion"):
+    found = supervised_examples(f"hf:org/{form}:default:train", form, tokenizer, 64)
+    print(json.dumps([tokenizer.decode([label for label in labels if label >= 0]) for _, labels in found]))
+"""
+
+
+def test_examples_are_streamed(hub: HubServer, tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    rows = {"chat": {"messages": messages}, "prompt-completion": {"prompt": "a ", "completion": "b"}}
+    for name, row in rows.items():
+        repository = hub.repositories[f"datasets/org/{name}"] = Repository()
+        repository.commit({"train.jsonl": (json.dumps(row) + "\n").encode() * 2})
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", READ_CHATS, str(tiny_llama("llama2"))]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert made.returncode == 0, made.stderr
+    assert [json.loads(line) for line in made.stdout.splitlines()] == [["yes;", "yes;"], ["b", "b"]]
 
 
 def test_a_token_opens_what_is_gated_or_private(hub: HubServer, tmp_path: Path) -> None:

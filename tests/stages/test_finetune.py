@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError, GossamerError
+from gossamer.job.report import Event
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.tokens.tokenizer import Tokenizer
 from pruned import copy_with_zeros
@@ -90,6 +92,60 @@ def test_prompts_carry_no_loss(sparse: Path, tmp_path: Path, pairs: str) -> None
     assert result.losses[0] == pytest.approx(summed / count, rel=1e-5)
 
 
+def mixture(sparse: Path, output: Path, pairs: str, **changes: object) -> Finetune:
+    """Twelve steps by two sources in given shares, of which the smaller begins again."""
+    other = Path(pairs).with_name("other.jsonl")
+    rows = [json.dumps({"prompt": f"{n} - {n} = ", "completion": "0"}) for n in range(5)]
+    other.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    settings = {
+        "dataset": (f"{pairs}@3", f"{other}@1"),
+        "num_examples": 48,
+        "repeat": True,
+        "distill": "none",
+        "num_train_epochs": 2,
+        "batch_tokens": 128,
+        "precision": "f32",
+        "save_steps": 1,
+        "seed": 3,
+    }
+    return Finetune(str(sparse), str(output), **(settings | changes))  # pyright: ignore
+
+
+def test_a_mixture_is_recorded_and_resumes_to_the_same_bits(sparse: Path, tmp_path: Path, pairs: str) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if event.done == 3 and event.total and event.message != "tokenizing":
+            raise Stop
+
+    whole = mixture(sparse, tmp_path / "whole", pairs)
+    finetune(whole)
+    job = mixture(sparse, tmp_path / "out", pairs)
+    with pytest.raises(Stop):
+        finetune(job, stop)
+    assert (tmp_path / "out.partial" / "checkpoints").is_dir()
+    with pytest.raises(ConfigError, match="seed: found 4, expected 3"):
+        finetune(replace(job, resume=True, seed=4))
+    finetune(replace(job, resume=True))
+    found, expected = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert found == expected
+    manifest = Checkpoint.open(tmp_path / "out").manifest
+    assert manifest is not None and manifest["metrics"]["num_examples"] == 48
+    sums, zeros = manifest["data"]
+    assert (sums["weight"], zeros["weight"]) == (3.0, 1.0)
+    assert (sums["num_documents"], zeros["num_documents"]) == (16, 5)
+    assert sums["num_tokens"] == pytest.approx(3 * zeros["num_tokens"], rel=0.1)
+
+
+def test_the_source_that_ends_a_mixture_is_named(sparse: Path, tmp_path: Path, pairs: str) -> None:
+    events: list[Event] = []
+    finetune(mixture(sparse, tmp_path / "out", pairs, repeat=False, num_train_epochs=1), events.append)
+    [said] = [event.message for event in events if "used up" in event.message]
+    assert "other.jsonl is used up, and the mixture ends there, after " in said
+    assert "fewer than --num-examples 48: training on those (--repeat goes on" in said
+
+
 def small_llama(path: Path, model: Path, **changes: int) -> Path:
     """A random Llama like the tiny one but for `changes`, with its tokenizer."""
     config = LlamaConfig.from_pretrained(model)
@@ -129,6 +185,11 @@ def test_teacher_of_another_shape(
         ({}, "--distill squarehead needs --teacher DIR"),
         ({"distill": "none", "teacher": "x"}, "--teacher x has no part in --distill none"),
         ({"distill": "none", "num_train_epochs": 0}, "--num-train-epochs 0"),
+        ({"distill": "none", "num_examples": 0}, "--num-examples 0: expected at least 1"),
+        (
+            {"distill": "none", "dataset": ("preset:sparse-llama",)},
+            "preset:sparse-llama has more text than memory holds.*: give --num-examples N",
+        ),
         ({"distill": "none", "learning_rate": 0.0}, "--learning-rate 0"),
         ({"distill": "none", "max_length": 3}, r"prompt alone takes 3 tokens \(--max-length\)"),
         ({"distill": "none", "format": "instruct"}, r"pairs\.jsonl:1"),
@@ -137,7 +198,8 @@ def test_teacher_of_another_shape(
 def test_bad_options(
     sparse: Path, tmp_path: Path, pairs: str, change: dict[str, object], message: str
 ) -> None:
-    job = Finetune(str(sparse), str(tmp_path / "out"), dataset=(pairs,), **change)  # pyright: ignore
+    options = {"dataset": (pairs,), **change}
+    job = Finetune(str(sparse), str(tmp_path / "out"), **options)  # pyright: ignore
     with pytest.raises(GossamerError, match=message):
         finetune(job)
     assert not (tmp_path / "out").exists()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from gossamer.data.sources import documents, parse_weight
 from gossamer.data.tables import BadRows
@@ -14,6 +14,7 @@ from gossamer.errors import ConfigError
 
 PIECE_CHARACTERS = 4096
 SHUFFLE_PIECES = 1024
+Item = TypeVar("Item")
 
 
 class Piece(NamedTuple):
@@ -54,16 +55,9 @@ class Mixture:
 
     def __iter__(self) -> Iterator[Piece]:
         streams = [self._shuffled(index) for index in range(len(self._weighted))]
-        given = [0.0] * len(streams)
-        while True:
-            index = min(range(len(streams)), key=lambda i: given[i])
-            name, weight = self._weighted[index]
-            piece = next(streams[index], None)
-            if piece is None:
-                self.used_up = name
-                return
-            given[index] += len(piece.text) / weight
-            yield piece
+        weights = [weight for _, weight in self._weighted]
+        ended = yield from in_proportion(streams, weights, lambda piece: len(piece.text))
+        self.used_up = self._weighted[ended][0]
 
     def _shuffled(self, index: int) -> Iterator[Piece]:
         """Pieces of one source, shuffled through a buffer of `SHUFFLE_PIECES`."""
@@ -105,6 +99,20 @@ class Mixture:
 
             return doctests.documents(self._seed)
         return documents(name, offline=self._offline, bad=self._bad)
+
+
+def in_proportion(
+    streams: Sequence[Iterator[Item]], weights: Sequence[float], size: Callable[[Item], int]
+) -> Generator[Item, None, int]:
+    """Items of the streams, their sizes in proportion to the weights, until a stream ends: returns which."""
+    given = [0.0] * len(streams)
+    while True:
+        index = min(range(len(streams)), key=lambda i: given[i])
+        item = next(streams[index], None)
+        if item is None:
+            return index
+        given[index] += size(item) / weights[index]
+        yield item
 
 
 def pieces(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:

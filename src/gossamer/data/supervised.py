@@ -21,7 +21,12 @@ Format = Literal["chat", "instruct", "prompt-completion"]
 
 
 def supervised_examples(
-    source: str, format: Format, tokenizer: Tokenizer, max_length: int, bad: BadRows | None = None
+    source: str,
+    format: Format,
+    tokenizer: Tokenizer,
+    max_length: int,
+    bad: BadRows | None = None,
+    offline: bool = False,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(input_ids, labels) of each row; labels are -100 on what the user says.
 
@@ -40,7 +45,7 @@ def supervised_examples(
             raise ConfigError(f"--format chat: {error}") from error
     else:
         tokenizer.required_eos()
-    for where, row in _supervised_rows(source, format, bad):
+    for where, row in _supervised_rows(source, format, bad, offline):
         try:
             if format == "chat":
                 ids, labels = _chat_example(row, tokenizer, where)
@@ -71,7 +76,9 @@ def write_completions(path: Path, source: str, num: int, seed: int, num_characte
             file.write(json.dumps({"prompt": "", "completion": text}) + "\n")
 
 
-def _supervised_rows(source: str, format: Format, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
+def _supervised_rows(
+    source: str, format: Format, bad: BadRows, offline: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.startswith("python:doctests"):
         if format != "prompt-completion":
             raise ConfigError(f"{source} with format {format!r}; doctests need --format prompt-completion")
@@ -79,9 +86,16 @@ def _supervised_rows(source: str, format: Format, bad: BadRows) -> Iterator[tupl
         for number, item in enumerate(doctests.generate(doctests.KINDS, num or DEFAULT_DOCTESTS, seed), 1):
             yield f"{source}:{number}", {"prompt": doctests.prompt(item), "completion": doctests.answer(item)}
         return
+    if source.startswith("hf:"):
+        from gossamer.data.hub import hub_rows
+
+        yield from hub_rows(source, offline=offline)
+        return
     path = Path(source)
     if not path.is_file() or not path.name.endswith(TABLES):
-        raise ConfigError(f"dataset {source!r}: expected a .jsonl[.zst] or .parquet file, or python:doctests")
+        raise ConfigError(
+            f"dataset {source!r}: expected a .jsonl[.zst] or .parquet file, hf:repo or python:doctests"
+        )
     yield from table_rows(path, bad)
 
 

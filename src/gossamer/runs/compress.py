@@ -107,7 +107,11 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
 
 def pinned(job: Compress) -> Compress:
     """The same job, its presets as sources and a model of the hub by its commit: all steps see the same."""
-    job = dataclasses.replace(job, pretrain_dataset=expand(job.pretrain_dataset))
+    job = dataclasses.replace(
+        job,
+        pretrain_dataset=expand(job.pretrain_dataset),
+        finetune_dataset=expand(job.finetune_dataset),
+    )
     downloaded = Checkpoint.open(job.model, offline=job.offline).downloaded
     if downloaded is None:
         return job

@@ -31,7 +31,7 @@ STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize"
 # stage reads and writes, who teaches, and that all is done again. It runs in one process, so `parallel` has
 # nothing to choose, and on one thread beside the control.
 DECIDED = (
-    *("dataset", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
+    *("dataset", "num_examples", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
     *("resume", "overwrite", "parallel", "seed", "threads"),
     *("prune_scheme", "rounded_epochs", "prune_schedule"),
     *("pretrain_distill", "pretrain_distill_temperature", "pretrain_cross_entropy_weight"),

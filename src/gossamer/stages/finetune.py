@@ -1,12 +1,14 @@
 """`finetune`: supervised training on answers, beside a dense teacher; zeros stay zeros."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.examples import Examples, read_examples
+from gossamer.data.presets import expand
 from gossamer.data.sources import manifest
-from gossamer.data.supervised import supervised_examples
+from gossamer.data.supervised import Format
 from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
@@ -16,7 +18,7 @@ from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options, inherited
 from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.preparation import check_model, check_start
-from gossamer.training.rows import Example, Rows, packed_rows
+from gossamer.training.rows import Rows, packed_rows
 from gossamer.training.teacher import open_teacher
 from gossamer.training.teacher_cache import teacher_for
 from gossamer.training.trainer import train
@@ -29,9 +31,19 @@ ROW_LENGTH = 128
 class Finetune(TrainingOptions):
     """Teach a model to answer, with its zeros held fixed and a dense model as its teacher."""
 
-    dataset: tuple[str, ...] = option(help="examples: SRC... (.jsonl[.zst], .parquet or python:doctests)")
-    format: Literal["chat", "instruct", "prompt-completion"] = option(
-        "prompt-completion", help="the fields of an example"
+    dataset: tuple[str, ...] = option(
+        help="examples: SRC[@WEIGHT]..., or preset:NAME; SRC is a .jsonl[.zst] or .parquet file, "
+        "hf:repo[@revision][:config[:split]] or python:doctests[:NUM[:SEED]]; all of each, unless weights or "
+        "--num-examples make it a mixture"
+    )
+    format: Format = option("prompt-completion", help="the fields of an example")
+    num_examples: int | None = option(
+        None, help="examples of an epoch, or as many as there are (default: all)"
+    )
+    repeat: bool = option(
+        False,
+        help="sources of a mixture that are used up begin again, up to --num-examples or until all are used "
+        "up, instead of ending it",
     )
     num_train_epochs: int = option(2, help="times that every example is seen")
     batch_tokens: int = inherited(TrainingOptions, "batch_tokens", 8192)
@@ -47,36 +59,66 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     source = Checkpoint.open(job.model, offline=job.offline)
     check(job, source)
     check_start(job, source)
+    job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
     with derive_in_first(source, job, "finetune") as target:
-        target.data = [manifest(name, offline=job.offline) for name in job.dataset]
-        examples = _examples(job, source, progress)
-        rows = _rows(job, examples)
+        rows, num_examples, target.data = from_first(lambda: _rows(job, source, progress))
         teacher = teacher_for(job, directory, rows, "finetune", progress)
         model = load_model(source)
         history = train(job, model, rows, target, progress, teacher)
         write_model(model, target)
         target.num_threads = history.num_threads
-        target.metrics.update(history.metrics(), num_examples=len(examples))
+        target.metrics.update(history.metrics(), num_examples=num_examples)
     return from_first(lambda: history.result(job.output_dir, target.sparsity))
 
 
-def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> list[Example]:
-    """All examples of all sources, tokenized before training begins."""
+def _rows(job: Finetune, source: Checkpoint, progress: Progress) -> tuple[Rows, int, list[dict[str, Any]]]:
+    """The rows of all epochs, the number of examples, and what the sources are and gave.
+
+    Short examples share rows of `ROW_LENGTH` tokens; a longer one decides the length.
+    """
+    data = [manifest(name, offline=job.offline) for name in job.dataset]
+    found = _examples(job, source, progress)
+    longest = max(len(ids) for ids, _ in found.pairs)
+    rows = packed_rows(found.pairs, max(longest, ROW_LENGTH), job.num_train_epochs, job.seed)
+    given = zip(data, found.num_documents, found.num_tokens, strict=True)
+    return (
+        rows,
+        len(found.pairs),
+        [{**known, "num_documents": documents, "num_tokens": tokens} for known, documents, tokens in given],
+    )
+
+
+def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> Examples:
+    """The examples of an epoch, tokenized before training begins."""
     length = min(job.max_length, source.architecture.max_position_embeddings)
     tokenizer = Tokenizer.open(source.path)
     progress(Event("finetune", "tokenizing"))
-    examples: list[Example] = []
     bad = BadRows(job.skip_bad_rows)
-    for name in job.dataset:
-        examples += supervised_examples(name, job.format, tokenizer, length, bad)
+    found = read_examples(
+        job.dataset,
+        job.format,
+        tokenizer,
+        length,
+        num_examples=job.num_examples,
+        repeat=job.repeat,
+        bad=bad,
+        offline=job.offline,
+    )
     notes = [*_not_learned(job, bad, length)]
-    if not examples:
-        found = "; ".join(notes) or "it has no rows"
-        raise ConfigError(f"--dataset {' '.join(job.dataset)}: found no example to learn from: {found}")
+    if not found.pairs:
+        reason = "; ".join(notes) or "it has no rows"
+        raise ConfigError(f"--dataset {' '.join(job.dataset)}: found no example to learn from: {reason}")
+    if found.used_up is not None:
+        asked = "" if job.num_examples is None else f", fewer than --num-examples {job.num_examples:,}"
+        notes.append(
+            f"{found.used_up} is used up, and the mixture ends there, after {len(found.pairs):,} examples of "
+            f"{sum(found.num_tokens):,} tokens{asked}: training on those (--repeat goes on, and begins "
+            "sources again)"
+        )
     for note in notes:
         progress(Event("finetune", note, lasting=True))
-    return examples
+    return found
 
 
 def _not_learned(job: Finetune, bad: BadRows, length: int) -> Iterator[str]:
@@ -94,12 +136,6 @@ def _not_learned(job: Finetune, bad: BadRows, length: int) -> Iterator[str]:
         yield f"cut {bad.num_shortened} rows that are longer than {limit}"
 
 
-def _rows(job: Finetune, examples: list[Example]) -> Rows:
-    """Short examples share rows of `ROW_LENGTH` tokens; a longer one decides the length."""
-    longest = max(len(ids) for ids, _ in examples)
-    return packed_rows(examples, max(longest, ROW_LENGTH), job.num_train_epochs, job.seed)
-
-
 def check(job: Finetune, source: Checkpoint) -> None:
     """Raise ConfigError or UnsupportedError for a job that cannot be done."""
     check_options(job)
@@ -110,3 +146,10 @@ def check(job: Finetune, source: Checkpoint) -> None:
         )
     if job.num_train_epochs < 1:
         raise ConfigError(f"--num-train-epochs {job.num_train_epochs}: expected at least 1")
+    if job.num_examples is not None and job.num_examples < 1:
+        raise ConfigError(f"--num-examples {job.num_examples}: expected at least 1")
+    if job.num_examples is None and (presets := [name for name in job.dataset if name.startswith("preset:")]):
+        raise ConfigError(
+            f"--dataset {presets[0]} has more text than memory holds, and examples are all read before "
+            "training: give --num-examples N, or train on it with pretrain"
+        )
