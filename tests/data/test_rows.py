@@ -107,6 +107,26 @@ def test_chat_learns_every_turn_of_the_assistant(tiny_llama: TINY, tmp_path: Pat
     assert tokenizer.decode(ids) == "<system>Be brief.;<user>hi;<assistant>yes;<user>so;<assistant>no;"
 
 
+def test_of_text_every_token_is_learned(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Rows, documents of a .txt and of a folder; what is blank is no document."""
+    rows = write_rows(tmp_path / "a.jsonl", [{"text": "one two"}, {"text": " "}, {"content": "three"}])
+    (tmp_path / "b.txt").write_text("one two\n<|endoftext|>\nthree")
+    (tmp_path / "folder").mkdir()
+    for name, text in (("a.py", "one two"), ("b.txt", "three")):
+        (tmp_path / "folder" / name).write_text(text)
+    for source in (rows, f"{tmp_path}/b.txt", f"{tmp_path}/folder"):
+        found = list(supervised_examples(source, "text", tokenizer, 512))
+        assert [labelled(tokenizer, *example) for example in found] == ["one two", "three"]
+        for ids, labels in found:
+            assert ids[0] == tokenizer.bos_id and ids[-1] in tokenizer.eos_ids
+            assert labels == [-100, *ids[1:]]
+    assert len(list(supervised_examples("python:doctests:3", "text", tokenizer, 512))) == 3
+    bad = write_rows(tmp_path / "c.jsonl", [{"body": "x"}, {"text": "one"}])
+    with pytest.raises(ConfigError, match=r"c\.jsonl:1: expected text in the field text or content"):
+        list(supervised_examples(bad, "text", tokenizer, 512))
+    assert len(list(supervised_examples(bad, "text", tokenizer, 512, BadRows(1)))) == 1
+
+
 def test_an_answer_that_is_cut_away_leaves_no_example(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"prompt": "x" * 60, "completion": "y"},

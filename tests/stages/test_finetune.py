@@ -92,6 +92,27 @@ def test_prompts_carry_no_loss(sparse: Path, tmp_path: Path, pairs: str) -> None
     assert result.losses[0] == pytest.approx(summed / count, rel=1e-5)
 
 
+def test_text_is_learned_as_transformers_does(sparse: Path, tmp_path: Path) -> None:
+    """The first step's loss is transformers' own, of every token but the first."""
+    text = "A tree has leaves. " * 3
+    (tmp_path / "text.txt").write_text(text)
+    job = Finetune(
+        str(sparse),
+        str(tmp_path / "out"),
+        dataset=(str(tmp_path / "text.txt"),),
+        format="text",
+        distill="none",
+        num_train_epochs=1,
+        precision="f32",
+    )
+    result = finetune(job)
+    tokenizer, model = Tokenizer.open(sparse), LlamaForCausalLM.from_pretrained(sparse)
+    ids_T = torch.tensor([*tokenizer.encode(text), *tokenizer.eos_ids])
+    with torch.no_grad():
+        expected = float(model(input_ids=ids_T[None], labels=ids_T[None]).loss)
+    assert result.losses == (pytest.approx(expected, rel=1e-5),)
+
+
 def mixture(sparse: Path, output: Path, pairs: str, **changes: object) -> Finetune:
     """Twelve steps by two sources in given shares, of which the smaller begins again."""
     other = Path(pairs).with_name("other.jsonl")

@@ -11,13 +11,14 @@ from typing import Any, Literal
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
 from gossamer.data.mixture import Mixture, pieces
+from gossamer.data.sources import documents
 from gossamer.data.tables import TABLES, BadRows, table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 
 DEFAULT_DOCTESTS = 20_000
 IGNORED = -100
-Format = Literal["chat", "instruct", "prompt-completion"]
+Format = Literal["chat", "instruct", "prompt-completion", "text"]
 
 
 def supervised_examples(
@@ -36,6 +37,7 @@ def supervised_examples(
     chat               {"messages": [{"role", "content", "weight"?}, ...]} through the chat template
     instruct           {"instruction", "input"?, "output" or "response"}
     prompt-completion  {"prompt", "completion"}
+    text               {"text"} or {"content"}, or a document of a source of `pretrain`; all is learned
     """
     bad = bad or BadRows()
     if format == "chat":  # what the model lacks is no row's fault
@@ -79,9 +81,14 @@ def write_completions(path: Path, source: str, num: int, seed: int, num_characte
 def _supervised_rows(
     source: str, format: Format, bad: BadRows, offline: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    if format == "text":
+        yield from ((source, {"text": text}) for text in _texts(source, bad, offline) if text.strip())
+        return
     if source.startswith("python:doctests"):
         if format != "prompt-completion":
-            raise ConfigError(f"{source} with format {format!r}; doctests need --format prompt-completion")
+            raise ConfigError(
+                f"{source} with format {format!r}; doctests need --format prompt-completion or text"
+            )
         num, seed = doctests.number_and_seed(source)
         for number, item in enumerate(doctests.generate(doctests.KINDS, num or DEFAULT_DOCTESTS, seed), 1):
             yield f"{source}:{number}", {"prompt": doctests.prompt(item), "completion": doctests.answer(item)}
@@ -99,7 +106,15 @@ def _supervised_rows(
     yield from table_rows(path, bad)
 
 
+def _texts(source: str, bad: BadRows, offline: bool) -> Iterator[str]:
+    texts = documents(source, offline=offline, bad=bad)
+    endless = source.startswith("python:doctests") and doctests.number_and_seed(source)[0] is None
+    return islice(texts, DEFAULT_DOCTESTS) if endless else texts
+
+
 def _prompt_and_answer(row: dict[str, Any], format: Format, where: str) -> tuple[str, str]:
+    if format == "text":
+        return "", row["text"]
     if format == "prompt-completion":
         prompt, answer = (text_of(row, where, name, blank=True) for name in ("prompt", "completion"))
         return prompt, answer

@@ -36,7 +36,10 @@ class Finetune(TrainingOptions):
         "hf:repo[@revision][:config[:split]] or python:doctests[:NUM[:SEED]]; all of each, unless weights or "
         "--num-examples make it a mixture"
     )
-    format: Format = option("prompt-completion", help="the fields of an example")
+    format: Format = option(
+        "prompt-completion",
+        help="the fields of an example; text: of any source that pretrain takes, and all of it is learned",
+    )
     num_examples: int | None = option(
         None, help="examples of an epoch, or as many as there are (default: all)"
     )
