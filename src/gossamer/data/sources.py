@@ -8,8 +8,7 @@ A source `SRC` is one of
     python:doctests[:NUM[:SEED]]    generated examples (`>>> sorted("bca")` and its answer); see doctests.py
     hf:repo[@revision][:config[:split]]     a Hugging Face dataset, streamed (presets.py: some have names)
 
-and in a mixture (mixture.py) `SRC@WEIGHT`, the weight being the source's share of the characters. A number
-at the end is a weight: a tag that is a number is followed by one (`hf:repo@2@1`).
+and in a mixture (mixture.py) `SRC@WEIGHT`, the source's share of the characters (`hf:repo@2@1`: revision 2).
 A .txt holds one document, or several separated by `<|endoftext|>`; rows have a field `text` or `content`.
 """
 
@@ -32,9 +31,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 STDLIB = ("python:stdlib", "python:stdlib:held-out")
 SUPPORTED = (
-    "a .txt, .jsonl, .jsonl.zst or .parquet file, a folder or .tar.gz of .py/.txt files, "
-    "python:stdlib, python:stdlib:held-out, python:doctests[:NUM[:SEED]] or "
-    "hf:repo[@revision][:config[:split]]"
+    "a .txt, .jsonl, .jsonl.zst or .parquet file, a folder or .tar.gz of .py/.txt files, python:stdlib, "
+    "python:stdlib:held-out, python:doctests[:NUM[:SEED]] or hf:repo[@revision][:config[:split]]"
 )
 
 
