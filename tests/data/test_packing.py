@@ -148,6 +148,11 @@ def test_a_text_that_ends_says_so_and_one_too_short_is_refused(tokenizer: Tokeni
     source = write(tmp_path / "a.jsonl", ["short"])
     with pytest.raises(ConfigError, match="do not fill a row of 64; give more text, --repeat"):
         pack(Mixture([source], 0), tokenizer, 64, 5, tmp_path / ROWS)
+    long = write(tmp_path / "long.jsonl", ["some text " * 9] * 100)
+    with pytest.raises(
+        ConfigError, match=r"a\.jsonl is used up and ends the mixture: the dataset holds \d+ to"
+    ):
+        pack(Mixture([f"{source}@0.1", f"{long}@0.9"], 0), tokenizer, 512, 5, tmp_path / ROWS)
     found = pack(Mixture([source], 0, repeat=True), tokenizer, 64, 5, tmp_path / ROWS)
     assert found.num_rows == 5 and found.used_up is None
     longer = write(tmp_path / "b.jsonl", ["some text " * 20] * 3)

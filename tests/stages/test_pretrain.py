@@ -91,6 +91,26 @@ def test_dense_model_trains_the_same_twice(tiny_llama: Llamas, tmp_path: Path, t
     assert pretrain(other).losses != pretrain(job(parent, tmp_path / "fourth", text, num_tokens=600)).losses
 
 
+def test_the_source_that_ends_a_mixture_is_named_with_its_tokens(
+    tiny_llama: Llamas, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "small.txt").write_text("def f(x):\n    return x\n" * 20)
+    sources = (f"{text}@0.9", f"{tmp_path}/small.txt@0.1")
+    events: list[Event] = []
+    pretrain(
+        job(tiny_llama("llama2"), tmp_path / "out", text, dataset=sources, num_tokens=10**6), events.append
+    )
+    [said] = [event.message for event in events if "used up" in event.message]
+    manifest = json.loads((tmp_path / "out" / "gossamer.json").read_text())
+    own, total = manifest["data"][1]["num_tokens"], manifest["metrics"]["num_tokens"]
+    assert said.startswith(
+        f"{tmp_path}/small.txt is used up after {own:,} tokens and ends the mixture at {total:,}, "
+    )
+    assert said.endswith(
+        "fewer than --num-tokens 1,000,000: training on those (--repeat goes on, and begins sources again)"
+    )
+
+
 def test_teacher_adds_its_loss(tiny_llama: Llamas, tmp_path: Path, text: str) -> None:
     parent = sparse_copy(tiny_llama("llama3"), tmp_path / "sparse")
     alone = pretrain(job(parent, tmp_path / "alone", text, num_tokens=256))

@@ -97,9 +97,10 @@ def pack(
         stream.flush()
         os.fsync(stream.fileno())
     if not num_rows:
+        ended = "" if len(num_tokens) == 1 else f"{mixture.used_up} is used up and ends the mixture: "
         raise ConfigError(
-            f"the dataset holds {sum(num_tokens)} tokens, which do not fill a row of {row_length}; give more "
-            "text, --repeat, or a lower --max-length"
+            f"{ended}the dataset holds {sum(num_tokens)} tokens, which do not fill a row of {row_length}; "
+            "give more text, --repeat, or a lower --max-length"
         )
     return PackedText(
         num_rows,

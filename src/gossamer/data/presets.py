@@ -2,7 +2,8 @@
 
 `sparse-llama` is what the paper trained on (arXiv 2405.03594): SlimPajama and the Python part of The Stack.
 It does not say their shares; a tenth of Python is ours. `sparse-llama-open` takes their place where one of
-those is gated or gone. Its Python is a small sample: without `--repeat` a mixture ends where that is used up.
+those is gated or gone. Its Python is a small sample: without `--repeat` a mixture ends where that is used up,
+which is said with its name and its tokens.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.data.mixture import Mixture
 from gossamer.data.packing import CHARACTERS_A_TOKEN, FOLDER, RECORD, PackedText, pack_once, read_rows
 from gossamer.data.presets import expand
-from gossamer.data.sources import manifest
+from gossamer.data.sources import manifest, parse_weight
 from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
@@ -130,9 +130,12 @@ def _packed(
 def _notes(job: Pretrain, packed: PackedText, bad: BadRows) -> Iterator[str]:
     """What of the data is not trained on, and why."""
     if packed.used_up is not None:
+        names = [parse_weight(source)[0] for source in job.dataset]
+        own = packed.num_tokens[names.index(packed.used_up)]
         yield (
-            f"{packed.used_up} is used up after {packed.num_rows * packed.row_length:,} tokens, fewer than "
-            f"--num-tokens {job.num_tokens:,}: training on those (--repeat begins sources again)"
+            f"{packed.used_up} is used up after {own:,} tokens and ends the mixture at "
+            f"{packed.num_rows * packed.row_length:,}, fewer than --num-tokens {job.num_tokens:,}: training "
+            "on those (--repeat goes on, and begins sources again)"
         )
     if packed.num_truncated:
         yield f"{packed.num_truncated:,} documents are longer than a row, and only their beginning is used"
