@@ -41,6 +41,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--processes", type=int, default=1, help="GPUs of this machine that training shares (FSDP)"
     )
     made.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="ask each task's teacher once, into this folder, instead of holding it beside the model",
+    )
+    made.add_argument(
         "--allow-code-execution",
         action="store_true",
         help="run what models write for the code task",
@@ -65,6 +71,7 @@ def sizes_of(given: argparse.Namespace, sparsity: float) -> Sizes:
         max_length=given.max_length,
         repeat=given.repeat,
         num_processes=given.processes,
+        teacher_cache=given.teacher_cache,
         **asked,
     )
 

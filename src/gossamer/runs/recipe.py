@@ -76,6 +76,7 @@ class Sizes:
     pretrain_learning_rate: float = 3e-4
     repeat: bool = False  # text that is used up begins again
     num_processes: int = 1  # of torchrun, which share training by FSDP
+    teacher_cache: Path | None = None  # a folder for what each task's teacher makes of its examples
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,10 @@ def finetuned(
         )
         return Step("finetune", finetune, job, made)
 
-    taught = (
-        {"distill": "none"} if task.distill == "none" else {"distill": task.distill, "teacher": str(teacher)}
-    )
+    taught: dict[str, Any] = {"distill": task.distill}
+    if task.distill != "none":
+        cache = None if sizes.teacher_cache is None else str(sizes.teacher_cache / task.name)
+        taught |= {"teacher": str(teacher), "teacher_cache": cache}
     rounding = Quantize(str(tuned), str(rounded), dataset=tuple(calibration), **_rows(sizes))
     return [
         tuning(model, teacher, 0.0, distill="none"),

@@ -35,16 +35,17 @@ SHORTEST_ROW = 128  # tokens, that a row with too little memory is advised to ha
 
 
 def check_model(job: TrainingOptions, source: Checkpoint) -> None:
-    """Raise ConfigError for what the job asks for and this model cannot have."""
+    """Raise ConfigError for what the job asks for and this model or the place of its files cannot have."""
     schedule_of(job.prune_schedule, source)
     check_rank(job.lora, source)
+    check_folder(job.teacher_cache, job.output_dir)
 
 
 def check_start(job: TrainingOptions, source: Checkpoint, row_length: int | None = None) -> None:
     """Raise what training or its teacher would, once hours went into the rows: of what is known before.
 
     That is the version of transformers, the processes that are there, their share of rows of `row_length`
-    tokens, the kernel that is asked for, and what lies where the teacher's cache is to be.
+    tokens, and the kernel that is asked for.
     """
     check_trainer()
     check_processes(job.parallel)
@@ -54,7 +55,6 @@ def check_start(job: TrainingOptions, source: Checkpoint, row_length: int | None
         if job.parallel == "fsdp":
             refuse_sharded(job.kernel)
         refuse_dense(has_zeros=any(source.zeros(f"{name}.weight").any() for name in source.linears))
-    check_folder(job)
 
 
 @dataclass(frozen=True)

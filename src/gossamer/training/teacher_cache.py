@@ -219,17 +219,17 @@ def teacher_for(
         if torch.cuda.is_available():  # what is freed is torch's still
             torch.cuda.empty_cache()
 
-    check_folder(job)
+    check_folder(job.teacher_cache, job.output_dir)
     from_first(complete)
     return CachedTeacher(folder, wanted)
 
 
-def check_folder(job: TrainingOptions) -> None:
+def check_folder(teacher_cache: str | None, output_dir: str) -> None:
     """Raise ConfigError for a --teacher-cache that would lie among other files, or be replaced by them."""
-    if job.teacher_cache is None:
+    if teacher_cache is None:
         return
-    folder = Path(job.teacher_cache)
-    if folder.resolve() == Path(job.output_dir).resolve():
+    folder = Path(teacher_cache)
+    if folder.resolve() == Path(output_dir).resolve():
         raise ConfigError(f"--teacher-cache is {folder}, the output directory; give another folder")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--teacher-cache is {folder}, a file; expected a folder, or a new name")
