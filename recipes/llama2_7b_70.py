@@ -33,6 +33,7 @@ from gossamer.stages.finetune import Finetune
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training.device import MICRO_BATCH_TOKENS
 from gossamer.training.memory import MemoryEstimate, estimate_memory, largest_fitting
+from gossamer.training.teacher_cache import spread_layers
 from gossamer.training.trainer import micro_row_counts
 
 TASKS = {module.TASK.name: module.TASK for module in (arithmetic, chat, coding, instruction, summarization)}
@@ -54,19 +55,20 @@ def examples_by_task(given: Sequence[str]) -> dict[str, Files]:
 
 
 @functools.cache
-def without_weights(model: str) -> PreTrainedModel:
+def without_weights(model: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
 
 
 def memory(model: str, sizes: Sizes, job: Pretrain | Finetune, gpu_bytes: float) -> str:
     """What training takes of each GPU, from the model's configuration alone, in words.
 
-    FSDP shares out weights, gradients and moments; the teacher and a micro-batch, which is the largest that
-    fits into `gpu_bytes`, are each GPU's.
+    FSDP shares out weights, gradients and moments; a teacher that is not in a cache, whose weights are
+    bfloat16, and a micro-batch, which is the largest that fits into `gpu_bytes`, are each GPU's.
     """
     built = without_weights(model)
-    beside = None if job.teacher is None else built
+    live = job.teacher is not None and job.teacher_cache is None
+    beside = without_weights(model, torch.bfloat16) if live else None
     own = sum(weight.nbytes for weight in built.parameters())
 
     def estimate(num_rows: int) -> MemoryEstimate:
@@ -83,6 +85,13 @@ def memory(model: str, sizes: Sizes, job: Pretrain | Finetune, gpu_bytes: float)
     return f"{estimate(num_rows).parts()} in micro-batches of {num_rows * job.max_length:,} tokens"
 
 
+def cache_bytes(model: str) -> int:
+    """What a token takes in a teacher's cache, in its default layers."""
+    settings = without_weights(model).config.get_text_config()
+    layers = spread_layers(settings.num_hidden_layers, settings.hidden_size, 0, None)
+    return 2 * settings.hidden_size * len(layers)
+
+
 def print_plan(given: argparse.Namespace, sizes: Sizes, steps: Sequence[Step]) -> None:
     speed, hours = given.tokens_per_s, 0.0
     for number, step in enumerate(steps, 1):
@@ -90,6 +99,9 @@ def print_plan(given: argparse.Namespace, sizes: Sizes, steps: Sequence[Step]) -
         if isinstance(step.job, Pretrain | Finetune):
             needed = memory(given.model, sizes, step.job, given.gpu_gb * 1e9)
             print(f"#    each of {sizes.num_processes} GPUs: about {needed}")
+            if step.job.teacher_cache is not None:
+                a_token = f"{cache_bytes(given.model):,} bytes a token of the teacher"
+                print(f"#    {step.job.teacher_cache}: {a_token}")
         if isinstance(step.job, Pretrain) and speed:
             took = step.job.num_tokens / (speed * sizes.num_processes) / 3600
             hours += took

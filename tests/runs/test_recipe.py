@@ -1,6 +1,7 @@
 """The paper's recipes as programs: whole runs of a tiny model, and what is skipped, printed and refused."""
 
 import json
+import re
 import runpy
 import shlex
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gossamer import cli
 from gossamer.job.options import record
@@ -89,6 +91,11 @@ def test_what_a_later_step_refuses_is_said_before_the_first(
         assert not (tmp_path / "out").exists()
 
 
+def weights_in(printed: str) -> list[float]:
+    """Megabytes of weights of each step that trains."""
+    return [float(found) for found in re.findall(r"\(weights ([0-9.]+) MB", printed)]
+
+
 def test_the_plan_has_commands_memory_time_and_cost(
     given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +121,20 @@ def test_the_plan_has_commands_memory_time_and_cost(
     assert "360,000 tokens: 0.2 hours, 2.00 at 2 a GPU-hour" in printed
     assert "pretraining: 0.8 hours, 6.00 at 2 a GPU-hour, at 100 tokens/s a GPU" in printed
     assert printed.count("in micro-batches of 128 tokens") == 4  # a quarter of a step of 8 rows
+    config = LlamaConfig.from_pretrained(tmp_path / "only")
+    weights = sum(weight.numel() for weight in LlamaForCausalLM(config).parameters())
+    cached = run(
+        "llama2_7b_70.py",
+        [*given, "--examples", "chat=a.jsonl,b.jsonl", "--teacher-cache", "cache"],
+        monkeypatch,
+        capsys,
+    )
+    [beside] = [megabytes for megabytes in weights_in(printed) if megabytes not in weights_in(cached)]
+    assert beside == pytest.approx(
+        (4 * weights / 4 + 2 * weights) / 1e6, abs=0.06
+    )  # a share, and the teacher
+    assert f"cache/chat: {2 * 2 * config.hidden_size:,} bytes a token of the teacher" in cached
+    assert "--teacher-cache cache/chat" in cached
     crowded = [*given, "--gpu-gb", "0.001"]
     assert run("llama2_7b_70.py", crowded, monkeypatch, capsys).count("in micro-batches of 64 tokens") == 2
     assert (

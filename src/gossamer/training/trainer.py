@@ -64,6 +64,8 @@ def train(
     _say(progress, target.stage, *start.notes)
     distribute(model, job.parallel)
     teacher_model = teacher.model if isinstance(teacher, Teacher) else None
+    if teacher_model is not None:
+        cast_teacher(teacher_model, precision)  # before memory is measured
     choose_attention(rows.row_length, device, precision, model, teacher_model)
     if job.activation_checkpointing:
         _checkpointing(model, "enable")({"use_reentrant": False})
@@ -84,7 +86,7 @@ def train(
     kernel = choice.kernel
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
     if teacher is not None:
-        _attach(job, teacher, trainer, precision)
+        _attach(job, teacher, trainer)
     _run(trainer, start.step, job.save_steps)
     state = trainer.state
     pruning = {} if schedule is None else schedule.record(state.max_steps, monitor.sparsity)
@@ -132,11 +134,7 @@ def _say(progress: Progress, stage: str, *lines: str) -> None:
         progress(Event(stage, line, lasting=True))
 
 
-def _attach(
-    job: TrainingOptions, teacher: Teacher | CachedTeacher, trainer: RowTrainer, precision: str
-) -> None:
-    if isinstance(teacher, Teacher):
-        cast_teacher(teacher.model, precision)
+def _attach(job: TrainingOptions, teacher: Teacher | CachedTeacher, trainer: RowTrainer) -> None:
     states = LiveTeacher(teacher.model) if isinstance(teacher, Teacher) else teacher
     watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
