@@ -33,6 +33,7 @@ HOW = (
     "report_to",
     "offline",
     "threads",
+    "teacher_device",
 )  # these do not change what comes out
 
 

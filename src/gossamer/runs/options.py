@@ -17,7 +17,10 @@ STAGES: dict[str, type] = {
     "pack": pack.Pack,
 }
 # What there is to choose of a teacher, which runs have for fine-tuning alone.
-TAUGHT = ("distill_temperature", "cross_entropy_weight", "teacher_cache", "cache_layers", "cache_top_k")
+TAUGHT = (
+    *("distill_temperature", "cross_entropy_weight"),
+    *("teacher_cache", "cache_layers", "cache_top_k", "teacher_device"),
+)
 # What every run decides: where a stage reads and writes, who teaches whom, that `prune` prunes and `quantize`
 # rounds, and what is done again. It runs in one process, so `parallel` has nothing to choose.
 DECIDED = (
