@@ -37,14 +37,15 @@ from gossamer.training.head_loss import CHUNK_TOKENS, HeadTeacher, TopTokens
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import from_first
 from gossamer.training.rows import Rows
-from gossamer.training.teacher import LiveTeacher, Teacher
+from gossamer.training.teacher import LiveTeacher, Teacher, tokenizer_hash
 from gossamer.training.whole_model import load_model
 
 RECORD, CHUNKS = "teacher.json", "chunks.jsonl"
 _OURS = re.compile(r"hidden-\d+\.bf16|top-ids\.i32|top-logprobs\.f16|teacher\.json\.new|chunks\.jsonl")
 _IN_WORDS = {
     "teacher": "the teacher's files (sha256)",
-    "rows": "the rows of tokens (sha256)",
+    "tokenizer": "the tokenizer (sha256)",
+    "rows": "the text, in rows of tokens (sha256)",
     "num_rows": "how many rows",
     "row_length": "tokens a row (--max-length)",
     "hidden_size": "the teacher's hidden size",
@@ -62,10 +63,12 @@ DEFAULT_LAYERS = 4
 class Wanted:
     """What is to be written down of a teacher: of which rows, which layers, and how many likely tokens.
 
-    `teacher` and `rows` are the sha256 of its directory and of the rows; 0 tokens or no layers are none.
+    `teacher`, `tokenizer` and `rows` are the sha256 of its directory, of its tokenizer's files and of the
+    rows; 0 tokens or no layers are none.
     """
 
     teacher: str
+    tokenizer: str
     rows: str
     num_rows: int
     row_length: int
@@ -187,10 +190,12 @@ def teacher_for(
         return Teacher(load_model(directory), directory.hash)
     folder, anatomy = Path(job.teacher_cache), directory.architecture
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    teachers = job.teacher_device or device
     top_k = min(job.cache_top_k, anatomy.vocab_size) if job.distill in ("kl", "both") else 0
     layers = spread_layers(anatomy.num_layers, anatomy.hidden_size, top_k, job.cache_layers)
     wanted = Wanted(
         teacher=directory.hash,
+        tokenizer=tokenizer_hash(directory.path),
         rows=rows.hash(),
         num_rows=len(rows),
         row_length=rows.row_length,
@@ -213,7 +218,7 @@ def teacher_for(
         progress(Event(stage, f"{folder}: the teacher is asked once, into {size}: {what}", lasting=True))
         model = load_model(directory)
         cast_teacher(model, wanted.precision)
-        model.to(device)  # pyright: ignore[reportArgumentType]
+        model.to(teachers)  # pyright: ignore[reportArgumentType]
         write_down(folder, wanted, model, rows, stage, progress)
         del model
         if torch.cuda.is_available():  # what is freed is torch's still
@@ -331,8 +336,12 @@ def _read_rows(
 
 
 def _check_same(folder: Path, wanted: Wanted) -> None:
-    """Raise ConfigError unless the folder's cache is of these very things."""
-    if changed := differences(_recorded(folder), wanted.record(), _IN_WORDS):
+    """Raise ConfigError unless the folder's cache is of these very things.
+
+    One from before tokenizers were on record is told by its rows alone.
+    """
+    recorded = {"tokenizer": wanted.tokenizer, **_recorded(folder)}
+    if changed := differences(recorded, wanted.record(), _IN_WORDS):
         raise ConfigError(
             f"--teacher-cache {folder} was written of something else ({'; '.join(changed)}); give another "
             "folder, or delete this one"
