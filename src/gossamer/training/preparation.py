@@ -1,6 +1,6 @@
 """What is done before the first step: choose the training kernel and check that the run fits into memory."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -141,9 +141,8 @@ def prepare(
     if available is not None and needed.total > available:
         shorter = None if job.resume else _shorter_row(estimate, batch.row_length, available)
         advice = [] if shorter is None else [f"lower --max-length to {shorter} or less"]
-        if teacher is not None:
-            advice += _without_teacher(job, batch.device, elsewhere)
-        advice += _lighter(job, kernel, has_zeros=has_zeros)
+        teachers = [] if teacher is None else _without_teacher(job, batch.device, elsewhere)
+        advice += _lighter(job, kernel, teachers, has_zeros=has_zeros)
         check_memory(needed, available, batch.num_tokens, advice)
     if teacher is None or elsewhere is None:
         return batch, needed, None
@@ -175,12 +174,18 @@ def _shorter_row(
     return None
 
 
-def _lighter(job: TrainingOptions, kernel: TrainingKernel, *, has_zeros: bool) -> Iterator[str]:
-    """What could be given besides; where a run is resumed, only what it may have otherwise than before."""
+def _lighter(
+    job: TrainingOptions, kernel: TrainingKernel, teachers: Iterable[str], *, has_zeros: bool
+) -> Iterator[str]:
+    """What could be given besides; where a run is resumed, only what it may have otherwise than before.
+
+    teachers: what could be done about the teacher.
+    """
     if not job.activation_checkpointing:
         yield "--activation-checkpointing keeps of each layer only what goes in"
     if num_processes() > 1 and job.parallel == "ddp" and job.lora is None and kernel == "dense":
         yield "--parallel fsdp shares weights, gradients and moments among the processes"
+    yield from teachers
     if job.resume:
         yield "--overwrite starts anew, with as much at a time as fits now"
         return
