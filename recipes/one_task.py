@@ -1,20 +1,23 @@
 """What the programs of the paper's tasks share: their command line, and what they print."""
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from plan import Plan
 
 from gossamer.cli import ProgressBars
 from gossamer.errors import GossamerError
 from gossamer.runs.compress import Step
 from gossamer.runs.recipe import (
     Files,
+    Launch,
+    Measuring,
     Sizes,
     Task,
-    command,
-    evaluation,
+    check_measurable,
+    evaluations,
     examples_of,
     finetuned,
     measured,
@@ -41,12 +44,37 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--processes", type=int, default=1, help="GPUs of this machine that training shares (FSDP)"
     )
     made.add_argument(
+        "--nnodes", type=int, default=1, help="machines that share it, which see the same files"
+    )
+    made.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0 on")
+    made.add_argument("--rdzv-endpoint", default="", metavar="HOST:PORT", help="of the first machine")
+    made.add_argument(
+        "--judge", default="", metavar="URL", help="compares answers of chat (evaluate --judge)"
+    )
+    made.add_argument("--judge-model", default="", help="the judge's name at its endpoint")
+    made.add_argument(
+        "--ifeval", type=Path, metavar="FILE", help="IFEval's prompts, for the instruction task"
+    )
+    made.add_argument(
+        "--teacher-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="ask each task's teacher once, into this folder, instead of holding it beside the model",
+    )
+    made.add_argument(
         "--allow-code-execution",
         action="store_true",
         help="run what models write for the code task",
     )
     made.add_argument("--overwrite", action="store_true", help="replace training that other options made")
-    made.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
+    made.add_argument(
+        "--dry-run", action="store_true", help="print commands, memory, time and cost; run nothing"
+    )
+    made.add_argument(
+        "--tokens-per-s", type=float, help="that a GPU trains; default: scaled from our own rate"
+    )
+    made.add_argument("--gpu-gb", type=float, default=80, help="memory of a GPU, for the plan")
+    made.add_argument("--price-per-hour", type=float, help="of a GPU")
     return made
 
 
@@ -64,30 +92,39 @@ def sizes_of(given: argparse.Namespace, sparsity: float) -> Sizes:
         num_calibration_samples=given.num_calibration_samples,
         max_length=given.max_length,
         repeat=given.repeat,
-        num_processes=given.processes,
+        launch=launch_of(given),
+        teacher_cache=given.teacher_cache,
         **asked,
     )
 
 
-def run_and_print(
-    steps: Sequence[Step], tests: Sequence[tuple[Task, Path]], given: argparse.Namespace
+def launch_of(given: argparse.Namespace) -> Launch:
+    launch = Launch(given.processes, given.nnodes, given.node_rank, given.rdzv_endpoint)
+    launch.check()
+    return launch
+
+
+def plan_or_run(
+    steps: Sequence[Step], tests: Sequence[tuple[Task, Path]], given: argparse.Namespace, sizes: Sizes
 ) -> None:
-    """A line for each step that is done, and then what each task's examples say.
+    """The plan, or a line for each step that is done, and then what each task's examples say.
 
     Raises what the steps raise, and ConfigError before the first for what could not be measured in the end.
     """
+    how = Measuring(given.limit, given.allow_code_execution, given.judge, given.judge_model, given.ifeval)
     last = [
-        evaluation(
-            task, test, given.output_dir / task.name, given.limit, allow_code=given.allow_code_execution
-        )
-        for task, test in tests
+        step for task, test in tests for step in evaluations(task, test, given.output_dir / task.name, how)
     ]
+    if given.dry_run:
+        Plan(given, sizes).print([*steps, *last])
+        return
+    check_measurable(last)
     with ProgressBars() as progress:
-        done = run(steps, given.output_dir, given.processes, given.overwrite, progress)
-        for step, how in zip(steps, done, strict=True):
-            print(f"{how:8} {step.stage:9} {step.output}", flush=True)
-        for job in last:
-            print(measured(job, progress), flush=True)
+        done = run(steps, given.output_dir, sizes.launch, given.overwrite, progress)
+        for step, what in zip(steps, done, strict=True):
+            print(f"{what:8} {step.stage:9} {step.output}", flush=True)
+        for step in last if given.node_rank == 0 else ():
+            print(measured(step.job, progress), flush=True)
 
 
 def main(task: Task, description: str | None) -> None:
@@ -97,17 +134,14 @@ def main(task: Task, description: str | None) -> None:
     options.add_argument("--train", type=Path, required=True, help="examples: .jsonl[.zst] or .parquet")
     options.add_argument("--test", type=Path, required=True, help="examples to evaluate on")
     given = options.parse_args()
-    output, sizes = given.output_dir, sizes_of(given, given.sparsity)
+    output = given.output_dir
     try:
+        sizes = sizes_of(given, given.sparsity)
         files = Files(given.train, given.test)
         if not given.dry_run:
             files = examples_of(task, files, output.with_name(f"{output.name}-examples"))
         first = pruned(given.model, output, given.calibration, given.dataset, sizes)
         rest = finetuned(task, given.model, first[-1].output, output, given.calibration, files, sizes)
-        if given.dry_run:
-            for step in [*first, *rest]:
-                print(shlex.join(command(step, sizes.num_processes)))
-            return
-        run_and_print([*first, *rest], [(task, files.test)], given)
+        plan_or_run([*first, *rest], [(task, files.test)], given, sizes)
     except (GossamerError, OSError) as error:
         fail(options, error)

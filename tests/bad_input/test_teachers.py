@@ -121,6 +121,20 @@ TABLE: list[Case] = [
         ["--distill-temperature 2 has no part in --distill squarehead", "kl or both"],
     ),
     (
+        "a teacher on a device that is not there",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--teacher", "{model}", "--teacher-device", "cuda:77"],
+        ["--teacher-device cuda:77 is not there; found cpu", "give one of these"],
+    ),
+    (
+        "a device for no teacher",
+        "llama2",
+        nothing,
+        [*FINETUNE, "--distill", "none", "--teacher-device", "cpu"],
+        ["--teacher-device cpu needs --teacher DIR"],
+    ),
+    (
         "a cache that is a file",
         "llama2",
         nothing,

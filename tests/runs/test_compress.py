@@ -85,6 +85,31 @@ def test_what_is_of_a_teacher_is_not_for_pretraining_without_one(job: Compress) 
     check(jobs.values(), Checkpoint.open(job.model))
 
 
+def test_a_cached_teacher_is_of_fine_tuning_alone(job: Compress, tmp_path: Path) -> None:
+    """It is asked before training, into the folder that is given, and not beside each step."""
+    made = dataclasses.replace(
+        job,
+        output_dir=str(tmp_path / "out"),
+        sparsity=0.5,
+        teacher_cache=str(tmp_path / "cache"),
+        cache_layers=1,
+    )
+    pretrain, finetune = (
+        step.job for stage in ("pretrain", "finetune") for step in plan(made) if step.stage == stage
+    )
+    assert (pretrain.teacher_cache, pretrain.cache_layers) == (None, None)
+    assert (finetune.teacher_cache, finetune.cache_layers) == (str(tmp_path / "cache"), 1)
+    events: list[Event] = []
+    compress(dataclasses.replace(made, pretrain_dataset=()), events.append)
+    assert any("the teacher is asked once" in event.message for event in events)
+    assert (tmp_path / "cache" / "hidden-02.bf16").is_file()
+    with pytest.raises(ConfigError, match="the output directory; give another folder"):
+        compress(
+            dataclasses.replace(made, output_dir=str(tmp_path / "new"), teacher_cache=str(tmp_path / "new"))
+        )
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_foreign_directory_is_refused(job: Compress, tmp_path: Path) -> None:
     (tmp_path / "1-prune").mkdir()
     with pytest.raises(ConfigError, match="not made by compress or a recipe"):

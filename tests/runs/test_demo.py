@@ -307,3 +307,23 @@ def test_the_demo_passes_on_the_flags_of_its_stages() -> None:
     assert jobs.pretrain_50.learning_rate == jobs.control_finetune.learning_rate == 0.25
     assert (jobs.finetune.teacher, jobs.finetune.distill) == (None, "none")
     assert (jobs.pretrain_50.weight_decay, jobs.finetune.weight_decay) == (0.1, 0.125)
+
+
+def test_the_control_of_a_demo_is_taught_nothing() -> None:
+    words = [
+        "--teacher-cache",
+        "cache",
+        "--cache-layers",
+        "2",
+        "--distill",
+        "both",
+        "--distill-temperature",
+        "2",
+    ]
+    jobs = plan(cli.parse("demo", words)[0], Models.under(Path("out"), SHIPPED), Path("out"))
+    assert (jobs.finetune.teacher_cache, jobs.finetune.cache_layers) == ("cache", 2)
+    assert (jobs.finetune.distill, jobs.finetune.distill_temperature) == ("both", 2.0)
+    assert jobs.pretrain_50.teacher_cache is None and jobs.pretrain_50.distill_temperature == 1.0
+    control = jobs.control_finetune
+    assert (control.teacher_cache, control.cache_layers, control.distill_temperature) == (None, None, 1.0)
+    assert (control.teacher, control.distill) == (None, "none")

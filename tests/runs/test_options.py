@@ -9,8 +9,7 @@ import pytest
 from gossamer import cli
 from gossamer.job.options import option
 from gossamer.runs import recovery
-from gossamer.runs.compress import DECIDED, STAGES
-from gossamer.runs.options import options_for, options_of
+from gossamer.runs.options import DECIDED, STAGES, options_for, options_of
 from gossamer.training.options import inherited
 
 

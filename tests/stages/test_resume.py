@@ -297,7 +297,7 @@ def test_a_run_that_took_the_sparse_kernel_is_not_resumed_under_fsdp(
     job: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on with what it began with; that is said before anything is sharded."""
-    monkeypatch.setattr(preparation, "check_processes", lambda _: None)  # one is enough to be refused
+    monkeypatch.setattr(preparation, "check_processes", lambda *_: None)  # one is enough to be refused
     monkeypatch.setattr(kernel_choice, "_seconds", lambda *_: (0.3, 0.1))
     job = replace(job, kernel="auto")
     interrupt(job)

@@ -26,6 +26,7 @@ from gossamer.training.lora import adapt, adapters
 from gossamer.training.memory import (
     MemoryEstimate,
     check_memory,
+    estimate_elsewhere,
     estimate_memory,
     largest_fitting,
     optimizer_gradient_bytes,
@@ -261,6 +262,12 @@ def test_a_gpu_must_hold_weights_and_teacher_too() -> None:
     here = estimate_memory(model, 1, 16, "bf16", teacher=teacher)
     there = estimate_memory(model, 1, 16, "bf16", device="cuda", teacher=teacher)
     assert there.total - there.logits - (here.total - here.logits) == there.weights == 6 * weights
+    apart = estimate_memory(model, 1, 16, "bf16", device="cuda", teacher=teacher, teacher_elsewhere=True)
+    assert apart.weights == 4 * weights and apart.teacher == there.teacher
+    second, machine = (estimate_elsewhere(teacher, 1, 16, device) for device in ("cuda:1", "cpu"))
+    assert (second.weights, machine.weights) == (2 * weights, 0)
+    assert second.teacher == machine.teacher == 4 * 16 * 12 * 96
+    assert second.gradients == second.moments == second.activations == 0
     assert here.teacher == 8 * 16 * 12 * 96
 
 

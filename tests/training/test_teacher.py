@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
-from gossamer.training.teacher import open_teacher
+from gossamer.training.head_loss import TeacherLogits
+from gossamer.training.teacher import LiveTeacher, open_teacher
+from gossamer.training.whole_model import load_model
 
 Files = dict[str, str]
 MODEL, OLD = {"tokenizer.model": "a"}, {"vocab.json": "a", "merges.txt": "b"}
@@ -58,6 +61,27 @@ def test_another_tokenizer_is_refused(
     teacher, student = pair(theirs, ours)
     with pytest.raises(ConfigError, match=message):
         open_teacher(teacher, Checkpoint.open(student))
+
+
+@torch.no_grad()
+def test_a_teacher_on_its_own_device_gives_what_one_on_the_students_does(
+    tiny_llama: Callable[[str], Path],
+) -> None:
+    """What is learned of it is where the student is; the types are those of the student's autocast."""
+    model, cpu = load_model(Checkpoint.open(tiny_llama("llama2"))), torch.device("cpu")
+    here, elsewhere = LiveTeacher(model), LiveTeacher(model, "cpu")
+    ids_BT, kept_BT = torch.arange(2, 26).view(2, 12), torch.ones(2, 11, dtype=torch.bool)
+    found = []
+    for teacher in (here, elsewhere):
+        teacher.prepare(model, cpu)
+        with torch.autocast("cpu", torch.bfloat16):
+            teacher.read({}, {"input_ids": ids_BT, "attention_mask": None, "position_ids": None})
+            head = teacher.at_the_head(kept_BT, 1.0)
+            assert isinstance(head, TeacherLogits)
+            found.append((*teacher.states(), head.logits(3, 20)))
+        teacher.forget()
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
 def test_without_any_only_the_model_itself_is_a_teacher(pair: Callable[..., tuple[Path, Path]]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from gossamer.training.attention import choose_attention
 from gossamer.training.device import cast_teacher
 from gossamer.training.head_loss import TeacherLogits, TopTokens
 from gossamer.training.rows import Rows
-from gossamer.training.teacher import LiveTeacher, Teacher
+from gossamer.training.teacher import LiveTeacher, Teacher, tokenizer_hash
 from gossamer.training.teacher_cache import (
     CHUNK_ROWS,
     CachedTeacher,
@@ -60,6 +61,7 @@ def wanted(source: Checkpoint, rows: Rows, **changes: Any) -> Wanted:
     anatomy = source.architecture
     made = Wanted(
         teacher=source.hash,
+        tokenizer=tokenizer_hash(source.path),
         rows=rows.hash(),
         num_rows=len(rows),
         row_length=LENGTH,
@@ -227,9 +229,13 @@ def test_what_is_damaged_or_of_something_else_is_refused(
     for change, words in (
         (
             {"rows": "0123456789ab" + "c" * 52},
-            rf"the rows of tokens \(sha256\): found {want.rows[:12]}, expected 0123456789ab\)",
+            rf"the text, in rows of tokens \(sha256\): found {want.rows[:12]}, expected 0123456789ab\)",
         ),
         ({"teacher": "other"}, r"the teacher's files \(sha256\): found [0-9a-f]{12}, expected other"),
+        (
+            {"tokenizer": "0123456789ab" + "c" * 52},
+            rf"the tokenizer \(sha256\): found {want.tokenizer[:12]}, expected 0123456789ab\)",
+        ),
         ({"precision": "bf16"}, r"the teacher's precision \(--precision\): found f32, expected bf16"),
         ({"temperature": 1.0}, "--distill-temperature: found 2.0, expected 1.0"),
         ({"layers": (1,)}, r"layers \(--cache-layers, --distill\): found \[1, 2\], expected \[1\]"),
@@ -252,6 +258,35 @@ def test_what_is_damaged_or_of_something_else_is_refused(
     (folder / "teacher.json").write_text(json.dumps({"wanted": 3}))
     with pytest.raises(CheckpointError, match="not the record of a teacher's cache"):
         CachedTeacher.open(folder, want)
+
+
+def test_of_teacher_tokenizer_and_text_what_differs_is_said(
+    source: Checkpoint, rows: Rows, tmp_path: Path
+) -> None:
+    """As a run finds them; the tokenizer's file is one of the teacher's."""
+    job = Pretrain("model", "out", dataset=("text",), teacher="t", teacher_cache=str(tmp_path / "c"))
+    teacher_for(job, source, rows, "test", quiet)
+    other = {name: Path(shutil.copytree(source.path, tmp_path / name)) for name in ("teacher", "tokenizer")}
+    weights = bytearray((other["teacher"] / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other["teacher"] / "model.safetensors").write_bytes(weights)
+    with (other["tokenizer"] / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    text = Rows(rows.marked_ids_ST[::-1].copy())
+    for directory, given, words in (
+        (other["teacher"], rows, ["the teacher's files"]),
+        (other["tokenizer"], rows, ["the teacher's files", "the tokenizer"]),
+        (source.path, text, ["the text, in rows of tokens"]),
+    ):
+        with pytest.raises(ConfigError) as raised:
+            teacher_for(job, Checkpoint.open(directory), given, "test", quiet)
+        said = re.findall(r"[(;] ?([^;(]*) \(sha256\): found (\w{12}), expected (\w{12})", str(raised.value))
+        assert [word for word, _, _ in said] == words
+        assert all(found != expected for _, found, expected in said)
+    recorded = json.loads((tmp_path / "c" / "teacher.json").read_text())
+    del recorded["wanted"]["tokenizer"]  # as in one from before that was written down
+    (tmp_path / "c" / "teacher.json").write_text(json.dumps(recorded))
+    assert isinstance(teacher_for(job, source, rows, "test", quiet), CachedTeacher)
 
 
 def test_only_the_first_process_checks_and_it_says_how_far_it_is(

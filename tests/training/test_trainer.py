@@ -20,7 +20,7 @@ from gossamer.job.options import record
 from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training import preparation
-from gossamer.training.memory import estimate_memory
+from gossamer.training.memory import estimate_elsewhere, estimate_memory
 from gossamer.training.row_trainer import RowTrainer
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.teacher import Teacher
@@ -227,6 +227,66 @@ def test_a_row_that_does_not_fit_is_advised_to_be_shorter(
     advice = "lower --max-length to 256 or less; --teacher-cache FOLDER asks the .*; free memory"
     with pytest.raises(ConfigError, match=f"for 1,024 tokens at a time; found .* available: {advice}"):
         train(replace(JOB, activation_checkpointing=True), model, rows, target, quiet, teacher)
+
+
+def test_what_a_run_could_do_with_less_memory_is_named(
+    model: LlamaForCausalLM, target: Derived, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of options that go with those that are given: adapters need whole weights and a dense kernel."""
+    rows = Rows(np.ones((2, 64), np.int32))
+    monkeypatch.setattr(preparation, "available_bytes", lambda device: 1000)
+    lora = "--lora RANK trains adapters alone"
+    for changes, is_named in (({}, True), ({"lora": 2}, False), ({"prune_schedule": "0.5:1"}, False)):
+        with pytest.raises(ConfigError, match="training needs about") as raised:
+            train(replace(JOB, **changes), copy.deepcopy(model), rows, target, quiet)
+        assert (lora in str(raised.value)) == is_named
+        assert "--teacher" not in str(raised.value)
+    cache, machine = "--teacher-cache FOLDER asks", "--teacher-device cpu leaves"
+    for device, elsewhere, resume, expected in (
+        ("cuda", None, False, [cache, machine]),
+        ("cuda", "cpu", False, [cache]),
+        ("cpu", None, False, [cache]),
+        ("cuda", None, True, [machine]),
+    ):
+        advice = list(preparation._without_teacher(replace(JOB, resume=resume), device, elsewhere))
+        assert [line.startswith(start) for line, start in zip(advice, expected, strict=True)]
+
+
+def test_a_teacher_elsewhere_is_fitted_into_the_memory_there(
+    model: LlamaForCausalLM, target: Derived, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that this machine need not have: it is measured before anything goes there."""
+    rows, teacher = Rows(np.ones((4, 64), np.int32)), Teacher(copy.deepcopy(model), "hash")
+    job = replace(JOB, teacher="dense", teacher_device="cuda:1", batch_tokens=4 * 64)
+    there = estimate_elsewhere(teacher.model, 1, 64, "cuda:1")
+    assert there.weights == sum(weight.nbytes for weight in model.parameters())
+    for num_bytes, says in (
+        (there.total - 1, "the teacher on cuda:1 needs about"),
+        (there.total, "for 64 tok"),
+    ):
+        room = {"cuda:1": num_bytes, "cpu": 10**12 if num_bytes < there.total else 1000}
+        monkeypatch.setattr(preparation, "available_bytes", room.get)
+        with pytest.raises(ConfigError, match=says) as raised:
+            train(job, copy.deepcopy(model), rows, target, quiet, teacher)
+        assert ("give another --teacher-device" in str(raised.value)) == (num_bytes < there.total)
+
+
+def test_a_teacher_on_a_device_that_is_named_teaches_the_same(
+    model: LlamaForCausalLM, target: Derived
+) -> None:
+    rows = Rows(np.tile(np.arange(2, 34, dtype=np.int32), (8, 1)))
+    losses = [
+        train(
+            replace(JOB, distill="both", teacher_device=device),
+            copy.deepcopy(model),
+            rows,
+            target,
+            quiet,
+            Teacher(copy.deepcopy(model), "hash"),
+        ).losses
+        for device in (None, "cpu")
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("kernel", ["dense", "sparse"])

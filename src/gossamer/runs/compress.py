@@ -15,23 +15,15 @@ from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.job.options import option, record
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.reader import Packed
-from gossamer.runs.options import check, options_for, options_of
+from gossamer.runs.options import DECIDED, STAGES, check, options_for, options_of
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
+from gossamer.training.teacher_cache import check_folder
 
 TRAINED = ("pretrain", "finetune")
-STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
-# What compress decides: where a stage reads and writes, who teaches whom, that `prune` prunes and `quantize`
-# rounds, and what is done again. It runs in one process, so `parallel` has nothing to choose.
-DECIDED = (
-    *("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel"),
-    *("prune_scheme", "rounded_epochs", "prune_schedule"),
-    *("pretrain_distill", "pretrain_distill_temperature", "pretrain_cross_entropy_weight"),
-    *("teacher_cache", "cache_layers", "cache_top_k"),
-)
 DEFAULTS = {"sparsity": 0.7, "num_tokens": 1_000_000, "format": "chat"}
 HOW = (
     "overwrite",
@@ -41,6 +33,7 @@ HOW = (
     "report_to",
     "offline",
     "threads",
+    "teacher_device",
 )  # these do not change what comes out
 
 
@@ -89,6 +82,7 @@ def compress(job: Compress, progress: Progress = quiet) -> CompressResult:
     """
     job = pinned(job)
     steps = plan(job)
+    check_folder(job.teacher_cache, job.output_dir)
     check([step.job for step in steps], Checkpoint.open(job.model, offline=job.offline))
     left = claim(Path(job.output_dir), inputs(job))
     ran = [(step.stage, str(step.output), run(step, left, job.overwrite, progress)) for step in steps]

@@ -7,7 +7,27 @@ from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.options import option
-from gossamer.stages import finetune, pretrain, prune, quantize
+from gossamer.stages import finetune, pack, pretrain, prune, quantize
+
+STAGES: dict[str, type] = {
+    "prune": prune.Prune,
+    "pretrain": pretrain.Pretrain,
+    "finetune": finetune.Finetune,
+    "quantize": quantize.Quantize,
+    "pack": pack.Pack,
+}
+# What there is to choose of a teacher, which runs have for fine-tuning alone.
+TAUGHT = (
+    *("distill_temperature", "cross_entropy_weight"),
+    *("teacher_cache", "cache_layers", "cache_top_k", "teacher_device"),
+)
+# What every run decides: where a stage reads and writes, who teaches whom, that `prune` prunes and `quantize`
+# rounds, and what is done again. It runs in one process, so `parallel` has nothing to choose.
+DECIDED = (
+    *("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel"),
+    *("prune_scheme", "rounded_epochs", "prune_schedule"),
+    *(f"pretrain_{name}" for name in ("distill", *TAUGHT)),
+)
 
 CHECKS: dict[type, Callable[[Any, Checkpoint], Any]] = {
     prune.Prune: prune.check,

@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ from gossamer.data.tables import table_rows
 from gossamer.errors import ConfigError, GossamerError
 from gossamer.evaluation.file_tasks import Kind
 from gossamer.job.options import record
-from gossamer.job.report import Progress, quiet
+from gossamer.job.report import Event, Progress, quiet
 from gossamer.runs.compress import TRAINED, Left, Step, claim, is_up_to_date
 from gossamer.runs.compress import run as run_here
 from gossamer.runs.options import check
@@ -61,6 +63,61 @@ class Task:
     distill: Literal["squarehead", "none"] = "squarehead"
     max_grad_norm: float = 2.0
     lr_schedule: Literal["linear", "cosine"] = "linear"
+    also: Literal["chat", "ifeval"] | None = None  # a second kind to be measured by, where `Measuring` has it
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How tasks are measured in the end. `judge`, `judge_model`: of chat; `ifeval`: a file of prompts."""
+
+    limit: int = 0
+    allow_code: bool = False
+    judge: str = ""
+    judge_model: str = ""
+    ifeval: Path | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes that share training, on this machine and others, in torchrun's words.
+
+    The machines see the same files. The first one does the other steps; the others wait for what is pruned.
+    """
+
+    nproc_per_node: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str = ""
+
+    @property
+    def num_processes(self) -> int:
+        return self.nproc_per_node * self.nnodes
+
+    def check(self) -> None:
+        """Raise ConfigError for a machine that is not one of those, or that could not find the others."""
+        if self.nproc_per_node < 1 or not 0 <= self.node_rank < self.nnodes:
+            raise ConfigError(
+                f"--processes {self.nproc_per_node}, --nnodes {self.nnodes}, --node-rank {self.node_rank}: "
+                "expected at least one process and machine, and a rank from 0 to one less than --nnodes"
+            )
+        if self.nnodes > 1 and not self.rdzv_endpoint:
+            raise ConfigError(
+                f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT of the first machine, on all of them"
+            )
+
+    def words(self) -> list[str]:
+        """Of torchrun, of this environment; none for a single process."""
+        if self.num_processes == 1:
+            return []
+        words = ["torch.distributed.run", "--nproc-per-node", str(self.nproc_per_node)]
+        if self.nnodes > 1:
+            words += ["--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank)]
+            words += ["--rdzv-endpoint", self.rdzv_endpoint]
+        return [*words, "-m"]
+
+
+ALONE = Launch()
+WAIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +132,8 @@ class Sizes:
     finetune_batch_tokens: int = 65_536
     pretrain_learning_rate: float = 3e-4
     repeat: bool = False  # text that is used up begins again
-    num_processes: int = 1  # of torchrun, which share training by FSDP
+    launch: Launch = ALONE  # of torchrun, whose processes share training by FSDP
+    teacher_cache: Path | None = None  # a folder for what each task's teacher makes of its examples
 
 
 @dataclass(frozen=True)
@@ -147,9 +205,10 @@ def finetuned(
         )
         return Step("finetune", finetune, job, made)
 
-    taught = (
-        {"distill": "none"} if task.distill == "none" else {"distill": task.distill, "teacher": str(teacher)}
-    )
+    taught: dict[str, Any] = {"distill": task.distill}
+    if task.distill != "none":
+        cache = None if sizes.teacher_cache is None else str(sizes.teacher_cache / task.name)
+        taught |= {"teacher": str(teacher), "teacher_cache": cache}
     rounding = Quantize(str(tuned), str(rounded), dataset=tuple(calibration), **_rows(sizes))
     return [
         tuning(model, teacher, 0.0, distill="none"),
@@ -164,7 +223,7 @@ def _rows(sizes: Sizes) -> dict[str, Any]:
 
 
 def _training(sizes: Sizes) -> dict[str, Any]:
-    several = {"parallel": "fsdp"} if sizes.num_processes > 1 else {}
+    several = {"parallel": "fsdp"} if sizes.launch.num_processes > 1 else {}
     return {"max_length": sizes.max_length, **several}
 
 
@@ -189,20 +248,24 @@ def _converted(source: Path, convert: Callable[[Row], Row | None], folder: Path,
         lines += [json.dumps(made) + "\n"] if made else []
     text = "".join(lines)
     file = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
-    file.write_text(text, encoding="utf-8")
+    if not file.exists():  # other machines may be reading it
+        staged = file.with_name(f"{file.name}.{os.getpid()}.new")
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(file)
     return file
 
 
 def run(
     steps: Sequence[Step],
     output: Path,
-    num_processes: int,
+    launch: Launch = ALONE,
     overwrite: bool = False,
     progress: Progress = quiet,
 ) -> Iterator[str]:
     """Run the steps that are not done, and say of each what became of it: "ran", "went on" or "stood".
 
-    Training is given to torchrun where `num_processes` says so. Raises what the stages raise, ConfigError for
+    Training is given to torchrun where `launch` says so. On other machines than the first "waited" is for
+    what that one pruned, and "left" what it does alone. Raises what the stages raise, ConfigError for
     an output directory that holds anything else, or finished training by other options unless `overwrite`
     replaces it, and GossamerError where torchrun fails.
     """
@@ -213,31 +276,38 @@ def run(
         "data": [manifest(name) for name in names],
     }
     check([step.job for step in steps], Checkpoint.open(steps[0].job.model))
-    left = claim(output, decided)
+    first = launch.node_rank == 0
+    left = claim(output, decided) if first else Left(whole=False, mark=output / "compress.json", finished="")
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
-        yield _run(step, left, num_processes, overwrite, progress)
-    left.mark.write_text(left.finished, encoding="utf-8")
+        yield _run(step, left, launch, overwrite, progress)
+    if first:
+        left.mark.write_text(left.finished, encoding="utf-8")
 
 
-def _run(step: Step, left: Left, num_processes: int, overwrite: bool, progress: Progress) -> str:
-    if num_processes == 1 or step.stage not in TRAINED or is_up_to_date(step, left):
+def _run(step: Step, left: Left, launch: Launch, overwrite: bool, progress: Progress) -> str:
+    if launch.node_rank > 0 and step.stage not in TRAINED:
+        if step.stage != "prune":
+            return "left"
+        progress(Event(step.stage, f"waiting for the first machine to write {step.output}", lasting=True))
+        while not (Path(step.job.model).exists() and is_up_to_date(step, left)):
+            time.sleep(WAIT_SECONDS)
+        return "waited"
+    if launch.num_processes == 1 or step.stage not in TRAINED or is_up_to_date(step, left):
         return run_here(step, left, overwrite, progress)
     begun = holds_checkpoint(step.output.with_name(f"{step.output.name}.partial"))
     going_on = begun and not overwrite
     flags = {"--resume": going_on, "--overwrite": overwrite}
-    words = [*command(step, num_processes), *(flag for flag, given in flags.items() if given)]
+    words = [*command(step, launch), *(flag for flag, given in flags.items() if given)]
     if code := subprocess.run(words, check=False).returncode:
         raise GossamerError(f"{shlex.join(words)} ended with code {code}; its output above says why")
     return "went on" if going_on else "ran"
 
 
-def command(step: Step, num_processes: int = 1) -> list[str]:
+def command(step: Step, launch: Launch = ALONE) -> list[str]:
     """The words of the command line that runs a step: the options that have not their defaults."""
-    words = [sys.executable, "-m", "gossamer", step.stage]
-    if num_processes > 1 and step.stage in TRAINED:
-        launcher = [sys.executable, "-m", "torch.distributed.run"]  # torchrun, of this environment
-        words = [*launcher, "--nproc-per-node", str(num_processes), "-m", "gossamer", step.stage]
+    launcher = launch.words() if step.stage in TRAINED else []
+    words = [sys.executable, "-m", *launcher, "gossamer", step.stage]
     flags: list[str] = []
     for each in dataclasses.fields(step.job):
         value = getattr(step.job, each.name)
@@ -250,11 +320,11 @@ def command(step: Step, num_processes: int = 1) -> list[str]:
     return [*words, *flags]
 
 
-def evaluation(task: Task, test: Path, folder: Path, limit: int, *, allow_code: bool = False) -> Evaluate:
+def evaluations(task: Task, test: Path, folder: Path, how: Measuring) -> list[Step]:
     """How the packed model in the task's folder is measured against the dense teacher.
 
-    evaluation.json, .md and .png lie beside the model; figures that are kept are not measured again.
-    Raises ConfigError for the code task unless `allow_code` lets what the models write be run.
+    evaluation.json, .md and .png lie beside the model, and as judged.* or ifeval.* what is measured also;
+    figures that are kept are not measured again.
     """
     job = Evaluate(
         str(folder / "model.goss"),
@@ -262,13 +332,26 @@ def evaluation(task: Task, test: Path, folder: Path, limit: int, *, allow_code: 
         kind=task.kind,
         baseline=str(folder / "teacher"),
         apply_chat_template=task.format == "chat",
-        allow_code_execution=allow_code,
-        limit=limit,
+        allow_code_execution=how.allow_code,
+        limit=how.limit,
         output=str(folder / "evaluation.json"),
         overwrite=True,
     )
-    check_evaluation(job)
-    return job
+    jobs = [job]
+    if task.also == "chat" and (how.judge or how.judge_model):
+        asked = {"kind": "chat", "judge": how.judge, "judge_model": how.judge_model}
+        jobs.append(replace(job, output=str(folder / "judged.json"), apply_chat_template=False, **asked))
+    if task.also == "ifeval" and how.ifeval is not None:
+        jobs.append(replace(job, output=str(folder / "ifeval.json"), kind="ifeval", dataset=str(how.ifeval)))
+    return [Step("evaluate", evaluate, each, Path(each.output)) for each in jobs]
+
+
+def check_measurable(steps: Sequence[Step]) -> None:
+    """Raise ConfigError for evaluations that cannot be done, such as of code unless that may be run."""
+    for step in steps:
+        check_evaluation(step.job)
+        if not Path(step.job.dataset).is_file():
+            raise ConfigError(f"{step.job.dataset}: no such file; expected examples to evaluate on")
 
 
 def measured(job: Evaluate, progress: Progress = quiet) -> str:

@@ -6,6 +6,7 @@ The control is the dense model trained on the same tokens in the same order, wit
 second process beside the sparse path.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,8 +15,8 @@ from gossamer.data.supervised import write_completions
 from gossamer.errors import Interrupted
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
+from gossamer.runs import options
 from gossamer.runs.beside import beside
-from gossamer.runs.options import options_for, options_of
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.stages.pack import Pack, pack
 from gossamer.stages.pretrain import Pretrain, pretrain
@@ -26,17 +27,11 @@ SHIPPED = Path(__file__).parents[1] / "models" / "python-llama"
 CALIBRATION = ("python:doctests@3", "python:stdlib@1")
 TEXT = ("python:doctests@3", "python:stdlib@1")
 REPLAY_CHARACTERS = 300
-STAGES = {"prune": Prune, "pretrain": Pretrain, "finetune": Finetune, "quantize": Quantize, "pack": Pack}
-# What the path decides: its data and their fields, its two sparsities and that `prune` makes them, where a
-# stage reads and writes, who teaches, and that all is done again. It runs in one process, so `parallel` has
-# nothing to choose, and on one thread beside the control.
-DECIDED = (
-    *("dataset", "num_examples", "format", "sparsity", "model", "output_dir", "output_file", "teacher"),
-    *("resume", "overwrite", "parallel", "seed", "threads"),
-    *("prune_scheme", "rounded_epochs", "prune_schedule"),
-    *("pretrain_distill", "pretrain_distill_temperature", "pretrain_cross_entropy_weight"),
-    *("teacher_cache", "cache_layers", "cache_top_k"),
-)
+# Beside what every run decides: the fields of its data, its two sparsities, and one seed for all. It runs on
+# one thread, beside the control.
+DECIDED = (*options.DECIDED, "num_examples", "format", "sparsity", "seed", "threads")
+# The control has no teacher.
+UNTAUGHT = (*DECIDED, "finetune_distill", *(f"finetune_{name}" for name in options.TAUGHT))
 DEFAULTS = {
     "method": "sparsegpt",  # the other way takes longer, and training comes after it anyway
     "num_calibration_samples": 128,
@@ -53,7 +48,7 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovery(options_of(STAGES, without=DECIDED, defaults=DEFAULTS)):
+class Recovery(options.options_of(options.STAGES, without=DECIDED, defaults=DEFAULTS)):
     """Every option of the stages that the path leaves open; the defaults win the accuracy back in minutes."""
 
     seed: int = option(0, help="order of the training data and choice of the examples")
@@ -105,28 +100,25 @@ class Plan:
 def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Plan:
     """What `recover` runs, every stage with the options that `job` gives it."""
 
-    def options(kind: type, model: Path, made: Path, **decided: Any) -> dict[str, Any]:
+    def given(
+        kind: type, model: Path, made: Path, *, without: Sequence[str] = DECIDED, **decided: Any
+    ) -> dict[str, Any]:
         place = {"model": str(model), "output_file" if kind is Pack else "output_dir": str(made)}
-        return (
-            options_for(job, kind.__name__.lower(), kind, without=DECIDED)
-            | {"overwrite": True}
-            | place
-            | decided
-        )
+        chosen = options.options_for(job, kind.__name__.lower(), kind, without=without)
+        return chosen | {"overwrite": True} | place | decided
 
     def pruned(model: Path, made: Path, sparsity: float) -> Prune:
-        return Prune(**options(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity))
+        return Prune(**given(Prune, model, made, dataset=CALIBRATION, sparsity=sparsity))
 
     def pretrained(model: Path, made: Path) -> Pretrain:
-        return Pretrain(**options(Pretrain, model, made, dataset=TEXT))
+        return Pretrain(**given(Pretrain, model, made, dataset=TEXT))
 
     def finetuned(model: Path, made: Path, teacher: Path | None) -> Finetune:
         """Doctests, and a fifth of the tokens from the library so that Python is not forgotten."""
         data = (f"python:doctests:{size.num_examples}:{job.seed}", str(made.with_suffix(".jsonl")))
-        taught: dict[str, Any] = {"teacher": str(teacher)}
         if not teacher or job.distill == "none":
-            taught = {"distill": "none", "distill_temperature": 1.0, "cross_entropy_weight": 1.0}
-        return Finetune(**options(Finetune, model, made, dataset=data, **taught))
+            return Finetune(**given(Finetune, model, made, without=UNTAUGHT, dataset=data, distill="none"))
+        return Finetune(**given(Finetune, model, made, dataset=data, teacher=str(teacher)))
 
     pruned_50, pretrained_50, pruned_70, control = (
         output / name for name in ("pruned-50", "pretrained-50", "pruned-70", "control-pretrained")
@@ -137,8 +129,8 @@ def plan(job: Recovery, models: Models, output: Path, size: Size = WHOLE) -> Pla
         pretrain_50=pretrained(pruned_50, pretrained_50),
         prune_70=pruned(pretrained_50, pruned_70, 0.7),
         finetune=finetuned(pruned_70, models.recovered, models.dense),
-        quantize=Quantize(**options(Quantize, models.recovered, models.quantized, dataset=CALIBRATION)),
-        pack=Pack(**options(Pack, models.quantized, models.packed)),
+        quantize=Quantize(**given(Quantize, models.recovered, models.quantized, dataset=CALIBRATION)),
+        pack=Pack(**given(Pack, models.quantized, models.packed)),
         control_pretrain=pretrained(models.dense, control),
         control_finetune=finetuned(control, models.control, None),
     )

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from gossamer.errors import ConfigError
+
 Precision = Literal["f32", "bf16"]
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
@@ -15,6 +17,18 @@ def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Pre
         return wanted
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "f32"
+
+
+def check_device(wanted: str, option: str) -> None:
+    """Raise ConfigError for a device that is not there."""
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if wanted not in there:
+        raise ConfigError(f"{option} {wanted} is not there; found {', '.join(there)}: give one of these")
+
+
+def another_device(wanted: str | None, own: str) -> str | None:
+    """`wanted`, or None where that is the device, "cpu" or "cuda", that the run trains on anyway."""
+    return None if wanted in (None, "cpu" if own == "cpu" else "cuda:0") else wanted
 
 
 def cast_teacher(model: nn.Module, precision: str) -> None:

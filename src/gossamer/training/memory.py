@@ -14,7 +14,7 @@ query width Q, key and value width S, query heads A and row length T:
                     or 6 D V (bf16)
     adapters        16 D a layer less, as norms are frozen, and no copies of weights, no gradient of the head,
                     but 12 a weight of the largest linear, whose sum with its adapter is made in passing
-    a teacher       8 D a layer
+    a teacher       8 D a layer; on a device of its own 4 D a layer there too
 
 The numbers were counted in transformers' own models; a test counts them again. A checkpoint is written when
 gradients and activations have been freed. Its first process then writes out the sparse layers' weights as
@@ -82,16 +82,18 @@ def estimate_memory(
     *,
     device: str = "cpu",
     teacher: nn.Module | None = None,
+    teacher_elsewhere: bool = False,
     recompute: bool = False,
 ) -> MemoryEstimate:
     """Estimate a run with micro-batches of `num_rows` rows; recompute: with activation checkpointing.
 
     The weights of model and teacher are in memory already, so they count only where they must still be moved
-    to another `device`.
+    to another `device`; those of a teacher that is on another one than the model count there
+    (`estimate_elsewhere`).
     """
     anatomy, adapted = anatomy_of(model), bool(adapters(model))
     trained = sum(local(weight).numel() for weight in model.parameters() if weight.requires_grad)
-    moved = [model] if teacher is None else [model, teacher]
+    moved = [model] if teacher is None or teacher_elsewhere else [model, teacher]
     num_tokens, num_layers = num_rows * row_length, anatomy.num_layers
     layer_bytes = _layer_bytes(model, row_length, precision)
     kept = 4 * anatomy.hidden_size * num_layers + layer_bytes if recompute else num_layers * layer_bytes
@@ -106,6 +108,21 @@ def estimate_memory(
     )
     freed = step.gradients + step.logits + step.micro_batch
     return replace(step, saving=max(0, _saved_bytes(model, device) - freed))
+
+
+def estimate_elsewhere(
+    teacher: PreTrainedModel, num_rows: int, row_length: int, device: str
+) -> MemoryEstimate:
+    """What a teacher takes of a `device` that is not the model's: weights, states, and logits of a chunk."""
+    anatomy, num_tokens = anatomy_of(teacher), num_rows * row_length
+    return MemoryEstimate(
+        weights=0 if device == "cpu" else _bytes(teacher),
+        gradients=0,
+        moments=0,
+        activations=0,
+        logits=4 * anatomy.vocab_size * min(num_tokens, max(CHUNK_TOKENS.values())),
+        teacher=4 * num_tokens * anatomy.num_layers * anatomy.hidden_size,
+    )
 
 
 def largest_fitting(
@@ -124,16 +141,21 @@ def largest_fitting(
 
 
 def check_memory(
-    estimate: MemoryEstimate, available: int, num_tokens: int, advice: Sequence[str] = ()
+    estimate: MemoryEstimate,
+    available: int,
+    num_tokens: int,
+    advice: Sequence[str] = (),
+    what: str = "training",
 ) -> None:
     """Raise ConfigError, with the numbers and what to do, if more memory is needed than is available.
 
-    num_tokens: of a micro-batch; advice: what the run could do with less memory, a clause each.
+    num_tokens: of a micro-batch; advice: what the run could do with less memory, a clause each; what: it is
+    that needs it.
     """
     if estimate.total <= available:
         return
     raise ConfigError(
-        f"training needs about {estimate.parts()} for {num_tokens:,} tokens at a time; found "
+        f"{what} needs about {estimate.parts()} for {num_tokens:,} tokens at a time; found "
         f"{_gb(available)} available: {'; '.join([*advice, 'free memory, or train a smaller model'])}"
     )
 
@@ -143,8 +165,8 @@ def available_bytes(device: str) -> int | None:
 
     Processes of one torchrun share a machine alike. None where the system does not say.
     """
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
     available = available_memory_bytes()
     return None if available is None else available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.options import ThreadOptions, option, record
+from gossamer.job.processes import num_processes
 from gossamer.job.threads import use_threads
+from gossamer.training.device import check_device
 from gossamer.training.gradual import CubicSchedule
 from gossamer.training.monitor import check_reporter
 
@@ -44,6 +46,9 @@ class TrainingOptions(ThreadOptions):
         "at least 4)",
     )
     cache_top_k: int = option(CACHE_TOP_K, help="likeliest tokens whose probabilities go there")
+    teacher_device: str | None = option(
+        None, help="where the teacher computes: cpu, cuda:1, ... (default: where the model is trained)"
+    )
     max_length: int = option(1024, help="tokens a row; the model's context where that is shorter")
     batch_tokens: int = option(16_384, help="tokens an optimizer step, prompts included")
     learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
@@ -107,6 +112,7 @@ WITHOUT_EFFECT = {
     "parallel",
     "threads",
     "activation_checkpointing",
+    "teacher_device",
 }
 PATHS = {"model", "dataset", "teacher", "teacher_cache"}
 
@@ -151,6 +157,7 @@ def check_options(job: TrainingOptions) -> None:
         raise ConfigError(f"--teacher {job.teacher} has no part in --distill none; leave one of them out")
     if job.teacher_cache is not None and job.teacher is None:
         raise ConfigError(f"--teacher-cache {job.teacher_cache} needs --teacher DIR, the dense model")
+    _check_teacher_device(job)
     if job.cache_top_k < 1:
         raise ConfigError(f"--cache-top-k is {job.cache_top_k}; expected at least 1 token")
     if job.cache_layers is not None and job.cache_layers < 1:
@@ -176,6 +183,20 @@ def check_options(job: TrainingOptions) -> None:
     check_reporter(job.report_to)
     if job.threads is not None:
         use_threads(job.threads)
+
+
+def _check_teacher_device(job: TrainingOptions) -> None:
+    """Raise ConfigError where the teacher cannot compute, UnsupportedError where all processes would meet."""
+    if job.teacher_device is None:
+        return
+    if job.teacher is None:
+        raise ConfigError(f"--teacher-device {job.teacher_device} needs --teacher DIR, the dense model")
+    check_device(job.teacher_device, "--teacher-device")
+    if num_processes() > 1 and job.teacher_device != "cpu":
+        raise UnsupportedError(
+            f"--teacher-device {job.teacher_device}: {num_processes()} processes would each put a teacher "
+            "there; expected cpu, or no --teacher-device: each process then has it on its own GPU"
+        )
 
 
 def _refuse_together(job: TrainingOptions) -> None:

@@ -40,6 +40,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.processes import is_first, num_processes
 from gossamer.job.report import Progress, quiet
+from gossamer.training.device import another_device
 from gossamer.training.trainer_contract import unsupported_version
 
 Parallel = Literal["ddp", "fsdp"]
@@ -157,26 +158,30 @@ def rows_of_this_process(batch_rows: int, row_length: int) -> int:
     return batch_rows // count
 
 
-def check_processes(parallel: Parallel) -> None:
-    """Raise UnsupportedError for one process with several GPUs, ConfigError for `fsdp` in one process."""
+def check_processes(parallel: Parallel, teacher_device: str | None = None) -> None:
+    """Raise UnsupportedError for one process with several GPUs, ConfigError for `fsdp` in one process.
+
+    One process may have two if its teacher is on the second.
+    """
     if num_processes() > 1:
         return
-    if torch.cuda.device_count() > 1:
+    if torch.cuda.device_count() > 1 and another_device(teacher_device, "cuda") in (None, "cpu"):
         raise UnsupportedError(
             f"found {torch.cuda.device_count()} GPUs and one process; start one for each: torchrun "
-            "--nproc-per-node gpu -m gossamer ..., or choose a GPU with CUDA_VISIBLE_DEVICES"
+            "--nproc-per-node gpu -m gossamer ..., or choose a GPU with CUDA_VISIBLE_DEVICES (or have the "
+            "teacher on the second one: --teacher-device cuda:1)"
         )
     if parallel == "fsdp":
         raise ConfigError("--parallel fsdp found one process; start several with torchrun, or leave it out")
 
 
-def distribute(model: PreTrainedModel, parallel: Parallel) -> None:
+def distribute(model: PreTrainedModel, parallel: Parallel, teacher_device: str | None = None) -> None:
     """Shard the model in place for `fsdp`. For `ddp` leave it whole: the Trainer wraps it.
 
     Raises what `check_processes` does, and UnsupportedError for a transformers that does not know sharded
     models.
     """
-    check_processes(parallel)
+    check_processes(parallel, teacher_device)
     if parallel == "fsdp":
         _shard(model)
 

@@ -1,5 +1,6 @@
 """The dense model that a sparse one learns from: what training asks of it, and one that is in memory."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,10 +53,14 @@ class TeacherStates(Protocol):
 
 
 class LiveTeacher:
-    """A teacher that reads along; it computes in its own dtype, once for each micro-batch."""
+    """A teacher that reads along; it computes in its own dtype, once for each micro-batch.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    On the student's device, or on `elsewhere`: what is learned of it goes to the student's.
+    """
+
+    def __init__(self, model: PreTrainedModel, elsewhere: str | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self._own = self._students = None if elsewhere is None else torch.device(elsewhere)
         self.layers = range(1, model.config.get_text_config().num_hidden_layers + 1)
         self._inputs: Mapping[str, Any] = {}
         self._states: tuple[Tensor, ...] | None = None
@@ -69,31 +74,53 @@ class LiveTeacher:
                     f"SquareHead: the teacher has {field} {theirs}, the trainer's model has {ours}; they "
                     "must be equal: the teacher is the dense model that the student was pruned from"
                 )
-        nn.Module.to(self.model, device)
+        self._students = device
+        nn.Module.to(self.model, self._own or device)
 
     def read(self, batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         self._inputs, self._states = inputs, None
 
-    @torch.no_grad()
     def states(self) -> tuple[Tensor, ...]:
-        if self._states is None:
-            decoder = self.model.get_decoder()
-            outputs = decoder(**self._inputs, output_hidden_states=True, use_cache=False)
-            self._states = tuple(outputs.hidden_states)[1:]
-        return self._states
+        return tuple(_on(self._students, state) for state in self._computed())
 
     def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
-        hidden_ND = self.states()[-1][:, :-1][kept_BT]
+        hidden_ND = self._computed()[-1][:, :-1][_on(self._own, kept_BT)]
         head: Any = self.model.get_output_embeddings()
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:
-            return head(hidden_ND[begin:end])
+            with self._autocast():
+                return _on(self._students, head(hidden_ND[begin:end]))
 
         return TeacherLogits(logits, temperature)
 
     def forget(self) -> None:
         self._inputs, self._states = {}, None
+
+    @torch.no_grad()
+    def _computed(self) -> tuple[Tensor, ...]:
+        """The hidden states where the teacher is."""
+        if self._states is None:
+            inputs = {name: _on(self._own, value) for name, value in self._inputs.items()}
+            decoder = self.model.get_decoder()
+            with self._autocast():
+                outputs = decoder(**inputs, output_hidden_states=True, use_cache=False)
+            self._states = tuple(outputs.hidden_states)[1:]
+        return self._states
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """What the student's device has of it, where the teacher is on another."""
+        if self._own is None or self._students is None or self._own.type == self._students.type:
+            return contextlib.nullcontext()
+        there = self._students.type
+        return torch.autocast(
+            self._own.type, torch.get_autocast_dtype(there), enabled=torch.is_autocast_enabled(there)
+        )
+
+
+def _on(device: torch.device | None, value: Any) -> Any:
+    """A tensor on a device, if one is given; anything else is returned as it is."""
+    return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
 
 @dataclass(frozen=True)
@@ -127,8 +154,8 @@ def _check_tokenizer(teacher: Checkpoint, student: Checkpoint) -> None:
     shared = next((name for name in ours if name in theirs), None)
     if shared is not None and theirs[shared] != ours[shared]:
         raise ConfigError(
-            f"--teacher {teacher.path} has another tokenizer ({shared} sha256 {theirs[shared]}) than the "
-            f"model {student.path} ({ours[shared]}); expected the same file in both"
+            f"--teacher {teacher.path} has another tokenizer ({shared} sha256 {theirs[shared][:12]}) than "
+            f"the model {student.path} ({ours[shared][:12]}); expected the same file in both"
         )
     if shared is None and (theirs or ours or teacher.hash != student.hash):
         raise ConfigError(
@@ -139,10 +166,15 @@ def _check_tokenizer(teacher: Checkpoint, student: Checkpoint) -> None:
 
 
 def _tokenizer_digests(path: Path) -> dict[str, str]:
-    """What there is of `_TOKENIZERS` in a directory, with the first 12 digits of a sha256."""
+    """What there is of `_TOKENIZERS` in a directory, the surest first, with its sha256."""
     digests = {}
     for name, beside in _TOKENIZERS.items():
         if (path / name).is_file():
             files = [file for file in (path / name, *(path / other for other in beside)) if file.is_file()]
-            digests[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+            digests[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return digests
+
+
+def tokenizer_hash(path: Path) -> str:
+    """The sha256 of the surest of a directory's tokenizers; "none" where there is none."""
+    return next(iter(_tokenizer_digests(path).values()), "none")

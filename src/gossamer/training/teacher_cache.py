@@ -36,14 +36,15 @@ from gossamer.training.head_loss import CHUNK_TOKENS, HeadTeacher, TopTokens
 from gossamer.training.options import TrainingOptions
 from gossamer.training.parallel import from_first
 from gossamer.training.rows import Rows
-from gossamer.training.teacher import LiveTeacher, Teacher
+from gossamer.training.teacher import LiveTeacher, Teacher, tokenizer_hash
 from gossamer.training.whole_model import load_model
 
 RECORD, CHUNKS = "teacher.json", "chunks.jsonl"
 _OURS = re.compile(r"hidden-\d+\.bf16|top-ids\.i32|top-logprobs\.f16|teacher\.json\.new|chunks\.jsonl")
 _IN_WORDS = {
     "teacher": "the teacher's files (sha256)",
-    "rows": "the rows of tokens (sha256)",
+    "tokenizer": "the tokenizer (sha256)",
+    "rows": "the text, in rows of tokens (sha256)",
     "num_rows": "how many rows",
     "row_length": "tokens a row (--max-length)",
     "hidden_size": "the teacher's hidden size",
@@ -62,10 +63,12 @@ LIGHTER = "lower --cache-layers, --cache-top-k or the number of tokens"
 class Wanted:
     """What is to be written down of a teacher: of which rows, which layers, and how many likely tokens.
 
-    `teacher` and `rows` are the sha256 of its directory and of the rows; 0 tokens or no layers are none.
+    `teacher`, `tokenizer` and `rows` are the sha256 of its directory, of its tokenizer's files and of the
+    rows; 0 tokens or no layers are none.
     """
 
     teacher: str
+    tokenizer: str
     rows: str
     num_rows: int
     row_length: int
@@ -200,13 +203,13 @@ def teacher_for(
         progress(Event(stage, f"{folder}: the teacher is asked once, into {into}: {what}", lasting=True))
         model = load_model(directory)
         cast_teacher(model, wanted.precision)
-        model.to(_device())  # pyright: ignore[reportArgumentType]
+        model.to(job.teacher_device or _device())  # pyright: ignore[reportArgumentType]
         write_down(folder, wanted, model, rows, stage, progress)
         del model
         if torch.cuda.is_available():  # what is freed is torch's still
             torch.cuda.empty_cache()
 
-    check_folder(job)
+    check_folder(job.teacher_cache, job.output_dir)
     from_first(complete)
     return CachedTeacher(folder, wanted)
 
@@ -218,6 +221,7 @@ def _wanted(job: TrainingOptions, directory: Checkpoint, rows: str, num_rows: in
     layers = spread_layers(anatomy.num_layers, anatomy.hidden_size, top_k, job.cache_layers)
     return Wanted(
         teacher=directory.hash,
+        tokenizer=tokenizer_hash(directory.path),
         rows=rows,
         num_rows=num_rows,
         row_length=row_length,
@@ -233,12 +237,12 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_folder(job: TrainingOptions) -> None:
+def check_folder(teacher_cache: str | None, output_dir: str) -> None:
     """Raise ConfigError for a --teacher-cache that would lie among other files, or be replaced by them."""
-    if job.teacher_cache is None:
+    if teacher_cache is None:
         return
-    folder = Path(job.teacher_cache)
-    if folder.resolve() == Path(job.output_dir).resolve():
+    folder = Path(teacher_cache)
+    if folder.resolve() == Path(output_dir).resolve():
         raise ConfigError(f"--teacher-cache is {folder}, the output directory; give another folder")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--teacher-cache is {folder}, a file; expected a folder, or a new name")
@@ -341,8 +345,12 @@ def _read_rows(
 
 
 def _check_same(folder: Path, wanted: Wanted) -> None:
-    """Raise ConfigError unless the folder's cache is of these very things."""
-    if changed := differences(_recorded(folder), wanted.record(), _IN_WORDS):
+    """Raise ConfigError unless the folder's cache is of these very things.
+
+    One from before tokenizers were on record is told by its rows alone.
+    """
+    recorded = {"tokenizer": wanted.tokenizer, **_recorded(folder)}
+    if changed := differences(recorded, wanted.record(), _IN_WORDS):
         raise ConfigError(
             f"--teacher-cache {folder} was written of something else ({'; '.join(changed)}); give another "
             "folder, or delete this one"

@@ -20,7 +20,7 @@ from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
 from gossamer.training.attention import choose_attention
 from gossamer.training.compiled import COMPILING, compile_layers, restore_layers
-from gossamer.training.device import MICRO_BATCH_TOKENS, cast_teacher, choose_precision
+from gossamer.training.device import MICRO_BATCH_TOKENS, another_device, cast_teacher, choose_precision
 from gossamer.training.distillation import Distillation, SquareHead
 from gossamer.training.gradual import GradualPruning, schedule_of
 from gossamer.training.history import PARTS, History
@@ -62,18 +62,26 @@ def train(
     checkpoints = Checkpoints(target.path, identify(job, model, rows, target, device, precision, teacher))
     start = _find_start(job, checkpoints)
     _say(progress, target.stage, *start.notes)
-    distribute(model, job.parallel)
+    distribute(model, job.parallel, job.teacher_device)
     teacher_model = teacher.model if isinstance(teacher, Teacher) else None
-    choose_attention(rows.row_length, device, precision, model, teacher_model)
+    elsewhere = another_device(job.teacher_device, device)
+    teachers = (elsewhere or device).partition(":")[0]
+    if teacher_model is not None:
+        cast_teacher(teacher_model, precision)  # before memory is measured
+    choose_attention(rows.row_length, device, precision, model)
+    choose_attention(rows.row_length, teachers, precision, teacher_model)
     if job.activation_checkpointing:
         _checkpointing(model, "enable")({"use_reentrant": False})
     batches = _micro_batches(job, rows, device, precision, start.micro_rows)
     choice = decide_kernel(job, model, batches[0], start.kernel)
-    batch, estimate = prepare(job, model, teacher_model, batches, choice.kernel)
+    batch, estimate, of_teacher = prepare(job, model, teacher_model, batches, choice.kernel)
     tokens = f"{batch.num_tokens:,} tokens" + (" (more do not fit)" if batch != batches[0] else "")
     memory = f"steps will take about {estimate.parts()} beside the model, in micro-batches of {tokens}"
+    if of_teacher is not None:
+        memory += f"; the teacher on {elsewhere} about {of_teacher.parts()}"
     _say(progress, target.stage, f"kernel {choice.kernel}: {choice.reason}; {memory}")
-    if choice.kernel == "dense" and job.lora is None and compile_layers(device, model, teacher_model):
+    if choice.kernel == "dense" and job.lora is None and compile_layers(device, model):
+        compile_layers(teachers, teacher_model)
         _say(progress, target.stage, COMPILING)
     arguments = _arguments(job, rows, batch, checkpoints)
     monitor = Monitor(target.stage, progress, target.path, target.parent.sparsity())
@@ -84,7 +92,7 @@ def train(
     kernel = choice.kernel
     trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
     if teacher is not None:
-        _attach(job, teacher, trainer, precision)
+        _attach(job, teacher, trainer, elsewhere)
     _run(trainer, start.step, job.save_steps)
     state = trainer.state
     pruning = {} if schedule is None else schedule.record(state.max_steps, monitor.sparsity)
@@ -133,11 +141,9 @@ def _say(progress: Progress, stage: str, *lines: str) -> None:
 
 
 def _attach(
-    job: TrainingOptions, teacher: Teacher | CachedTeacher, trainer: RowTrainer, precision: str
+    job: TrainingOptions, teacher: Teacher | CachedTeacher, trainer: RowTrainer, elsewhere: str | None
 ) -> None:
-    if isinstance(teacher, Teacher):
-        cast_teacher(teacher.model, precision)
-    states = LiveTeacher(teacher.model) if isinstance(teacher, Teacher) else teacher
+    states = LiveTeacher(teacher.model, elsewhere) if isinstance(teacher, Teacher) else teacher
     watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
     parts = ("cross_entropy", *(("kl", "squarehead") if job.distill == "both" else (job.distill,)))
@@ -240,6 +246,7 @@ def identify(
         "native_instructions": _native.isa(),
         "num_threads": torch.get_num_threads(),
         "num_processes": num_processes(),
+        "teacher_device": job.teacher_device,
         "parallel": job.parallel,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -263,7 +270,7 @@ def _arguments(
     job: TrainingOptions, rows: Rows, batch: MicroBatch, checkpoints: Checkpoints
 ) -> TrainingArguments:
     num_steps = math.ceil(len(rows) / job.batch_rows(rows.row_length))
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints.staging),
         num_train_epochs=1,
         per_device_train_batch_size=batch.num_rows,
@@ -290,6 +297,8 @@ def _arguments(
         dataloader_pin_memory=batch.device == "cuda",
         ddp_find_unused_parameters=True,  # keeps DDP from rebuilding its buckets: see parallel.py
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a second one is the teacher's
+    return arguments
 
 
 def _micro_batches(
