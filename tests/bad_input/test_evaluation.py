@@ -56,6 +56,13 @@ TABLE: list[Case] = [
         ["model: this model has no chat template", "chat_template.jinja"],
     ),
     (
+        "a task to keep of what the harness does not run",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--dataset", "{text}", "--write-tasks", "{report}"],
+        ["--write-tasks keeps the task of --dataset FILE --kind KIND"],
+    ),
+    (
         "the engine's options without the engine",
         "llama2",
         nothing,

@@ -119,7 +119,8 @@ def test_the_harness_is_left_as_it_was(
     for name in names:
         monkeypatch.setattr(evaluator, name, lambda *given, name=name: called.append(name))
     before = [getattr(evaluator, name) for name in names]
-    task = file_task(Path(write(tmp_path / "a.jsonl", [{"context": "a", "continuation": "b"}])), "cloze")
+    file = Path(write(tmp_path / "a.jsonl", [{"context": "a", "continuation": "b"}]))
+    task = file_task(file, "cloze", tmp_path)
     model = EngineBackend(str(tiny_llama("llama3")), 1).for_harness()
     if fails:
         monkeypatch.setattr(model, "loglikelihood", lambda requests: 1 / 0)
@@ -313,23 +314,23 @@ def test_rows_of_another_kind_are_named(kind: Any, row: dict[str, Any], message:
         del good["answer"]
     file = write(tmp_path / "rows.jsonl", [good, row])
     with pytest.raises(ConfigError, match=rf"rows\.jsonl:2: .*{message}"):
-        file_task(Path(file), kind)
-    assert file_task(Path(file), kind, skip_bad_rows=1)["task"] == "rows.jsonl"
+        file_task(Path(file), kind, tmp_path)
+    assert file_task(Path(file), kind, tmp_path, skip_bad_rows=1).name == "rows.jsonl"
 
 
 def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"empty\.jsonl has no examples"):
-        file_task(tmp_path / "empty.jsonl", "cloze")
+        file_task(tmp_path / "empty.jsonl", "cloze", tmp_path)
     rows = [
         {"query": "a", "choices": ["b", "c"], "gold": 0},
         {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
     ]
     with pytest.raises(ConfigError, match="some rows have context_options and some have not"):
-        file_task(Path(write(tmp_path / "both.jsonl", rows)), "multiple-choice")
+        file_task(Path(write(tmp_path / "both.jsonl", rows)), "multiple-choice", tmp_path)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
         ConfigError, match=r"a\.txt, for --kind cloze: found another kind of file; expected a \.jsonl"
     ):
-        file_task(tmp_path / "a.txt", "cloze")
-    assert file_task(tmp_path / "a.txt", "perplexity")["task"] == "a.txt"
+        file_task(tmp_path / "a.txt", "cloze", tmp_path)
+    assert file_task(tmp_path / "a.txt", "perplexity", tmp_path).name == "a.txt"

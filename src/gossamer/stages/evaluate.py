@@ -1,5 +1,7 @@
 """`evaluate`: perplexity of a text and accuracy in tasks, through transformers or the engine."""
 
+import shlex
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +23,7 @@ from gossamer.evaluation.harness import SEED, Scores, load_tasks, run
 from gossamer.evaluation.judge import Judge
 from gossamer.evaluation.kept import KeptFigures, digest, model_hash, program
 from gossamer.evaluation.report import EvaluateResult
+from gossamer.evaluation.task_yaml import FileTask, yaml_file
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
@@ -68,6 +71,9 @@ class Evaluate(EngineOptions):
     row_length: int = option(
         255, help="tokens of a row of --dataset; each is seen after those before it in its row, BOS first"
     )
+    write_tasks: str = option(
+        "", help="folder for the task that lm-evaluation-harness runs of --kind: YAML for its --include_path"
+    )
     limit: int = option(0, help="rows of text and examples a task at most; 0: all (500 doctests)")
     seed: int = option(0, help="choice of the doctests")
     output: str = option(
@@ -86,7 +92,7 @@ class Asked:
     """
 
     own: dict[str, list[Example | Choice]]
-    harness: list[str | dict[str, Any]]
+    harness: list[str | FileTask]
     manager: Any
     decides: dict[str, Any]
     text: dict[str, Any] | None
@@ -97,10 +103,16 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
 
     What an earlier run measured of the same content is taken from the cache, unless `no_cache`.
     """
-    start = time.monotonic()
     check(job)
+    with tempfile.TemporaryDirectory(prefix="gossamer-tasks-") as temporary:
+        return _evaluate(job, Path(job.write_tasks or temporary), progress)
+
+
+def _evaluate(job: Evaluate, folder: Path, progress: Progress) -> EvaluateResult:
+    """Likewise; the tasks of files are written into the folder."""
+    start = time.monotonic()
     prompts = read_prompts(Path(job.dataset), job.skip_bad_rows, progress) if job.kind == "chat" else []
-    asked = _asked(job, progress)
+    asked = _asked(job, folder, progress)
     if job.backend == "auto":
         packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
         job = replace(job, backend="engine" if packed else "torch")
@@ -165,6 +177,10 @@ def check(job: Evaluate) -> None:
         _check_chat(job)
     elif job.judge or job.judge_model:
         raise ConfigError("--judge and --judge-model are for --kind chat")
+    if job.write_tasks:
+        if job.kind in (None, "chat"):
+            raise ConfigError("--write-tasks keeps the task of --dataset FILE --kind KIND (not chat)")
+        refuse_existing(yaml_file(Path(job.write_tasks), Path(job.dataset).name), job.overwrite)
     if job.skip_bad_rows < 0:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if (job.num_fewshot or 0) < 0:
@@ -198,16 +214,16 @@ def _check_chat(job: Evaluate) -> None:
     Judge(job.judge, job.judge_model)  # whose URL must be one
 
 
-def _asked(job: Evaluate, progress: Progress) -> Asked:
+def _asked(job: Evaluate, folder: Path, progress: Progress) -> Asked:
     """Read the examples, and load the harness's tasks, before a model is opened."""
     own = [task for task in job.tasks if task in DOCTESTS or task.endswith(TABLES)]
     examples = {task: task_examples(task, job.limit, job.seed) for task in own}
-    names: list[str | dict[str, Any]] = [task for task in job.tasks if task not in own]
+    names: list[str | FileTask] = [task for task in job.tasks if task not in own]
     if job.kind and job.kind != "chat":
-        file, shots = Path(job.dataset), _shots(job)
-        names.append(
-            file_task(file, job.kind, job.skip_bad_rows, shots, offline=job.offline, progress=progress)
-        )
+        read = partial(file_task, Path(job.dataset), job.kind, folder, job.skip_bad_rows, _shots(job))
+        names.append(task := read(offline=job.offline, progress=progress))
+        if job.write_tasks:
+            progress(Event("evaluate", _how_to_run(task, job), lasting=True))
     if job.num_fewshot and not names:
         raise ConfigError(
             f"--num-fewshot is {job.num_fewshot}, and nothing that is asked for shows examples; it is for "
@@ -219,6 +235,17 @@ def _asked(job: Evaluate, progress: Progress) -> Asked:
         text = manifest(job.dataset, offline=job.offline)
         text = None if text.get("revision", "") is None else text
     return Asked(examples, names, manager, decides, text)
+
+
+def _how_to_run(task: FileTask, job: Evaluate) -> str:
+    """The harness's own command for a task that is kept."""
+    options = ["--model", "hf", "--model_args", f"pretrained={job.model}"]
+    options += ["--include_path", str(task.file.parent), "--tasks", task.name]
+    if job.apply_chat_template:
+        options.append("--apply_chat_template")
+    if job.kind == "code":
+        options.append("--confirm_run_unsafe_code")
+    return f"{task.file} is the task; run it by {shlex.join(['lm_eval', 'run', *options])}"
 
 
 def _speaker(model: str, identity: str, job: Evaluate) -> Speaker:
@@ -282,7 +309,7 @@ def measure(
         found = kept.of({**how, "examples": repr(examples)}, f"{model}: {task}", measured)
         figures.accuracy[task], figures.by_kind[task] = found["accuracy"], found["by_kind"]
     for task in asked.harness:
-        name = task if isinstance(task, str) else task["task"]
+        name = task if isinstance(task, str) else task.name
         options = {
             "apply_chat_template": job.apply_chat_template,
             "num_fewshot": job.num_fewshot,
@@ -321,7 +348,7 @@ def _of_examples(
 def _of_harness(
     opened: Callable[[], Backend],
     name: str,
-    task: str | dict[str, Any],
+    task: str | FileTask,
     job: Evaluate,
     manager: Any,
     progress: Progress,
