@@ -69,7 +69,9 @@ class Evaluate(EngineOptions):
         False, help="the harness's prompts are turns of a user in the model's chat template"
     )
     row_length: int = option(
-        255, help="tokens of a row of --dataset; each is seen after those before it in its row, BOS first"
+        255,
+        help="tokens of a row of --dataset, each seen after BOS and those before it in its row; papers quote "
+        "perplexity of rows of 2,048, which is lower: for that --row-length 2048 and a model that holds them",
     )
     write_tasks: str = option(
         "", help="folder for the task that lm-evaluation-harness runs of --kind: YAML for its --include_path"
