@@ -63,6 +63,13 @@ TABLE: list[Case] = [
         ["--write-tasks keeps the task of --dataset FILE --kind KIND"],
     ),
     (
+        "the harness's own task that runs code",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--tasks", "mbpp", "--allow-code-execution"],
+        ["task mbpp ", "unconfined", "--kind code --allow-code-execution", "entry_point", "test_list"],
+    ),
+    (
         "the engine's options without the engine",
         "llama2",
         nothing,

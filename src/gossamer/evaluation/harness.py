@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.data.tables import TABLES
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.evaluation.task_yaml import FileTask
 
 PRIMARY = (
@@ -70,8 +70,9 @@ def load_tasks(
 ) -> tuple[Any, dict[str, Any]]:
     """lm-evaluation-harness's manager, once it has loaded these tasks, and what decides what each asks.
 
-    Raises ConfigError for a name that it does not know, OSError for a dataset that cannot be loaded. The
-    files of its own tasks are read only where one of them is named. `num_fewshot` as `run` has it.
+    Raises ConfigError for a name that it does not know, UnsupportedError for a task that runs code outside of
+    the sandbox, OSError for a dataset that cannot be loaded. The files of its own tasks are read only where
+    one of them is named. `num_fewshot` as `run` has it.
     """
     from lm_eval.tasks import TaskManager
 
@@ -85,6 +86,7 @@ def load_tasks(
                 f"unknown task {name!r}; expected doctest, doctest-unseen, a {', '.join(TABLES)} file, or a "
                 "task of lm-evaluation-harness (`lm-eval ls tasks` lists them)"
             )
+        _refuse_code(name, manager)
         with _without_network() if offline else contextlib.nullcontext():
             try:
                 loaded = manager.load([name])["tasks"]
@@ -109,6 +111,17 @@ def _leaves(manager: Any, name: str) -> Iterator[str]:
         known = member.get("group", member.get("task")) if isinstance(member, dict) else member
         if isinstance(known, str) and known in manager.task_index:
             yield from _leaves(manager, known)
+
+
+def _refuse_code(name: str, manager: Any) -> None:
+    """Raise UnsupportedError for a task that would run what a model writes, and confine nothing."""
+    for task in _leaves(manager, name):
+        if manager.task_index[task].cfg.get("unsafe_code"):
+            raise UnsupportedError(
+                f"task {task} of lm-evaluation-harness runs what the model writes unconfined; in the sandbox "
+                "runs --dataset FILE --kind code --allow-code-execution, where rows have the fields prompt, "
+                "test and entry_point (HumanEval's), or text and test_list (MBPP's)"
+            )
 
 
 def content_of(task: Any, num_fewshot: int | None) -> str:
