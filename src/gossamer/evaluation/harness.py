@@ -6,63 +6,15 @@ import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from gossamer.data.tables import TABLES
 from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.evaluation.scores import LOG_LIKELIHOODS, Scores, log_likelihood_error, primary, share_error
 from gossamer.evaluation.task_yaml import FileTask
 
-PRIMARY = (
-    "acc_norm",
-    "acc",
-    "exact_match",
-    "pass@1",
-    "rougeL",
-    "f1",
-    "prompt_level_strict_acc",
-    "win_rate",
-    "word_perplexity",
-)
-NO_SHARES = ("perplexity", "bits_per_byte", "bleu", "chrf", "ter")
 SEED = 1234
 NUM_BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of one task: value and standard error of each metric, and the primary one of each example.
-
-    Where a task finds answers by several filters, a metric is named `metric,filter`, as the harness does.
-    """
-
-    metrics: dict[str, float]
-    standard_errors: dict[str, float]
-    samples: tuple[float, ...]
-    num_examples: int
-
-    @property
-    def value(self) -> float:
-        """The primary metric."""
-        return self.metrics[primary(self.metrics)]
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether it is a perplexity."""
-        return primary(self.metrics).endswith("perplexity")
-
-
-def primary(metrics: Mapping[str, float]) -> str:
-    """The metric by which a task is known: the first of PRIMARY, by its first filter."""
-    names = {name.partition(",")[0]: name for name in reversed([*metrics])}
-    return next((names[name] for name in PRIMARY if name in names), next(iter(metrics)))
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric lies between 0 and 1, and is shown as a percentage."""
-    return not metric.partition(",")[0].endswith(NO_SHARES)
 
 
 def load_tasks(
@@ -265,21 +217,27 @@ def _scores(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         values[name] = [s[metric] for s in samples if s.get("filter", "none") == way and metric in s]
         error = result.get(f"{metric}_stderr,{way}")
         if not isinstance(error, int | float):
-            error = _error_of_lists(values[name])
+            error = _error(metric, metrics[name], values[name])
         if error is not None:
             errors[name] = float(error)
-    kept = values[primary(metrics)]
+    first = primary(metrics)
+    kept = values[first]
+    if first.partition(",")[0] in LOG_LIKELIHOODS:
+        log_probs, lengths = _lengths(kept)
+        return Scores(metrics, errors, log_probs, len(kept), lengths)
     return Scores(metrics, errors, tuple(float(x) for x in kept if isinstance(x, int | float)), len(kept))
 
 
-def _error_of_lists(samples: Sequence[Any]) -> float | None:
-    """The standard error of a share of all that examples have several of, such as instructions of a prompt.
+def _error(metric: str, value: float, samples: Sequence[Any]) -> float | None:
+    """The standard error of a metric of which the harness gives none."""
+    if metric in LOG_LIKELIHOODS:
+        return log_likelihood_error(metric, value, *_lengths(samples))
+    if samples and all(isinstance(sample, list) for sample in samples):
+        return share_error([sum(sample) for sample in samples], [len(sample) for sample in samples])
+    return None
 
-    They are drawn example by example, so it is the delta method's of sum(right) / sum(number), by examples.
-    """
-    if len(samples) < 2 or not all(isinstance(sample, list) for sample in samples):
-        return None
-    right = np.array([sum(sample) for sample in samples], dtype=float)
-    number = np.array([len(sample) for sample in samples], dtype=float)
-    rest = right - right.sum() / number.sum() * number
-    return float(rest.std(ddof=1) / np.sqrt(len(rest)) / number.mean())
+
+def _lengths(samples: Sequence[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """log p of each example, and its length: 1 where an example is one prediction."""
+    pairs = [sample if isinstance(sample, tuple | list) else (sample, 1) for sample in samples]
+    return tuple(float(total) for total, _ in pairs), tuple(float(length) for _, length in pairs)

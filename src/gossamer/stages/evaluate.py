@@ -17,12 +17,13 @@ from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import Backend, instructions, open_backend
 from gossamer.evaluation.chat import Journal, Speaker, compare, read_prompts
-from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery, recovery_errors
+from gossamer.evaluation.figures import Figures, measure_task, measure_text
 from gossamer.evaluation.file_tasks import FEW_SHOT, Kind, Shots, file_task
-from gossamer.evaluation.harness import SEED, Scores, load_tasks, run
+from gossamer.evaluation.harness import SEED, load_tasks, run
 from gossamer.evaluation.judge import Judge
 from gossamer.evaluation.kept import KeptFigures, digest, model_hash, program
 from gossamer.evaluation.report import EvaluateResult
+from gossamer.evaluation.scores import Scores, recovery, recovery_error
 from gossamer.evaluation.task_yaml import FileTask, yaml_file
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
 from gossamer.job.options import option
@@ -138,21 +139,19 @@ def _evaluate(job: Evaluate, folder: Path, progress: Progress) -> EvaluateResult
                 prompts[: job.limit or None], *speakers, judge, journal, job.max_tokens, progress
             )
             ours.scores[Path(job.dataset).name] = scores
-            ours.accuracy[Path(job.dataset).name] = scores.value
-    num_examples = {task: len(examples) for task, examples in asked.own.items()}
     result = EvaluateResult(
         model=job.model,
         backend=job.backend,
-        perplexity=ours.perplexity,
-        num_tokens=ours.num_tokens,
+        perplexity=ours.text.value if ours.text else None,
+        num_tokens=int(sum(ours.text.weights)) if ours.text else 0,
         row_length=job.row_length,
-        accuracy=ours.accuracy,
+        accuracy={task: scores.value for task, scores in ours.scores.items()},
         accuracy_by_kind=ours.by_kind,
-        num_examples=num_examples | {task: scores.num_examples for task, scores in ours.scores.items()},
-        recovery=recovery(ours, base) if base else {},
+        num_examples={task: scores.num_examples for task, scores in ours.scores.items()},
+        recovery=_compared(recovery, ours, base),
         metrics={task: scores.metrics for task, scores in ours.scores.items()},
-        standard_errors={task: scores.standard_errors for task, scores in ours.scores.items()},
-        recovery_errors=recovery_errors(ours, base) if base else {},
+        standard_errors={name: scores.standard_errors for name, scores in ours.named.items()},
+        recovery_errors=_compared(recovery_error, ours, base),
         baseline=base.values() if base else {},
         model_hash=identity,
         from_cache=tuple(kept.found),
@@ -162,6 +161,14 @@ def _evaluate(job: Evaluate, folder: Path, progress: Progress) -> EvaluateResult
     if job.output:
         result.write(Path(job.output), job)
     return result
+
+
+def _compared(
+    how: Callable[[Scores, Scores], float | None], ours: Figures, base: Figures | None
+) -> dict[str, float]:
+    """By name, where there is a figure of both models and something to say of them."""
+    both = {name: (ours.named[name], scores) for name, scores in (base.named if base else {}).items()}
+    return {name: found for name, pair in both.items() if (found := how(*pair)) is not None}
 
 
 def check(job: Evaluate) -> None:
@@ -305,11 +312,11 @@ def measure(
     if job.dataset and not job.kind:
         decides = asked.text and {**how, "text": asked.text, "row_length": job.row_length}
         found = kept.of(decides, f"{model}: perplexity", lambda: _of_text(model, opened(), job, progress))
-        figures.perplexity, figures.num_tokens = found["perplexity"], found["num_tokens"]
+        figures.text = _scores(found)
     for task, examples in asked.own.items():
         measured = partial(_of_examples, opened, task, examples, progress)
         found = kept.of({**how, "examples": repr(examples)}, f"{model}: {task}", measured)
-        figures.accuracy[task], figures.by_kind[task] = found["accuracy"], found["by_kind"]
+        figures.scores[task], figures.by_kind[task] = _scores(found["scores"]), found["by_kind"]
     for task in asked.harness:
         name = task if isinstance(task, str) else task.name
         options = {
@@ -320,9 +327,13 @@ def measure(
         measured = partial(_of_harness, opened, name, task, job, asked.manager, progress)
         decides = {**how, **options, "task": asked.decides[name]}
         for leaf, found in kept.of(decides, f"{model}: {name}", measured).items():
-            scores = Scores(**{**found, "samples": tuple(found["samples"])})
-            figures.scores[leaf], figures.accuracy[leaf] = scores, scores.value
+            figures.scores[leaf] = _scores(found)
     return figures
+
+
+def _scores(found: dict[str, Any]) -> Scores:
+    """As they were before JSON."""
+    return Scores(**{**found, "samples": tuple(found["samples"]), "weights": tuple(found["weights"])})
 
 
 def _of_text(model: str, backend: Backend, job: Evaluate, progress: Progress) -> dict[str, Any]:
@@ -334,17 +345,14 @@ def _of_text(model: str, backend: Backend, job: Evaluate, progress: Progress) ->
     rows_BT = evaluation_rows(
         job.dataset, backend.tokenizer, job.row_length, max_rows=job.limit or None, offline=job.offline
     )
-    figures = Figures()
-    measure_text(figures, backend, job.dataset, rows_BT, progress)
-    return {"perplexity": figures.perplexity, "num_tokens": figures.num_tokens}
+    return asdict(measure_text(backend, job.dataset, rows_BT, progress))
 
 
 def _of_examples(
     opened: Callable[[], Backend], task: str, examples: list[Example | Choice], progress: Progress
 ) -> dict[str, Any]:
-    figures = Figures()
-    measure_tasks(figures, opened(), {task: examples}, progress)
-    return {"accuracy": figures.accuracy[task], "by_kind": figures.by_kind[task]}
+    scores, by_kind = measure_task(opened(), task, examples, progress)
+    return {"scores": asdict(scores), "by_kind": by_kind}
 
 
 def _of_harness(
