@@ -240,8 +240,9 @@ def _train(options: argparse.Namespace, training: Training) -> None:
 
 def _evaluate(options: argparse.Namespace, names: list[str]) -> None:
     """Each task's metrics and samples, and each text's perplexity, into DIR/scores/NAME.json."""
-    tasks = [file_task(options.tasks / name, kind) for name, kind in TASKS.items()]
-    manager = load_tasks(tasks, offline=True)
+    folder = options.output_dir / "tasks"
+    tasks = [file_task(options.tasks / name, kind, folder) for name, kind in TASKS.items()]
+    manager, _ = load_tasks(tasks, offline=True)
     for name in names:
         target = _scores(options, name)
         if target.exists():

@@ -56,6 +56,20 @@ TABLE: list[Case] = [
         ["model: this model has no chat template", "chat_template.jinja"],
     ),
     (
+        "a task to keep of what the harness does not run",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--dataset", "{text}", "--write-tasks", "{report}"],
+        ["--write-tasks keeps the task of --dataset FILE --kind KIND"],
+    ),
+    (
+        "the harness's own task that runs code",
+        "llama2",
+        nothing,
+        ["evaluate", "{model}", "--tasks", "mbpp", "--allow-code-execution"],
+        ["task mbpp ", "unconfined", "--kind code --allow-code-execution", "entry_point", "test_list"],
+    ),
+    (
         "the engine's options without the engine",
         "llama2",
         nothing,

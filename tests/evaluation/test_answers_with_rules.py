@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gossamer.errors import ConfigError
 from gossamer.evaluation.file_tasks import Shots, file_task
 from gossamer.evaluation.harness import load_tasks
+from gossamer.evaluation.task_yaml import FileTask
 from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
 
@@ -63,6 +64,11 @@ def write(file: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
+def examples_of(task: FileTask) -> list[dict[str, Any]]:
+    """As the harness reads them."""
+    return [*load_tasks([task])[0].load([str(task.file)])["tasks"][task.name].eval_docs]
+
+
 @pytest.mark.parametrize("backend", ["torch", "engine"])
 def test_gsm8k_is_scored_strictly_and_flexibly(backend: Backend, parrot: Path, tmp_path: Path) -> None:
     """Strict: the number after ####; flexible: the last one. Commas and a full stop do not count."""
@@ -93,8 +99,8 @@ def test_examples_with_their_answers_come_before_the_prompt(tmp_path: Path) -> N
         tmp_path / "train.jsonl", [{"question": f"q{n}", "answer": f"a\n#### {n}"} for n in range(9)]
     )
     asked = write(tmp_path / "test.jsonl", [{"context": "two", "answer": "12"}])
-    settings = file_task(Path(asked), "gsm8k", shots=Shots(3, Path(shown)))
-    task = load_tasks([settings])[0].load([settings])["tasks"]["test.jsonl"]
+    settings = file_task(Path(asked), "gsm8k", tmp_path / "tasks", shots=Shots(3, Path(shown)))
+    task = load_tasks([settings])[0].load([str(settings.file)])["tasks"]["test.jsonl"]
     task.set_fewshot_seed(1)
     task.build_all_requests()
     [instance] = task.instances
@@ -107,8 +113,8 @@ def test_the_asked_row_is_not_shown(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": f"a\n#### {n}"} for n in range(4)]
     file, other = write(tmp_path / "test.jsonl", rows), write(tmp_path / "copy.jsonl", rows)
     for shown in (file, other):
-        settings = file_task(Path(file), "gsm8k", shots=Shots(3, Path(shown)))
-        task = load_tasks([settings])[0].load([settings])["tasks"]["test.jsonl"]
+        settings = file_task(Path(file), "gsm8k", tmp_path / "tasks", shots=Shots(3, Path(shown)))
+        task = load_tasks([settings])[0].load([str(settings.file)])["tasks"]["test.jsonl"]
         task.set_fewshot_seed(1)
         task.build_all_requests()
         for number, instance in enumerate(task.instances):
@@ -214,7 +220,7 @@ def test_instructions_that_no_rule_can_check_are_named(
     bad = {"prompt": "a", "instruction_id_list": names, "kwargs": kwargs}
     file = Path(write(tmp_path / "rows.jsonl", [good, bad]))
     with pytest.raises(ConfigError, match=message):
-        file_task(file, "ifeval")
+        file_task(file, "ifeval", tmp_path)
 
 
 def test_rows_that_need_data_which_are_not_there_are_named_and_can_be_left_out(
@@ -228,10 +234,10 @@ def test_rows_that_need_data_which_are_not_there_are_named_and_can_be_left_out(
     ]
     file = Path(write(tmp_path / "rows.jsonl", rows))
     with pytest.raises(ConfigError, match=r"rows\.jsonl:1: .*tokenizers/punkt_tab/english/.*NLTK_DATA"):
-        file_task(file, "ifeval", offline=True)
+        file_task(file, "ifeval", tmp_path, offline=True)
     events: list[Event] = []
-    settings = file_task(file, "ifeval", 1, offline=True, progress=events.append)
-    assert len(settings["custom_dataset"]()["test"]) == 1
+    settings = file_task(file, "ifeval", tmp_path, 1, offline=True, progress=events.append)
+    assert len(examples_of(settings)) == 1
     assert "left out 1 rows" in events[0].message and events[0].lasting
 
 
@@ -247,9 +253,9 @@ def test_a_package_that_the_rules_need_is_named(
     assert "`evaluate` needs langdetect: pip install 'gossamer[compress]'" in capsys.readouterr().err
 
 
-def test_real_gsm8k_and_ifeval_are_read(shared_data: Path) -> None:
+def test_real_gsm8k_and_ifeval_are_read(shared_data: Path, tmp_path: Path) -> None:
     tasks = shared_data / "tasks"
-    rows = file_task(tasks / "gsm8k.jsonl", "gsm8k")["custom_dataset"]()["test"]
+    rows = examples_of(file_task(tasks / "gsm8k.jsonl", "gsm8k", tmp_path))
     assert len(rows) == 1000 and rows[0]["answer"].endswith("\n#### 18")
-    settings = file_task(tasks / "ifeval.jsonl", "ifeval", skip_bad_rows=64, offline=True)
-    assert 541 - 64 <= len(settings["custom_dataset"]()["test"]) <= 541
+    settings = file_task(tasks / "ifeval.jsonl", "ifeval", tmp_path, skip_bad_rows=64, offline=True)
+    assert 541 - 64 <= len(examples_of(settings)) <= 541

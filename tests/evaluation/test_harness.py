@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.evaluation.backends import EngineBackend, TorchBackend
 from gossamer.evaluation.engine_lm import sampling
-from gossamer.evaluation.figures import Figures, recovery, recovery_errors
 from gossamer.evaluation.file_tasks import file_task
-from gossamer.evaluation.harness import Scores, load_tasks, run
+from gossamer.evaluation.harness import load_tasks, run
 from gossamer.evaluation.sandbox import run_python
+from gossamer.evaluation.scores import accuracy, perplexity, recovery, recovery_error
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 TinyLlama = Callable[[str], Path]
@@ -119,7 +119,8 @@ def test_the_harness_is_left_as_it_was(
     for name in names:
         monkeypatch.setattr(evaluator, name, lambda *given, name=name: called.append(name))
     before = [getattr(evaluator, name) for name in names]
-    task = file_task(Path(write(tmp_path / "a.jsonl", [{"context": "a", "continuation": "b"}])), "cloze")
+    file = Path(write(tmp_path / "a.jsonl", [{"context": "a", "continuation": "b"}]))
+    task = file_task(file, "cloze", tmp_path)
     model = EngineBackend(str(tiny_llama("llama3")), 1).for_harness()
     if fails:
         monkeypatch.setattr(model, "loglikelihood", lambda requests: 1 / 0)
@@ -272,14 +273,56 @@ def test_the_error_of_recovery_is_paired() -> None:
     chance = np.random.default_rng(0)
     y = (chance.random(400) < 0.6).astype(float)
     x = np.where(chance.random(400) < 0.9, y, 0.0)
-    ours, base = Figures(), Figures()
-    for figures, values in ((ours, x), (base, y)):
-        figures.scores["task"] = Scores({"acc": values.mean()}, {}, tuple(values), 400)
-        figures.accuracy["task"] = float(values.mean())
+    ours, base = accuracy(x.tolist()), accuracy(y.tolist())
     drawn = chance.integers(0, 400, (2000, 400))
     spread = np.std(x[drawn].mean(1) / y[drawn].mean(1))
-    assert recovery(ours, base) == {"task": pytest.approx(x.mean() / y.mean())}
-    assert recovery_errors(ours, base)["task"] == pytest.approx(spread, rel=0.1)
+    assert recovery(ours, base) == pytest.approx(x.mean() / y.mean())
+    assert recovery_error(ours, base) == pytest.approx(spread, rel=0.1)
+
+
+def test_the_errors_of_perplexities_are_those_of_their_rows() -> None:
+    """Against the spread over bootstraps of rows of several lengths; hard rows are hard for both models."""
+    chance = np.random.default_rng(0)
+    lengths = chance.integers(5, 200, 300).astype(float)
+    hard = chance.normal(2.0, 0.5, 300)
+    losses = [lengths * (hard + chance.normal(extra, 0.1, 300)) for extra in (0.3, 0.0)]
+    ours, base = (perplexity((-loss).tolist(), lengths.tolist()) for loss in losses)
+    drawn = chance.integers(0, 300, (3000, 300))
+    values = [np.exp(loss[drawn].sum(1) / lengths[drawn].sum(1)) for loss in losses]
+    for scores, spread in zip((ours, base), values, strict=True):
+        assert scores.standard_errors["perplexity"] == pytest.approx(np.std(spread), rel=0.1)
+    assert recovery(ours, base) == pytest.approx(base.value / ours.value)
+    paired = recovery_error(ours, base)
+    assert paired == pytest.approx(np.std(values[1] / values[0]), rel=0.1)
+    assert paired is not None and paired < 0.3 * base.standard_errors["perplexity"] / ours.value
+    assert perplexity([-9.0], [3]).standard_errors == {}
+
+
+def test_every_score_has_an_error_and_so_has_every_recovery(
+    tiny_llama: TinyLlama, text_file: Path, tmp_path: Path
+) -> None:
+    """A text, doctests, a file of prompts and answers, and documents, of which the harness gives none."""
+    rows = [{"prompt": f"{n}", "choices": ["a", "import", "x = 1"], "answer": n % 3} for n in range(8)]
+    file = write(tmp_path / "own.jsonl", rows)
+    model, other = str(tiny_llama("llama3")), str(tiny_llama("llama2"))
+    asked = Evaluate(model, dataset=str(text_file), tasks=("doctest", file), limit=8, baseline=other)
+    found = evaluate(asked)
+    assert set(found.standard_errors) == {"perplexity", "doctest", file}
+    p = found.accuracy[file]
+    assert found.standard_errors[file] == {"acc": pytest.approx(math.sqrt(p * (1 - p) / 7))}
+    assert found.standard_errors["perplexity"]["perplexity"] > 0
+    assert set(found.recovery_errors) == set(found.recovery) >= {"perplexity"}
+    assert all("+-" in row[1] and ("+-" in row[3]) == (row[0] in found.recovery) for row in found._rows())
+    texts = [{"text": f"x = {n}\n" * (n + 1)} for n in range(6)]
+    asked = replace(asked, dataset=write(tmp_path / "texts.jsonl", texts), kind="perplexity", tasks=())
+    found = evaluate(asked)
+    errors = found.standard_errors["texts.jsonl"]
+    assert set(errors) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    slope = found.metrics["texts.jsonl"]["byte_perplexity"] * math.log(2)
+    assert errors["byte_perplexity"] == pytest.approx(errors["bits_per_byte"] * slope)
+    assert found.recovery_errors["texts.jsonl"] > 0
+    same = evaluate(replace(asked, baseline=model)).recovery_errors
+    assert same == {"texts.jsonl": pytest.approx(0.0, abs=1e-9)}
 
 
 @pytest.mark.parametrize(
@@ -313,23 +356,23 @@ def test_rows_of_another_kind_are_named(kind: Any, row: dict[str, Any], message:
         del good["answer"]
     file = write(tmp_path / "rows.jsonl", [good, row])
     with pytest.raises(ConfigError, match=rf"rows\.jsonl:2: .*{message}"):
-        file_task(Path(file), kind)
-    assert file_task(Path(file), kind, skip_bad_rows=1)["task"] == "rows.jsonl"
+        file_task(Path(file), kind, tmp_path)
+    assert file_task(Path(file), kind, tmp_path, skip_bad_rows=1).name == "rows.jsonl"
 
 
 def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"empty\.jsonl has no examples"):
-        file_task(tmp_path / "empty.jsonl", "cloze")
+        file_task(tmp_path / "empty.jsonl", "cloze", tmp_path)
     rows = [
         {"query": "a", "choices": ["b", "c"], "gold": 0},
         {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
     ]
     with pytest.raises(ConfigError, match="some rows have context_options and some have not"):
-        file_task(Path(write(tmp_path / "both.jsonl", rows)), "multiple-choice")
+        file_task(Path(write(tmp_path / "both.jsonl", rows)), "multiple-choice", tmp_path)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(
         ConfigError, match=r"a\.txt, for --kind cloze: found another kind of file; expected a \.jsonl"
     ):
-        file_task(tmp_path / "a.txt", "cloze")
-    assert file_task(tmp_path / "a.txt", "perplexity")["task"] == "a.txt"
+        file_task(tmp_path / "a.txt", "cloze", tmp_path)
+    assert file_task(tmp_path / "a.txt", "perplexity", tmp_path).name == "a.txt"

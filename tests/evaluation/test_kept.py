@@ -152,8 +152,10 @@ def test_examples_that_are_shown_decide(tmp_path: Path) -> None:
 
     def content(shown: str, num_fewshot: int | None) -> str:
         shots = write(tmp_path / "train.jsonl", [{"prompt": shown, "answer": "c"}])
-        settings = file_task(Path(asked), "exact-match", shots=Shots(1, Path(shots)))
-        return content_of(load_tasks([settings])[0].load([settings])["tasks"]["test.jsonl"], num_fewshot)
+        settings = file_task(Path(asked), "exact-match", tmp_path / "tasks", shots=Shots(1, Path(shots)))
+        return content_of(
+            load_tasks([settings])[0].load([str(settings.file)])["tasks"]["test.jsonl"], num_fewshot
+        )
 
     assert content("x", None) != content("y", None)
     assert content("x", 1) == content("x", None)

@@ -109,7 +109,7 @@ def test_a_files_task_has_the_scores_that_evaluate_gives_it(
     found: Any = simple_evaluate(
         "local-completions",
         f"{options},num_concurrent=8,add_bos_token=True",
-        tasks=[file_task(file, "multiple-choice")],
+        tasks=[str(file_task(file, "multiple-choice", tmp_path).file)],
         bootstrap_iters=0,
     )
     expected = evaluate(Evaluate(str(running.path), dataset=str(file), kind="multiple-choice", threads=1))

@@ -209,6 +209,11 @@ def test_a_model_recovers_all_of_itself(tiny_llama: TinyLlama, text_file: Path) 
             OSError,
             r"its dataset NiniCat/MMLU-SR, files .*answer_only_test/answer_only_anatomy_test\.csv.* is not",
         ),
+        (
+            {"tasks": ("ai2_arc",), "offline": True},  # two tasks, by a tag
+            OSError,
+            r"task arc_challenge: its dataset allenai/ai2_arc \(ARC-Challenge\) is not",
+        ),
         ({"kind": "cloze"}, ConfigError, "--kind cloze needs --dataset FILE"),
         (
             {"kind": "cloze", "dataset": "nowhere.jsonl"},

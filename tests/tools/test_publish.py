@@ -161,7 +161,8 @@ def test_results_become_a_model_index_with_their_errors(
     assert of.metric_args["recovery"] == task.recovery["choices.jsonl"]
     assert of.metric_args["recovery_standard_error"] == task.recovery_errors["choices.jsonl"]
     assert told["perplexity", "perplexity"].metric_value == text.perplexity
-    assert f"| perplexity | perplexity | {text.perplexity:.4g} |" in card.content
+    error = text.standard_errors["perplexity"]["perplexity"]
+    assert f"| perplexity | perplexity | {text.perplexity:.4g} ± {error:.2g} |" in card.content
     with pytest.raises(ConfigError, match=r"results of .*most, whose content has the hash"):
         publish(Publish(str(pruned.parent / "half"), "org/half", dry_run=True, results=tuple(names)))
 

@@ -16,9 +16,10 @@ import numpy as np
 from gossamer.data.tables import BadRows, check_table, table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import BATCH_ROWS, Backend
-from gossamer.evaluation.harness import Scores, without_its_output
+from gossamer.evaluation.harness import without_its_output
 from gossamer.evaluation.judge import ASKED, Judge
 from gossamer.evaluation.kept import digest
+from gossamer.evaluation.scores import Scores
 from gossamer.job.report import Event, Progress
 
 

@@ -27,45 +27,44 @@ X86_64 = 0xC000003E
 CLONE, CLONE3, CLONE_THREAD, TGKILL, FCNTL, IOCTL = 56, 435, 0x00010000, 234, 72, 16
 # Of fcntl: who gets a signal, and which (F_SETOWN, F_SETSIG, F_SETOWN_EX); of ioctl: likewise.
 SIGNALLING = ((FCNTL, 8), (FCNTL, 10), (FCNTL, 15), (IOCTL, 0x8901), (IOCTL, 0x8902))
-# Sockets; other processes and what is theirs; programs; memory and messages that outlive the process; what
-# Landlock does not know of files (owner, mode, times, attributes); the kernel's own.
-FORBIDDEN = (
-    *(41, 42, 43, 44, 45, 46, 47, 49, 50, 53, 288, 299, 307),  # socket ... listen, socketpair, accept4, *mmsg
-    *(57, 58, 59, 322),  # fork, vfork, execve, execveat
-    *(62, 200, 129, 297, 424, 434, 438),  # kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_*
-    *(101, 310, 311, 302, 312, 141, 144, 203),  # ptrace, process_vm_*, prlimit64, kcmp, priorities, affinity
-    *(29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 240, 241),  # shm*, sem*, msg*, mq_open, mq_unlink
-    *(133, 259, 164, 159, 103, 163, 172, 173, 153, 179, 443, 304),  # devices and what is root's
-    *(
-        220,
-        142,
-        314,
-        251,
-        256,
-        279,
-        440,
-        300,
-        253,
-        294,
-        254,
-    ),  # semtimedop, others' schedules and pages, watching
-    *(76, 90, 91, 92, 93, 94, 260, 268, 452, 132, 235, 261, 280, 188, 189, 190, 197, 198, 199, 463, 466),
-    *(425, 426, 427, 321, 298, 323, 248, 249, 250),  # io_uring, bpf, perf_event_open, userfaultfd, keys
-    *(155, 161, 165, 166, 272, 308, 428, 429, 430, 431, 432, 433, 442),  # roots, mounts, namespaces
-    *(
-        167,
-        168,
-        169,
-        175,
-        176,
-        246,
-        313,
-        320,
-        227,
-        305,
-        170,
-        171,
-    ),  # swap, reboot, modules, kexec, clocks, names
+
+
+def _numbers(*calls: str) -> tuple[int, ...]:
+    """Each after its name."""
+    return tuple(int(number) for line in calls for number in line.split()[1::2])
+
+
+# What is refused, beside what Landlock forbids of files: calls with their numbers on x86-64.
+FORBIDDEN = _numbers(
+    # Sockets.
+    "socket 41 connect 42 accept 43 sendto 44 recvfrom 45 sendmsg 46 recvmsg 47 bind 49 listen 50",
+    "socketpair 53 accept4 288 recvmmsg 299 sendmmsg 307",
+    # Other processes, programs, and what is theirs: signals, memory, limits, priorities, schedules, pages.
+    "fork 57 vfork 58 execve 59 execveat 322 ptrace 101 process_vm_readv 310 process_vm_writev 311 kcmp 312",
+    "kill 62 tkill 200 rt_sigqueueinfo 129 rt_tgsigqueueinfo 297",
+    "pidfd_send_signal 424 pidfd_open 434 pidfd_getfd 438",
+    "prlimit64 302 setpriority 141 ioprio_set 251",
+    "sched_setparam 142 sched_setscheduler 144 sched_setaffinity 203 sched_setattr 314",
+    "migrate_pages 256 move_pages 279 process_madvise 440",
+    # Memory and messages that outlive the process.
+    "shmget 29 shmat 30 shmctl 31 semget 64 semop 65 semctl 66 semtimedop 220",
+    "msgget 68 msgsnd 69 msgrcv 70 msgctl 71 mq_open 240 mq_unlink 241",
+    # What Landlock does not know of files: size by name, owner, mode, times, attributes, and watching them.
+    "truncate 76 chmod 90 fchmod 91 fchmodat 268 fchmodat2 452 chown 92 fchown 93 lchown 94 fchownat 260",
+    "utime 132 utimes 235 futimesat 261 utimensat 280",
+    "setxattr 188 lsetxattr 189 fsetxattr 190 setxattrat 463",
+    "removexattr 197 lremovexattr 198 fremovexattr 199 removexattrat 466",
+    "inotify_init 253 inotify_add_watch 254 inotify_init1 294 fanotify_init 300 open_by_handle_at 304",
+    # Ways around a filter of calls.
+    "io_uring_setup 425 io_uring_enter 426 io_uring_register 427",
+    "bpf 321 perf_event_open 298 userfaultfd 323 add_key 248 request_key 249 keyctl 250",
+    # Devices, roots, mounts, namespaces, and what else is root's.
+    "mknod 133 mknodat 259 pivot_root 155 chroot 161 mount 165 umount2 166 unshare 272 setns 308",
+    "open_tree 428 move_mount 429 fsopen 430 fsconfig 431 fsmount 432 fspick 433 mount_setattr 442",
+    "syslog 103 vhangup 153 acct 163 iopl 172 ioperm 173 quotactl 179 quotactl_fd 443",
+    "swapon 167 swapoff 168 reboot 169 sethostname 170 setdomainname 171",
+    "init_module 175 delete_module 176 finit_module 313 kexec_load 246 kexec_file_load 320",
+    "adjtimex 159 settimeofday 164 clock_settime 227 clock_adjtime 305",
 )
 
 

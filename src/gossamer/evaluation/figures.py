@@ -1,13 +1,13 @@
-"""The figures of one model: perplexity of a text, accuracy in tasks, and their share of a baseline's."""
+"""The figures of one model: perplexity of a text, and accuracy in tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.evaluation.backends import BATCH_ROWS, Backend
-from gossamer.evaluation.harness import Scores
+from gossamer.evaluation.scores import Scores, accuracy, perplexity
 from gossamer.evaluation.tasks import Choice, Example
 from gossamer.job.report import Event, Progress
 
@@ -17,47 +17,44 @@ SLACK_TOKENS = 8  # beyond the answer's own tokens, for a model that spells it i
 
 @dataclass
 class Figures:
-    """What was measured of one model: `accuracy` of each task, `by_kind` of each kind of its examples.
+    """What was measured of one model: its scores of a text and of each task, `by_kind` of its examples."""
 
-    `scores`: of the tasks that the harness ran, whose primary metric is in `accuracy` too.
-    """
-
-    perplexity: float | None = None
-    num_tokens: int = 0
-    accuracy: dict[str, float] = field(default_factory=dict)
-    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
+    text: Scores | None = None
     scores: dict[str, Scores] = field(default_factory=dict)
+    by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def named(self) -> dict[str, Scores]:
+        """All scores; those of the text are named "perplexity"."""
+        text = {} if self.text is None else {"perplexity": self.text}
+        return {**text, **self.scores}
 
     def values(self) -> dict[str, float]:
         """Perplexity, if there is one, and accuracies, by name."""
-        text = {} if self.perplexity is None else {"perplexity": self.perplexity}
-        return {**text, **self.accuracy}
+        return {name: scores.value for name, scores in self.named.items()}
 
 
-def measure_text(
-    figures: Figures, backend: Backend, text: str, rows_BT: NDArray[np.int64], progress: Progress
-) -> None:
-    """Add the perplexity of rows of tokens, the first of each not counted; `text` names them."""
-    total, figures.num_tokens = 0.0, rows_BT[:, 1:].size
+def measure_text(backend: Backend, text: str, rows_BT: NDArray[np.int64], progress: Progress) -> Scores:
+    """The perplexity of rows of tokens, the first of each not counted; `text` names them."""
     num_rows = min(BATCH_ROWS, max(1, BATCH_TOKENS // rows_BT.shape[1]))
+    totals: list[float] = []
     for first in range(0, len(rows_BT), num_rows):
-        total += float(backend.log_probs(rows_BT[first : first + num_rows]).sum())
+        totals += backend.log_probs(rows_BT[first : first + num_rows]).sum(1).tolist()
         progress(Event("evaluate", text, min(first + num_rows, len(rows_BT)), len(rows_BT)))
-    figures.perplexity = float(np.exp(-total / figures.num_tokens))
+    return perplexity(totals, [rows_BT.shape[1] - 1] * len(rows_BT))
 
 
-def measure_tasks(
-    figures: Figures, backend: Backend, tasks: Mapping[str, Sequence[Example | Choice]], progress: Progress
-) -> None:
-    """Add the share of examples that the model gets right, for each task and kind of example."""
-    for task, examples in tasks.items():
-        passed = judge(backend, task, examples, progress)
-        kinds = sorted({example.kind for example in examples})
-        figures.accuracy[task] = float(np.mean(passed))
-        figures.by_kind[task] = {
-            kind: float(np.mean([ok for ok, e in zip(passed, examples, strict=True) if e.kind == kind]))
-            for kind in kinds
-        }
+def measure_task(
+    backend: Backend, task: str, examples: Sequence[Example | Choice], progress: Progress
+) -> tuple[Scores, dict[str, float]]:
+    """The share of examples that the model gets right, and that of each kind of example."""
+    passed = judge(backend, task, examples, progress)
+    kinds = sorted({example.kind for example in examples})
+    by_kind = {
+        kind: float(np.mean([ok for ok, e in zip(passed, examples, strict=True) if e.kind == kind]))
+        for kind in kinds
+    }
+    return accuracy(passed), by_kind
 
 
 def judge(
@@ -99,29 +96,3 @@ def choose(backend: Backend, example: Choice) -> int:
         log_probs = backend.log_probs(np.array([ids]))[0, first - 1 :]
         scores.append(float(log_probs.sum()) / len(choice))
     return int(np.argmax(scores))
-
-
-def recovery(ours: Figures, base: Figures) -> dict[str, float]:
-    """Share of the baseline's figures; a task that the baseline fails wholly has none."""
-    shares = {task: ours.accuracy[task] / value for task, value in base.accuracy.items() if value > 0}
-    for task, scores in ours.scores.items():
-        if task in shares and scores.lower_is_better:
-            shares[task] = 1 / shares[task]
-    if ours.perplexity is not None and base.perplexity is not None:
-        shares = {"perplexity": base.perplexity / ours.perplexity} | shares
-    return shares
-
-
-def recovery_errors(ours: Figures, base: Figures) -> dict[str, float]:
-    """The standard error of the recovery of each task that the harness ran, paired by example.
-
-    It is the delta method's: of mean(x) / mean(y), by the spread of x - r y.
-    """
-    errors: dict[str, float] = {}
-    for task in base.scores:
-        scores = ours.scores[task]
-        x, y = np.array(scores.samples), np.array(base.scores[task].samples)
-        if len(x) == len(y) > 1 and base.accuracy[task] > 0:
-            rest = x - ours.accuracy[task] / base.accuracy[task] * y
-            errors[task] = float(rest.std(ddof=1) / np.sqrt(len(rest)) / base.accuracy[task])
-    return errors

@@ -15,10 +15,9 @@ A file has one row an example; its kind says what the fields mean:
     ifeval            prompt, instruction_id_list, kwargs (ifeval.py)
 
 Prompts are those of the harness's own tasks of these kinds: a query that begins with "Question:" ends with
-"Answer:" on a line of its own, and an answer follows after a space.
+"Answer:" on a line of its own, and an answer follows after a space. The harness's YAML is task_yaml.py's.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from gossamer.data.tables import TABLES, BadRows, check_table, table_rows, text_
 from gossamer.errors import ConfigError
 from gossamer.evaluation import ifeval
 from gossamer.evaluation.sandbox import run_python
+from gossamer.evaluation.task_yaml import FileTask, Function, write_task
 from gossamer.job.report import Event, Progress, quiet
 
 Kind = Literal[
@@ -50,13 +50,14 @@ class Shots:
 def file_task(
     file: Path,
     kind: Kind,
+    folder: Path,
     skip_bad_rows: int = 0,
     shots: Shots | None = None,
     *,
     offline: bool = False,
     progress: Progress = quiet,
-) -> dict[str, Any]:
-    """A local file as a task, in the harness's words, named as the file is.
+) -> FileTask:
+    """A local file as a task of the harness, named as the file is and written into `folder`.
 
     Raises ConfigError for a row that is not of this kind, or more of them than may be left out.
     """
@@ -66,27 +67,16 @@ def file_task(
     if shots is not None:
         rows["shots"] = _examples(shots.file, kind, read, BadRows(skip_bad_rows), progress)
         _check_shots(shots, rows)
-    from datasets import Dataset
-
     several_contexts = kind == "multiple-choice" and isinstance(rows["test"][0]["prompt"], list)
     if several_contexts != any(isinstance(row.get("prompt"), list) for part in rows.values() for row in part):
         raise ConfigError(f"{file}: some rows have context_options and some have not; expected one form")
-    if rules:
-        settings = ifeval.ifeval_task(rules)
-    elif kind == "gsm8k":
-        settings = _gsm8k()
-    else:
-        settings = _SEVERAL_CONTEXTS if several_contexts else _TASKS[kind]
-    # Of rows of its own the harness leaves out the one that it asks.
-    split = "test" if rows.get("shots") == rows["test"] else "shots"
-    return {
-        "task": file.name,
-        "custom_dataset": lambda **_: {name: Dataset.from_list(part) for name, part in rows.items()},
-        "test_split": "test",
-        "metadata": {"kind": kind, "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest()},
-        **settings,
-        **({"fewshot_split": split, "num_fewshot": shots.number} if shots else {"num_fewshot": 0}),
-    }
+    settings = _gsm8k() if kind == "gsm8k" else _SEVERAL_CONTEXTS if several_contexts else _TASKS[kind]
+    shown = {"num_fewshot": 0}
+    if shots is not None:
+        if rows["shots"] == rows["test"]:  # of rows of its own the harness leaves out the one that it asks
+            del rows["shots"]
+        shown = {"fewshot_split": [*rows][-1], "num_fewshot": shots.number}
+    return write_task(folder, file.name, {**settings, **shown, "metadata": {"kind": kind}}, rows)
 
 
 def _examples(
@@ -225,7 +215,7 @@ def passes(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     return {"pass@1": float(run_python(f"{row['before']}{results[0]}\n{row['tests']}\n").passed)}
 
 
-def _rouge(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def rouge(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """F1 of words, pairs of words, and the longest common subsequence; of several targets the best."""
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -309,7 +299,8 @@ _TASKS: dict[str, dict[str, Any]] = {
             "do_sample": False,
             "max_gen_toks": 512,
         },
-        "process_results": passes,
+        "unsafe_code": True,
+        "process_results": Function(f"{__name__}.passes"),
         "metric_list": _mean("pass@1"),
     },
     "summarization": {
@@ -317,14 +308,15 @@ _TASKS: dict[str, dict[str, Any]] = {
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{targets[0]}}",
         "generation_kwargs": {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 128},
-        "process_results": _rouge,
+        "process_results": Function(f"{__name__}.rouge"),
         "metric_list": _mean("rouge1", "rouge2", "rougeL"),
     },
+    "ifeval": ifeval.TASK,
 }
 _SEVERAL_CONTEXTS: dict[str, Any] = {
     "output_type": "multiple_choice",
-    "doc_to_text": lambda row: row["gold"],
-    "doc_to_choice": lambda row: row["prompt"],
-    "doc_to_target": lambda row: row["target"],
+    "doc_to_text": "gold",
+    "doc_to_choice": "prompt",
+    "doc_to_target": "target",
     "metric_list": _mean("acc"),
 }

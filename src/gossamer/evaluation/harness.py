@@ -6,95 +6,74 @@ import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from gossamer.data.tables import TABLES
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.evaluation.scores import LOG_LIKELIHOODS, Scores, log_likelihood_error, primary, share_error
+from gossamer.evaluation.task_yaml import FileTask
 
-PRIMARY = (
-    "acc_norm",
-    "acc",
-    "exact_match",
-    "pass@1",
-    "rougeL",
-    "f1",
-    "prompt_level_strict_acc",
-    "win_rate",
-    "word_perplexity",
-)
-NO_SHARES = ("perplexity", "bits_per_byte", "bleu", "chrf", "ter")
 SEED = 1234
 NUM_BOOTSTRAPS = 1000  # for the standard errors of metrics that are no means
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Of one task: value and standard error of each metric, and the primary one of each example.
-
-    Where a task finds answers by several filters, a metric is named `metric,filter`, as the harness does.
-    """
-
-    metrics: dict[str, float]
-    standard_errors: dict[str, float]
-    samples: tuple[float, ...]
-    num_examples: int
-
-    @property
-    def value(self) -> float:
-        """The primary metric."""
-        return self.metrics[primary(self.metrics)]
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether it is a perplexity."""
-        return primary(self.metrics).endswith("perplexity")
-
-
-def primary(metrics: Mapping[str, float]) -> str:
-    """The metric by which a task is known: the first of PRIMARY, by its first filter."""
-    names = {name.partition(",")[0]: name for name in reversed([*metrics])}
-    return next((names[name] for name in PRIMARY if name in names), next(iter(metrics)))
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric lies between 0 and 1, and is shown as a percentage."""
-    return not metric.partition(",")[0].endswith(NO_SHARES)
-
-
 def load_tasks(
-    tasks: Sequence[str | Mapping[str, Any]], num_fewshot: int | None = None, *, offline: bool = False
+    tasks: Sequence[str | FileTask], num_fewshot: int | None = None, *, offline: bool = False
 ) -> tuple[Any, dict[str, Any]]:
     """lm-evaluation-harness's manager, once it has loaded these tasks, and what decides what each asks.
 
-    Raises ConfigError for a name that it does not know, OSError for a dataset that cannot be loaded. The
-    files of its own tasks are read only where one of them is named. `num_fewshot` as `run` has it.
+    Raises ConfigError for a name that it does not know, UnsupportedError for a task that runs code outside of
+    the sandbox, OSError for a dataset that cannot be loaded. The files of its own tasks are read only where
+    one of them is named. `num_fewshot` as `run` has it.
     """
     from lm_eval.tasks import TaskManager
 
     _log_errors_only()
     names = [task for task in tasks if isinstance(task, str)]
     manager = TaskManager(include_defaults=bool(names))
-    asked = {task["task"]: task["metadata"] for task in tasks if not isinstance(task, str)}
+    asked = {task.name: task.decides for task in tasks if isinstance(task, FileTask)}
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(
                 f"unknown task {name!r}; expected doctest, doctest-unseen, a {', '.join(TABLES)} file, or a "
                 "task of lm-evaluation-harness (`lm-eval ls tasks` lists them)"
             )
-        with _without_network() if offline else contextlib.nullcontext(), _asked_for() as wanted:
+        _refuse_code(name, manager)
+        with _without_network() if offline else contextlib.nullcontext():
             try:
                 loaded = manager.load([name])["tasks"]
             except OSError as error:
-                raise _not_here(name, wanted, error) from error
+                raise _not_here(name, manager, error) from error
             except ModuleNotFoundError as error:
                 raise ConfigError(f"task {name} needs a module that is not here: {error}") from error
         asked[name] = {
             leaf: [f"{task.VERSION}", content_of(task, num_fewshot)] for leaf, task in loaded.items()
         }
     return manager, asked
+
+
+def _leaves(manager: Any, name: str) -> Iterator[str]:
+    """The tasks that a name of the harness stands for: itself, or the members of a tag or group."""
+    entry = manager.task_index[name]
+    members = sorted(entry.tags) if name in manager.all_tags else entry.cfg["task"]
+    if isinstance(members, str):
+        yield name
+        return
+    for member in members:
+        known = member.get("group", member.get("task")) if isinstance(member, dict) else member
+        if isinstance(known, str) and known in manager.task_index:
+            yield from _leaves(manager, known)
+
+
+def _refuse_code(name: str, manager: Any) -> None:
+    """Raise UnsupportedError for a task that would run what a model writes, and confine nothing."""
+    for task in _leaves(manager, name):
+        if manager.task_index[task].cfg.get("unsafe_code"):
+            raise UnsupportedError(
+                f"task {task} of lm-evaluation-harness runs what the model writes unconfined; in the sandbox "
+                "runs --dataset FILE --kind code --allow-code-execution, where rows have the fields prompt, "
+                "test and entry_point (HumanEval's), or text and test_list (MBPP's)"
+            )
 
 
 def content_of(task: Any, num_fewshot: int | None) -> str:
@@ -122,34 +101,28 @@ def without_its_output() -> Iterator[None]:
         yield
 
 
-def _not_here(task: str, wanted: Sequence[str], error: OSError) -> OSError:
+def _not_here(name: str, manager: Any, error: OSError) -> OSError:
     """Says which dataset a task lacks, and where it would be."""
     import datasets.config
 
-    what = f"its dataset {wanted[-1]} is" if wanted else "a file of it is"
+    lacking = next((leaf for leaf in _leaves(manager, name) if not _loads(leaf, manager)), name)
+    settings = manager.task_index[lacking].cfg
+    what = "a file of it is"
+    if path := settings.get("dataset_path"):
+        part, files = settings.get("dataset_name"), (settings.get("dataset_kwargs") or {}).get("data_files")
+        what = f"its dataset {path}{f' ({part})' if part else ''}{f', files {files}' if files else ''} is"
     return OSError(
-        f"task {task}: {what} not in {datasets.config.HF_DATASETS_CACHE} and cannot be loaded ({error}); run "
-        "it once with a network, which keeps it there, or give a file by --dataset FILE --kind KIND"
+        f"task {lacking}: {what} not in {datasets.config.HF_DATASETS_CACHE} and cannot be loaded ({error}); "
+        "run it once with a network, which keeps it there, or give a file by --dataset FILE --kind KIND"
     )
 
 
-@contextlib.contextmanager
-def _asked_for() -> Iterator[list[str]]:
-    """The names of the datasets that are loaded meanwhile, the latest last: errors do not always say them."""
-    import datasets
-
-    names, load = [], datasets.load_dataset
-
-    def noting(path: str, name: str | None = None, **options: Any) -> Any:
-        files = options.get("data_files")
-        names.append(path + (f" ({name})" if name else "") + (f", files {files}" if files else ""))
-        return load(path, name, **options)
-
-    datasets.load_dataset = noting
+def _loads(task: str, manager: Any) -> bool:
     try:
-        yield names
-    finally:
-        datasets.load_dataset = load
+        manager.load([task])
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -167,7 +140,7 @@ def _without_network() -> Iterator[None]:
 
 
 def run(
-    tasks: Sequence[str | Mapping[str, Any]],
+    tasks: Sequence[str | FileTask],
     manager: Any,
     model: Any,
     limit: int,
@@ -181,54 +154,52 @@ def run(
     shown before each prompt of the harness's own tasks, None: as many as a task itself says.
     """
     from lm_eval import evaluator
+    from transformers import set_seed
 
-    seeds: dict[str, Any] = {f"{of}_random_seed": SEED for of in ("numpy", "torch", "fewshot")}
-    with without_its_output(), _in_our_words(tasks), _without_surroundings():
-        found: Any = evaluator.simple_evaluate(
+    with without_its_output(), _in_our_words(tasks):
+        # Not by `simple_evaluate`: it asks git, which complains outside of a repository, and torch, slowly.
+        loaded = manager.load([task if isinstance(task, str) else str(task.file) for task in tasks])
+        for name, task in loaded["tasks"].items():
+            _show(task, num_fewshot)
+            if any(isinstance(ours, FileTask) and ours.name == name for ours in tasks):
+                _fit(task, model.max_length)
+        set_seed(SEED)
+        found: Any = evaluator.evaluate(
             model,
-            tasks=[task if isinstance(task, str) else _fitting(task, model.max_length) for task in tasks],
+            loaded,
             limit=limit or None,
-            num_fewshot=num_fewshot,
-            task_manager=manager,
             bootstrap_iters=NUM_BOOTSTRAPS,
             apply_chat_template=apply_chat_template,
-            random_seed=SEED,
-            **seeds,
+            fewshot_as_multiturn=True,
+            confirm_run_unsafe_code=not any(isinstance(task, str) for task in tasks),
         )
     return {name: _scores(found["results"][name], samples) for name, samples in found["samples"].items()}
 
 
-@contextlib.contextmanager
-def _without_surroundings() -> Iterator[None]:
-    """Have the harness ask neither git, which complains outside of a repository, nor torch, which is slow."""
-    from lm_eval import evaluator
-
-    before = evaluator.get_git_commit_hash, evaluator.add_env_info
-    evaluator.get_git_commit_hash, evaluator.add_env_info = (lambda: None), (lambda storage: None)
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash, evaluator.add_env_info = before
+def _show(task: Any, num_fewshot: int | None) -> None:
+    """Have a task show so many examples, unless it says that it shows none; None: as many as it says."""
+    says = task.get_config("num_fewshot")
+    if num_fewshot is not None and says != 0:
+        task.set_config("num_fewshot", num_fewshot)
+    elif says is None:
+        task.set_config("num_fewshot", 0)
+    task.set_fewshot_seed(SEED)
 
 
-def _fitting(task: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """A file's task, which generates no more than half of what the model's context holds."""
-    if "generation_kwargs" not in task:
-        return dict(task)
-    kwargs = task["generation_kwargs"]
-    return {
-        **task,
-        "generation_kwargs": {**kwargs, "max_gen_toks": min(kwargs["max_gen_toks"], max(1, context // 2))},
-    }
+def _fit(task: Any, context: int) -> None:
+    """Have a task generate no more than half of what the model's context holds."""
+    if task.OUTPUT_TYPE == "generate_until":
+        tokens = min(task.get_config("generation_kwargs")["max_gen_toks"], max(1, context // 2))
+        task.set_config("generation_kwargs", {"max_gen_toks": tokens}, update=True)
 
 
 @contextlib.contextmanager
-def _in_our_words(tasks: Sequence[str | Mapping[str, Any]]) -> Iterator[None]:
+def _in_our_words(tasks: Sequence[str | FileTask]) -> Iterator[None]:
     """What the harness finds wrong with a task for this model, as a ConfigError: it uses assertions."""
     try:
         yield
     except (AssertionError, ValueError) as error:
-        names = " ".join(task if isinstance(task, str) else task["task"] for task in tasks)
+        names = " ".join(task if isinstance(task, str) else task.name for task in tasks)
         raise ConfigError(f"{names}: lm-evaluation-harness cannot run it with this model: {error}") from error
 
 
@@ -246,21 +217,27 @@ def _scores(result: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> 
         values[name] = [s[metric] for s in samples if s.get("filter", "none") == way and metric in s]
         error = result.get(f"{metric}_stderr,{way}")
         if not isinstance(error, int | float):
-            error = _error_of_lists(values[name])
+            error = _error(metric, metrics[name], values[name])
         if error is not None:
             errors[name] = float(error)
-    kept = values[primary(metrics)]
+    first = primary(metrics)
+    kept = values[first]
+    if first.partition(",")[0] in LOG_LIKELIHOODS:
+        log_probs, lengths = _lengths(kept)
+        return Scores(metrics, errors, log_probs, len(kept), lengths)
     return Scores(metrics, errors, tuple(float(x) for x in kept if isinstance(x, int | float)), len(kept))
 
 
-def _error_of_lists(samples: Sequence[Any]) -> float | None:
-    """The standard error of a share of all that examples have several of, such as instructions of a prompt.
+def _error(metric: str, value: float, samples: Sequence[Any]) -> float | None:
+    """The standard error of a metric of which the harness gives none."""
+    if metric in LOG_LIKELIHOODS:
+        return log_likelihood_error(metric, value, *_lengths(samples))
+    if samples and all(isinstance(sample, list) for sample in samples):
+        return share_error([sum(sample) for sample in samples], [len(sample) for sample in samples])
+    return None
 
-    They are drawn example by example, so it is the delta method's of sum(right) / sum(number), by examples.
-    """
-    if len(samples) < 2 or not all(isinstance(sample, list) for sample in samples):
-        return None
-    right = np.array([sum(sample) for sample in samples], dtype=float)
-    number = np.array([len(sample) for sample in samples], dtype=float)
-    rest = right - right.sum() / number.sum() * number
-    return float(rest.std(ddof=1) / np.sqrt(len(rest)) / number.mean())
+
+def _lengths(samples: Sequence[Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """log p of each example, and its length: 1 where an example is one prediction."""
+    pairs = [sample if isinstance(sample, tuple | list) else (sample, 1) for sample in samples]
+    return tuple(float(total) for total, _ in pairs), tuple(float(length) for _, length in pairs)

@@ -6,11 +6,13 @@ its first line, its last one, and Markdown's stars. `inst_level` counts instruct
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gossamer.data.tables import text_of
 from gossamer.errors import ConfigError
+from gossamer.evaluation.task_yaml import Function
 
 # The rules that split a text into words or sentences as NLTK does, by data that is not in its package.
 _BY_NLTK = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
@@ -34,24 +36,34 @@ def rules(*, offline: bool = False) -> Any:
     return utils
 
 
-def ifeval_task(rules: Any) -> dict[str, Any]:
-    """The task in the harness's words, with the settings of its own `ifeval`."""
-    plain = [f"prompt_level_{way}_acc" for way in ("strict", "loose")]
-    by_instruction = [f"inst_level_{way}_acc" for way in ("strict", "loose")]
-    return {
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 1280},
-        "process_results": rules.process_results,
-        "metric_list": [
-            *({"metric": name, "aggregation": "mean", "higher_is_better": True} for name in plain),
-            *(
-                {"metric": name, "aggregation": rules.agg_inst_level_acc, "higher_is_better": True}
-                for name in by_instruction
-            ),
-        ],
-    }
+def judge(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+    """Which instructions of an example what was generated follows, and whether all of them."""
+    followed = {**row, "kwargs": json.loads(row["kwargs"])}
+    return rules(offline=True).process_results(followed, results)
+
+
+def share_of_instructions(followed: Sequence[Sequence[bool]]) -> float:
+    """Of all instructions of all examples."""
+    return rules(offline=True).agg_inst_level_acc(followed)
+
+
+def _metrics(level: str, aggregation: str) -> list[dict[str, Any]]:
+    ways = (f"{level}_{way}_acc" for way in ("strict", "loose"))
+    return [{"metric": name, "aggregation": aggregation, "higher_is_better": True} for name in ways]
+
+
+# In the harness's words, with the settings of its own `ifeval`.
+TASK: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_target": "",
+    "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 1280},
+    "process_results": Function(f"{__name__}.judge"),
+    "metric_list": [
+        *_metrics("prompt_level", "mean"),
+        *_metrics("inst_level", Function(f"{__name__}.share_of_instructions")),
+    ],
+}
 
 
 def read_instructions(row: Mapping[str, Any], where: str, rules: Any) -> dict[str, Any]:
@@ -73,7 +85,13 @@ def read_instructions(row: Mapping[str, Any], where: str, rules: Any) -> dict[st
         if name in _BY_NLTK:
             _need_nltk_data(name, where)
         _try_out(known[name](name), given, prompt, where)
-    return {"key": where, "prompt": prompt, "instruction_id_list": names, "kwargs": kwargs}
+    # As text: columns of a table have one type, and instructions have settings of their own.
+    return {
+        "key": where,
+        "prompt": prompt,
+        "instruction_id_list": names,
+        "kwargs": json.dumps(kwargs),
+    }
 
 
 def _try_out(instruction: Any, given: Any, prompt: str, where: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer import plots
-from gossamer.evaluation.harness import is_share, primary
+from gossamer.evaluation.scores import is_share, primary
 from gossamer.job.options import record
 from gossamer.job.report import Result, Table
 from gossamer.layerwise.report import markdown
@@ -18,13 +18,13 @@ from gossamer.layerwise.report import markdown
 class EvaluateResult(Result):
     """Perplexity (None without --dataset) over `num_tokens`; accuracy of each task and kind of example.
 
-    `backend`: the one that was used.
-    `row_length`: tokens of a row of the text. `recovery`: accuracy over the baseline's, and for "perplexity"
-    the baseline's over ours; 1 is all of it. Of the tasks that the harness ran: `metrics` and their
-    `standard_errors`; the first of `acc_norm`, `acc`, ... is their accuracy. `recovery_errors`: the standard
-    error of their recovery, paired by example. `baseline`: its perplexity or accuracy, by the same names.
-    `model_hash`: sha256 of what decides the model's answers. `from_cache`: the figures that an earlier run
-    measured, kept in the folder `cache`.
+    `backend`: the one that was used. `row_length`: tokens of a row of the text. `recovery`: accuracy over the
+    baseline's, and for "perplexity" the baseline's over ours; 1 is all of it. `metrics` of each task and
+    their `standard_errors`, where the text's are named "perplexity"; the first of `acc_norm`, `acc`, ... is a
+    task's accuracy. `recovery_errors`: the standard error of the recovery, paired by example or row
+    (scores.py).
+    `baseline`: its perplexity or accuracy, by the same names. `model_hash`: sha256 of what decides the
+    model's answers. `from_cache`: the figures that an earlier run measured, kept in the folder `cache`.
     """
 
     model: str
@@ -63,12 +63,12 @@ class EvaluateResult(Result):
     def _rows(self) -> Iterator[tuple[str, str, str, str]]:
         if self.perplexity is not None:
             tokens = f"{self.num_tokens} tokens, {self.row_length} a row"
-            yield "perplexity", f"{self.perplexity:.4g}", tokens, self._recovery("perplexity")
-        for task, accuracy in self.accuracy.items():
-            metrics = self.metrics.get(task, {})
-            first = primary(metrics) if metrics else ""
-            value = self._value(task, first) if metrics else f"{accuracy:.1%}"
-            yield task, value, f"{self.num_examples[task]}", self._recovery(task)
+            error = self.standard_errors.get("perplexity", {}).get("perplexity")
+            value = f"{self.perplexity:.4g}" + ("" if error is None else f" +- {error:.2g}")
+            yield "perplexity", value, tokens, self._recovery("perplexity")
+        for task, metrics in self.metrics.items():
+            first = primary(metrics)
+            yield task, self._value(task, first), f"{self.num_examples[task]}", self._recovery(task)
             for metric in metrics:
                 if metric != first:
                     yield "", self._value(task, metric), "", ""
@@ -106,9 +106,10 @@ class EvaluateResult(Result):
         """Shares in percent, then perplexities, where there are any."""
         shares, others = list[plots.Score](), list[plots.Score]()
         if self.perplexity is not None:
-            others.append(plots.Score("perplexity", self.perplexity, None, self.baseline.get("perplexity")))
+            error = self.standard_errors.get("perplexity", {}).get("perplexity")
+            others.append(plots.Score("perplexity", self.perplexity, error, self.baseline.get("perplexity")))
         for task, accuracy in self.accuracy.items():
-            metric = primary(self.metrics[task]) if task in self.metrics else "acc"
+            metric = primary(self.metrics[task])
             share, unit = (shares, 100) if is_share(metric) else (others, 1)
             error, base = self.standard_errors.get(task, {}).get(metric), self.baseline.get(task)
             note = f"recovers {self._recovery(task)}" if task in self.recovery else ""

@@ -1,5 +1,7 @@
 """`evaluate`: perplexity of a text and accuracy in tasks, through transformers or the engine."""
 
+import shlex
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,12 +17,14 @@ from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import Backend, instructions, open_backend
 from gossamer.evaluation.chat import Journal, Speaker, compare, read_prompts
-from gossamer.evaluation.figures import Figures, measure_tasks, measure_text, recovery, recovery_errors
+from gossamer.evaluation.figures import Figures, measure_task, measure_text
 from gossamer.evaluation.file_tasks import FEW_SHOT, Kind, Shots, file_task
-from gossamer.evaluation.harness import SEED, Scores, load_tasks, run
+from gossamer.evaluation.harness import SEED, load_tasks, run
 from gossamer.evaluation.judge import Judge
 from gossamer.evaluation.kept import KeptFigures, digest, model_hash, program
 from gossamer.evaluation.report import EvaluateResult
+from gossamer.evaluation.scores import Scores, recovery, recovery_error
+from gossamer.evaluation.task_yaml import FileTask, yaml_file
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
@@ -66,7 +70,12 @@ class Evaluate(EngineOptions):
         False, help="the harness's prompts are turns of a user in the model's chat template"
     )
     row_length: int = option(
-        255, help="tokens of a row of --dataset; each is seen after those before it in its row, BOS first"
+        255,
+        help="tokens of a row of --dataset, each seen after BOS and those before it in its row; papers quote "
+        "perplexity of rows of 2,048, which is lower: for that --row-length 2048 and a model that holds them",
+    )
+    write_tasks: str = option(
+        "", help="folder for the task that lm-evaluation-harness runs of --kind: YAML for its --include_path"
     )
     limit: int = option(0, help="rows of text and examples a task at most; 0: all (500 doctests)")
     seed: int = option(0, help="choice of the doctests")
@@ -86,7 +95,7 @@ class Asked:
     """
 
     own: dict[str, list[Example | Choice]]
-    harness: list[str | dict[str, Any]]
+    harness: list[str | FileTask]
     manager: Any
     decides: dict[str, Any]
     text: dict[str, Any] | None
@@ -97,10 +106,16 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
 
     What an earlier run measured of the same content is taken from the cache, unless `no_cache`.
     """
-    start = time.monotonic()
     check(job)
+    with tempfile.TemporaryDirectory(prefix="gossamer-tasks-") as temporary:
+        return _evaluate(job, Path(job.write_tasks or temporary), progress)
+
+
+def _evaluate(job: Evaluate, folder: Path, progress: Progress) -> EvaluateResult:
+    """Likewise; the tasks of files are written into the folder."""
+    start = time.monotonic()
     prompts = read_prompts(Path(job.dataset), job.skip_bad_rows, progress) if job.kind == "chat" else []
-    asked = _asked(job, progress)
+    asked = _asked(job, folder, progress)
     if job.backend == "auto":
         packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
         job = replace(job, backend="engine" if packed else "torch")
@@ -124,21 +139,19 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
                 prompts[: job.limit or None], *speakers, judge, journal, job.max_tokens, progress
             )
             ours.scores[Path(job.dataset).name] = scores
-            ours.accuracy[Path(job.dataset).name] = scores.value
-    num_examples = {task: len(examples) for task, examples in asked.own.items()}
     result = EvaluateResult(
         model=job.model,
         backend=job.backend,
-        perplexity=ours.perplexity,
-        num_tokens=ours.num_tokens,
+        perplexity=ours.text.value if ours.text else None,
+        num_tokens=int(sum(ours.text.weights)) if ours.text else 0,
         row_length=job.row_length,
-        accuracy=ours.accuracy,
+        accuracy={task: scores.value for task, scores in ours.scores.items()},
         accuracy_by_kind=ours.by_kind,
-        num_examples=num_examples | {task: scores.num_examples for task, scores in ours.scores.items()},
-        recovery=recovery(ours, base) if base else {},
+        num_examples={task: scores.num_examples for task, scores in ours.scores.items()},
+        recovery=_compared(recovery, ours, base),
         metrics={task: scores.metrics for task, scores in ours.scores.items()},
-        standard_errors={task: scores.standard_errors for task, scores in ours.scores.items()},
-        recovery_errors=recovery_errors(ours, base) if base else {},
+        standard_errors={name: scores.standard_errors for name, scores in ours.named.items()},
+        recovery_errors=_compared(recovery_error, ours, base),
         baseline=base.values() if base else {},
         model_hash=identity,
         from_cache=tuple(kept.found),
@@ -148,6 +161,14 @@ def evaluate(job: Evaluate, progress: Progress = quiet) -> EvaluateResult:
     if job.output:
         result.write(Path(job.output), job)
     return result
+
+
+def _compared(
+    how: Callable[[Scores, Scores], float | None], ours: Figures, base: Figures | None
+) -> dict[str, float]:
+    """By name, where there is a figure of both models and something to say of them."""
+    both = {name: (ours.named[name], scores) for name, scores in (base.named if base else {}).items()}
+    return {name: found for name, pair in both.items() if (found := how(*pair)) is not None}
 
 
 def check(job: Evaluate) -> None:
@@ -165,6 +186,10 @@ def check(job: Evaluate) -> None:
         _check_chat(job)
     elif job.judge or job.judge_model:
         raise ConfigError("--judge and --judge-model are for --kind chat")
+    if job.write_tasks:
+        if job.kind in (None, "chat"):
+            raise ConfigError("--write-tasks keeps the task of --dataset FILE --kind KIND (not chat)")
+        refuse_existing(yaml_file(Path(job.write_tasks), Path(job.dataset).name), job.overwrite)
     if job.skip_bad_rows < 0:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
     if (job.num_fewshot or 0) < 0:
@@ -198,16 +223,16 @@ def _check_chat(job: Evaluate) -> None:
     Judge(job.judge, job.judge_model)  # whose URL must be one
 
 
-def _asked(job: Evaluate, progress: Progress) -> Asked:
+def _asked(job: Evaluate, folder: Path, progress: Progress) -> Asked:
     """Read the examples, and load the harness's tasks, before a model is opened."""
     own = [task for task in job.tasks if task in DOCTESTS or task.endswith(TABLES)]
     examples = {task: task_examples(task, job.limit, job.seed) for task in own}
-    names: list[str | dict[str, Any]] = [task for task in job.tasks if task not in own]
+    names: list[str | FileTask] = [task for task in job.tasks if task not in own]
     if job.kind and job.kind != "chat":
-        file, shots = Path(job.dataset), _shots(job)
-        names.append(
-            file_task(file, job.kind, job.skip_bad_rows, shots, offline=job.offline, progress=progress)
-        )
+        read = partial(file_task, Path(job.dataset), job.kind, folder, job.skip_bad_rows, _shots(job))
+        names.append(task := read(offline=job.offline, progress=progress))
+        if job.write_tasks:
+            progress(Event("evaluate", _how_to_run(task, job), lasting=True))
     if job.num_fewshot and not names:
         raise ConfigError(
             f"--num-fewshot is {job.num_fewshot}, and nothing that is asked for shows examples; it is for "
@@ -219,6 +244,17 @@ def _asked(job: Evaluate, progress: Progress) -> Asked:
         text = manifest(job.dataset, offline=job.offline)
         text = None if text.get("revision", "") is None else text
     return Asked(examples, names, manager, decides, text)
+
+
+def _how_to_run(task: FileTask, job: Evaluate) -> str:
+    """The harness's own command for a task that is kept."""
+    options = ["--model", "hf", "--model_args", f"pretrained={job.model}"]
+    options += ["--include_path", str(task.file.parent), "--tasks", task.name]
+    if job.apply_chat_template:
+        options.append("--apply_chat_template")
+    if job.kind == "code":
+        options.append("--confirm_run_unsafe_code")
+    return f"{task.file} is the task; run it by {shlex.join(['lm_eval', 'run', *options])}"
 
 
 def _speaker(model: str, identity: str, job: Evaluate) -> Speaker:
@@ -276,13 +312,13 @@ def measure(
     if job.dataset and not job.kind:
         decides = asked.text and {**how, "text": asked.text, "row_length": job.row_length}
         found = kept.of(decides, f"{model}: perplexity", lambda: _of_text(model, opened(), job, progress))
-        figures.perplexity, figures.num_tokens = found["perplexity"], found["num_tokens"]
+        figures.text = _scores(found)
     for task, examples in asked.own.items():
         measured = partial(_of_examples, opened, task, examples, progress)
         found = kept.of({**how, "examples": repr(examples)}, f"{model}: {task}", measured)
-        figures.accuracy[task], figures.by_kind[task] = found["accuracy"], found["by_kind"]
+        figures.scores[task], figures.by_kind[task] = _scores(found["scores"]), found["by_kind"]
     for task in asked.harness:
-        name = task if isinstance(task, str) else task["task"]
+        name = task if isinstance(task, str) else task.name
         options = {
             "apply_chat_template": job.apply_chat_template,
             "num_fewshot": job.num_fewshot,
@@ -291,9 +327,13 @@ def measure(
         measured = partial(_of_harness, opened, name, task, job, asked.manager, progress)
         decides = {**how, **options, "task": asked.decides[name]}
         for leaf, found in kept.of(decides, f"{model}: {name}", measured).items():
-            scores = Scores(**{**found, "samples": tuple(found["samples"])})
-            figures.scores[leaf], figures.accuracy[leaf] = scores, scores.value
+            figures.scores[leaf] = _scores(found)
     return figures
+
+
+def _scores(found: dict[str, Any]) -> Scores:
+    """As they were before JSON."""
+    return Scores(**{**found, "samples": tuple(found["samples"]), "weights": tuple(found["weights"])})
 
 
 def _of_text(model: str, backend: Backend, job: Evaluate, progress: Progress) -> dict[str, Any]:
@@ -305,23 +345,20 @@ def _of_text(model: str, backend: Backend, job: Evaluate, progress: Progress) ->
     rows_BT = evaluation_rows(
         job.dataset, backend.tokenizer, job.row_length, max_rows=job.limit or None, offline=job.offline
     )
-    figures = Figures()
-    measure_text(figures, backend, job.dataset, rows_BT, progress)
-    return {"perplexity": figures.perplexity, "num_tokens": figures.num_tokens}
+    return asdict(measure_text(backend, job.dataset, rows_BT, progress))
 
 
 def _of_examples(
     opened: Callable[[], Backend], task: str, examples: list[Example | Choice], progress: Progress
 ) -> dict[str, Any]:
-    figures = Figures()
-    measure_tasks(figures, opened(), {task: examples}, progress)
-    return {"accuracy": figures.accuracy[task], "by_kind": figures.by_kind[task]}
+    scores, by_kind = measure_task(opened(), task, examples, progress)
+    return {"scores": asdict(scores), "by_kind": by_kind}
 
 
 def _of_harness(
     opened: Callable[[], Backend],
     name: str,
-    task: str | dict[str, Any],
+    task: str | FileTask,
     job: Evaluate,
     manager: Any,
     progress: Progress,

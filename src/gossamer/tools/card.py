@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from gossamer.evaluation.harness import is_share, primary
+from gossamer.evaluation.scores import is_share, primary
 from gossamer.tools.inspect import InspectResult, Matrix
 from gossamer.tools.local_paths import without_folders
 
