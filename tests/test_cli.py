@@ -31,7 +31,7 @@ def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str
     job, _ = cli.VERBS[name].load(name)
     for field in dataclasses.fields(job):
         if not field.metadata["positional"]:
-            assert f"--{field.name.replace('_', '-')}" in shown
+            assert cli.flag_of(field) in shown
         assert field.metadata["help"], f"{name}: {field.name} has no help"
 
 

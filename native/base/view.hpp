@@ -20,7 +20,12 @@ constexpr int kGroupVectors = 16;  // vectors whose masks lie together in a spar
 constexpr int kScaleVectors = 32;  // i4: vectors (128 inputs) of a row that share a multiplier
 constexpr std::size_t kSlackBytes = 64;
 
-enum class Storage { dense, sparse };
+// A strip of a panel of blocks: 64 blocks of 4 inputs, as many inputs as 64 vectors of i8 have.
+constexpr int kStripBlocks = 64, kBlockBytes = 4, kStripVectors = 64;
+
+enum class Storage { dense, sparse, blocks };
+constexpr const char* kStorageNames[] = {"dense", "sparse", "blocks"};
+constexpr int kNumStorages = std::size(kStorageNames);
 enum class Values { f32, bf16, i8, i4 };
 
 // Raised as gossamer.errors.<same name> (python/bindings.cpp).
@@ -86,19 +91,20 @@ struct Linear {
     Values values = Values::f32;
     int rows = 0;                               // N
     int columns = 0;                            // K
-    const std::uint8_t* data = nullptr;         // dense panels, or the sparse stream
-    const std::uint64_t* offsets = nullptr;     // sparse: where each panel begins in the stream, and its end
+    const std::uint8_t* data = nullptr;         // dense panels, or the stream
+    const std::uint64_t* offsets = nullptr;     // of a stream: where each panel begins in it, and its end
     const float* scale = nullptr;               // i8, i4: [N padded to 16]
     const std::int32_t* sum = nullptr;          // i8, i4: [N padded to 16], sums over K of the int8 weights
     const std::uint8_t* multipliers = nullptr;  // i4: [panel][K / 128][16], int8 weight = int4 value x this
 
     int num_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
     int num_vectors() const { return (columns + inputs_per_vector(values) - 1) / inputs_per_vector(values); }
+    int num_strips() const { return (num_vectors() + kStripVectors - 1) / kStripVectors; }
     int num_scale_groups() const { return (num_vectors() + kScaleVectors - 1) / kScaleVectors; }
     int padded_rows() const { return num_panels() * kPanelRows; }
 
     std::size_t panel_offset(int panel) const {
-        if (storage == Storage::sparse) return offsets[panel];
+        if (storage != Storage::dense) return offsets[panel];
         const int stored = values == Values::i4 ? (num_vectors() + 1) / 2 : num_vectors();
         return std::size_t(panel) * stored * kVectorBytes;
     }
@@ -115,7 +121,7 @@ struct Linear {
     Linear from(int panel) const {
         Linear rest = *this;
         rest.rows -= panel * kPanelRows;
-        if (storage == Storage::sparse)
+        if (storage != Storage::dense)
             rest.offsets += panel;
         else
             rest.data = this->panel(panel);
@@ -130,7 +136,7 @@ struct Linear {
         std::size_t total = panel_bytes(0, num_panels());
         if (is_integer(values)) total += std::size_t(padded_rows()) * 8;
         if (values == Values::i4) total += std::size_t(padded_rows()) * num_scale_groups();
-        if (storage == Storage::sparse) total += (std::size_t(num_panels()) + 1) * 8;
+        if (storage != Storage::dense) total += (std::size_t(num_panels()) + 1) * 8;
         return total;
     }
 };

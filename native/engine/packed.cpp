@@ -94,6 +94,37 @@ const char* check_sparse_panel(const Linear& w, int panel) {
     return position == end ? nullptr : "its masks announce fewer values than the panel holds";
 }
 
+// What is wrong with a panel of blocks, or nullptr. Reads only between the panel's offsets.
+const char* check_blocks_panel(const Linear& w, int panel) {
+    const std::uint8_t* position = w.panel(panel);
+    const std::uint8_t* end = w.data + w.offsets[panel + 1];
+    const int last_inputs = (w.columns - 1) % kBlockBytes + 1;  // of the last block of a row
+    for (int first = 0; first < w.num_vectors(); first += kStripVectors) {
+        const int inside = std::min(kStripBlocks, w.num_vectors() - first);  // blocks of a row
+        const std::uint8_t* masks = position;
+        position += kPanelRows * sizeof(std::uint64_t);
+        if (position > end) return "its masks lie outside their panel";
+        for (int row = 0; row < kPanelRows; ++row) {
+            std::uint64_t mask;
+            std::memcpy(&mask, masks + row * sizeof mask, sizeof mask);
+            const bool is_row = panel * kPanelRows + row < w.rows;
+            if (mask != 0 && (!is_row || std::bit_width(mask) > inside))
+                return "a mask has blocks outside the matrix";
+            for (; mask != 0; mask &= mask - 1, position += kBlockBytes) {
+                if (end - position < kBlockBytes)
+                    return "its masks announce more blocks than the panel holds";
+                std::uint32_t weights;
+                std::memcpy(&weights, position, sizeof weights);
+                if (weights == 0) return "a mask announces a block that is 0";
+                const bool is_last = first + std::countr_zero(mask) == w.num_vectors() - 1;
+                if (is_last && last_inputs < kBlockBytes && weights >> (8 * last_inputs) != 0)
+                    return "a block has weights outside the matrix";
+            }
+        }
+    }
+    return position == end ? nullptr : "its masks announce fewer blocks than the panel holds";
+}
+
 // Whether an exponent of all ones occurs in float32 words, or in either half of them (bfloat16).
 bool has_special(const std::uint8_t* weights, std::size_t num_bytes, std::uint32_t exponent) {
     const std::uint32_t high = exponent == 0x7F80u ? exponent << 16 : exponent;
@@ -163,8 +194,10 @@ const char* check_sums(const Linear& w, int panel, const std::vector<std::uint8_
 }
 
 const char* check_panel(const Linear& w, int panel, const std::vector<std::uint8_t>& ones) {
-    const bool sparse = w.storage == Storage::sparse;
-    if (const char* found = sparse ? check_sparse_panel(w, panel) : check_dense_panel(w, panel)) return found;
+    const auto check = w.storage == Storage::sparse   ? check_sparse_panel
+                       : w.storage == Storage::blocks ? check_blocks_panel
+                                                      : check_dense_panel;
+    if (const char* found = check(w, panel)) return found;
     if (!is_integer(w.values)) return nullptr;
     if (const char* found = check_scales(w, panel)) return found;
     if (w.values == Values::i4) {
@@ -222,6 +255,8 @@ Linear Packed::linear(const std::string& name) const {
         throw FormatError(name + ": found " + std::to_string(w.rows) + " x " + std::to_string(w.columns) +
                           " weights; expected 1 .. 2^24 of each");
     }
+    if (w.storage == Storage::blocks && w.values != Values::i8)
+        throw FormatError(name + ": found blocks of " + gossamer::name(w.values) + "; expected i8");
     const std::size_t panels = w.num_panels(), vectors = w.num_vectors();
     if (is_integer(w.values)) {
         if (w.columns > kMaxIntegerColumns)
@@ -267,9 +302,10 @@ const float* Packed::vector(const std::string& name, int count) const {
 }
 
 Storage parse_storage(const std::string& name) {
-    if (name == "dense") return Storage::dense;
-    if (name == "sparse") return Storage::sparse;
-    throw FormatError("found storage '" + name + "'; expected dense or sparse");
+    for (int i = 0; i < kNumStorages; ++i) {
+        if (name == kStorageNames[i]) return Storage(i);
+    }
+    throw FormatError("found storage '" + name + "'; expected dense, sparse or blocks");
 }
 
 void check_contents(const std::vector<std::pair<std::string, Linear>>& linears, ThreadPool& pool) {

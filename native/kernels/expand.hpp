@@ -1,8 +1,9 @@
 // Weights of a panel as whole vectors: the one place that knows how sparse streams and int4 pairs are stored.
 //
 // A sparse panel is groups of 16 masks and then the values under their bits; a pair of int4 vectors A, B
-// shares its bytes, A's weights in the low nibbles. `scalar::expand` is the specification;
-// x86/expand_avx2.hpp and x86/expand_avx512.hpp do the same with vectors.
+// shares its bytes, A's weights in the low nibbles. Of a panel of blocks, masks and values are of rows.
+// `scalar::expand` is the specification; x86/expand_avx2.hpp and x86/expand_avx512.hpp do the same with
+// vectors.
 #pragma once
 
 #include <algorithm>
@@ -48,6 +49,22 @@ constexpr bool lies_expanded(Values values, Storage storage) {
     return storage == Storage::dense && values != Values::i4;
 }
 
+// Expands the next `count` vectors of a panel of blocks to `out` [count][64]; returns the position after
+// them. `count` is a multiple of kStripVectors, or all that are left.
+inline const std::uint8_t* expand_blocks(const std::uint8_t* position, int count, std::uint8_t* out) {
+    std::memset(out, 0, std::size_t(count) * kVectorBytes);
+    for (int first = 0; first < count; first += kStripVectors, out += kStripVectors * kVectorBytes) {
+        const std::uint8_t* masks = position;
+        position += kPanelRows * sizeof(std::uint64_t);
+        for (int row = 0; row < kPanelRows; ++row) {
+            auto mask = load_as<std::uint64_t>(masks + row * sizeof(std::uint64_t));
+            for (; mask != 0; mask &= mask - 1, position += kBlockBytes)
+                std::memcpy(out + std::countr_zero(mask) * kVectorBytes + row * kBlockBytes, position, 4);
+        }
+    }
+    return position;
+}
+
 namespace scalar {
 
 // Expands the next `count` vectors of a panel, from `position` in its data and `multipliers` (i4: those of
@@ -56,6 +73,7 @@ namespace scalar {
 template <Values kValues, Storage kStorage>
 const std::uint8_t* expand(const std::uint8_t* position, const std::uint8_t* multipliers, int count,
                            std::uint8_t* out) {
+    if constexpr (kStorage == Storage::blocks) return expand_blocks(position, count, out);
     constexpr int kWeights = 16 * inputs_per_vector(kValues), kBytes = bytes_per_value(kValues);
     const auto masks = [&](int first, int v) -> Mask<kValues> {
         if (kStorage == Storage::dense) return Mask<kValues>(~std::uint64_t(0));

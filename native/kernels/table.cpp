@@ -85,11 +85,12 @@ std::span<const Kernel> kernels() { return kKernels; }
 
 const MatmulKernels& find_matmul(Storage storage, Values values, Isa isa) {
     static const auto levels = for_all_levels([](Isa level) {
-        std::array<std::array<MatmulKernels, 2>, kNumValues> all;
+        std::array<std::array<MatmulKernels, kNumStorages>, kNumValues> all{};
         for (int v = 0; v < kNumValues; ++v) {
             for (Storage s : {Storage::dense, Storage::sparse})
                 all[v][int(s)] = matmul_kernels(s, Values(v), level);
         }
+        all[int(Values::i8)][int(Storage::blocks)] = matmul_kernels(Storage::blocks, Values::i8, level);
         return all;
     });
     return levels[int(isa)][int(values)][int(storage)];

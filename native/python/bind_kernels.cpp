@@ -36,8 +36,6 @@ Isa runnable(const std::string& level) {
 
 namespace {
 
-const char* storage_name(Storage storage) { return storage == Storage::dense ? "dense" : "sparse"; }
-
 // Name -> whether this machine, capped by GOSSAMER_ISA, runs it, of all levels that can be chosen.
 nb::dict levels() {
     nb::dict found;
@@ -53,7 +51,7 @@ nb::list table() {
         nb::dict row;
         row["family"] = kernel.family;
         row["values"] = name(kernel.values);
-        row["storage"] = storage_name(kernel.storage);
+        row["storage"] = kStorageNames[int(kernel.storage)];
         row["isa"] = name(kernel.isa);
         rows.append(row);
     }

@@ -217,10 +217,15 @@ def help_order(job_type: type) -> dict[str, dataclasses.Field[Any]]:
 
 def flag_names(fields: dict[str, dataclasses.Field[Any]]) -> dict[str, str]:
     """Every accepted flag -> the field it fills ("" for --help)."""
-    flags = {"--help": ""} | {f"--{name.replace('_', '-')}": name for name in fields}
+    flags = {"--help": ""} | {flag_of(field): name for name, field in fields.items()}
     return flags | {
         field.metadata["short"]: name for name, field in fields.items() if field.metadata.get("short")
     }
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The long flag of a field, such as `--output-dir`."""
+    return f"--{field.metadata['flag'] or field.name.replace('_', '-')}"
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -257,6 +262,7 @@ def flagged(job_type: type, fields: dict[str, dataclasses.Field[Any]]) -> type:
         short, positional = field.metadata.get("short"), field.metadata.get("positional")
         face = tyro.conf.arg(
             help=field.metadata.get("help"),
+            name=field.metadata["flag"],
             aliases=[short] if short else None,
             metavar=name.upper() if positional else None,
             help_behavior_hint="" if field.default in (None, ()) else None,  # the help itself says what then

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.packed import panels, streams
+from gossamer.packed import blocks, panels, streams
 from gossamer.packed.reader import Packed
 from gossamer.packed.rounding import round_rows
 from gossamer.packed.writer import PackedWriter
@@ -55,8 +55,9 @@ def make_matrix(
     """
     rows, columns = w_NK.shape
     arrays: dict[str, tuple[str, np.ndarray]] = {}
-    if storage == "sparse":
-        stream, offsets = streams.encode(values, w_NK)
+    if storage != "dense":
+        sparse = storage == "sparse"
+        stream, offsets = streams.encode(values, w_NK) if sparse else blocks.encode(w_NK)
         arrays = {"w.weight.stream": ("U8", stream), "w.weight.offsets": ("U64", offsets)}
     else:
         arrays["w.weight"] = (DTYPES[values], panels.to_panels(values, w_NK))

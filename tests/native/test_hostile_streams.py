@@ -11,6 +11,7 @@ from gossamer.errors import FormatError
 ISAS = tuple(level for level, runs in _native.levels().items() if runs)
 X_TK = np.ones((2, 150), np.float32)
 INTEGERS = [(values, storage) for values in ("i8", "i4") for storage in ("sparse", "dense")]
+INTEGERS += [("i8", "blocks")]
 
 
 def run(matrix) -> np.ndarray:
@@ -128,7 +129,7 @@ def test_truncated_buffers_and_wild_tensors_are_refused(sound) -> None:
             run(sound.__class__(sound.buffer, left, sound.matrices))
 
 
-CHANGES = [{"rows": 44}, {"rows": 64}, {"columns": 149}, {"columns": 200}, {"rows": 0}, {"columns": -4}]
+CHANGES = [{"rows": 44}, {"rows": 64}, {"columns": 149}, {"columns": 300}, {"rows": 0}, {"columns": -4}]
 
 
 @pytest.mark.parametrize("change", [*CHANGES, {"values": "i2"}, {"storage": "coo"}], ids=str)

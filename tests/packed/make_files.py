@@ -1,9 +1,9 @@
 """Makes files/*.goss and what each decodes to: the program of each version wrote its own, once, for ever.
 
-    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2|3|4
+    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2|3|4|5
 
 Version 1 was written by the program as it was at commit 1df9987, before it knew another version; versions 2
-to 4 by the first programs that wrote them. A file that is there is never made again: it stands for those
+to 5 by the first programs that wrote them. A file that is there is never made again: it stands for those
 that people have.
 """
 
@@ -56,6 +56,7 @@ TIED = {
     "tie_word_embeddings": True,
 }
 WIDE = {"hidden_size": 132, "intermediate_size": 20}  # two groups of inputs, the second a short one
+STRIPS = {"intermediate_size": 270}  # the second strip a short one
 # name -> settings beside the common ones, types of the linears. Tied models have a tokenizer, and an int8
 # head beside the embedding; from version 4 on an embedding of the type in the name, which is the head.
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -67,7 +68,13 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "v3-qwen3-floats": (UNTIED | {"architectures": QWEN3, "head_dim": 12} | WINDOWS, FLOATS),
     "v4-i8-integers": (TIED | {"architectures": LLAMA, "head_dim": 8}, INTEGERS),
     "v4-i4-integers": (TIED | WIDE | {"architectures": LLAMA, "head_dim": 8}, INTEGERS),
+    "v5-blocks-integers": (TIED | STRIPS | {"architectures": LLAMA, "head_dim": 8}, ("i8",)),
 }
+
+
+def storages(name: str) -> tuple[str, str]:
+    """Of linears that are not, and that are, stored by their zeros."""
+    return "dense", "blocks" if name.startswith("v5") else "sparse"
 
 
 def write(name: str, program: Any) -> None:
@@ -86,8 +93,8 @@ def write(name: str, program: Any) -> None:
         else:
             writer.floats("model.embed_tokens", bfloat16(embedding))
         for index, (linear, shape) in enumerate(linears(config).items()):
-            storage = "sparse" if index // 2 % 2 else "dense"
-            write_linear(writer, linear, types[index % 2], shape, storage, rng)
+            storage = storages(name)[index // 2 % 2]
+            write_linear(writer, linear, types[index % len(types)], shape, storage, rng)
         if not name.startswith("v4"):
             write_linear(writer, "lm_head", types[0], embedding.shape, "dense", rng)
 

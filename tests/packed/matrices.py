@@ -1,4 +1,4 @@
-"""Random matrices of every value type, and readers of both storages written from docs/format.md alone."""
+"""Random matrices of every value type, and readers of all storages written from docs/format.md alone."""
 
 import numpy as np
 
@@ -72,3 +72,24 @@ def read_stream(values: str, stream: np.ndarray, offsets: np.ndarray, rows: int,
                 position += width
         assert position == offsets[panel + 1]
     return w_NK
+
+
+def read_blocks(stream: np.ndarray, offsets: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Section 3, "Blocks", one block at a time."""
+    q_NK, data = np.zeros((-(-rows // 16) * 16, -(-columns // 256) * 256), np.int8), stream.tobytes()
+    for panel in range(-(-rows // 16)):
+        position = int(offsets[panel])
+        for strip in range(-(-columns // 256)):
+            masks = [
+                int.from_bytes(data[position + 8 * r : position + 8 * r + 8], "little") for r in range(16)
+            ]
+            position += 128
+            for row, mask in enumerate(masks):
+                for block in (bit for bit in range(64) if mask >> bit & 1):
+                    column = 256 * strip + 4 * block
+                    weights = np.frombuffer(data[position : position + 4], np.int8)
+                    q_NK[16 * panel + row, column : column + 4] = weights
+                    position += 4
+        assert position == offsets[panel + 1]
+    assert not q_NK[rows:].any() and not q_NK[:, columns:].any()
+    return q_NK[:rows, :columns]

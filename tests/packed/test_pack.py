@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gossamer import _native
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine.model import OpenModel
 from gossamer.errors import CheckpointError, ConfigError, FormatError, UnsupportedError
@@ -40,12 +41,14 @@ W8A8 = {
 }
 
 
-def prune_by_hand(source: Path, output: Path, sparsity: float = 0.7) -> Path:
-    """Copy a one-file float32 directory with zeros in its decoder linears."""
+def prune_by_hand(source: Path, output: Path, sparsity: float = 0.7, together: int = 1) -> Path:
+    """Copy a one-file float32 directory with zeros in its linears, `together` neighbours at a time."""
     shutil.copytree(source, output)
     tensors, rng = load_file(output / "model.safetensors"), np.random.default_rng(1)
     for name in Checkpoint.open(source).linears:
-        tensors[f"{name}.weight"][rng.random(tensors[f"{name}.weight"].shape) < sparsity] = 0
+        rows, columns = tensors[f"{name}.weight"].shape
+        zero = rng.random((rows, -(-columns // together))) < sparsity
+        tensors[f"{name}.weight"][zero.repeat(together, axis=1)[:, :columns]] = 0
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
     return output
 
@@ -57,7 +60,7 @@ def quantize_by_hand(source: Path, output: Path, ignore: tuple[str, ...] = (), c
     for name in Checkpoint.open(source).linears:
         if name not in ignore:
             w_NK = tensors[f"{name}.weight"]
-            scale_N1 = np.abs(w_NK).max(axis=1, keepdims=True) / np.float32(127)
+            scale_N1 = np.maximum(np.abs(w_NK).max(axis=1, keepdims=True), 1e-6) / np.float32(127)
             tensors[f"{name}.weight"] = np.rint(w_NK / scale_N1).astype(np.int8)
             tensors[f"{name}.weight_scale"] = scale_N1
     save_file(tensors, output / "model.safetensors", {"format": "pt"})
@@ -387,3 +390,40 @@ def test_int8_stays_dense_where_that_is_faster(
     subprocess.run([sys.executable, "-m", "gossamer", *arguments], env=environment, check=True)
     matrices = Packed.open(tmp_path / "m.goss").matrices
     assert matrices["model.layers.0.mlp.up_proj"].storage == expected
+
+
+@pytest.mark.parametrize(
+    ("isa", "purpose", "together", "zeros", "expected"),
+    [
+        ("avx512", "decode", 4, 0.7, "blocks"),
+        ("avx512", "decode", 1, 0.7, "sparse"),
+        ("avx512", "both", 1, 0.7, "sparse"),
+        ("avx512", "both", 1, 0.92, "blocks"),
+        ("avx512", "prompts", 1, 0.7, "blocks"),
+        ("avx512", "prompts", 1, 0.4, "sparse"),
+        ("amx", "prompts", 1, 0.92, "sparse"),
+        ("avx2", "prompts", 4, 0.7, "dense"),
+    ],
+)
+def test_int8_is_stored_for_its_purpose(
+    isa: str,
+    purpose: str,
+    together: int,
+    zeros: float,
+    expected: str,
+    tiny_llama: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """Blocks where they are smaller, or where prompts gain and the machine's products skip."""
+    if not _native.levels()[isa]:
+        pytest.skip(f"no {isa} here")
+    pruned = prune_by_hand(tiny_llama("llama2"), tmp_path / "pruned", zeros, together)
+    source = quantize_by_hand(pruned, tmp_path / "int8")
+    arguments = ["pack", str(source), "-o", str(tmp_path / "m.goss"), "--for", purpose]
+    environment = os.environ | {"GOSSAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "-m", "gossamer", *arguments], env=environment, check=True, capture_output=True
+    )
+    matrices = Packed.open(tmp_path / "m.goss").matrices
+    assert matrices["model.layers.0.mlp.down_proj"].storage == expected
+    assert (b"do not skip zeros on this CPU" in found.stdout) == (isa != "avx512" and purpose != "decode")

@@ -22,7 +22,7 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
 from gossamer.packed.header import EMBEDDING, vector_sizes
 from gossamer.packed.reader import Packed
-from gossamer.packed.writer import PackedWriter, smaller_storage
+from gossamer.packed.writer import PackedWriter, smallest_storage
 from packed.matrices import VALUES, random_matrix
 
 
@@ -110,13 +110,13 @@ def test_matrices_are_sparse_exactly_where_that_is_smaller(values: str) -> None:
         w_NK = random_matrix(values, (160, 512), sparsity)
         stream, offsets = streams.encode(values, w_NK)
         smaller = stream.nbytes + offsets.nbytes < panels.to_panels(values, w_NK).nbytes
-        assert smaller_storage(values, w_NK) == ("sparse" if smaller else "dense")
+        assert smallest_storage(values, w_NK) == ("sparse" if smaller else "dense")
 
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("rows", [1, 17, 101])
 def test_padding_makes_no_matrix_without_zeros_sparse(values: str, rows: int) -> None:
-    assert smaller_storage(values, random_matrix(values, (rows, 37), 0)) == "dense"
+    assert smallest_storage(values, random_matrix(values, (rows, 37), 0)) == "dense"
 
 
 def test_the_bytes_of_a_layer_are_all_that_belong_to_it(synthetic: Any) -> None:

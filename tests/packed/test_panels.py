@@ -9,8 +9,16 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from gossamer.errors import FormatError
-from gossamer.packed import panels, streams
-from packed.matrices import DTYPES, VALUES, random_matrix, random_multipliers, read_dense, read_stream
+from gossamer.packed import blocks, panels, streams
+from packed.matrices import (
+    DTYPES,
+    VALUES,
+    random_matrix,
+    random_multipliers,
+    read_blocks,
+    read_dense,
+    read_stream,
+)
 
 TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
 every_type = pytest.mark.parametrize("values", VALUES)
@@ -28,6 +36,37 @@ def test_sparse_round_trip(values: str, shape: tuple[int, int], sparsity: float,
     assert decoded.dtype == w_NK.dtype and decoded.tobytes() == w_NK.tobytes()
     assert stream.size == streams.stream_bytes(values, *shape, streams.count_value_bytes(values, w_NK))
     assert offsets.shape == (streams.num_offsets(shape[0]),) and offsets.nbytes % 64 == 0
+
+
+@seed(20240509)
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 600), sparsities, st.integers(0, 2**32))
+def test_blocks_round_trip(rows: int, columns: int, sparsity: float, number: int) -> None:
+    q_NK = random_matrix("i8", (rows, columns), sparsity, number)
+    stream, offsets = blocks.encode(q_NK)
+    np.testing.assert_array_equal(blocks.decode(stream, offsets, rows, columns), q_NK)
+    np.testing.assert_array_equal(read_blocks(stream, offsets, rows, columns), q_NK)
+    whole = np.pad(q_NK, ((0, 0), (0, -columns % 4))).reshape(rows, -1, 4)
+    live = np.count_nonzero(whole.any(axis=2))
+    assert blocks.count_live(q_NK) == live and blocks.num_blocks(rows, columns) == whole[..., 0].size
+    assert stream.size == blocks.stream_bytes(rows, columns, live)
+
+
+@pytest.mark.parametrize("place", [(3, 0), (0, 6)], ids=["a row", "an input"])
+def test_blocks_outside_their_matrix_are_refused(place: tuple[int, int]) -> None:
+    q_NK = np.zeros((4, 7), np.int8)
+    q_NK[0, 0] = q_NK[place] = 5
+    stream, offsets = blocks.encode(q_NK)
+    rows, columns = (3, 7) if place[0] else (4, 6)
+    with pytest.raises(FormatError, match=f"outside its {rows} x {columns} matrix"):
+        blocks.decode(stream, offsets, rows, columns, "model.goss: q_proj")
+
+
+def test_a_block_that_is_announced_has_a_weight() -> None:
+    stream, offsets = blocks.encode(np.array([[0, 9, 0, 0]], np.int8))
+    stream[129] = 0
+    with pytest.raises(FormatError, match="announces a weight whose value is 0"):
+        blocks.decode(stream, offsets, 1, 4)
 
 
 @seed(20240507)
@@ -155,14 +194,26 @@ def test_bits_per_weight_are_those_promised(values: str, sparsity: float) -> Non
     assert bits == pytest.approx(bits_of_the_document()[values, sparsity], abs=0.01)
 
 
+@pytest.mark.parametrize("together", [1, 4], ids=["at random places", "four at a time"])
+def test_bits_of_blocks_are_those_promised(together: int) -> None:
+    where = {1: "at random places", 4: "four at a time"}[together]
+    row = re.search(rf"^\| `i8`, blocks, zeros {where} \|(.*)\|$", TEXT, re.MULTILINE)
+    assert row is not None
+    for sparsity, bits in zip([0.5, 0.7, 0.8, 0.9], row[1].split("|"), strict=True):
+        q_NK, rng = random_matrix("i8", (512, 4096), 0, 4), np.random.default_rng(5)
+        q_NK[(rng.random((512, 4096 // together)) < sparsity).repeat(together, axis=1)] = 0
+        stream, offsets = blocks.encode(q_NK)
+        assert 8 * (stream.nbytes + offsets.nbytes) / q_NK.size == pytest.approx(float(bits), abs=0.02)
+
+
 def numbers(text: str) -> list[int]:
     return [int(number) for number in text.split()]
 
 
 def test_the_examples_of_the_document() -> None:
     found = re.findall(r"```(matrix|stream|dense) ?(\w*)\n(.*?)```", TEXT, re.DOTALL)
-    blocks = {(kind, values): block for kind, values, block in found}
-    w_NK = np.array([numbers(line) for line in blocks["matrix", ""].strip().splitlines()])
+    examples = {(kind, values): text for kind, values, text in found}
+    w_NK = np.array([numbers(line) for line in examples["matrix", ""].strip().splitlines()])
     as_type = {
         "i8": w_NK.astype(np.int8),
         "i4": w_NK.astype(np.int8),
@@ -170,11 +221,14 @@ def test_the_examples_of_the_document() -> None:
     }
     for values, typed_NK in as_type.items():
         stream, offsets = streams.encode(values, typed_NK)
-        expected = bytes.fromhex(blocks["stream", values])
+        expected = bytes.fromhex(examples["stream", values])
         assert stream.tobytes() == expected.ljust(128, b"\0")
         assert offsets.tolist() == [0] + [len(expected)] * 7
     dense = panels.to_panels("i4", as_type["i4"])
-    assert dense.tobytes() == bytes.fromhex(blocks["dense", "i4"]).ljust(64, b"\0")
+    assert dense.tobytes() == bytes.fromhex(examples["dense", "i4"]).ljust(64, b"\0")
+    stream, offsets = blocks.encode(as_type["i8"])
+    expected = bytes.fromhex(examples["stream", "blocks"])
+    assert stream.tobytes() == expected.ljust(256, b"\0") and offsets[1] == len(expected)
 
 
 def test_the_numbers_beside_the_examples() -> None:

@@ -16,10 +16,11 @@ from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter
 from packed.conftest import CONFIG
 from packed.damage import Header, join, split
-from packed.make_files import COMMON, FILES, IDS, MODELS, contents
+from packed.make_files import COMMON, FILES, IDS, MODELS, contents, storages
 
 QWEN3, MISTRAL = FILES / "v2-qwen3-floats.goss", FILES / "v3-mistral-integers.goss"
 INT8_TABLE = FILES / "v4-i8-integers.goss"
+BLOCKS = FILES / "v5-blocks-integers.goss"
 Q_NORM = "model.layers.1.self_attn.q_norm.weight"
 # Of the largest logit. AMX multiplies float32 as two bfloat16 (native/kernels/x86/floats.cpp).
 TOLERANCE = 1e-4 if _native.isa() == "amx" else 1e-5
@@ -38,7 +39,7 @@ def test_a_file_of_each_version_is_read_as_when_it_was_written(name: str) -> Non
     assert found["sha256"] == expected["sha256"]
     assert found["sha256"].keys() == packed.matrices.keys() | vector_tensors(packed.architecture).keys()
     kinds = {(packed.matrices[linear].storage, packed.matrices[linear].values) for linear in packed.decoder}
-    assert kinds == {(storage, values) for storage in ("sparse", "dense") for values in MODELS[name][1]}
+    assert kinds == {(storage, values) for storage in storages(name) for values in MODELS[name][1]}
     for which in ("alone", "last"):
         if name.endswith("integers"):
             assert found[which] == expected[which]
@@ -62,6 +63,9 @@ def test_what_nobody_had_to_change_is_still_written_as_version_1(tmp_path: Path)
         assert writer._metadata["version"] == version  # pyright: ignore[reportPrivateUsage]
         anatomy = read_anatomy(config)
         assert needed_version(anatomy, "bf16") == version and needed_version(anatomy, "i8") == "4"
+        assert (
+            needed_version(anatomy, "bf16", blocks=True) == needed_version(anatomy, "i8", blocks=True) == "5"
+        )
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,7 @@ def test_what_nobody_had_to_change_is_still_written_as_version_1(tmp_path: Path)
         ("1", QWEN3, "qwen3, which takes version 2"),
         ("2", MISTRAL, "mistral, which takes version 3"),
         ("3", INT8_TABLE, "embedding of i8, which takes version 4"),
+        ("4", BLOCKS, "matrices in blocks, which takes version 5"),
     ],
 )
 def test_a_version_with_a_model_that_it_cannot_say_is_refused(
@@ -77,7 +82,7 @@ def test_a_version_with_a_model_that_it_cannot_say_is_refused(
 ) -> None:
     header, data = split(path)
     header["__metadata__"]["version"] = version
-    with pytest.raises(FormatError, match=f"version {version} with an? {needed}"):
+    with pytest.raises(FormatError, match=f"version {version} with (an? )?{needed}"):
         Packed.open(join(tmp_path / "old.goss", header, data))
 
 

@@ -18,6 +18,9 @@ namespace scalar {
 namespace {
 
 // Calls sink(panel, token, sums of 16 rows) for each panel and token.
+// Vectors that are expanded at a time.
+constexpr int run_of(Storage storage) { return storage == Storage::blocks ? kStripVectors : kScaleVectors; }
+
 template <Values kValues, Storage kStorage, class Sink>
 void product(const Linear& w, int begin, int end, const Activations& x, Sink sink) {
     for (int panel = begin; panel < end; ++panel) {
@@ -25,9 +28,9 @@ void product(const Linear& w, int begin, int end, const Activations& x, Sink sin
             std::int32_t sums[kPanelRows] = {};
             const std::uint8_t* position = w.panel(panel);
             const std::uint8_t* q = x.q + t * x.stride;
-            for (int first = 0; first < w.num_vectors(); first += kScaleVectors) {
-                const int count = std::min(kScaleVectors, w.num_vectors() - first);
-                std::uint8_t expanded[kScaleVectors * kVectorBytes];
+            for (int first = 0; first < w.num_vectors(); first += run_of(kStorage)) {
+                const int count = std::min(run_of(kStorage), w.num_vectors() - first);
+                std::uint8_t expanded[run_of(kStorage) * kVectorBytes];
                 position =
                     expand<kValues, kStorage>(position, w.panel_multipliers(panel, first), count, expanded);
                 for (int i = 0; i < count * kVectorBytes; ++i) {
@@ -65,10 +68,12 @@ void accumulate(const Linear& w, int begin, int end, const Activations& x, std::
 
 GOSSAMER_MATMUL(i8, dense)
 GOSSAMER_MATMUL(i8, sparse)
+GOSSAMER_MATMUL(i8, blocks)
 GOSSAMER_MATMUL(i4, dense)
 GOSSAMER_MATMUL(i4, sparse)
 GOSSAMER_ACCUMULATE(i8, dense)
 GOSSAMER_ACCUMULATE(i8, sparse)
+GOSSAMER_ACCUMULATE(i8, blocks)
 GOSSAMER_ACCUMULATE(i4, dense)
 GOSSAMER_ACCUMULATE(i4, sparse)
 

@@ -148,6 +148,7 @@ template <Values kValues, Storage kStorage>
 const std::uint8_t* expand(const std::uint8_t* position, const std::uint8_t* multipliers, int count,
                            std::uint8_t* out) {
     static_assert(!lies_expanded(kValues, kStorage));
+    if constexpr (kStorage == Storage::blocks) return expand_blocks(position, count, out);
     for (int first = 0; first < count; first += kGroupVectors, out += kGroupVectors * kVectorBytes) {
         const int size = std::min(kGroupVectors, count - first);
         if constexpr (kValues == Values::i4) {

@@ -133,6 +133,7 @@ inline __m512i multiply_rows(__m512i q, __m512i factors) {
 template <Values kValues, Storage kStorage>
 const std::uint8_t* expand(const std::uint8_t* position, const std::uint8_t* multipliers, int count,
                            std::uint8_t* out) {
+    if constexpr (kStorage == Storage::blocks) return expand_blocks(position, count, out);
     Reader<kValues, kStorage> reader{position};
     __m512i factors = _mm512_setzero_si512();
     const auto store = [&](__m512i vector) {

@@ -17,6 +17,7 @@
 #include "kernels/kernels.hpp"
 #include "kernels/x86/expand_avx2.hpp"
 #include "kernels/x86/expand_avx512.hpp"
+#include "kernels/x86/row_sums_avx512.hpp"
 #include "kernels/x86/target.hpp"
 #include "kernels/x86/tiles.hpp"
 
@@ -113,10 +114,12 @@ void accumulate(const Linear& w, int begin, int end, const Activations& x, std::
 
 GOSSAMER_MATMUL(i8, dense)
 GOSSAMER_MATMUL(i8, sparse)
+GOSSAMER_MATMUL(i8, blocks)
 GOSSAMER_MATMUL(i4, dense)
 GOSSAMER_MATMUL(i4, sparse)
 GOSSAMER_ACCUMULATE(i8, dense)
 GOSSAMER_ACCUMULATE(i8, sparse)
+GOSSAMER_ACCUMULATE(i8, blocks)
 GOSSAMER_ACCUMULATE(i4, dense)
 GOSSAMER_ACCUMULATE(i4, sparse)
 
@@ -262,28 +265,16 @@ void product(const Linear& w, int begin, int end, const Activations& x, Unit& un
     }
 }
 
-inline __m512i signed_sums(const Linear& w, int panel, __m512i sums) {
-    const __m512i row_sums = _mm512_loadu_si512(w.sum + panel * kPanelRows);
-    return _mm512_sub_epi32(sums, _mm512_slli_epi32(row_sums, 7));
-}
-
 template <Values kValues, Storage kStorage, class Unit>
 void matmul_on(Unit&& unit, const Linear& w, int begin, int end, const Activations& x, float* y_TN,
                std::size_t stride) {
-    product<kValues, kStorage>(w, begin, end, x, unit, [&](int panel, int token, __m512i sums) {
-        const __m512 row_scales = _mm512_loadu_ps(w.scale + panel * kPanelRows);
-        const __m512 scales = _mm512_mul_ps(_mm512_set1_ps(x.scale[token]), row_scales);
-        const __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(signed_sums(w, panel, sums)), scales);
-        _mm512_storeu_ps(y_TN + token * stride + panel * kPanelRows, y);
-    });
+    product<kValues, kStorage>(w, begin, end, x, unit, OutputSink{w, x, y_TN, stride});
 }
 
 template <Values kValues, Storage kStorage, class Unit>
 void accumulate_on(Unit&& unit, const Linear& w, int begin, int end, const Activations& x,
                    std::int32_t* acc_TN, std::size_t stride) {
-    product<kValues, kStorage>(w, begin, end, x, unit, [&](int panel, int token, __m512i sums) {
-        _mm512_storeu_si512(acc_TN + token * stride + panel * kPanelRows, signed_sums(w, panel, sums));
-    });
+    product<kValues, kStorage>(w, begin, end, x, unit, SumSink{w, acc_TN, stride});
 }
 
 template <Values kValues, Storage kStorage>
@@ -369,16 +360,23 @@ class TileUnit {
 
 template <Values kValues, Storage kStorage, class Tiles>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
-    if (x.num_tokens <= kVectorTokens)
+    if constexpr (kStorage == Storage::blocks) {
+        if (x.num_tokens <= kVectorTokens) return avx512::matmul_i8_blocks(w, begin, end, x, y_TN, stride);
+    } else if (x.num_tokens <= kVectorTokens) {
         return avx512::matmul<kValues, kStorage>(w, begin, end, x, y_TN, stride);
+    }
     avx512::matmul_on<kValues, kStorage>(TileUnit<Tiles>(), w, begin, end, x, y_TN, stride);
 }
 
 template <Values kValues, Storage kStorage, class Tiles>
 void accumulate(const Linear& w, int begin, int end, const Activations& x, std::int32_t* acc_TN,
                 std::size_t stride) {
-    if (x.num_tokens <= kVectorTokens)
+    if constexpr (kStorage == Storage::blocks) {
+        if (x.num_tokens <= kVectorTokens)
+            return avx512::accumulate_i8_blocks(w, begin, end, x, acc_TN, stride);
+    } else if (x.num_tokens <= kVectorTokens) {
         return avx512::accumulate<kValues, kStorage>(w, begin, end, x, acc_TN, stride);
+    }
     avx512::accumulate_on<kValues, kStorage>(TileUnit<Tiles>(), w, begin, end, x, acc_TN, stride);
 }
 
@@ -386,10 +384,12 @@ void accumulate(const Linear& w, int begin, int end, const Activations& x, std::
 
 GOSSAMER_MATMUL(i8, dense, Hardware)
 GOSSAMER_MATMUL(i8, sparse, Hardware)
+GOSSAMER_MATMUL(i8, blocks, Hardware)
 GOSSAMER_MATMUL(i4, dense, Hardware)
 GOSSAMER_MATMUL(i4, sparse, Hardware)
 GOSSAMER_ACCUMULATE(i8, dense, Hardware)
 GOSSAMER_ACCUMULATE(i8, sparse, Hardware)
+GOSSAMER_ACCUMULATE(i8, blocks, Hardware)
 GOSSAMER_ACCUMULATE(i4, dense, Hardware)
 GOSSAMER_ACCUMULATE(i4, sparse, Hardware)
 
@@ -402,10 +402,12 @@ using amx::matmul;
 
 GOSSAMER_MATMUL(i8, dense, amx::Emulated)
 GOSSAMER_MATMUL(i8, sparse, amx::Emulated)
+GOSSAMER_MATMUL(i8, blocks, amx::Emulated)
 GOSSAMER_MATMUL(i4, dense, amx::Emulated)
 GOSSAMER_MATMUL(i4, sparse, amx::Emulated)
 GOSSAMER_ACCUMULATE(i8, dense, amx::Emulated)
 GOSSAMER_ACCUMULATE(i8, sparse, amx::Emulated)
+GOSSAMER_ACCUMULATE(i8, blocks, amx::Emulated)
 GOSSAMER_ACCUMULATE(i4, dense, amx::Emulated)
 GOSSAMER_ACCUMULATE(i4, sparse, amx::Emulated)
 

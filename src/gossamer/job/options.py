@@ -19,10 +19,10 @@ from typing import Any
 
 
 def option(
-    default: Any = dataclasses.MISSING, help: str = "", *, positional: bool = False, short: str | None = None
+    default: Any = dataclasses.MISSING, help: str = "", *, positional: bool = False, **names: str
 ) -> Any:
-    """A dataclass field that is also a command-line flag (`short` is its one-letter name, such as `-o`)."""
-    metadata = {"help": help, "positional": positional, "short": short}
+    """A field that is also a flag: `short` is one letter, as `-o`; `flag` the long one where Python has it."""
+    metadata = {"help": help, "positional": positional, "short": None, "flag": None} | names
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -4,7 +4,7 @@ Random rows are made once and repeated, each time as other bytes of the file or 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.architecture.families import read_anatomy
 from gossamer.job.report import Event, Progress, quiet
-from gossamer.packed import panels, streams
+from gossamer.packed import blocks, panels, streams
 from gossamer.packed.cache import cache_directory
 from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.reader import native_config
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
-from gossamer.packed.writer import PackedWriter, smaller_storage
+from gossamer.packed.writer import PackedWriter, Storage, smallest_storage
 
 Shape = Literal["llama-2-7b", "llama-3.2-1b", "tinyllama-1.1b"]
 
@@ -62,6 +62,8 @@ class Recipe:
     sparsity: float
     layers: int
     vocabulary: int
+    together: int = field(default=1, kw_only=True)  # weights of a row that are zero or not as one: 4 of "1x4"
+    storage: Storage = field(default="auto", kw_only=True)  # of the decoder's linears
 
     @classmethod
     def of(
@@ -84,7 +86,8 @@ class Recipe:
     @property
     def file_name(self) -> str:
         size = f"{self.layers}x-{self.vocabulary}"
-        return f"{self.shape}-{size}-{self.values}-{self.sparsity:g}-v{CONTENT}.goss"
+        pattern = f"-1x{self.together}" * (self.together > 1) + f"-{self.storage}" * (self.storage != "auto")
+        return f"{self.shape}-{size}-{self.values}-{self.sparsity:g}{pattern}-v{CONTENT}.goss"
 
     @property
     def integer(self) -> bool:
@@ -100,9 +103,12 @@ class Recipe:
 
 
 def random_weights(
-    values: str, rows: int, columns: int, sparsity: float, rng: np.random.Generator
+    values: str, rows: int, columns: int, sparsity: float, rng: np.random.Generator, together: int = 1
 ) -> np.ndarray:
-    """[rows, columns] as PackedWriter takes them: nonzero everywhere but for a random fraction `sparsity`."""
+    """[rows, columns] as PackedWriter takes them: nonzero everywhere but for a random fraction `sparsity`.
+
+    `together` neighbours of a row, which divide the columns, are zero or not as one.
+    """
     shape = (rows, columns)
     if values == "i8":
         w_NK = rng.integers(1, 128, shape, np.int8)
@@ -113,7 +119,8 @@ def random_weights(
         w_NK = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(columns * (1 - sparsity)))
         if values == "bf16":
             w_NK = (w_NK.view(np.uint32) >> 16).astype(np.uint16)
-    w_NK[rng.random(shape, np.float32) < sparsity] = 0
+    zero = rng.random((rows, columns // together), np.float32) < sparsity
+    w_NK[zero.repeat(together, axis=1)] = 0
     return w_NK
 
 
@@ -162,10 +169,10 @@ def _write(
         return
     rows, columns = anatomy.tensor_shapes[f"{EMBEDDING if name == HEAD else name}.weight"]
     values, sparsity = recipe.kind(name)
-    block = random_weights(values, min(rows, BLOCK_ROWS), columns, sparsity, rng)
+    block = random_weights(values, min(rows, BLOCK_ROWS), columns, sparsity, rng, recipe.together)
     w_NK, scale_N = np.resize(block, (rows, columns)), plausible_scales(rows, columns)
     if values == "i8":
-        writer.int8(name, w_NK, scale_N)
+        writer.int8(name, w_NK, scale_N, "auto" if name == HEAD else recipe.storage)
     elif values == "i4":
         writer.int4(name, w_NK, random_multipliers(rows, columns, rng), scale_N)
     else:
@@ -210,13 +217,16 @@ def _matrix(
     """A matrix of `rows` (a multiple of 256) and the tensors that hold it, by suffix."""
     values, (repeats, rest) = recipe.values, divmod(rows, BLOCK_ROWS)
     assert rest == 0, f"{rows} rows are no multiple of {BLOCK_ROWS}"
-    block = random_weights(values, BLOCK_ROWS, columns, recipe.sparsity, rng)
-    nonzeros, storage = panels.count_nonzero(block) * repeats, smaller_storage(values, block)
+    block = random_weights(values, BLOCK_ROWS, columns, recipe.sparsity, rng, recipe.together)
+    nonzeros, storage = panels.count_nonzero(block) * repeats, recipe.storage
+    if storage == "auto":
+        storage = smallest_storage(values, block)
     if storage == "dense":
         weight = np.concatenate([panels.to_panels(values, block)] * repeats)
         arrays = {"weight": (NUMBER_TYPES[values].stored, weight)}
     else:
-        piece, lengths_P = streams.encode_panels(values, block)
+        sparse = storage == "sparse"
+        piece, lengths_P = streams.encode_panels(values, block) if sparse else blocks.encode_panels(block)
         stream = np.concatenate([*[piece] * repeats, streams.slack(piece.size * repeats)])
         arrays = {
             "weight.stream": ("U8", stream),

@@ -2,11 +2,12 @@
 
 Value types come from the checkpoint: float32 and bfloat16 stay what they are, float16 becomes float32, and
 int8 and int4 weights (compressed-tensors' int-quantized W8A8 and W4A8) stay integers. `Types` says what is
-rounded here instead. Every matrix but the embedding is sparse if that is smaller. Tensors are read, packed
-and dropped one at a time; nothing here needs torch.
+rounded here instead. Every matrix but the embedding is stored by its zeros if that is smaller. Tensors are
+read, packed and dropped one at a time; nothing here needs torch.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +29,9 @@ from gossamer.checkpoint.schemes import (
 from gossamer.checkpoint.weights import to_float32
 from gossamer.errors import CheckpointError
 from gossamer.job.report import Event, Progress, quiet
-from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
+from gossamer.packed.header import StorageKind, StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.rounding import Rounded, RoundedMatrix, round_matrix
-from gossamer.packed.writer import PackedWriter
+from gossamer.packed.writer import PackedWriter, Purpose, best_storage
 from gossamer.tokens.encoder import read_files
 from gossamer.tokens.tokenizer import Tokenizer, read_template
 
@@ -38,6 +39,7 @@ SMALLER_SPARSE = 1 / 8  # a mask bit a weight against the 8 bits of each zero
 TableType = Literal["auto", "keep", "i8", "i4"]
 LinearType = Literal["keep", "i4"]
 Storage = Literal["auto", "smallest"]
+Int8Storage = Callable[[np.ndarray], StorageKind]  # of int8 weights [N, K]
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,25 @@ def pack_checkpoint(
     types: Types = Types(),
     progress: Progress = quiet,
     storage: Storage = "auto",
+    purpose: Purpose = "decode",
 ) -> Packing:
     """Write `source` as one .goss file, whole or not at all.
 
-    `storage`: "smallest" stores every matrix sparse where that takes fewer bytes; "auto" too, but leaves int8
-    dense where this machine reads it faster so. UnsupportedError for a quantization that we do not run.
+    `storage`: "smallest" stores every matrix so that it takes the fewest bytes; "auto" too, but leaves int8
+    dense where this machine reads it faster so. `purpose`: what int8 is stored for (`best_storage`), where
+    prompts skip zeros. UnsupportedError for a quantization that we do not run.
     """
     types, names = types.of(source), [*matrix_shapes(source.architecture)]
     if HEAD not in names and types.head != types.embedding:
         names.append(HEAD)
     Tokenizer.open(source.path)  # which must be sound, and its ids have rows in the embedding
     roundings: dict[str, Rounding] = {}
-    int8 = "auto" if storage == "smallest" or expands_int8_fast() else "dense"
+    stays_dense = storage == "auto" and not expands_int8_fast()
+    wanted_for = purpose if prompts_skip_zeros() else "decode"
+
+    def int8(q_NK: np.ndarray) -> StorageKind:
+        return "dense" if stays_dense else best_storage(wanted_for, "i8", q_NK)
+
     companions = packed_companions(source)
     companions["tokenizer"] = _minified(companions["tokenizer"])
     with PackedWriter(path, **companions) as writer:
@@ -129,7 +138,7 @@ def pack_checkpoint(
         for name in vector_sizes(source.architecture):
             writer.vector(name, source.float32(name))
     integers = [matrix for matrix in writer.matrices.values() if matrix.values == "i8"]
-    dense = int8 == "dense" and any(matrix.sparsity > SMALLER_SPARSE for matrix in integers)
+    dense = stays_dense and any(matrix.sparsity > SMALLER_SPARSE for matrix in integers)
     return Packing(writer.matrices, roundings, dense)
 
 
@@ -139,6 +148,15 @@ def expands_int8_fast() -> bool:
     AVX2 takes 20 cycles for 64 weights at any sparsity, a dense 64 bytes 5 (docs/results/kernels.jsonl).
     """
     return _native.isa() in ("avx512", "amx")
+
+
+def prompts_skip_zeros() -> bool:
+    """Whether products of many tokens skip what is zero here.
+
+    A matrix unit multiplies dense tiles several times faster than vectors multiply what is left of them, and
+    below AVX-512 blocks are expanded first.
+    """
+    return _native.isa() == "avx512"
 
 
 def scheme_of(source: Checkpoint) -> Scheme | None:
@@ -182,9 +200,7 @@ def _minified(text: bytes) -> bytes:
     return json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _write_matrix(
-    writer: PackedWriter, source: Checkpoint, name: str, int8: Literal["auto", "dense"]
-) -> StoredMatrix:
+def _write_matrix(writer: PackedWriter, source: Checkpoint, name: str, int8: Int8Storage) -> StoredMatrix:
     """Store a matrix as the checkpoint has it."""
     tensor = _tensor(source, name)
     dtype = source.dtype(tensor)
@@ -193,19 +209,20 @@ def _write_matrix(
         scale_N, multiplier_NG = row_scales_and_multipliers(scale_NG, q_NK.shape[1], name)
         return writer.int4(name, q_NK, multiplier_NG, scale_N)
     if dtype == "I8":
-        return writer.int8(name, source.raw(tensor), stored_scales(source, name), int8)
+        q_NK = source.raw(tensor)
+        return writer.int8(name, q_NK, stored_scales(source, name), int8(q_NK))
     if dtype in ("F32", "BF16"):
         return writer.floats(name, source.raw(tensor))
     return writer.floats(name, source.float32(tensor))
 
 
 def _write_rounded(
-    writer: PackedWriter, source: Checkpoint, name: str, values: Rounded, int8: Literal["auto", "dense"]
+    writer: PackedWriter, source: Checkpoint, name: str, values: Rounded, int8: Int8Storage
 ) -> tuple[StoredMatrix, Rounding]:
     """Store a matrix rounded to integers."""
     found = rounded_matrix(source, name, values)
     if found.multiplier_NG is None:
-        matrix = writer.int8(name, found.q_NK, found.scale_N, int8)
+        matrix = writer.int8(name, found.q_NK, found.scale_N, int8(found.q_NK))
     else:
         matrix = writer.int4(name, found.q_NK, found.multiplier_NG, found.scale_N)
     worst = int(found.row_errors.argmax())

@@ -18,14 +18,16 @@ from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.provenance import Provenance
 from gossamer.errors import FormatError, GossamerError
-from gossamer.packed import panels, streams
+from gossamer.packed import blocks, panels, streams
 from gossamer.packed.panels import ALIGNMENT
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, NumberType, Values
 
-VERSIONS = ("1", "2", "3", "4")  # that are read; `needed_version` says which one a model is written in
+VERSIONS = ("1", "2", "3", "4", "5")  # that are read; `needed_version` says which one a model is written in
 TOKENIZER, DEFLATED = "tokenizer.json", "tokenizer.json.zlib"  # the latter from version 4 on
 PROVENANCE = "gossamer"  # member of the configuration, where readers that do not know it leave it alone
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+
+StorageKind = Literal["sparse", "dense", "blocks"]
 
 DTYPES = {
     "U8": np.dtype("u1"),
@@ -54,7 +56,7 @@ class Stored(NamedTuple):
 class StoredMatrix:
     """One weight matrix [rows, columns]: how it is stored, the type of its values, how many are not zero."""
 
-    storage: Literal["sparse", "dense"]
+    storage: StorageKind
     values: Values
     rows: int
     columns: int
@@ -81,9 +83,10 @@ class StoredMatrix:
     def tensors(self, name: str) -> dict[str, tuple[str, tuple[int, ...] | None]]:
         """Name -> (dtype, shape) of the tensors that hold the matrix.
 
-        An int4 stream has no shape: its length depends on where the nonzero weights lie (`stream_range`).
+        A stream of int4 or of blocks has no shape: its length depends on where the nonzero weights lie
+        (`stream_range`).
         """
-        if self.storage == "sparse":
+        if self.storage != "dense":
             least, most = self.stream_range()
             found: dict[str, tuple[str, tuple[int, ...] | None]] = {
                 f"{name}.weight.stream": ("U8", (least,) if least == most else None),
@@ -101,7 +104,15 @@ class StoredMatrix:
         return found
 
     def stream_range(self) -> tuple[int, int]:
-        """Least and most bytes of a stream: of int4, all bytes may hold two weights, or one."""
+        """Least and most bytes of a stream.
+
+        All bytes of int4 may hold two weights, or one; all live blocks four, or one.
+        """
+        if self.storage == "blocks":
+            most = min(self.nonzeros, blocks.num_blocks(self.rows, self.columns))
+            least = -(-self.nonzeros // blocks.BLOCK)
+            shape = (self.rows, self.columns)
+            return blocks.stream_bytes(*shape, least), blocks.stream_bytes(*shape, most)
         most = self.nonzeros * self.type.dtype.itemsize
         least = -(-most // 2) if self.type.paired else most
         size = (self.values, self.rows, self.columns)
@@ -125,14 +136,18 @@ def vector_tensors(anatomy: Anatomy) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: ("F32", (panels.round_up(size, ALIGNMENT // 4),)) for name, size in sizes.items()}
 
 
-def needed_version(anatomy: Anatomy, embedding: Values = "f32") -> str:
+def needed_version(anatomy: Anatomy, embedding: Values = "f32", blocks: bool = False) -> str:
     """The oldest version of the format that can say what the model is, with an embedding of this type.
+
+    `blocks`: whether a matrix is stored so.
 
     Version 1 knows two norms a block, as wide as the hidden states, no biases, and blocks that all attend to
     every position and encode it by rope; version 2 knows further norms, biases, and blocks without rope;
-    version 3 windows of attention; version 4 an embedding of integers. A program that reads only older ones
-    would run such a model wrong, or call the file damaged.
+    version 3 windows of attention; version 4 an embedding of integers; version 5 matrices stored as blocks.
+    A program that reads only older ones would run such a model wrong, or call the file damaged.
     """
+    if blocks:
+        return "5"
     if NUMBER_TYPES[embedding].integer:
         return "4"
     if any(block.attention.window is not None for block in anatomy.blocks):
@@ -266,11 +281,12 @@ def read_model(
     table = _json_object(metadata[TABLE], "table of matrices", source)
     matrices = {name: _matrix(name, entry, source) for name, entry in table.items()}
     _check_shapes(matrices, anatomy, source)
-    embedding = matrices[EMBEDDING].values
-    if version < (needed := needed_version(anatomy, embedding)):
+    embedding, in_blocks = matrices[EMBEDDING].values, any(it.storage == "blocks" for it in matrices.values())
+    if version < (needed := needed_version(anatomy, embedding, in_blocks)):
+        what = "matrices in blocks" if in_blocks else f"an embedding of {embedding}"
         raise FormatError(
-            f"{source}: found format version {version} with an embedding of {embedding}, which takes "
-            f"version {needed}; the file is damaged"
+            f"{source}: found format version {version} with {what}, which takes version {needed}; "
+            "the file is damaged"
         )
     return config, provenance, anatomy, matrices
 
@@ -301,9 +317,11 @@ def _matrix(name: str, entry: Any, source: str) -> StoredMatrix:
             f"{source}: matrix {name!a} has rows, columns, nonzeros {sizes!a:.80}; expected sizes"
         )
     storage, values = entry["storage"], entry["values"]
-    storages, types = ("sparse", "dense"), get_args(Values)
+    storages, types = get_args(StorageKind), get_args(Values)
     if name == EMBEDDING:
         storages = ("dense",)
+    elif storage == "blocks":
+        types = ("i8",)
     if storage not in storages or values not in types:
         raise FormatError(
             f"{source}: matrix {name!a} is stored as {storage!a} {values!a}; "

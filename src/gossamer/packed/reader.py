@@ -19,7 +19,7 @@ from gossamer.checkpoint.provenance import Provenance
 from gossamer.checkpoint.weights import is_finite, to_float32
 from gossamer.errors import FormatError
 from gossamer.job.report import Table
-from gossamer.packed import panels, streams
+from gossamer.packed import blocks, panels, streams
 from gossamer.packed.header import (
     DEFLATED,
     DTYPES,
@@ -144,9 +144,11 @@ class Packed:
     def _weights(self, name: str) -> np.ndarray:
         """What the panels of `name` hold, [N, K]."""
         matrix, source = self.matrices[name], f"{self.path}: {name}"
-        if matrix.storage == "sparse":
+        if matrix.storage != "dense":
             stream, offsets = self.array(f"{name}.weight.stream"), self.array(f"{name}.weight.offsets")
-            w_NK = streams.decode(matrix.values, stream, offsets, matrix.rows, matrix.columns, source)
+            place = (stream, offsets, matrix.rows, matrix.columns, source)
+            sparse = matrix.storage == "sparse"
+            w_NK = streams.decode(matrix.values, *place) if sparse else blocks.decode(*place)
         else:
             w_NK = panels.from_panels(
                 matrix.values, self.array(f"{name}.weight"), matrix.rows, matrix.columns, source

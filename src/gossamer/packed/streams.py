@@ -15,6 +15,8 @@ zero. Like `panels`, this is the specification that the C++ is tested against.
 Shapes: P panels, V vectors of a panel, S = ceil(V / 16) groups, L weights of a vector.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from gossamer.errors import FormatError
@@ -58,7 +60,11 @@ def count_value_bytes(values: str, w_NK: np.ndarray) -> int:
 
 def encode(values: str, w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The stream (uint8, with its slack) and the panel offsets (uint64, padded) of weights [N, K]."""
-    chunks = [encode_panels(values, w_NK[begin:end]) for begin, end in panel_chunks(*w_NK.shape)]
+    return joined([encode_panels(values, w_NK[begin:end]) for begin, end in panel_chunks(*w_NK.shape)])
+
+
+def joined(chunks: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """A stream and its offsets of what `encode_panels` gave for the parts of a matrix."""
     packed = np.concatenate([piece for piece, _ in chunks])
     lengths_P = np.concatenate([lengths for _, lengths in chunks])
     return np.concatenate([packed, slack(packed.size)]), panel_offsets(lengths_P)
@@ -71,11 +77,16 @@ def slack(num_bytes: int) -> np.ndarray:
 
 def encode_panels(values: str, w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bytes (uint8, no slack) of the sparse panels of weights [N, K], and the length of each panel [P]."""
-    kind, vectors = NUMBER_TYPES[values], to_vectors(values, w_NK)
-    panels, num = vectors.shape[:2]
-    groups, weights = -(-num // GROUP_VECTORS), kind.vector_weights
+    vectors = to_vectors(values, w_NK)
+    return encode_vectors(NUMBER_TYPES[values], vectors.reshape(*vectors.shape[:2], -1))
+
+
+def encode_vectors(kind: NumberType, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and lengths of panels, as `encode_panels`, from their vectors [P, V, L]."""
+    panels, num, weights = vectors.shape
+    groups = -(-num // GROUP_VECTORS)
     words = np.zeros((panels, groups * GROUP_VECTORS, weights), kind.word)
-    words[:, :num] = vectors.reshape(panels, num, weights).view(kind.word)
+    words[:, :num] = vectors.view(kind.word)
     words = words.reshape(panels, groups, GROUP_VECTORS, weights)
     nonzero = _is_nonzero(kind, words)
     masks = np.packbits(nonzero, axis=3, bitorder="little").reshape(panels, groups, -1)
@@ -139,15 +150,39 @@ def decode(
     values: str, stream: np.ndarray, offsets: np.ndarray, rows: int, columns: int, source: str = "stream"
 ) -> np.ndarray:
     """Weights [N, K] of a stream and its offsets; FormatError when anything in them is inconsistent."""
+    kind, num = NUMBER_TYPES[values], num_vectors(values, columns)
+
+    def weights(words: np.ndarray, num_rows: int, where: str) -> np.ndarray:
+        vectors = words.view(kind.dtype).reshape(len(words), num, PANEL_ROWS, kind.inputs_per_vector)
+        return from_vectors(vectors, num_rows, columns, where)
+
+    return decode_by(weights, kind, num, stream, offsets, rows, columns, source)
+
+
+def decode_by(
+    weights: Callable[[np.ndarray, int, str], np.ndarray],
+    kind: NumberType,
+    num: int,
+    stream: np.ndarray,
+    offsets: np.ndarray,
+    rows: int,
+    columns: int,
+    source: str,
+) -> np.ndarray:
+    """Weights [N, K] of a stream whose panels have `num` vectors of `kind`.
+
+    weights(words [P, num, L], rows, where) makes those of some panels of their vectors.
+    """
     _check_offsets(stream, offsets, rows, source)
-    w_NK = np.empty((rows, columns), NUMBER_TYPES[values].dtype)
+    parts = []
     for begin, end in panel_chunks(rows, columns):
         first, last = begin // PANEL_ROWS, -(-end // PANEL_ROWS)
         bounds = offsets[first : last + 1].astype(np.int64)
         part = stream[bounds[0] : bounds[-1]]
         where = f"{source}, rows {begin} to {end}"
-        w_NK[begin:end] = _decode_panels(values, part, bounds - bounds[0], end - begin, columns, where)
-    return w_NK
+        words = _decode_vectors(kind, num, part, bounds - bounds[0], where)
+        parts.append(weights(words, end - begin, where))
+    return np.concatenate(parts)
 
 
 def _check_offsets(stream: np.ndarray, offsets: np.ndarray, rows: int, source: str) -> None:
@@ -166,11 +201,10 @@ def _check_offsets(stream: np.ndarray, offsets: np.ndarray, rows: int, source: s
         )
 
 
-def _decode_panels(
-    values: str, stream: np.ndarray, bounds: np.ndarray, rows: int, columns: int, source: str
+def _decode_vectors(
+    kind: NumberType, num: int, stream: np.ndarray, bounds: np.ndarray, source: str
 ) -> np.ndarray:
-    """Weights of the panels that lie in `stream` at byte offsets bounds [P + 1]."""
-    kind, num = NUMBER_TYPES[values], num_vectors(values, columns)
+    """Vectors [P, num, L] of the panels that lie in `stream` at byte offsets bounds [P + 1]."""
     masks = _walk(kind, stream, bounds, num, source)
     panels, groups, group_mask_bytes = masks.shape
     bits = np.unpackbits(masks, axis=2, bitorder="little").view(np.bool_)
@@ -183,8 +217,7 @@ def _decode_panels(
     words = words.reshape(nonzero.shape)
     if (_is_nonzero(kind, words) != nonzero).any():
         raise FormatError(f"{source}: a mask announces a weight whose value is 0; the file is damaged")
-    vectors = words.view(kind.dtype).reshape(panels, -1, PANEL_ROWS, kind.inputs_per_vector)
-    return from_vectors(vectors[:, :num], rows, columns, source)
+    return np.ascontiguousarray(words.reshape(panels, -1, kind.vector_weights)[:, :num])
 
 
 def _unpair(packed: np.ndarray, nonzero: np.ndarray, source: str) -> np.ndarray:

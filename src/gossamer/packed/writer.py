@@ -30,12 +30,13 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.provenance import Provenance
-from gossamer.packed import panels, streams
+from gossamer.packed import blocks, panels, streams
 from gossamer.packed.header import (
     DEFLATED,
     DTYPES,
     PROVENANCE,
     TABLE,
+    StorageKind,
     StoredMatrix,
     matrix_shapes,
     needed_version,
@@ -46,8 +47,12 @@ from gossamer.packed.panels import ALIGNMENT, count_nonzero, padded
 from gossamer.packed.reader import Packed
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
 
-Storage = Literal["auto", "sparse", "dense"]
+Storage = StorageKind | Literal["auto"]
+Purpose = Literal["decode", "prompts", "both"]
 
+DENSE_GAIN = (
+    1.1  # multiply-adds a second of a dense product over those of live blocks (benchmarks/skipping.py)
+)
 _COPY_BYTES = 1 << 24
 _VECTOR_BYTES, _MATRIX_BYTES = 256, 1024  # room in the header: more than the entry of either takes
 
@@ -76,7 +81,7 @@ class PackedWriter:
         self._anatomy = anatomy = read_anatomy(json.loads(config))
         if provenance and (known := provenance.to_json()):
             config = json.dumps(json.loads(config) | {PROVENANCE: known})
-        version = needed_version(anatomy)
+        version = needed_version(anatomy)  # of what is known so far
         self._metadata = {"format": "gossamer", "version": version, "config": config, "parent": parent}
         self._metadata |= dict(metadata or {})
         self._tokenizer = tokenizer
@@ -120,7 +125,10 @@ class PackedWriter:
     def int8(
         self, name: str, q_NK: np.ndarray, scale_N: np.ndarray, storage: Storage = "auto"
     ) -> StoredMatrix:
-        """Add an int8 matrix with its row scales."""
+        """Add an int8 matrix with its row scales.
+
+        "auto" takes the way of the three that takes the fewest bytes.
+        """
         assert scale_N.shape == q_NK.shape[:1]
         matrix = self._matrix(name, "i8", q_NK, storage)
         self._rows(name, scale_N, q_NK)
@@ -167,9 +175,9 @@ class PackedWriter:
 
     def _matrix(self, name: str, values: Values, w_NK: np.ndarray, storage: Storage) -> StoredMatrix:
         if name == EMBEDDING:
-            storage, self._metadata["version"] = "dense", needed_version(self._anatomy, values)
+            storage = "dense"
         elif storage == "auto":
-            storage = smaller_storage(values, w_NK)
+            storage = smallest_storage(values, w_NK)
         matrix = self.matrices[name] = StoredMatrix(
             storage, values, *w_NK.shape, nonzeros=count_nonzero(w_NK)
         )
@@ -183,7 +191,10 @@ class PackedWriter:
 
         def stream() -> Iterable[np.ndarray]:
             for i, j in spans:
-                piece, lengths_P = streams.encode_panels(values, w_NK[i:j])
+                rows_NK = w_NK[i:j]
+                sparse = storage == "sparse"
+                found = streams.encode_panels(values, rows_NK) if sparse else blocks.encode_panels(rows_NK)
+                piece, lengths_P = found
                 lengths.append(lengths_P)
                 yield piece
             yield streams.slack(int(sum(part.sum() for part in lengths)))
@@ -215,12 +226,15 @@ class PackedWriter:
             raise OSError(error.errno, reason, str(self.path)) from error
 
     def _write_tokenizer(self) -> None:
-        """As the version has it, which the embedding's type decides with: so it comes last."""
+        """As the version has it: so it comes last."""
         name, text = tokenizer_tensor(self._metadata["version"]), self._tokenizer
         stored = zlib.compress(text, 9) if name == DEFLATED else text
         self._tensor(name, "U8", [padded(np.frombuffer(stored, np.uint8), ALIGNMENT)])
 
     def _finish(self) -> None:
+        embedding, in_blocks = self.matrices.get(EMBEDDING), "blocks" in self._storages()
+        values = embedding.values if embedding else "f32"
+        self._metadata["version"] = needed_version(self._anatomy, values, in_blocks)
         if self._tokenizer:
             self._write_tokenizer()
         table = json.dumps({name: asdict(matrix) for name, matrix in self.matrices.items()})
@@ -239,17 +253,47 @@ class PackedWriter:
         finally:
             os.close(directory)
 
+    def _storages(self) -> set[StorageKind]:
+        return {matrix.storage for matrix in self.matrices.values()}
+
     def _abandon(self) -> None:
         self._file.close()
         self.partial.unlink(missing_ok=True)
 
 
-def smaller_storage(values: str, w_NK: np.ndarray) -> Literal["sparse", "dense"]:
-    """Sparse where stream and offsets take fewer bytes than the weights would, dense and without padding.
+def stored_bytes(values: str, w_NK: np.ndarray) -> dict[StorageKind, float]:
+    """Bytes of a matrix in each way that its type can be stored; streams with their offsets.
 
-    Counting the padding would store small matrices sparse that have no zeros at all.
+    Dense is counted without its padding, which would store small matrices sparse that have no zeros at all.
     """
     rows, columns = w_NK.shape
-    num_bytes = streams.stream_bytes(values, rows, columns, streams.count_value_bytes(values, w_NK))
-    num_bytes += 8 * streams.num_offsets(rows)
-    return "sparse" if 8 * num_bytes < NUMBER_TYPES[values].bits * w_NK.size else "dense"
+    offsets = 8 * streams.num_offsets(rows)
+    stream = streams.stream_bytes(values, rows, columns, streams.count_value_bytes(values, w_NK))
+    found: dict[StorageKind, float] = {
+        "dense": NUMBER_TYPES[values].bits / 8 * w_NK.size, "sparse": stream + offsets
+    }  # fmt: skip
+    if values == "i8":
+        found["blocks"] = blocks.stream_bytes(rows, columns, blocks.count_live(w_NK)) + offsets
+    return found
+
+
+def smallest_storage(values: str, w_NK: np.ndarray) -> StorageKind:
+    """The way that takes the fewest bytes: what is best for decoding."""
+    found = stored_bytes(values, w_NK)
+    return min(found, key=lambda storage: found[storage])
+
+
+def best_storage(purpose: Purpose, values: str, w_NK: np.ndarray) -> StorageKind:
+    """The way that suits a purpose, where products skip the blocks that are not live.
+
+    Decoding takes as long as its bytes, a prompt as its live blocks; a dense product multiplies faster than
+    they are: DENSE_GAIN. For both, what one loses must not be more than the other gains.
+    """
+    smallest = smallest_storage(values, w_NK)
+    if values != "i8" or purpose == "decode" or smallest == "blocks":
+        return smallest
+    num_bytes = stored_bytes(values, w_NK)
+    work = DENSE_GAIN * blocks.count_live(w_NK) / blocks.num_blocks(*w_NK.shape)
+    if purpose == "both":
+        work *= num_bytes["blocks"] / num_bytes[smallest]
+    return "blocks" if work < 1 else smallest

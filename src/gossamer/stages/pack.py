@@ -14,8 +14,16 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.processes import refuse_several
 from gossamer.job.report import Progress, Result, Table, quiet
-from gossamer.packed.from_checkpoint import LinearType, Rounding, TableType, Types, pack_checkpoint
+from gossamer.packed.from_checkpoint import (
+    LinearType,
+    Rounding,
+    TableType,
+    Types,
+    pack_checkpoint,
+    prompts_skip_zeros,
+)
 from gossamer.packed.reader import Packed, table_of_parts
+from gossamer.packed.writer import Purpose
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,12 @@ class Pack:
     linears: LinearType = option("keep", help="the decoder's linears: as they are, or rounded to int4")
     storage: Literal["auto", "smallest"] = option(
         "auto", help="auto: INT8 layers stay dense on CPUs that read them faster so; smallest: fewest bytes"
+    )
+    purpose: Purpose = option(
+        "decode",
+        help="what INT8 layers with zeros are stored for: decode has the fewest bytes; prompts skip zeros; "
+        "both: where one gains more than the other loses",
+        flag="for",
     )
     overwrite: bool = option(False, help="replace the output file")
     offline: bool = option(False, help="never touch the network")
@@ -79,6 +93,7 @@ class PackResult(Result):
     """`bits_per_weight` and `sparsity` are of the decoder's linears.
 
     `left_out` are files beside the model, such as a licence as PDF, that cannot be carried in the file.
+    `purpose_for_nothing`: whether it was asked for quick prompts where they do not skip zeros.
     `parts` are the file's bytes by part, and `rounded` says what rounding here did to the weights.
     """
 
@@ -88,6 +103,7 @@ class PackResult(Result):
     bits_per_weight: float
     head: str
     dense_for_speed: bool
+    purpose_for_nothing: bool
     seconds: float
     parts: dict[str, int]
     rounded: tuple[RoundedPart, ...]
@@ -122,6 +138,11 @@ class PackResult(Result):
                 "INT8 stays dense: this CPU reads it faster so than with its zeros left out; "
                 "`--storage smallest` leaves them out, for a file that is small or goes elsewhere."
             )
+        if self.purpose_for_nothing:
+            lines.append(
+                "Prompts do not skip zeros on this CPU, which has a matrix unit, or AVX2 alone: it is stored "
+                "for decode. GOSSAMER_ISA=avx512 packs for a CPU that has AVX-512 and no matrix unit."
+            )
         if self.rounded:
             lines += [*map(str, self.rounded), "`evaluate` shows what that costs."]
         if self.left_out:
@@ -141,7 +162,7 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
     source = Checkpoint.open(job.model, offline=job.offline)
     output.parent.mkdir(parents=True, exist_ok=True)
     types = Types(job.embedding, job.head, job.linears)
-    packing = pack_checkpoint(source, output, types, progress, job.storage)
+    packing = pack_checkpoint(source, output, types, progress, job.storage, job.purpose)
     packed = Packed.open(output)
     head = packed.matrices[packed.head]
     return PackResult(
@@ -151,6 +172,7 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
         bits_per_weight=packed.bits_per_weight(packed.decoder),
         head=f"{head.values}{' (the embedding)' if packed.head == EMBEDDING else ''}",
         dense_for_speed=packing.dense_for_speed,
+        purpose_for_nothing=job.purpose != "decode" and not prompts_skip_zeros(),
         seconds=time.monotonic() - start,
         parts=packed.bytes_by_part(),
         rounded=tuple(rounded_parts(packing.roundings, source.architecture.tie_word_embeddings)),

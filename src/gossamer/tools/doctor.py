@@ -29,6 +29,12 @@ COSTS = {
     "amx": "prompts and large batches go through vector instructions, an eighth of the multiplications a "
     "cycle; decoding one sequence loses nothing",
 }
+PROMPTS = {  # what zeros gain there, by level
+    "scalar": "gain nothing from zeros",
+    "avx2": "gain nothing from zeros: they are expanded first",
+    "avx512": "of INT8 skip zeros that come in blocks of 4, or are many (pack --for prompts)",
+    "amx": "run on dense tiles, which outrun what zeros would save: those save bytes, and time in decoding",
+}
 PACKAGES = (
     *("gossamer", "numpy", "tokenizers", "jinja2", "msgspec", "starlette", "uvicorn"),
     *("torch", "transformers", "trl", "compressed-tensors"),
@@ -95,6 +101,7 @@ class DoctorResult(Result):
             ("CPU", self.cpu),
             ("kernels", f"{self.isa}: {self.isa_reason}"),
             *((f"has {level.isa}", level.text) for level in self.levels),
+            ("prompts here", PROMPTS[self.isa]),
             ("cores", f"{self.cores.physical} ({self.cores.logical} logical{quota})"),
             ("threads used", str(self.num_threads)),
             (

@@ -3,11 +3,12 @@
 Every check either passes and says what it looked at, or raises the error that names what is wrong.
 """
 
+import collections
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.cache import open_packed
 from gossamer.packed.from_checkpoint import rounded_matrix, scheme_of, stored_scales
-from gossamer.packed.header import vector_sizes
+from gossamer.packed.header import StorageKind, vector_sizes
 from gossamer.packed.reader import Packed
 
 # |engine - torch| / |torch| of all logits. The last bit of a float can send an INT8 activation to the other
@@ -108,10 +109,9 @@ def _checks(source: Checkpoint, parent: Checkpoint | None) -> Iterator[Check]:
 
 def _packed_checks(packed: Packed, parent: Checkpoint | None) -> Iterator[Check]:
     packed.check()
-    storages = [packed.matrices[name].storage for name in packed.decoder]
-    yield Check(
-        "contents", f"{storages.count('sparse')} sparse and {storages.count('dense')} dense linears decode"
-    )
+    storages = collections.Counter(packed.matrices[name].storage for name in packed.decoder)
+    counts = ", ".join(f"{storages[kind]} {kind}" for kind in get_args(StorageKind) if storages[kind])
+    yield Check("contents", f"{counts} linears decode")
     yield _no_sparsity_config(packed.config, packed.path)
     if parent is None:
         return
