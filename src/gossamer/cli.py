@@ -225,7 +225,7 @@ def flag_names(fields: dict[str, dataclasses.Field[Any]]) -> dict[str, str]:
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """The long flag of a field, such as `--output-dir`."""
-    return f"--{field.metadata['flag'] or field.name.replace('_', '-')}"
+    return "--" + (field.metadata.get("flag") or field.name.replace("_", "-"))
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -262,7 +262,7 @@ def flagged(job_type: type, fields: dict[str, dataclasses.Field[Any]]) -> type:
         short, positional = field.metadata.get("short"), field.metadata.get("positional")
         face = tyro.conf.arg(
             help=field.metadata.get("help"),
-            name=field.metadata["flag"],
+            name=field.metadata.get("flag"),
             aliases=[short] if short else None,
             metavar=name.upper() if positional else None,
             help_behavior_hint="" if field.default in (None, ()) else None,  # the help itself says what then

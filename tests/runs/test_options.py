@@ -78,10 +78,11 @@ def test_a_run_takes_every_flag_of_its_stages(run: str, stage: str) -> None:
         "compress": (DECIDED, ["model", "-o", "out", "--dataset", "text"]),
         "demo": (recovery.DECIDED, []),
     }[run]
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for name, hint in typing.get_type_hints(kind).items():
-        if name in decided or name not in {field.name for field in dataclasses.fields(kind)}:
+        if name in decided or name not in fields:
             continue
-        flag = f"--{name.replace('_', '-')}"
+        flag = cli.flag_of(fields[name])
         kinds, of_type = typing.get_args(hint), {bool: True, int: 7, float: 0.25, str: "none"}
         value: typing.Any = next((of_type[kind] for kind in (hint, *kinds) if kind in of_type), None)
         if typing.get_origin(hint) is typing.Literal:

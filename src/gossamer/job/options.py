@@ -21,8 +21,8 @@ from typing import Any
 def option(
     default: Any = dataclasses.MISSING, help: str = "", *, positional: bool = False, **names: str
 ) -> Any:
-    """A field that is also a flag: `short` is one letter, as `-o`; `flag` the long one where Python has it."""
-    metadata = {"help": help, "positional": positional, "short": None, "flag": None} | names
+    """A field that is also a flag: `short` is its letter, as `-o`; `flag` its name where Python has that."""
+    metadata = {"help": help, "positional": positional, "short": None} | names
     return dataclasses.field(default=default, metadata=metadata)
 
 
