@@ -17,6 +17,7 @@
 #include "engine/kv_cache.hpp"
 #include "engine/packed.hpp"
 #include "engine/sampling.hpp"
+#include "engine/scratch.hpp"
 #include "kernels/table.hpp"
 #include "python/arrays.hpp"
 #include "python/model.hpp"
@@ -79,39 +80,45 @@ struct Matrix {
     }
 };
 
-// Inputs as kernels want them, rows up to a multiple of 16.
+// Inputs as kernels want them, rows up to a multiple of 16; those of bytes where the engine has them, at
+// multiples of 64.
 struct Inputs {
     std::vector<float> x, scale;
-    std::vector<std::uint8_t> q, q_block;
+    Scratch q, q_block;
     std::vector<std::uint16_t> high, low;
     Activations activations;
 
-    Inputs(const VectorKernels& vectors, const Linear& w, const FloatMatrix& x_TK) {
+    Inputs(const VectorKernels& vectors, const Linear& w, const FloatMatrix& x_TK)
+        : q(num_bytes(x_TK)), q_block(num_bytes(x_TK)) {
         const int T = int(x_TK.shape(0)), K = int(x_TK.shape(1));
         if (K != w.columns || T < 1) throw EngineError("the inputs do not fit the matrix");
-        const std::size_t stride = Activations::padded(K), size = round_up(std::size_t(T), 16) * stride;
+        const std::size_t stride = Activations::padded(K), size = num_bytes(x_TK);
         x.resize(size);
-        q.resize(size, 128);
-        q_block.resize(size);
+        std::fill_n(q.bytes(), size, std::uint8_t(128));
         high.resize(size);
         low.resize(size);
         scale.resize(std::size_t(T));
         activations = {.num_tokens = T,
                        .stride = stride,
                        .x = x.data(),
-                       .q = q.data(),
-                       .q_block = q_block.data(),
+                       .q = q.bytes(),
+                       .q_block = q_block.bytes(),
                        .scale = scale.data(),
                        .high = high.data(),
                        .low = low.data()};
         for (int t = 0; t < T; ++t) {
             const float* row = x_TK.data() + std::size_t(t) * K;
             std::copy(row, row + K, x.data() + t * stride);
-            scale[t] = vectors.quantize(row, K, vectors.largest(row, K), q.data() + t * stride);
+            scale[t] = vectors.quantize(row, K, vectors.largest(row, K), q.bytes() + t * stride);
             if (T <= Activations::kBlockTokens)
-                Activations::interleave(q.data() + t * stride, K, t, T, q_block.data());
+                Activations::interleave(q.bytes() + t * stride, K, t, T, q_block.bytes());
             vectors.split(row, K, high.data() + t * stride, low.data() + t * stride);
         }
+    }
+
+  private:
+    static std::size_t num_bytes(const FloatMatrix& x_TK) {
+        return round_up(x_TK.shape(0), 16) * Activations::padded(int(x_TK.shape(1)));
     }
 };
 

@@ -22,7 +22,7 @@ GOSSAMER_BEGIN_AVX512
 namespace gossamer::avx512 {
 namespace {
 
-constexpr int kFewTokens = 4;    // up to which rows are expanded
+constexpr int kFewTokens = 8;    // up to which rows are expanded
 constexpr int kMostVectors = 6;  // of 16 tokens each, that share a strip's walk
 constexpr int kRowPanels = 64;   // whose sums wait for the next strip: 384 KiB
 constexpr int kStripBytes = kStripBlocks * kBlockBytes;
@@ -138,35 +138,37 @@ void many(const Linear& w, int begin, int end, const Activations& x, int origin,
 // T tokens of one panel.
 template <int T, class Sink>
 void few(const Linear& w, int panel, const Activations& x, Sink sink) {
-    __m512i sums[T][kPanelRows];
-    for (int t = 0; t < T; ++t) std::fill_n(sums[t], kPanelRows, _mm512_setzero_si512());
+    __m512i sums[kPanelRows][T];
+    std::fill_n(sums[0], kPanelRows * T, _mm512_setzero_si512());
     const std::uint8_t* position = w.panel(panel);
     for (int strip = 0; strip < w.num_strips(); ++strip) {
         const int lines = std::min(4, (w.columns - strip * kStripBytes + 63) / 64);
         const std::uint8_t* masks = position;
         position += kMaskBytes;
-        __m512i inputs[4][T] = {};
-        for (int line = 0; line < lines; ++line) {
-            for (int t = 0; t < T; ++t)
-                inputs[line][t] = _mm512_loadu_si512(x.q + t * x.stride + strip * kStripBytes + 64 * line);
-        }
+        const RowPointers<std::uint8_t, T> inputs(x.q + strip * kStripBytes, x.stride);
         for (int row = 0; row < kPanelRows; ++row) {
-            auto mask = load_as<std::uint64_t>(masks + row * sizeof(std::uint64_t));
+            const auto mask = load_as<std::uint64_t>(masks + row * sizeof(std::uint64_t));
             __m512i acc[T];
-            unrolled<T>([&](auto t) { acc[t] = sums[t][row]; });
-            unrolled<4>([&](auto line) {  // lines outside the matrix have no live blocks
+            unrolled<T>([&](auto t) { acc[t] = sums[row][t]; });
+            unrolled<4>([&](auto line) {
+                if (line >= lines) return;
                 const auto live = __mmask16(mask >> (16 * line));
                 const __m512i weights = _mm512_maskz_expand_epi32(live, _mm512_loadu_si512(position));
                 position += kBlockBytes * _mm_popcnt_u32(live);
-                unrolled<T>([&](auto t) { acc[t] = _mm512_dpbusd_epi32(acc[t], inputs[line][t], weights); });
+                unrolled<T>([&](auto t) {
+                    const __m512i line_of_inputs = _mm512_loadu_si512(inputs.row(t) + 64 * line);
+                    acc[t] = _mm512_dpbusd_epi32(acc[t], line_of_inputs, weights);
+                });
             });
-            unrolled<T>([&](auto t) { sums[t][row] = acc[t]; });
+            unrolled<T>([&](auto t) { sums[row][t] = acc[t]; });
         }
     }
     for (int t = 0; t < T; ++t) {
-        transpose(sums[t]);
-        __m512i total = sums[t][0];
-        for (int i = 1; i < 16; ++i) total = _mm512_add_epi32(total, sums[t][i]);
+        __m512i parts[16];
+        for (int row = 0; row < kPanelRows; ++row) parts[row] = sums[row][t];
+        transpose(parts);
+        __m512i total = parts[0];
+        for (int i = 1; i < 16; ++i) total = _mm512_add_epi32(total, parts[i]);
         sink(panel, t, total);
     }
 }
