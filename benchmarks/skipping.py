@@ -19,7 +19,7 @@ from gossamer.measure.report import TERA, Spread
 from gossamer.measure.synthetic import Image, synthetic_image
 from gossamer.packed.writer import Storage
 
-REPEATS, BYTES, LAYER_WEIGHTS = 7, 280e6, 139e6
+REPEATS, BYTES, LAYER_WEIGHTS = 5, 280e6, 139e6
 PASSES = {512: (2, 256), 16: (1, 16), 1: (4, 1)}  # tokens -> passes, tokens of each
 CASES: list[tuple[Storage, int, float]] = [  # storage, weights that are zero together, zeros
     ("dense", 1, 0.0),

@@ -50,9 +50,9 @@ from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values
 Storage = StorageKind | Literal["auto"]
 Purpose = Literal["decode", "prompts", "both"]
 
-DENSE_GAIN = (
-    1.1  # multiply-adds a second of a dense product over those of live blocks (benchmarks/skipping.py)
-)
+# Multiply-adds a second of a dense product over those of live blocks: 1.6 to 2.0 on a Xeon without its tiles
+# (docs/results/skipping.jsonl), 1.1 on Zen 4 by the probe (docs/LOG.md).
+DENSE_GAIN = 1.7
 _COPY_BYTES = 1 << 24
 _VECTOR_BYTES, _MATRIX_BYTES = 256, 1024  # room in the header: more than the entry of either takes
 
