@@ -279,8 +279,7 @@ def stored_bytes(values: str, w_NK: np.ndarray) -> dict[StorageKind, float]:
 
 def smallest_storage(values: str, w_NK: np.ndarray) -> StorageKind:
     """The way that takes the fewest bytes: what is best for decoding."""
-    found = stored_bytes(values, w_NK)
-    return min(found, key=lambda storage: found[storage])
+    return best_storage("decode", values, w_NK)
 
 
 def best_storage(purpose: Purpose, values: str, w_NK: np.ndarray) -> StorageKind:
@@ -289,10 +288,10 @@ def best_storage(purpose: Purpose, values: str, w_NK: np.ndarray) -> StorageKind
     Decoding takes as long as its bytes, a prompt as its live blocks; a dense product multiplies faster than
     they are: DENSE_GAIN. For both, what one loses must not be more than the other gains.
     """
-    smallest = smallest_storage(values, w_NK)
+    num_bytes = stored_bytes(values, w_NK)
+    smallest = min(num_bytes, key=lambda storage: num_bytes[storage])
     if values != "i8" or purpose == "decode" or smallest == "blocks":
         return smallest
-    num_bytes = stored_bytes(values, w_NK)
     work = DENSE_GAIN * blocks.count_live(w_NK) / blocks.num_blocks(*w_NK.shape)
     if purpose == "both":
         work *= num_bytes["blocks"] / num_bytes[smallest]
