@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from gossamer.architecture import anatomy as made_of
-from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Place, Role
+from gossamer.architecture.anatomy import Anatomy, Place, Role
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.errors import UnsupportedError
 
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
 PIECE_TOKENS = 4096
-HEAD_TOKENS = 256  # a row of logits is as long as the vocabulary
 KEPT_BYTES = 1 << 30
+Group = dict[str, nn.Linear]  # by checkpoint name
+Function = Callable[[Tensor], Tensor]
 
 
 def tensor(source: Checkpoint, name: str) -> Tensor:
@@ -61,7 +62,7 @@ class Block:
     rotary: nn.Module
 
     @property
-    def groups(self) -> list[dict[str, nn.Linear]]:
+    def groups(self) -> list[Group]:
         """The linears that now share an input, by checkpoint name: q,k,v | o | gate,up | down."""
         return [
             {f"{self.prefix}{linear.name}": self.linear(linear.role) for linear in group.linears}
@@ -82,7 +83,7 @@ class Block:
         """The layer's output [B, T, D], from the input that `walk` takes; gradients flow through it."""
         return self.layer(hidden_BTD, **self._positions(hidden_BTD))
 
-    def walk(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterable[Tensor]]]:
+    def walk(self, hidden_BTD: Tensor) -> Iterator[tuple[Group, Iterable[Tensor]]]:
         """Go through the layer group by group: yields each group and its input [rows, T, K] in pieces.
 
         Attention is causal, over positions 0..T-1 or the layer's window of them.
@@ -92,46 +93,52 @@ class Block:
         At the end `hidden_BTD` holds the layer's output.
         """
         self.layer.requires_grad_(False)
-        qkv, o, gate_up, down = self.groups
-        o_proj, down_proj = self.linear("o"), self.linear("down")
-        before_attention, before_feed_forward = self.norm("attention"), self.norm("feed_forward")
         pieces = in_pieces(hidden_BTD)
-        yield qkv, (before_attention(h_BTD) for h_BTD in pieces)
-        mixed = [self._attention(h_BTD) for h_BTD in pieces]
-        yield o, mixed
-        for h_BTD in pieces:
-            h_BTD += o_proj(mixed.pop(0))
-        yield gate_up, (before_feed_forward(h_BTD) for h_BTD in pieces)
-        num_bytes = 4 * hidden_BTD[..., 0].numel() * down_proj.in_features
-        gated = [self._gated(h_BTD) for h_BTD in pieces] if num_bytes <= KEPT_BYTES else None
-        yield down, gated or (self._gated(h_BTD) for h_BTD in pieces)
-        for index, h_BTD in enumerate(pieces):
-            h_BTD += down_proj(gated[index] if gated else self._gated(h_BTD))
+        for place, first, (last, linear), input_of in self._sublayers():
+            yield first, (self._before(place, h_BTD) for h_BTD in pieces)
+            num_bytes = 4 * hidden_BTD[..., 0].numel() * linear.in_features
+            keep = place == "attention" or num_bytes <= KEPT_BYTES
+            kept = [input_of(h_BTD) for h_BTD in pieces] if keep else []
+            yield last, kept or (input_of(h_BTD) for h_BTD in pieces)
+            for h_BTD in pieces:
+                h_BTD += linear(kept.pop(0) if keep else input_of(h_BTD))
+            self._after(place, pieces)
 
-    def follow(self, hidden_BTD: Tensor) -> Iterator[tuple[dict[str, nn.Linear], Iterator[Tensor]]]:
+    def follow(self, hidden_BTD: Tensor) -> Iterator[tuple[Group, Iterator[Tensor]]]:
         """As `walk`, for a layer that nobody changes: each piece of input is computed when it is asked for.
 
         It can be had once. Nothing is kept: where a group's outputs are added to the hidden states, those of
         a piece move on as the next one is asked for.
         """
         self.layer.requires_grad_(False)
-        qkv, o, gate_up, down = self.groups
-        before_attention, before_feed_forward = self.norm("attention"), self.norm("feed_forward")
         pieces = in_pieces(hidden_BTD)
-        yield qkv, (before_attention(h_BTD) for h_BTD in pieces)
-        mixed = _moved(pieces, self._attention, self.linear("o"))
-        yield o, mixed
-        collections.deque(mixed, maxlen=0)  # what the caller did not ask for
-        yield gate_up, (before_feed_forward(h_BTD) for h_BTD in pieces)
-        gated = _moved(pieces, self._gated, self.linear("down"))
-        yield down, gated
-        collections.deque(gated, maxlen=0)
+        for place, first, (last, linear), input_of in self._sublayers():
+            yield first, (self._before(place, h_BTD) for h_BTD in pieces)
+            moved = _moved(pieces, input_of, linear)
+            yield last, moved
+            collections.deque(moved, maxlen=0)  # what the caller did not ask for
+            self._after(place, pieces)
+
+    def _sublayers(self) -> Iterator[tuple[Place, Group, tuple[Group, nn.Linear], Function]]:
+        """Of each: its place, the group that reads its input, and the one whose output is added, with its."""
+        first, second, third, fourth = self.groups
+        yield "attention", first, (second, self.linear("o")), self._attention
+        yield "feed_forward", third, (fourth, self.linear("down")), self._activated
+
+    def _before(self, place: Place, hidden_BTD: Tensor) -> Tensor:
+        """What a sublayer is given."""
+        return self.norm(place)(hidden_BTD) if self.anatomy.order == "pre" else hidden_BTD
+
+    def _after(self, place: Place, pieces: Iterable[Tensor]) -> None:
+        """What becomes of hidden states to which a sublayer's output was added."""
+        for h_BTD in pieces if self.anatomy.order == "post" else ():
+            h_BTD.copy_(self.norm(place)(h_BTD))
 
     def _attention(self, hidden_BTD: Tensor) -> Tensor:
         """What the output projection is given: the heads' mixed values [B, T, A E]."""
         module, _, name = self.anatomy.linears["o"].name.rpartition(".")
         attention: Any = self.layer.get_submodule(module)
-        normed_BTD = self.norm("attention")(hidden_BTD)
+        normed_BTD = self._before("attention", hidden_BTD)
         o_proj = getattr(attention, name)
         setattr(attention, name, nn.Identity())
         try:
@@ -148,15 +155,13 @@ class Block:
         rotation = self.rotary(hidden_BTD, torch.arange(T, device=device).unsqueeze(0))
         return {"position_embeddings": rotation, "attention_mask": seen_11TT}
 
-    def _gated(self, hidden_BTD: Tensor) -> Tensor:
+    def _activated(self, hidden_BTD: Tensor) -> Tensor:
         """What the down projection is given: silu(gate) * up [B, T, F]."""
-        normed_BTD = self.norm("feed_forward")(hidden_BTD)
+        normed_BTD = self._before("feed_forward", hidden_BTD)
         return nn.functional.silu(self.linear("gate")(normed_BTD)) * self.linear("up")(normed_BTD)
 
 
-def _moved(
-    pieces: Iterable[Tensor], input_of: Callable[[Tensor], Tensor], linear: nn.Linear
-) -> Iterator[Tensor]:
+def _moved(pieces: Iterable[Tensor], input_of: Function, linear: nn.Linear) -> Iterator[Tensor]:
     """The linear's input for each piece of hidden states; its output is added to them afterwards."""
     for h_BTD in pieces:
         x_BTK = input_of(h_BTD)
@@ -203,18 +208,4 @@ def write_block(target: Derived, block: Block) -> None:
 @torch.no_grad()
 def embed(source: Checkpoint, ids_BT: Tensor) -> Tensor:
     """Token ids -> float32 [B, T, D]."""
-    return nn.functional.embedding(ids_BT, tensor(source, f"{EMBEDDING}.weight").float())
-
-
-@torch.no_grad()
-def perplexity(source: Checkpoint, hidden_BTD: Tensor, ids_BT: Tensor) -> float:
-    """How well hidden states after the last layer foretell each row's tokens, the first one left out."""
-    anatomy, total = source.architecture, 0.0
-    model = empty_model(model_config(anatomy, source.config))
-    norm = model.get_submodule(anatomy.final_norm.name).float().to_empty(device="cpu")
-    norm.weight.copy_(tensor(source, f"{anatomy.final_norm.name}.weight"))
-    w_VD = tensor(source, f"{EMBEDDING if anatomy.tie_word_embeddings else HEAD}.weight").float()
-    h_ND, next_N = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
-    for part_ND, ids_N in zip(h_ND.split(HEAD_TOKENS), next_N.split(HEAD_TOKENS), strict=True):
-        total += nn.functional.cross_entropy(norm(part_ND) @ w_VD.T, ids_N, reduction="sum").item()
-    return torch.tensor(total / len(next_N), dtype=torch.double).exp().item()
+    return nn.functional.embedding(ids_BT, tensor(source, f"{source.architecture.embedding}.weight").float())

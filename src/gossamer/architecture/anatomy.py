@@ -1,4 +1,4 @@
-"""What a decoder is made of, as one value that everything else reads.
+"""What a model is made of, as one value that everything else reads.
 
 A `Block` lists its linears in groups that share an input, says which norm or linear produces that input, and
 where the norms are; `Anatomy` is the blocks between an embedding and a head. Checkpoint shapes, the walk
@@ -14,12 +14,14 @@ Shapes: D hidden_size, N outputs, K inputs, A query heads, G key/value heads, E 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gossamer.architecture.rope import Rope
 
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
+if TYPE_CHECKING:
+    from gossamer.architecture.postnorm import Added
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # a decoder's
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Place = Literal["attention", "feed_forward", "query", "key", "after_attention", "after_feed_forward"]
@@ -42,11 +44,16 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm over the last `width` numbers; its factor is weight + `offset` (1 in Gemma, else 0)."""
+    """Of `width` numbers: "rms", or "layer" with a bias; its factor is weight + `offset` (Gemma: 1)."""
 
     name: str
     width: int
     offset: float = 0.0
+    kind: Literal["rms", "layer"] = "rms"
+
+    def vectors(self) -> dict[str, int]:
+        """Name and length of its weight, and of its bias."""
+        return {f"{self.name}.{it}": self.width for it in ("weight", "bias")[: 1 + (self.kind == "layer")]}
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,12 @@ class Group:
     Smoothing divides each input channel by a factor and multiplies the weights by it. The division is folded
     into the `producer` of the input: by `fold` "norm" into a norm's weight, by "rows" into the rows of a
     linear, by "value rows" into the rows of the value projection, where the query heads that share a
-    key/value head must share their factors.
+    key/value head must share their factors, by "none" nowhere (then there is no producer that it could be).
     """
 
     linears: tuple[Linear, ...]
     producer: str
-    fold: Literal["norm", "rows", "value rows"]
+    fold: Literal["norm", "rows", "value rows", "none"]
 
     @property
     def adds_to_hidden(self) -> bool:
@@ -74,7 +81,8 @@ class Attention:
     """A query heads, G key/value heads of E numbers each.
 
     `rope` is None where positions are not encoded; `window` is how many positions a token sees, itself
-    included (None: all before it); `softcap` squashes scores to that magnitude (None: not at all).
+    included (None: all before it); `softcap` squashes scores to that magnitude (None: not at all). Where it
+    is not `causal`, a token sees those behind it as well, as in an encoder.
     """
 
     num_heads: int
@@ -83,14 +91,15 @@ class Attention:
     rope: Rope | None
     window: int | None = None
     softcap: float | None = None
+    causal: bool = True
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """`kind` "swiglu": down(silu(gate(x)) * up(x)). With `num_experts`, a router chooses among so many."""
+    """`kind` "swiglu": down(silu(gate(x)) * up(x)), "gelu": down(gelu(up(x))); `num_experts` of a router."""
 
     width: int
-    kind: Literal["swiglu"] = "swiglu"
+    kind: Literal["swiglu", "gelu"] = "swiglu"
     num_experts: int = 0
 
 
@@ -98,6 +107,7 @@ class FeedForward:
 class Block:
     """One layer: attention, then feed-forward, each added to the hidden states.
 
+    `order`: whether the norm of a sublayer is applied to its input ("pre"), or to that sum ("post").
     `fused`: name of a matrix in files -> the roles of the linears that are its rows, in their order.
     """
 
@@ -106,6 +116,7 @@ class Block:
     attention: Attention
     feed_forward: FeedForward
     fused: Mapping[str, tuple[Role, ...]] = field(default_factory=dict)
+    order: Literal["pre", "post"] = "pre"
 
     @cached_property
     def linears(self) -> dict[Role, Linear]:
@@ -115,7 +126,7 @@ class Block:
     def vectors(self) -> Iterator[tuple[str, int]]:
         """Name and length of every norm's weight and every bias."""
         for norm in self.norms.values():
-            yield f"{norm.name}.weight", norm.width
+            yield from norm.vectors().items()
         for linear in self.linears.values():
             if linear.bias:
                 yield f"{linear.name}.bias", linear.rows
@@ -126,14 +137,16 @@ class Anatomy:
     """A whole model: embedding, blocks, a last norm, and a head (the embedding itself where they are tied).
 
     `model_type` is transformers' word for the family. `embedding_scale` multiplies the embedded tokens,
-    `logit_softcap` squashes the logits.
+    `logit_softcap` squashes the logits. An encoder has neither `final_norm` nor `head`; `added` goes to what
+    it embeds. No stage computes with tensors `beside` all these; files may lack `optional` ones, and nothing
+    reads those whose names match `ignored`.
     """
 
     model_type: str
     blocks: tuple[Block, ...] = field(repr=False)
     hidden_size: int
     vocab_size: int
-    final_norm: Norm
+    final_norm: Norm | None
     norm_eps: float
     tie_word_embeddings: bool
     max_position_embeddings: int
@@ -141,19 +154,36 @@ class Anatomy:
     eos_token_ids: tuple[int, ...]
     embedding_scale: float = 1.0
     logit_softcap: float | None = None
+    embedding: str = EMBEDDING
+    head: str | None = HEAD
+    block: str = "model.layers"
+    added: "Added | None" = None
+    beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    optional: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ignored: str = r".*rotary_emb\.inv_freq"
 
     @property
     def num_layers(self) -> int:
         return len(self.blocks)
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether tokens see those behind them, so that nothing is foretold."""
+        return not self.attention.causal
+
+    @property
     def attention(self) -> Attention:
         """The first block's, whose heads all blocks have; rope and window may differ from block to block."""
         return self.blocks[0].attention
 
+    @property
+    def logits(self) -> str | None:
+        """Name of the matrix that makes the logits: the head, or the embedding where they are tied."""
+        return self.embedding if self.tie_word_embeddings else self.head
+
     def prefix(self, layer: int) -> str:
         """What stands before the names of a block's tensors."""
-        return f"model.layers.{layer}."
+        return f"{self.block}.{layer}."
 
     def linears(self, layer: int) -> dict[str, Linear]:
         """Full name -> matrix, of one block."""
@@ -168,10 +198,12 @@ class Anatomy:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of an unquantized checkpoint and its shape; a tied head is none."""
         vocabulary = (self.vocab_size, self.hidden_size)
-        shapes: dict[str, tuple[int, ...]] = {f"{EMBEDDING}.weight": vocabulary}
+        shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": vocabulary}
         for layer, block in enumerate(self.blocks):
             matrices = self.linears(layer).items()
             shapes |= {f"{name}.weight": (it.rows, it.columns) for name, it in matrices}
             shapes |= {f"{self.prefix(layer)}{name}": (size,) for name, size in block.vectors()}
-        shapes[f"{self.final_norm.name}.weight"] = (self.final_norm.width,)
-        return shapes if self.tie_word_embeddings else shapes | {f"{HEAD}.weight": vocabulary}
+        if self.final_norm is not None:
+            shapes |= {name: (size,) for name, size in self.final_norm.vectors().items()}
+        head = {} if self.head is None or self.tie_word_embeddings else {f"{self.head}.weight": vocabulary}
+        return {**shapes, **head, **self.beside}

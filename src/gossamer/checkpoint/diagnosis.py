@@ -3,12 +3,12 @@
 Each function returns the error to raise: it says what was found, and what to do.
 """
 
+import re
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gossamer.architecture.anatomy import HEAD
 from gossamer.architecture.config import LFS_POINTER, read_json
 from gossamer.checkpoint.gguf import refuse_gguf
 from gossamer.checkpoint.weights import STORAGE, Entry
@@ -138,8 +138,9 @@ def misfit(checkpoint: "Checkpoint", shapes: Mapping[str, tuple[int, ...]]) -> G
             if part in f"{name}.":
                 return UnsupportedError(f"{entry.file}: tensor {name} is of {reason}")
     if odd := next((name for name in shapes if not _fits(found.get(name), shapes[name])), None):
-        return _odd_tensor(checkpoint.path, odd, found.get(odd), shapes[odd])
-    extra = next(name for name in found if name not in shapes and not name.endswith("rotary_emb.inv_freq"))
+        return _odd_tensor(checkpoint, odd, found.get(odd), shapes[odd])
+    ignored = checkpoint.architecture.ignored
+    extra = next(name for name in found if name not in shapes and not re.fullmatch(ignored, name))
     return UnsupportedError(
         f"{found[extra].file}: tensor {extra} is not part of a {checkpoint.architecture.model_type} of "
         f"{checkpoint.architecture.num_layers} layers, as config.json has it; cannot place it"
@@ -150,10 +151,14 @@ def _fits(entry: Entry | None, shape: tuple[int, ...]) -> bool:
     return entry is not None and entry.shape == shape and entry.dtype in STORAGE
 
 
-def _odd_tensor(path: Path, name: str, entry: Entry | None, shape: tuple[int, ...]) -> GossamerError:
+def _odd_tensor(
+    checkpoint: "Checkpoint", name: str, entry: Entry | None, shape: tuple[int, ...]
+) -> GossamerError:
     if entry is None:
-        hint = ", or tie_word_embeddings true in config.json" if name == f"{HEAD}.weight" else ""
+        is_head = name == f"{checkpoint.architecture.head}.weight"
+        hint = ", or tie_word_embeddings true in config.json" if is_head else ""
         hint = ", because the weight is int8" if name.endswith(".weight_scale") else hint
+        path = checkpoint.path
         return CheckpointError(f"{path}: tensor {name} is missing; expected one of shape {list(shape)}{hint}")
     if entry.shape != shape:
         return CheckpointError(

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.architecture.anatomy import HEAD
 from gossamer.architecture.config import read_json
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.partial import (
@@ -71,10 +71,11 @@ class Checkpoint:
             from gossamer.checkpoint.diagnosis import two_families
 
             raise two_families(directory, found, expected)
-        if checkpoint.architecture.tie_word_embeddings and f"{HEAD}.weight" in entries:
+        anatomy = checkpoint.architecture
+        if anatomy.tie_word_embeddings and f"{anatomy.head}.weight" in entries:
             from gossamer.checkpoint.tying import resolve_tied_head
 
-            checkpoint = cls(directory, *resolve_tied_head(config, entries))
+            checkpoint = cls(directory, *resolve_tied_head(checkpoint))
         if any(block.fused for block in checkpoint.architecture.blocks):
             from gossamer.checkpoint.fused import split
 
@@ -330,13 +331,14 @@ def _weight_files(directory: Path, given: str | None) -> list[Path]:
 
 def _expected_entries(checkpoint: Checkpoint) -> dict[str, Entry]:
     """Exactly the architecture's tensors (and their scales), or an error that names the odd one."""
-    found, shapes = checkpoint.entries, dict(checkpoint.architecture.tensor_shapes)
+    found, anatomy = checkpoint.entries, checkpoint.architecture
+    shapes = anatomy.tensor_shapes | {name: it for name, it in anatomy.optional.items() if name in found}
     for name in checkpoint.linears:
         if (entry := found.get(f"{name}.weight")) and entry.dtype in ("I8", "F8_E4M3"):
             from gossamer.checkpoint.schemes import scale_shape
 
             shapes[f"{name}.weight_scale"] = scale_shape(checkpoint.config, shapes[f"{name}.weight"])
-    names = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+    names = {name for name in found if not re.fullmatch(anatomy.ignored, name)}
     fit = all(found[n].shape == shapes[n] and found[n].dtype in STORAGE for n in names & shapes.keys())
     if names != shapes.keys() or not fit:
         from gossamer.checkpoint.diagnosis import misfit

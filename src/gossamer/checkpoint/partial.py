@@ -1,7 +1,6 @@
 """`OUT.partial`: where an output is written until it is whole, and where an interrupted run waits."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -48,19 +47,6 @@ def interrupted(partial: Path, error: KeyboardInterrupt) -> KeyboardInterrupt:
     if isinstance(error, Interrupted) or not (steps := checkpoint_steps(partial)):
         return error
     return Interrupted(f"interrupted; {partial / CHECKPOINTS / f'checkpoint-{steps[-1]}'} is saved")
-
-
-def check_room(partial: Path, needed_bytes: int) -> None:
-    """Raise OSError unless so many bytes of weights and checkpoints fit on the disk, with those there are."""
-    files = [*partial.glob("model*"), *partial.glob(f"{CHECKPOINTS}/*/*")]
-    there = sum(file.stat().st_size for file in files if file.is_file())
-    if (free := shutil.disk_usage(partial).free) < (missing := needed_bytes - there):
-        raise OSError(
-            errno.ENOSPC,
-            f"the output and checkpoints for --resume need {missing / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
-            "are free: make room, or do without checkpoints (--save-seconds inf)",
-            str(partial),
-        )
 
 
 @contextlib.contextmanager

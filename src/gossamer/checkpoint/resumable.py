@@ -11,6 +11,7 @@ If the process is killed at any moment, the earlier checkpoints are untouched. A
 checkpoint and tells the user so.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -202,3 +203,16 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_room(partial: Path, needed_bytes: int) -> None:
+    """Raise OSError unless so many bytes of weights and checkpoints fit on the disk, with those there are."""
+    files = [*partial.glob("model*"), *partial.glob(f"{CHECKPOINTS}/*/*")]
+    there = sum(file.stat().st_size for file in files if file.is_file())
+    if (free := shutil.disk_usage(partial).free) < (missing := needed_bytes - there):
+        raise OSError(
+            errno.ENOSPC,
+            f"the output and checkpoints for --resume need {missing / 1e6:,.1f} MB, {free / 1e6:,.1f} MB "
+            "are free: make room, or do without checkpoints (--save-seconds inf)",
+            str(partial),
+        )

@@ -1,25 +1,25 @@
 """A head beside tied embeddings: what transformers makes of a file that says the same thing twice."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.weights import STORAGE, Entry, to_float32
+
+if TYPE_CHECKING:
+    from gossamer.checkpoint.directory import Checkpoint
 
 _CHUNK_ROWS = 4096
 
 
-def resolve_tied_head(
-    config: Mapping[str, Any], entries: Mapping[str, Entry]
-) -> tuple[dict[str, Any], dict[str, Entry]]:
+def resolve_tied_head(checkpoint: "Checkpoint") -> tuple[dict[str, Any], dict[str, Entry]]:
     """Configuration and tensors of a directory whose config ties the head to the embedding, and has a head.
 
     Where both are there and differ, the model is not tied, whatever its config says. Where they are equal,
     or only the head is there, the one stands for both.
     """
-    embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+    config, entries, anatomy = checkpoint.config, checkpoint.entries, checkpoint.architecture
+    embedding, head = f"{anatomy.embedding}.weight", f"{anatomy.head}.weight"
     others = {name: entry for name, entry in entries.items() if name != head}
     if embedding not in entries:
         return dict(config), {embedding: entries[head], **others}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gossamer.checkpoint.directory import SHARD_BYTES, Derived
-from gossamer.checkpoint.partial import check_room
 from gossamer.data.calibration import CalibrationOptions
 from gossamer.job.report import Event, Progress
 
@@ -41,6 +40,8 @@ class Saving:
         """
         self.saved = time.monotonic()
         if self.job.save_seconds != float("inf"):
+            from gossamer.checkpoint.resumable import check_room
+
             model_bytes = sum(entry.num_bytes for entry in self.output.parent.entries.values())
             checkpoint_bytes = min(SHARD_BYTES, model_bytes) + sum(s.nbytes for s in self.states.values())
             check_room(self.output.path, model_bytes + 2 * checkpoint_bytes)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
 from gossamer.compress.straight_through import InType, OnGrid
@@ -73,7 +72,8 @@ def as_read_by_head(source: Checkpoint) -> Tensor:
     directions of which the head takes little notice, and what it reads is what counts in the end.
     """
     anatomy = source.architecture
-    w_VD = tensor(source, f"{EMBEDDING if anatomy.tie_word_embeddings else HEAD}.weight").float()
+    assert anatomy.final_norm is not None
+    w_VD = tensor(source, f"{anatomy.logits}.weight").float()
     w_VD *= tensor(source, f"{anatomy.final_norm.name}.weight").float()
     gram_DD = (w_VD.T @ w_VD).double()
     gram_DD /= gram_DD.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)

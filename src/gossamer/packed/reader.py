@@ -254,6 +254,7 @@ def table_of_parts(parts: Mapping[str, int]) -> Table:
 
 def native_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dict[str, Any]:
     """What `_native.Model` wants to know of a model: its sizes, and what each tensor of the file is for."""
+    assert anatomy.final_norm is not None
     heads = anatomy.attention
     rope = next((block.attention.rope for block in anatomy.blocks if block.attention.rope), Rope(1.0))
     return {

@@ -8,18 +8,17 @@ from typing import Literal
 import torch
 
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.compress.hessian import dampened_more
 from gossamer.compress.target import token_error
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
-from gossamer.decoder import blocks, embed, perplexity, refuse_quantized, write_block
+from gossamer.decoder import blocks, embed, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import finite, telling_text
 from gossamer.layerwise.options import PruneOptions, check_training
 from gossamer.layerwise.pruning import prune_block
-from gossamer.layerwise.report import layer_errors, report_pruning, rounded_errors
+from gossamer.layerwise.report import dampened_more, perplexity, pruning_tables, report_pruning
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
 
@@ -62,17 +61,7 @@ class PruneResult(Result):
 
     def tables(self) -> list[Table]:
         """What was reached, and the errors of all layers."""
-        before_after = f"{self.parent_perplexity:.2f} -> {self.perplexity:.2f}"
-        row = (f"{self.sparsity:.2%}", before_after, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
-        columns = ("zeros", "held-out perplexity", "calibration tokens", "seconds")
-        tables = [Table(self.output_dir, columns, [row]), layer_errors(self.errors, self.reconstruction)]
-        if self.rounded_reconstruction:
-            tables.append(rounded_errors(self.rounded_reconstruction))
-        if self.budget:
-            from gossamer.layerwise.budget import budget_table
-
-            tables.append(budget_table(self.budget))
-        return tables
+        return pruning_tables(self)
 
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
+from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.provenance import Provenance, Step, read_provenance
@@ -160,7 +160,8 @@ def _result(
     matrices: Sequence[Matrix],
     provenance: Provenance,
 ) -> InspectResult:
-    decoder = [matrix for matrix in matrices if matrix.name not in (EMBEDDING, HEAD)]
+    linears = set(architecture.linear_names())
+    decoder = [matrix for matrix in matrices if matrix.name in linears]
     shapes = architecture.tensor_shapes.values()
     return InspectResult(
         model=model,
