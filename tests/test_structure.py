@@ -42,7 +42,7 @@ for name, module in sorted(sys.modules.items()):
 """
 
 
-def test_prune_loads_at_most_2600_lines_all_for_its_own_work(
+def test_prune_loads_at_most_2700_lines_all_for_its_own_work(
     tiny_llama: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """What a reader has to know to follow one stage, measured in a process of its own that prunes a model.
@@ -57,7 +57,7 @@ def test_prune_loads_at_most_2600_lines_all_for_its_own_work(
     lines = {name: len(Path(file).read_text(encoding="utf-8").splitlines()) for name, file in files.items()}
     assert (tmp_path / "out" / "model.safetensors").exists()
     beside = {"gossamer.layerwise.report", "gossamer.plots"}
-    assert sum(lines[name] for name in lines.keys() - beside) <= 2600, lines
+    assert sum(lines[name] for name in lines.keys() - beside) <= 2700, lines
     foreign = (
         "cli",
         "engine",

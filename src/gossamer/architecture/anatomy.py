@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # a decoder's
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Task = Literal["generation", "embedding", "masked", "sequence", "tokens", "spans"]
 Place = Literal["attention", "feed_forward", "query", "key", "after_attention", "after_feed_forward"]
 
 
@@ -136,10 +137,10 @@ class Block:
 class Anatomy:
     """A whole model: embedding, blocks, a last norm, and a head (the embedding itself where they are tied).
 
-    `model_type` is transformers' word for the family. `embedding_scale` multiplies the embedded tokens,
-    `logit_softcap` squashes the logits. An encoder has neither `final_norm` nor `head`; `added` goes to what
-    it embeds. No stage computes with tensors `beside` all these; files may lack `optional` ones, and nothing
-    reads those whose names match `ignored`.
+    `model_type` is transformers' word for the family, `task` what its head is for. `embedding_scale`
+    multiplies the embedded tokens, `logit_softcap` squashes the logits. An encoder has neither `final_norm`
+    nor `head`; `added` goes to what it embeds. No stage computes with tensors `beside` all these; files may
+    lack `optional` ones, and nothing reads those whose names match `ignored`.
     """
 
     model_type: str
@@ -156,6 +157,7 @@ class Anatomy:
     logit_softcap: float | None = None
     embedding: str = EMBEDDING
     head: str | None = HEAD
+    task: Task = "generation"
     block: str = "model.layers"
     added: "Added | None" = None
     beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

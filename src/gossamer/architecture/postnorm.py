@@ -8,9 +8,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gossamer.architecture.anatomy import Anatomy, Attention, Block, FeedForward, Group, Linear, Norm, Role
+from gossamer.architecture.anatomy import (
+    Anatomy,
+    Attention,
+    Block,
+    FeedForward,
+    Group,
+    Linear,
+    Norm,
+    Role,
+    Task,
+)
 from gossamer.architecture.config import Config
 from gossamer.errors import CheckpointError
+
+TASKS: dict[str, Task] = {
+    "Model": "embedding",
+    "ForMaskedLM": "masked",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "tokens",
+    "ForQuestionAnswering": "spans",
+}
+ENDINGS = tuple(TASKS)  # of the names of classes
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,36 @@ def block(config: Config) -> Block:
 _QKV: dict[Role, str] = {"q": "query", "k": "key", "v": "value"}
 
 
+def ending(config: Config) -> str:
+    """Which of `ENDINGS` the model's class has; `Model` where the configuration names no class."""
+    (name,) = config.get("architectures") or ["Model"]
+    return next(it for it in ENDINGS if name.endswith(it))
+
+
+def labels(config: Config) -> list[str]:
+    """Names of the classes of a head, by their numbers; transformers' two where there are none."""
+    found = config.get("id2label")
+    if not found:
+        return [f"LABEL_{index}" for index in range(config.size("num_labels", 2))]
+    numbers = [str(index) for index in range(len(found))]
+    if not isinstance(found, Mapping) or {*found} != {*numbers}:
+        raise CheckpointError(
+            f"{config.source}: id2label is {found!r:.80}; expected a name for each number from 0 on"
+        )
+    return [str(found[number]) for number in numbers]
+
+
+def plain_head(config: Config, ending: str) -> dict[str, tuple[int, ...]]:
+    """The matrix and bias that make scores of labels, or of a span's two ends; nothing for other tasks."""
+    name = {
+        "ForSequenceClassification": "classifier", "ForTokenClassification": "classifier",
+        "ForQuestionAnswering": "qa_outputs",
+    }.get(ending)  # fmt: skip
+    num_labels = 2 if name == "qa_outputs" else len(labels(config))
+    shapes = {f"{name}.weight": (num_labels, config.size("hidden_size")), f"{name}.bias": (num_labels,)}
+    return shapes if name else {}
+
+
 def model(
     config: Config,
     model_type: str,
@@ -78,8 +127,15 @@ def model(
 ) -> Anatomy:
     """The encoder of such blocks: `prefix` stands before all its names, positions begin at `offset`.
 
-    `beside` are the tensors of its head; `heads` is what the anatomy says of `optional` and `ignored` ones.
+    `beside` are the tensors of its head; `heads` is what the anatomy says of its `task`, and of `optional`
+    and `ignored` tensors. UnsupportedError for what other BERTs compute.
     """
+    config.expect(
+        hidden_act="gelu", position_embedding_type="absolute", is_decoder=False, add_cross_attention=False,
+        chunk_size_feed_forward=0,
+    )  # fmt: skip
+    if heads["task"] == "masked":
+        config.expect(tie_word_embeddings=True)
     hidden_size, num_positions = config.size("hidden_size"), config.size("max_position_embeddings")
     if num_positions <= offset:
         raise CheckpointError(

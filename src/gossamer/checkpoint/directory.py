@@ -37,6 +37,8 @@ COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
     "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*",
+    "vocab.txt", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "[0-9]_*/*",  # of sentence-transformers: what becomes of an encoder's tokens
 )  # fmt: skip
 MANIFEST = "gossamer.json"
 HOW_IT_STARTED = ("overwrite", "resume")  # options that say nothing of the output, and are not recorded
@@ -76,6 +78,10 @@ class Checkpoint:
             from gossamer.checkpoint.tying import resolve_tied_head
 
             checkpoint = cls(directory, *resolve_tied_head(checkpoint))
+        if anatomy.is_encoder:
+            from gossamer.checkpoint.old_names import renamed
+
+            checkpoint.entries = renamed(checkpoint)
         if any(block.fused for block in checkpoint.architecture.blocks):
             from gossamer.checkpoint.fused import split
 
@@ -203,8 +209,7 @@ class Derived:
         """Clear the directory of what an earlier run left in it, unless that is to be resumed."""
         for left in self.path.glob("*") if not resume else ():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        for file in companions(self.parent.path):
-            shutil.copyfile(file, self.path / file.name)
+        copy_companions(self.parent.path, self.path)
 
     def write(self, name: str, array: np.ndarray, dtype: str) -> None:
         """Store one tensor: `array` in storage form (uint16 bit patterns for BF16)."""
@@ -296,6 +301,13 @@ class ShardWriter:
 def companions(directory: Path) -> list[Path]:
     """The files that go with a model's weights from stage to stage."""
     return [file for pattern in COMPANIONS for file in directory.glob(pattern) if file.is_file()]
+
+
+def copy_companions(directory: Path, target: Path) -> None:
+    """Copy them to another directory, those of its folders to folders of the same names."""
+    for file in companions(directory):
+        (copy := target / file.relative_to(directory)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

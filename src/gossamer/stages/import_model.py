@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.checkpoint.directory import MANIFEST, SHARD_BYTES, Checkpoint, companions, library_versions
+from gossamer.checkpoint.directory import MANIFEST, SHARD_BYTES, Checkpoint, copy_companions, library_versions
 from gossamer.checkpoint.index import write_index
 from gossamer.checkpoint.partial import locked, publish, refuse_existing
 from gossamer.errors import CheckpointError, ConfigError
@@ -97,12 +97,12 @@ class RecipeResult(Result):
 
 @dataclass(frozen=True)
 class _Found:
-    """What is to be written: weights, texts of files by name, files to copy; `stored` is for people."""
+    """What is to be written: weights, texts of files by name, whose companions; `stored`: for people."""
 
     weights: GgufWeights | BitmaskWeights
     config: dict[str, Any]
     texts: dict[str, str]
-    files: Sequence[Path]
+    companions_of: Path | None
     stored: str
 
 
@@ -126,8 +126,8 @@ def import_model(job: Import, progress: Progress = quiet) -> ImportResult | Reci
     tensors = {name: Planned(dtype, shape) for name, shape in found.weights.shapes.items()}
     with _directory(output) as partial:
         zeros = _write_weights(partial, tensors, found.weights, progress)
-        for file in found.files:
-            shutil.copyfile(file, partial / file.name)
+        if found.companions_of is not None:
+            copy_companions(found.companions_of, partial)
         for name, text in (found.texts | {"config.json": _json(found.config)}).items():
             (partial / name).write_text(text, encoding="utf-8")
         linears = Checkpoint.open(partial).linears
@@ -164,7 +164,7 @@ def _read_gguf(path: Path, job: Import) -> _Found:
     words = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
     card = model_card(file)
     texts = tokenizer.files() | ({"README.md": card} if card else {})
-    return _Found(weights, config, texts, (), words)
+    return _Found(weights, config, texts, None, words)
 
 
 def _read_bitmask(path: Path, job: Import) -> _Found:
@@ -173,7 +173,7 @@ def _read_bitmask(path: Path, job: Import) -> _Found:
     config = {key: value for key, value in weights.config.items() if key != "torch_dtype"} | {"dtype": dtype}
     read_anatomy(config, str(path / "config.json"))
     words = f"{len(weights.modules)} sparse-bitmask of {len(weights.shapes)}"
-    return _Found(weights, config, {}, companions(path), words)
+    return _Found(weights, config, {}, path, words)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ Every method of the Trainer that is overridden here is in `trainer_contract.SIGN
 
 import contextlib
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from gossamer.checkpoint.directory import companions
+from gossamer.checkpoint.directory import copy_companions
 from gossamer.checkpoint.resumable import Checkpoints
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.job.processes import is_first, num_processes
@@ -173,8 +172,7 @@ class RowTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             wait_for_all()
             if is_first():
-                for file in companions(self.checkpoints.run_dir):
-                    shutil.copyfile(file, self.checkpoints.staged(step) / file.name)
+                copy_companions(self.checkpoints.run_dir, self.checkpoints.staged(step))
                 micro_rows = self.args.per_device_train_batch_size
                 began_with = {"kernel": self.kernel, "micro_rows": micro_rows}
                 self.checkpoints.publish(step, {"mask": mask, **began_with})

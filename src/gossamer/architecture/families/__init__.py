@@ -1,12 +1,14 @@
-"""The families of models that are understood: one file each, named by the class without `ForCausalLM`.
+"""The families of models that are understood: one file each, named by the class without its ending.
 
 A family's file has `SUMMARY`, a line for people that says what of it is supported, and
-`anatomy(config) -> Anatomy`, which raises UnsupportedError for what is not. There is no list of families: a
-file in this folder is one, and only the one that a model needs is loaded.
+`anatomy(config) -> Anatomy`, which raises UnsupportedError for what is not. A decoder's class ends in
+`ForCausalLM`; an encoder's file says in `ENDINGS` which it has: `Model`, or `For` and a task. There is no
+list of families: a file in this folder is one, and only the one that a model needs is loaded.
 """
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 from gossamer.errors import UnsupportedError
 
-_SUFFIX = "ForCausalLM"
+_CLASS = re.compile(r"(.+?)(Model|For\w+)?")
 
 
 def read_anatomy(config: Mapping[str, Any], source: str = "config.json") -> Anatomy:
@@ -22,8 +24,7 @@ def read_anatomy(config: Mapping[str, Any], source: str = "config.json") -> Anat
 
     UnsupportedError for a family or a setting that is not understood, CheckpointError for a bad number.
     """
-    model_type = _model_type(config, source)
-    anatomy = importlib.import_module(f"{__name__}.{model_type}").anatomy(Config(config, source))
+    anatomy = _family(config, source).anatomy(Config(config, source))
     _refuse_what_nothing_runs(anatomy, source)
     return anatomy
 
@@ -49,16 +50,17 @@ def _refuse_what_nothing_runs(anatomy: Anatomy, source: str) -> None:
         raise UnsupportedError(f"{source}: a {anatomy.model_type} with {', '.join(found)}; not supported yet")
 
 
-def _model_type(config: Mapping[str, Any], source: str) -> str:
-    """`LlamaForCausalLM` is of the type `llama`; only a file that is there is ever imported."""
+def _family(config: Mapping[str, Any], source: str) -> Any:
+    """`LlamaForCausalLM` is of the file `llama`; only a file that is there is ever imported."""
     found = config.get("architectures") or [config.get("model_type", "no architecture")]
     names = found if isinstance(found, list) else [found]
     families = [module.name for module in pkgutil.iter_modules(__path__)]
-    model_type = str(names[0]).removesuffix(_SUFFIX).lower()
-    is_decoder = not config.get("architectures") or str(names[0]).endswith(_SUFFIX)
-    if len(names) != 1 or not is_decoder or model_type not in families:
-        known = "; ".join(importlib.import_module(f"{__name__}.{name}").SUMMARY for name in families)
-        raise UnsupportedError(
-            f"{source}: found architecture {', '.join(map(str, names))}; supported: {known}"
-        )
-    return model_type
+    parts = _CLASS.fullmatch(str(names[0]))
+    name, ending = parts.groups() if parts else ("", None)
+    if len(names) == 1 and (name := name.replace("-", "").lower()) in families:
+        family = importlib.import_module(f"{__name__}.{name}")
+        endings = getattr(family, "ENDINGS", ("ForCausalLM",))
+        if ending in endings or (ending is None and not config.get("architectures")):
+            return family
+    known = "; ".join(importlib.import_module(f"{__name__}.{name}").SUMMARY for name in families)
+    raise UnsupportedError(f"{source}: found architecture {', '.join(map(str, names))}; supported: {known}")
