@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from gossamer.decoder import Block
+from gossamer.modules.decoder import Block
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

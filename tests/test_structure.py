@@ -89,7 +89,7 @@ def test_prune_loads_at_most_2700_lines_all_for_its_own_work(
         "tokens.chat",
         "tokens.llama",
         "tokens.tokenizer",
-        "unfused",
+        "modules.unfused",
     )
     loaded = {name.removeprefix("gossamer.") for name in files}
     assert not loaded & {*foreign, *others}

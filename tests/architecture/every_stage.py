@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.decoder import blocks, embed
 from gossamer.engine import LLM, SamplingParams
 from gossamer.layerwise.rounding import smooth
+from gossamer.modules.decoder import blocks, embed
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.packed.reader import Packed
 from gossamer.stages.finetune import Finetune, finetune

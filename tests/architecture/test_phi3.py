@@ -14,10 +14,10 @@ from architecture import every_stage
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
+from gossamer.modules.unfused import join, part
 from gossamer.stages.quantize import Quantize, quantize
 from gossamer.training.masks import model_mask_hash
 from gossamer.training.whole_model import load_model
-from gossamer.unfused import join, part
 from llamas import save_random
 
 CONFIG = Phi3Config(

@@ -161,7 +161,7 @@ def test_verify_reads_with_transformers_too(
     model = changed(tiny_llama, "llama2", config(rope_scaling=LINEAR), tmp_path)
     assert [check.name for check in verify(Verify(str(model))).checks][-1] == "transformers agrees"
     monkeypatch.setattr(Rope, "read", lambda config: Rope(10000.0))
-    monkeypatch.setattr("gossamer.decoder.CONFIG_MAPPING", _with_default_rope())
+    monkeypatch.setattr("gossamer.modules.decoder.CONFIG_MAPPING", _with_default_rope())
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "another cache"))
     with pytest.raises(EngineError, match="transformers agrees: the engine's logits are"):
         verify(Verify(str(model)))

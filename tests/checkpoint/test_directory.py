@@ -15,9 +15,9 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.architecture.frequencies import Linear, inverse_frequencies
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.decoder import blocks, embed, write_block
 from gossamer.errors import CheckpointError, ConfigError, UnsupportedError
 from gossamer.job.options import option
+from gossamer.modules.decoder import blocks, embed, write_block
 from gossamer.training.whole_model import load_model
 from llamas import VARIANTS, walk_through
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import gossamer.decoder
+import gossamer.modules.decoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.calibration import calibration_ids
-from gossamer.decoder import blocks, embed
 from gossamer.errors import CalibrationError
+from gossamer.modules.decoder import blocks, embed
 from gossamer.stages.prune import Prune
 from gossamer.tokens.tokenizer import Tokenizer
 from llamas import walk_through
@@ -27,8 +27,8 @@ IDS_BT = torch.arange(2, 302).view(6, 50)
 def test_walk_sees_the_inputs_and_makes_the_outputs_of_transformers(
     variant: str, kept_bytes: int, tiny_llama: TinyLlama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gossamer.decoder, "PIECE_TOKENS", 100)
-    monkeypatch.setattr(gossamer.decoder, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(gossamer.modules.decoder, "PIECE_TOKENS", 100)
+    monkeypatch.setattr(gossamer.modules.decoder, "KEPT_BYTES", kept_bytes)
     source = Checkpoint.open(tiny_llama(variant))
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     given: dict[str, Tensor] = {}

@@ -19,12 +19,12 @@ from gossamer.checkpoint.schemes import SCHEMES, dequantized
 from gossamer.compress import hessian
 from gossamer.compress.target import token_error
 from gossamer.data.calibration import calibration_ids
-from gossamer.decoder import TORCH_DTYPE, blocks, embed
 from gossamer.engine import LLM
 from gossamer.errors import CalibrationError, ConfigError, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.layerwise.rounding import NUMBERS, smooth
 from gossamer.layerwise.through_rounding import as_read_by_head
+from gossamer.modules.decoder import TORCH_DTYPE, blocks, embed
 from gossamer.packed.reader import Packed
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.pack import Pack, pack

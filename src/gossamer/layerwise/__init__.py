@@ -1,1 +1,1 @@
-"""What stages do to a decoder one layer at a time; `gossamer.decoder` has the layers."""
+"""What stages do to a decoder one layer at a time; `gossamer.modules.decoder` has the layers."""

@@ -28,11 +28,11 @@ from gossamer.compress.pattern import parse_pattern
 from gossamer.compress.sparsegpt import sparsegpt
 from gossamer.compress.target import token_error
 from gossamer.compress.wanda import wanda
-from gossamer.decoder import Block, blocks, embed, in_pieces
 from gossamer.errors import CalibrationError, ConfigError, UnsupportedError
 from gossamer.job.report import Event, Progress, Table
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.scores import input_norms
+from gossamer.modules.decoder import Block, blocks, embed, in_pieces
 
 ROWS_TOKENS = 4096
 

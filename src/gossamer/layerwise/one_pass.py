@@ -8,12 +8,12 @@ from torch import Tensor
 
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.checkpoint.schemes import SCHEMES
-from gossamer.decoder import Block
 from gossamer.errors import ConfigError
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.rounded import quantization_config, shared_group, write_rounded, write_unquantized
 from gossamer.layerwise.rounding import Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.states import States
+from gossamer.modules.decoder import Block
 
 
 def check_rounding(source: Checkpoint, scheme: str, num_epochs: int) -> None:

@@ -7,9 +7,9 @@ from torch import nn
 from gossamer.compress.hessian import dampened, inverse_factor
 from gossamer.compress.sparsegpt import sparsegpt
 from gossamer.compress.target import Evidence, target
-from gossamer.decoder import Block
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.states import States
+from gossamer.modules.decoder import Block
 
 
 def prune_block(

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
-from gossamer.decoder import Block
 from gossamer.job.report import Event, Progress
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.states import States
+from gossamer.modules.decoder import Block
 from gossamer.training.sparse_linear import densify, sparsify
 
 SPARSE_FROM = 0.5  # the share of zeros from which products of the nonzero weights alone are faster everywhere

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.checkpoint.directory import Checkpoint, Derived
-from gossamer.decoder import empty_model, model_config, tensor
 from gossamer.job.report import Table
+from gossamer.modules.decoder import empty_model, model_config, tensor
 from gossamer.plots import layer_curves
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import torch
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.checkpoint.fused import stored_names
 from gossamer.checkpoint.schemes import GROUP_INPUTS, SCHEMES, Scheme, group_size
-from gossamer.decoder import Block, write_tensor
 from gossamer.layerwise.rounding import Rounded
+from gossamer.modules.decoder import Block, write_tensor
 
 
 def shared_group(source: Checkpoint, scheme: str, ignored: Collection[str]) -> int:

@@ -18,9 +18,9 @@ from gossamer.compress.smooth import divide_norm, share_over_query_heads, smooth
 from gossamer.compress.straight_through import through
 from gossamer.compress.target import Evidence, target, token_error
 from gossamer.data.calibration import CalibrationOptions
-from gossamer.decoder import TORCH_DTYPE, Block
 from gossamer.job.options import option
 from gossamer.layerwise.states import States
+from gossamer.modules.decoder import TORCH_DTYPE, Block
 
 SAMPLE_TOKENS, SEARCH_TOKENS = 4096, 512
 STRENGTHS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -8,10 +8,10 @@ from torch import Tensor
 from gossamer.compress.magnitude import magnitude
 from gossamer.compress.pattern import parse_pattern
 from gossamer.compress.wanda import wanda
-from gossamer.decoder import Block
 from gossamer.layerwise.finite import finite
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.states import States
+from gossamer.modules.decoder import Block
 
 
 def prune_by_scores(

@@ -8,8 +8,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from gossamer.compress.target import Evidence, added_to_hidden, read_by_others
-from gossamer.decoder import Block, in_pieces
 from gossamer.layerwise.finite import finite
+from gossamer.modules.decoder import Block, in_pieces
 
 
 @dataclass(frozen=True)

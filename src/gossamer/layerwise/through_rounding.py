@@ -13,9 +13,9 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
 from gossamer.compress.straight_through import InType, OnGrid
 from gossamer.compress.target import token_error
-from gossamer.decoder import TORCH_DTYPE, Block, tensor
 from gossamer.layerwise.rounding import NUMBERS, Rounded, RoundingOptions, Smoothed, round_block, whole_scales
 from gossamer.layerwise.states import States
+from gossamer.modules.decoder import TORCH_DTYPE, Block, tensor
 
 
 def round_and_train(

@@ -11,7 +11,6 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.target import token_error
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
-from gossamer.decoder import blocks, embed, refuse_quantized, write_block
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
@@ -21,6 +20,7 @@ from gossamer.layerwise.pruning import prune_block
 from gossamer.layerwise.report import dampened_more, perplexity, pruning_tables, report_pruning
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
+from gossamer.modules.decoder import blocks, embed, refuse_quantized, write_block
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.schemes import SCHEMES
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
-from gossamer.decoder import blocks, embed, refuse_quantized
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
@@ -25,6 +24,7 @@ from gossamer.layerwise.rounded import quantization_config, shared_group, write_
 from gossamer.layerwise.rounding import Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
+from gossamer.modules.decoder import blocks, embed, refuse_quantized
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from gossamer.checkpoint.directory import copy_companions
 from gossamer.checkpoint.resumable import Checkpoints
 from gossamer.errors import CheckpointError, ConfigError, GossamerError
 from gossamer.job.processes import is_first, num_processes
+from gossamer.modules.unfused import join, part
 from gossamer.training.adamw import AdamW
 from gossamer.training.distillation import Distillation
 from gossamer.training.head_loss import head_loss
@@ -31,7 +32,6 @@ from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
 from gossamer.training.parallel import gather_to_first, shard_like, wait_for_all
 from gossamer.training.rows import IGNORED, Rows
-from gossamer.unfused import join, part
 
 WEIGHTS, ADAPTERS = "model.safetensors", "adapters.safetensors"
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.checkpoint.partial import holds_checkpoint
-from gossamer.decoder import model_config, refuse_quantized, tensor, write_tensor
 from gossamer.job.options import record
 from gossamer.job.processes import is_first
+from gossamer.modules.decoder import model_config, refuse_quantized, tensor, write_tensor
+from gossamer.modules.unfused import unfuse
 from gossamer.training.options import TrainingOptions
-from gossamer.unfused import unfuse
 
 
 def new_model(

@@ -190,7 +190,7 @@ def blocks(source: Checkpoint, first: int = 0) -> Iterator[Block]:
     for index, empty in enumerate(skeleton.layers[first:], first):
         layer, prefix = type(empty)(config, index).float().eval(), anatomy.prefix(index)
         if anatomy.blocks[index].fused:
-            from gossamer.unfused import unfuse
+            from gossamer.modules.unfused import unfuse
 
             unfuse(layer, anatomy.blocks[index])
         with torch.no_grad():
