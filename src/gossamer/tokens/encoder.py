@@ -64,6 +64,15 @@ class Encoder:
             raise ConfigError("the tokenizer names no BOS token; rows of text begin with one: set bos_token")
         return self.bos_id
 
+    def marks(self) -> list[int]:
+        """What begins and what ends a text, such as [CLS] and [SEP]; ConfigError where nothing does."""
+        if len(found := self.encode("")) != 2:
+            raise ConfigError(
+                f"tokenizer.json puts {len(found)} tokens around a text; expected two, one before and one "
+                "behind it (its post_processor says which)"
+            )
+        return found
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added.
 
