@@ -64,6 +64,10 @@ class Encoder:
             raise ConfigError("the tokenizer names no BOS token; rows of text begin with one: set bos_token")
         return self.bos_id
 
+    def to_json(self) -> str:
+        """The tokenizer as one tokenizer.json, with all that was read beside it."""
+        return self._tokenizer.to_str()
+
     def marks(self) -> list[int]:
         """What begins and what ends a text, such as [CLS] and [SEP]; ConfigError where nothing does."""
         if len(found := self.encode("")) != 2:
