@@ -65,8 +65,13 @@ def calibration_ids(source: Checkpoint, job: CalibrationOptions) -> Tensor:
     """
     tokenizer, num_rows = Encoder.open(source.path), job.num_calibration_samples
     length = min(job.max_seq_length, source.architecture.max_position_embeddings)
-    bos_id, *end_ids = tokenizer.marks() if source.architecture.is_encoder else [tokenizer.required_bos()]
     needed = num_rows * length
+    if source.architecture.is_encoder:
+        from gossamer.tokens.texts import marks
+
+        bos_id, *end_ids = marks(tokenizer)
+    else:
+        bos_id, end_ids = tokenizer.required_bos(), []
     pieces: list[np.ndarray] = []
     num_tokens = 0
     for text in _texts(job):

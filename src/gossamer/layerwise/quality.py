@@ -19,7 +19,9 @@ def quality(source: Checkpoint, held_out: States, ids_BT: Tensor) -> dict[str, f
     models: its vector as `Pooling` makes it, or where the head is another one, each of its tokens.
     """
     if source.architecture.is_encoder:
-        return {"similarity": _similarity(source, held_out)}
+        from gossamer.modules.encoder import similarity
+
+        return {"similarity": similarity(source, held_out.ours_BTD, held_out.parent_BTD)}
     pair = (held_out.parent_BTD, held_out.ours_BTD)
     before, after = (_perplexity(source, hidden_BTD, ids_BT) for hidden_BTD in pair)
     return {"parent_perplexity": before, "perplexity": after}
@@ -45,13 +47,3 @@ def _perplexity(source: Checkpoint, hidden_BTD: Tensor, ids_BT: Tensor) -> float
     for part_ND, ids_N in zip(h_ND.split(HEAD_TOKENS), next_N.split(HEAD_TOKENS), strict=True):
         total += nn.functional.cross_entropy(norm(part_ND) @ w_VD.T, ids_N, reduction="sum").item()
     return torch.tensor(total / len(next_N), dtype=torch.double).exp().item()
-
-
-def _similarity(source: Checkpoint, held_out: States) -> float:
-    vectors = (held_out.ours_BTD, held_out.parent_BTD)
-    if source.architecture.task == "embedding":
-        from gossamer.tokens.pooling import Pooling
-
-        mode = Pooling.open(source.path, source.architecture).mode
-        vectors = [{"mean": it.mean(1), "cls": it[:, 0], "max": it.amax(1)}[mode] for it in vectors]
-    return nn.functional.cosine_similarity(*vectors, dim=-1).mean().item()

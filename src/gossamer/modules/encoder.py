@@ -10,6 +10,7 @@ from transformers import AutoModel
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.modules import decoder
 from gossamer.modules.decoder import filled, model_config, tensor
+from gossamer.tokens.pooling import Pooling
 
 
 class Block(decoder.Block):
@@ -56,3 +57,12 @@ def embed(source: Checkpoint, ids_BT: Tensor) -> Tensor:
     words_BTD += positions_TD + tensor(source, f"{added.types}.weight")[0].float()
     weight_D, bias_D = (tensor(source, name).float() for name in added.norm.vectors())
     return nn.functional.layer_norm(words_BTD, weight_D.shape, weight_D, bias_D, anatomy.norm_eps)
+
+
+def similarity(source: Checkpoint, ours_BTD: Tensor, parent_BTD: Tensor) -> float:
+    """The mean cosine between rows' vectors as they are pooled, or of another head's model their tokens'."""
+    vectors = (ours_BTD, parent_BTD)
+    if source.architecture.task == "embedding":
+        mode = Pooling.open(source.path, source.architecture).mode
+        vectors = [{"mean": it.mean(1), "cls": it[:, 0], "max": it.amax(1)}[mode] for it in vectors]
+    return nn.functional.cosine_similarity(*vectors, dim=-1).mean().item()

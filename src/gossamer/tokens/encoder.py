@@ -68,15 +68,6 @@ class Encoder:
         """The tokenizer as one tokenizer.json, with all that was read beside it."""
         return self._tokenizer.to_str()
 
-    def marks(self) -> list[int]:
-        """What begins and what ends a text, such as [CLS] and [SEP]; ConfigError where nothing does."""
-        if len(found := self.encode("")) != 2:
-            raise ConfigError(
-                f"tokenizer.json puts {len(found)} tokens around a text; expected two, one before and one "
-                "behind it (its post_processor says which)"
-            )
-        return found
-
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added.
 

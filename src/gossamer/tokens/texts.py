@@ -29,3 +29,13 @@ class Texts:
         """Of each text its `ids`, `type_ids`, `offsets` and `word_ids`, as the library has them."""
         given = [valid_text(it) if isinstance(it, str) else (*map(valid_text, it),) for it in texts]
         return self._tokenizer.encode_batch(given)
+
+
+def marks(tokenizer: Encoder) -> list[int]:
+    """What begins and what ends a text, such as [CLS] and [SEP]; ConfigError where it is anything else."""
+    if len(found := tokenizer.encode("")) != 2:
+        raise ConfigError(
+            f"tokenizer.json puts {len(found)} tokens around a text; expected two, one before and one behind "
+            "it (its post_processor says which)"
+        )
+    return found
