@@ -105,7 +105,7 @@ def test_errors_and_perplexities_are_those_of_transformers_on_the_last_eighth_of
     expected = ((ours_BTD - parent_BTD).norm(dim=-1) / parent_BTD.norm(dim=-1)).square().mean()
     assert result.errors[0] == pytest.approx(expected.item(), rel=1e-4)
     metrics = json.loads((Path(job.output_dir) / "gossamer.json").read_text())["metrics"]
-    assert metrics["errors"] == result.errors and metrics["perplexity"] == result.perplexity
+    assert metrics["errors"] == result.errors and metrics["perplexity"] == result.quality["perplexity"]
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
@@ -500,7 +500,7 @@ def test_reconstruction_that_fails_leaves_layers_as_pruned_and_says_so(
     as_pruned, result = prune(job), prune(failing, events.append)
     said = [event.message for event in events if event.lasting]
     assert len(said) == 2 and "layer 0 stays as pruned" in said[0]
-    assert result.perplexity == pytest.approx(as_pruned.perplexity, rel=1e-3)
+    assert result.quality["perplexity"] == pytest.approx(as_pruned.quality["perplexity"], rel=1e-3)
     for name in (found := Checkpoint.open(failing.output_dir)).names:
         if "layers.0" in name:
             np.testing.assert_array_equal(found.raw(name), Checkpoint.open(job.output_dir).raw(name))
