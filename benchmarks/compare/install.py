@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path("/tmp/peers")
 PACKAGES = {
     "llama.cpp": ["gguf", "numpy"],
-    "openvino": ["openvino", "numpy"],
+    "openvino": ["openvino", "nncf", "numpy"],
     "onnxruntime": ["onnxruntime", "onnx", "numpy"],
 }
 SOURCES = "llama-cpp-python"  # its source archive carries llama.cpp

@@ -1,0 +1,80 @@
+"""ONNX Runtime's or OpenVINO's INT8 of an exported BERT: run with a Python that has one of them.
+
+onnxruntime: the graph fused by its own optimizer for BERTs, then dynamic quantization. openvino: NNCF's
+static quantization for transformers, calibrated on 40 batches of made-up texts. What they make is kept.
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from encoder_texts import Ids, made_up, padded, pooled, time_workloads, vocabulary_of
+
+CALIBRATION = 40
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+
+
+def onnxruntime(graph: Path, threads: int, heads: int, width: int) -> tuple[str, Run]:
+    runtime = importlib.import_module("onnxruntime")
+    quantized = graph.with_suffix(".ort-int8.onnx")
+    if not quantized.exists():
+        optimizer = importlib.import_module("onnxruntime.transformers.optimizer")
+        quantization = importlib.import_module("onnxruntime.quantization")
+        fused = graph.with_suffix(".fused.onnx")
+        found = optimizer.optimize_model(str(graph), model_type="bert", num_heads=heads, hidden_size=width)
+        found.save_model_to_file(str(fused))
+        quantization.quantize_dynamic(str(fused), str(quantized))
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    session = runtime.InferenceSession(str(quantized), settings, providers=["CPUExecutionProvider"])
+    names = {it.name for it in session.get_inputs()}
+    return f"ONNX Runtime {runtime.__version__}", lambda batch: session.run(
+        None, {name: value for name, value in batch.items() if name in names}
+    )[0]
+
+
+def openvino(graph: Path, threads: int, vocabulary: int) -> tuple[str, Run]:
+    ov: Any = importlib.import_module("openvino")
+    quantized = graph.with_suffix(".nncf.xml")
+    core = ov.Core()
+    if not quantized.exists():
+        nncf: Any = importlib.import_module("nncf")
+        lengths = np.random.default_rng(1).integers(8, 128, (CALIBRATION, 4)).tolist()
+        batches = [padded(made_up(it, seed, vocabulary)) for seed, it in enumerate(lengths)]
+        kind = nncf.ModelType.TRANSFORMER
+        found = nncf.quantize(core.read_model(graph), nncf.Dataset(batches), model_type=kind)
+        ov.save_model(found, quantized)
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(core.read_model(quantized), "CPU", hints)
+    return f"OpenVINO {ov.__version__}", lambda batch: compiled(batch)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runtime", choices=["onnxruntime", "openvino"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("graph", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--heads", type=int, required=True)
+    parser.add_argument("--width", type=int, required=True)
+    job = parser.parse_args()
+    vocabulary = vocabulary_of(job.model)
+    if job.runtime == "onnxruntime":
+        name, run = onnxruntime(job.graph, job.threads, job.heads, job.width)
+    else:
+        name, run = openvino(job.graph, job.threads, vocabulary)
+
+    def encode(texts: list[Ids]) -> np.ndarray:
+        batch = padded(texts)
+        return pooled(run(batch), batch["attention_mask"])
+
+    who = {"who": name.split(" 2")[0], "version": name, "threads": job.threads}
+    time_workloads(who, encode, job.repeats, vocabulary)
+
+
+if __name__ == "__main__":
+    main()
