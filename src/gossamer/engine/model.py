@@ -46,7 +46,8 @@ class OpenModel:
         *,
         offline: bool = False,
     ) -> "OpenModel":
-        """Map a .goss file and validate it (FormatError says what is wrong with it).
+        """Map a .goss file and validate it (FormatError says what is wrong with it, UnsupportedError that
+        it is an encoder).
 
         A checkpoint directory, or a model of the hub, is packed once into the cache. `num_threads` None: see
         `default_threads`; `kv_cache_dtype`: see `native_model`; `offline`: never touch the network.
@@ -55,6 +56,7 @@ class OpenModel:
         if not isinstance(threads, int) or threads < 1:
             raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
         packed = open_packed(path, progress, offline=offline)
+        packed.refuse_encoder()
         tokenizer = _tokenizer(packed)
         native = native_model(packed, threads, kv_cache_dtype)
         return cls(packed.path, native, tokenizer, packed.architecture, threads, packed.generation_config)
