@@ -77,9 +77,12 @@ void merge_attention(const float* states, std::size_t stride, int num_chunks, in
 
 // Everything that surrounds the matrix products (vector.cpp, rope.cpp). All levels give the same bits.
 struct VectorKernels {
-    // Both return max|y|, so that quantizing y reads it only once more. y may be x: the norms of queries and
-    // keys run in place.
+    // These return max|y|, so that quantizing y reads it only once more. y may be x: the norms of queries and
+    // keys run in place, and so do those that follow a sublayer.
     float (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
+    float (*layernorm)(const float* x_D, const float* weight_D, const float* bias_D, float eps, int count,
+                       float* y_D);
+    float (*gelu)(const float* x, int count, float* y);  // NaN stays NaN, but is not counted in max|y|
     float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
     float (*largest)(const float* x, int count);                               // max|x|
     // Writes q + 128 and returns the scale, max|x| / 127.5.

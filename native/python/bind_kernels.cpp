@@ -156,6 +156,31 @@ nb::tuple rmsnorm(const std::string& level, FloatMatrix x_TD, Floats weight_D, f
     return nb::make_tuple(to_numpy(std::move(y), T, D, D), to_numpy(std::move(largest), T, 1, 1));
 }
 
+// In place, as after a sublayer.
+nb::tuple layernorm(const std::string& level, FloatMatrix x_TD, Floats weight_D, Floats bias_D, float eps) {
+    const std::size_t T = x_TD.shape(0), D = x_TD.shape(1);
+    if (weight_D.size() != D || bias_D.size() != D)
+        throw EngineError("the weights or biases do not fit the inputs");
+    std::unique_ptr<float[]> y(new float[T * D]), largest(new float[T]);
+    std::copy_n(x_TD.data(), T * D, y.get());
+    const VectorKernels& kernels = find_vector(runnable(level));
+    for (std::size_t t = 0; t < T; ++t) {
+        float* row = y.get() + t * D;
+        largest[t] = kernels.layernorm(row, weight_D.data(), bias_D.data(), eps, int(D), row);
+    }
+    return nb::make_tuple(to_numpy(std::move(y), T, D, D), to_numpy(std::move(largest), T, 1, 1));
+}
+
+// In place, as after a product.
+nb::tuple gelu(const std::string& level, FloatMatrix x_TN) {
+    const std::size_t T = x_TN.shape(0), N = x_TN.shape(1);
+    std::unique_ptr<float[]> y(new float[T * N]), largest(new float[T]);
+    std::copy_n(x_TN.data(), T * N, y.get());
+    const VectorKernels& kernels = find_vector(runnable(level));
+    for (std::size_t t = 0; t < T; ++t) largest[t] = kernels.gelu(y.get() + t * N, int(N), y.get() + t * N);
+    return nb::make_tuple(to_numpy(std::move(y), T, N, N), to_numpy(std::move(largest), T, 1, 1));
+}
+
 nb::tuple swiglu(const std::string& level, FloatMatrix gate_TN, FloatMatrix up_TN) {
     const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
     if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
@@ -352,6 +377,8 @@ void bind_kernels(nb::module_& m) {
     m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);
     m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);
     m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
+    m.def("layernorm", &layernorm, "isa"_a, "x_TD"_a, "weight_D"_a, "bias_D"_a, "eps"_a);
+    m.def("gelu", &gelu, "isa"_a, "x_TN"_a);
     m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
     m.def("largest", &largest, "isa"_a, "x"_a);
     m.def("split", &split, "isa"_a, "x_TK"_a);

@@ -162,6 +162,14 @@ def f32_peak(isa: str, num_threads: int, repeats: int) -> float:
 def rmsnorm(isa: str, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """float32 y = weight * x / sqrt(mean(x^2) + eps), and max|y| [T, 1]."""
 
+def layernorm(
+    isa: str, x_TD: np.ndarray, weight_D: np.ndarray, bias_D: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 y = weight * (x - mean) / sqrt(variance + eps) + bias, and max|y| [T, 1]."""
+
+def gelu(isa: str, x_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 y = x / 2 (1 + erf(x / sqrt(2))), and max|y| [T, 1]."""
+
 def largest(isa: str, x: np.ndarray) -> float:
     """max|x| of float32 numbers."""
 
