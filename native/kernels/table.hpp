@@ -48,7 +48,8 @@ inline int same_first_chunk(int position, int window) {
 }
 
 // New tokens of one sequence that attend to its cached positions at one key/value head (attention.cpp). Token
-// t sees `window` positions, or as many as there are, up to position + t.
+// t sees `window` positions, or as many as there are, up to position + t if the task is causal; up to
+// `position` otherwise, as all of its tokens do.
 struct AttentionTask {
     KvLayout layout;
     const std::uint8_t* const* chunks;  // of the sequence
@@ -58,6 +59,7 @@ struct AttentionTask {
     float* out;          // written if `state` is null: then the chunks hold all that the tokens see
     std::size_t stride;  // floats between tokens
     int num_tokens, num_heads, position;  // heads: those that share the key/value head
+    bool causal;
     int window;
     float scale;
     float* state;    // of each row (attention_state_floats), for merge_attention; one token, one chunk

@@ -221,15 +221,16 @@ nb::tuple split(const std::string& level, FloatMatrix x_TK) {
 }
 
 // Attention of new tokens q_TAE over keys and values of one key/value head, the tokens being the last of the
-// S positions, each of which sees `window` positions; `split`: chunk by chunk, merged afterwards, as a long
-// decode step does it.
+// S positions, each of which sees `window` positions up to its own if `causal`, else all S; `split`: chunk by
+// chunk, merged afterwards, as a long decode step does it.
 nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, const std::string& kv,
                                                      FloatCube q_TAE, FloatMatrix k_SE, FloatMatrix v_SE,
-                                                     int window, bool split) {
+                                                     int window, bool split, bool causal) {
     const int T = int(q_TAE.shape(0)), A = int(q_TAE.shape(1)), E = int(q_TAE.shape(2));
     const int S = int(k_SE.shape(0)), chunks = (S + kChunkPositions - 1) / kChunkPositions;
     const bool fits = int(k_SE.shape(1)) == E && int(v_SE.shape(1)) == E && int(v_SE.shape(0)) == S;
-    if (!fits || T < 1 || T > S || (split && T != 1) || window < 1 || window > kNoWindow)
+    if (!fits || T < 1 || T > S || (split && T != 1) || window < 1 || window > kNoWindow ||
+        (!causal && window != kNoWindow))
         throw EngineError("queries, keys and values do not fit together");
     const KvLayout layout{parse_kv(kv), E};
     KvCache cache(layout, 1, 1, S);
@@ -249,16 +250,19 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
                        .stride = stride,
                        .num_tokens = T,
                        .num_heads = A,
-                       .position = S - T,
+                       .position = S - 1,
+                       .causal = causal,
                        .window = window,
                        .scale = float(1.0 / std::sqrt(double(E))),
                        .state = nullptr,
                        .scratch = scratch.data()};
     const AttentionKernels& kernels = find_attention(layout.values, runnable(level));
-    for (int t = 0; !split && t < T; t += task.num_tokens) {  // those that begin in one chunk
-        task.position = S - T + t, task.begin = first_chunk(task.position, window);
-        task.num_tokens = std::min(T - t, same_first_chunk(task.position, window));
-        task.q = q_TAE.data() + t * stride, task.out = out.get() + t * stride;
+    for (int t = 0; !split && t < T; t += task.num_tokens) {
+        if (causal) {  // those that begin in one chunk
+            task.position = S - T + t, task.begin = first_chunk(task.position, window);
+            task.num_tokens = std::min(T - t, same_first_chunk(task.position, window));
+            task.q = q_TAE.data() + t * stride, task.out = out.get() + t * stride;
+        }
         kernels.attention(task);
     }
     const int begin = first_chunk(S - 1, window);
@@ -384,7 +388,7 @@ void bind_kernels(nb::module_& m) {
     m.def("split", &split, "isa"_a, "x_TK"_a);
     m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
     m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "window"_a = kNoWindow,
-          "split"_a = false);
+          "split"_a = false, "causal"_a = true);
     m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);
     m.def("highest", &highest, "isa"_a, "x"_a);
     m.def("keep", &keep, "isa"_a, "x"_a, "low"_a, "high"_a);

@@ -190,10 +190,12 @@ def attention(
     v_SE: np.ndarray,
     window: int = 1 << 30,
     split: bool = False,
+    causal: bool = True,
 ) -> np.ndarray:
     """float32 [T * A, E]: softmax(q k^T / sqrt(E)) v of the last T of S positions at one key/value head.
 
-    Each token sees `window` positions up to its own. `split` (one token): by chunks, which are merged then.
+    Each token sees `window` positions up to its own; if not `causal`, all S, without a window. `split`
+    (one token): by chunks, which are merged then.
     """
 
 def rope(isa: str, x_HE: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:
