@@ -1,12 +1,18 @@
 """Small encoders of random weights as transformers saves them, with a tokenizer of words."""
 
+import json
 import string
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.schemes import W8A8
+from gossamer.compress.int8 import quantize_weights, row_scales
 
 WORDS = [
     "[PAD]",
@@ -51,3 +57,21 @@ def save_encoder(directory: Path, name: str = "BertModel", seed: int = 0, **conf
     names = {f"{it}_token": f"[{it.upper()}]" for it in ("pad", "unk", "cls", "sep", "mask")}
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)
     return model
+
+
+def round_to_int8(directory: Path, sparsity: float = 0.0, together: int = 1) -> Path:
+    """Make the directory's linears W8A8, so many of their weights zero, `together` at a time."""
+    tensors, source = load_file(directory / "model.safetensors"), Checkpoint.open(directory)
+    generator = torch.Generator().manual_seed(0)
+    for name in source.linears:
+        weight = tensors[f"{name}.weight"]
+        shape = (weight.shape[0], weight.shape[1] // together)
+        zero = torch.rand(shape, generator=generator).repeat_interleave(together, 1) < sparsity
+        weight = weight.masked_fill(zero, 0.0)
+        scale = row_scales(weight)
+        tensors[f"{name}.weight"] = quantize_weights(weight, scale).to(torch.int8)
+        tensors[f"{name}.weight_scale"] = scale
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    config = source.config | {"quantization_config": W8A8.config([])}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory

@@ -292,8 +292,8 @@ Linear Packed::linear(const std::string& name) const {
     return w;
 }
 
-const float* Packed::vector(const std::string& name, int count) const {
-    const std::size_t padded = round_up(std::size_t(count), 16);
+const float* Packed::vector(const std::string& name, std::size_t count) const {
+    const std::size_t padded = round_up(count, 16);
     const auto* numbers = reinterpret_cast<const float*>(tensor(name, "F32", {padded}));
     if (!std::all_of(numbers, numbers + padded, [](float number) { return std::isfinite(number); })) {
         throw FormatError(name + ": found NaN or infinity; the file is damaged, pack the model again");

@@ -40,7 +40,7 @@ struct Packed {
     Linear linear(const std::string& name) const;
 
     // A float32 vector of `count` numbers, all finite, zero padded to a multiple of 16.
-    const float* vector(const std::string& name, int count) const;
+    const float* vector(const std::string& name, std::size_t count) const;
 
   private:
     const std::uint8_t* tensor(const std::string& name, const char* dtype,

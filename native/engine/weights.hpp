@@ -5,20 +5,20 @@
 // models: names of tensors and all that differs between families comes with DecoderConfig.
 #pragma once
 
-#include <map>
 #include <string>
 #include <vector>
 
 #include "base/threads.hpp"
 #include "engine/linears.hpp"
 #include "engine/packed.hpp"
+#include "engine/weight_reader.hpp"
 
 namespace gossamer {
 
-// What is particular to one block: the names of its weights in the packed file, and its attention.
+// What is particular to one block: the names of its weights in the packed file, and its attention. The roles
+// are q, k, v, o, gate, up and down.
 struct BlockConfig {
-    std::map<std::string, std::string> linears;  // of the roles q, k, v, o, gate, up and down
-    std::map<std::string, std::string> biases;   // of those roles that have one
+    BlockNames names;
     std::string attention_norm, feed_forward_norm;
     std::string query_norm, key_norm;  // of width E, over each head; "" where there is none
     bool rope;                         // whether queries and keys are rotated by their position

@@ -53,6 +53,9 @@ void product_of_rows(const Rows& a, const Block& b, float* y, std::size_t stride
     int first = 0;
     for (; first + kVectors <= b.num_vectors; first += kVectors)
         product<T, R, kVectors>(a, b, first, y, stride);
+    if constexpr (kVectors > 2) {  // values of heads of 32; one vector alone would wait for its sums
+        for (; first + 2 <= b.num_vectors; first += 2) product<T, R, 2>(a, b, first, y, stride);
+    }
     for (; first < b.num_vectors; ++first) product<T, R, 1>(a, b, first, y, stride);
 }
 

@@ -38,7 +38,8 @@ struct Seen {
 };
 
 inline Seen seen(const AttentionTask& task, int chunk, int token) {
-    const int end = task.position + token + 1 - chunk * kChunkPositions;
+    const int last = task.position + (task.causal ? token : 0);
+    const int end = last + 1 - chunk * kChunkPositions;
     return {std::max(0, end - task.window), std::min(kChunkPositions, end)};
 }
 

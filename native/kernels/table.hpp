@@ -48,7 +48,8 @@ inline int same_first_chunk(int position, int window) {
 }
 
 // New tokens of one sequence that attend to its cached positions at one key/value head (attention.cpp). Token
-// t sees `window` positions, or as many as there are, up to position + t.
+// t sees `window` positions, or as many as there are, up to position + t if the task is causal; up to
+// `position` otherwise, as all of its tokens do.
 struct AttentionTask {
     KvLayout layout;
     const std::uint8_t* const* chunks;  // of the sequence
@@ -58,6 +59,7 @@ struct AttentionTask {
     float* out;          // written if `state` is null: then the chunks hold all that the tokens see
     std::size_t stride;  // floats between tokens
     int num_tokens, num_heads, position;  // heads: those that share the key/value head
+    bool causal;
     int window;
     float scale;
     float* state;    // of each row (attention_state_floats), for merge_attention; one token, one chunk
@@ -77,9 +79,12 @@ void merge_attention(const float* states, std::size_t stride, int num_chunks, in
 
 // Everything that surrounds the matrix products (vector.cpp, rope.cpp). All levels give the same bits.
 struct VectorKernels {
-    // Both return max|y|, so that quantizing y reads it only once more. y may be x: the norms of queries and
-    // keys run in place.
+    // These return max|y|, so that quantizing y reads it only once more. y may be x: the norms of queries and
+    // keys run in place, and so do those that follow a sublayer.
     float (*rmsnorm)(const float* x_D, const float* weight_D, float eps, int count, float* y_D);
+    float (*layernorm)(const float* x_D, const float* weight_D, const float* bias_D, float eps, int count,
+                       float* y_D);
+    float (*gelu)(const float* x, int count, float* y);  // NaN stays NaN, but is not counted in max|y|
     float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
     float (*largest)(const float* x, int count);                               // max|x|
     // Writes q + 128 and returns the scale, max|x| / 127.5.

@@ -48,6 +48,9 @@ Isa runnable(const std::string& level);
 // Adds the table of kernels, and an entry that runs each of its rows, to the module.
 void bind_kernels(nb::module_& m);
 
+// Adds the engine of encoders.
+void bind_encoder(nb::module_& m);
+
 // Adds what training calls.
 void bind_training(nb::module_& m);
 

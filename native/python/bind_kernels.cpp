@@ -156,6 +156,31 @@ nb::tuple rmsnorm(const std::string& level, FloatMatrix x_TD, Floats weight_D, f
     return nb::make_tuple(to_numpy(std::move(y), T, D, D), to_numpy(std::move(largest), T, 1, 1));
 }
 
+// In place, as after a sublayer.
+nb::tuple layernorm(const std::string& level, FloatMatrix x_TD, Floats weight_D, Floats bias_D, float eps) {
+    const std::size_t T = x_TD.shape(0), D = x_TD.shape(1);
+    if (weight_D.size() != D || bias_D.size() != D)
+        throw EngineError("the weights or biases do not fit the inputs");
+    std::unique_ptr<float[]> y(new float[T * D]), largest(new float[T]);
+    std::copy_n(x_TD.data(), T * D, y.get());
+    const VectorKernels& kernels = find_vector(runnable(level));
+    for (std::size_t t = 0; t < T; ++t) {
+        float* row = y.get() + t * D;
+        largest[t] = kernels.layernorm(row, weight_D.data(), bias_D.data(), eps, int(D), row);
+    }
+    return nb::make_tuple(to_numpy(std::move(y), T, D, D), to_numpy(std::move(largest), T, 1, 1));
+}
+
+// In place, as after a product.
+nb::tuple gelu(const std::string& level, FloatMatrix x_TN) {
+    const std::size_t T = x_TN.shape(0), N = x_TN.shape(1);
+    std::unique_ptr<float[]> y(new float[T * N]), largest(new float[T]);
+    std::copy_n(x_TN.data(), T * N, y.get());
+    const VectorKernels& kernels = find_vector(runnable(level));
+    for (std::size_t t = 0; t < T; ++t) largest[t] = kernels.gelu(y.get() + t * N, int(N), y.get() + t * N);
+    return nb::make_tuple(to_numpy(std::move(y), T, N, N), to_numpy(std::move(largest), T, 1, 1));
+}
+
 nb::tuple swiglu(const std::string& level, FloatMatrix gate_TN, FloatMatrix up_TN) {
     const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
     if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
@@ -196,15 +221,16 @@ nb::tuple split(const std::string& level, FloatMatrix x_TK) {
 }
 
 // Attention of new tokens q_TAE over keys and values of one key/value head, the tokens being the last of the
-// S positions, each of which sees `window` positions; `split`: chunk by chunk, merged afterwards, as a long
-// decode step does it.
+// S positions, each of which sees `window` positions up to its own if `causal`, else all S; `split`: chunk by
+// chunk, merged afterwards, as a long decode step does it.
 nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, const std::string& kv,
                                                      FloatCube q_TAE, FloatMatrix k_SE, FloatMatrix v_SE,
-                                                     int window, bool split) {
+                                                     int window, bool split, bool causal) {
     const int T = int(q_TAE.shape(0)), A = int(q_TAE.shape(1)), E = int(q_TAE.shape(2));
     const int S = int(k_SE.shape(0)), chunks = (S + kChunkPositions - 1) / kChunkPositions;
     const bool fits = int(k_SE.shape(1)) == E && int(v_SE.shape(1)) == E && int(v_SE.shape(0)) == S;
-    if (!fits || T < 1 || T > S || (split && T != 1) || window < 1 || window > kNoWindow)
+    if (!fits || T < 1 || T > S || (split && T != 1) || window < 1 || window > kNoWindow ||
+        (!causal && window != kNoWindow))
         throw EngineError("queries, keys and values do not fit together");
     const KvLayout layout{parse_kv(kv), E};
     KvCache cache(layout, 1, 1, S);
@@ -224,16 +250,19 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
                        .stride = stride,
                        .num_tokens = T,
                        .num_heads = A,
-                       .position = S - T,
+                       .position = S - 1,
+                       .causal = causal,
                        .window = window,
                        .scale = float(1.0 / std::sqrt(double(E))),
                        .state = nullptr,
                        .scratch = scratch.data()};
     const AttentionKernels& kernels = find_attention(layout.values, runnable(level));
-    for (int t = 0; !split && t < T; t += task.num_tokens) {  // those that begin in one chunk
-        task.position = S - T + t, task.begin = first_chunk(task.position, window);
-        task.num_tokens = std::min(T - t, same_first_chunk(task.position, window));
-        task.q = q_TAE.data() + t * stride, task.out = out.get() + t * stride;
+    for (int t = 0; !split && t < T; t += task.num_tokens) {
+        if (causal) {  // those that begin in one chunk
+            task.position = S - T + t, task.begin = first_chunk(task.position, window);
+            task.num_tokens = std::min(T - t, same_first_chunk(task.position, window));
+            task.q = q_TAE.data() + t * stride, task.out = out.get() + t * stride;
+        }
         kernels.attention(task);
     }
     const int begin = first_chunk(S - 1, window);
@@ -352,12 +381,14 @@ void bind_kernels(nb::module_& m) {
     m.def("matmul", &matmul, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);
     m.def("accumulators", &accumulators, "isa"_a, "buffer"_a, "tensors"_a, "matrices"_a, "name"_a, "x_TK"_a);
     m.def("rmsnorm", &rmsnorm, "isa"_a, "x_TD"_a, "weight_D"_a, "eps"_a);
+    m.def("layernorm", &layernorm, "isa"_a, "x_TD"_a, "weight_D"_a, "bias_D"_a, "eps"_a);
+    m.def("gelu", &gelu, "isa"_a, "x_TN"_a);
     m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
     m.def("largest", &largest, "isa"_a, "x"_a);
     m.def("split", &split, "isa"_a, "x_TK"_a);
     m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
     m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "window"_a = kNoWindow,
-          "split"_a = false);
+          "split"_a = false, "causal"_a = true);
     m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);
     m.def("highest", &highest, "isa"_a, "x"_a);
     m.def("keep", &keep, "isa"_a, "x"_a, "low"_a, "high"_a);

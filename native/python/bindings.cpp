@@ -232,6 +232,7 @@ NB_MODULE(_native, m) {
         .def("time_attention", &Model::time_attention, "context"_a, "repeats"_a)
         .def_prop_ro("bytes_per_step", &Model::bytes_per_step)
         .def_prop_ro("num_threads", &Model::num_threads);
+    bind_encoder(m);
     bind_kernels(m);
     bind_training(m);
 }

@@ -9,10 +9,24 @@
 namespace gossamer {
 namespace {
 
+Fields block_fields(nb::handle block, std::size_t index) {
+    return {block, "block " + std::to_string(index) + " of the model's config"};
+}
+
+BlockNames read_names(const Fields& fields) {
+    return {.linears = fields.texts("linears"), .biases = fields.texts("biases")};
+}
+
+EncoderBlockConfig read_encoder_block(nb::handle block, std::size_t index) {
+    const Fields fields = block_fields(block, index);
+    return {.names = read_names(fields),
+            .attention_norm = fields.text("attention_norm"),
+            .feed_forward_norm = fields.text("feed_forward_norm")};
+}
+
 BlockConfig read_block(nb::handle block, std::size_t index) {
-    const Fields fields(block, "block " + std::to_string(index) + " of the model's config");
-    return {.linears = fields.texts("linears"),
-            .biases = fields.texts("biases"),
+    const Fields fields = block_fields(block, index);
+    return {.names = read_names(fields),
             .attention_norm = fields.text("attention_norm"),
             .feed_forward_norm = fields.text("feed_forward_norm"),
             .query_norm = fields.text("query_norm"),
@@ -58,6 +72,27 @@ DecoderConfig read_decoder_config(nb::dict config) {
                         .blocks = {}};
     for (nb::handle block : fields.list("blocks"))
         found.blocks.push_back(read_block(block, found.blocks.size()));
+    return found;
+}
+
+EncoderConfig read_encoder_config(nb::dict config) {
+    const Fields fields(config, "the model's config");
+    EncoderConfig found{.hidden_size = fields.integer("hidden_size"),
+                        .vocab_size = fields.integer("vocab_size"),
+                        .num_heads = fields.integer("num_heads"),
+                        .head_dim = fields.integer("head_dim"),
+                        .intermediate_size = fields.integer("intermediate_size"),
+                        .num_positions = fields.integer("num_positions"),
+                        .first_position = fields.integer("first_position"),
+                        .num_types = fields.integer("num_types"),
+                        .norm_eps = fields.number("norm_eps"),
+                        .embedding = fields.text("embedding"),
+                        .positions = fields.text("positions"),
+                        .types = fields.text("types"),
+                        .norm = fields.text("norm"),
+                        .blocks = {}};
+    for (nb::handle block : fields.list("blocks"))
+        found.blocks.push_back(read_encoder_block(block, found.blocks.size()));
     return found;
 }
 

@@ -66,10 +66,10 @@ struct Description {
             file >> blocks.emplace_back().rope >> blocks.back().window;
         } else if (word == "is") {
             file >> name;
-            file >> blocks.back().linears[name];
+            file >> blocks.back().names.linears[name];
         } else if (word == "bias") {
             file >> name;
-            file >> blocks.back().biases[name];
+            file >> blocks.back().names.biases[name];
         } else if (word == "norm") {
             file >> name;
             file >> norm(blocks.back(), name);

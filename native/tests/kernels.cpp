@@ -53,6 +53,7 @@ constexpr int kLengths[] = {1, 2, 7, 16, 33, 100, 1031};
 
 void run_vectors(const VectorKernels& kernels, Numbers& numbers) {
     Hash rmsnorm("rmsnorm"), swiglu("swiglu"), largest("largest"), quantize("quantize"), split("split");
+    Hash layernorm("layernorm"), gelu("gelu");
     for (const int count : kLengths) {
         const std::vector<float> x = numbers.floats(count, 20), w = numbers.floats(count);
         std::vector<float> y(x.size());
@@ -60,6 +61,10 @@ void run_vectors(const VectorKernels& kernels, Numbers& numbers) {
         std::vector<std::uint16_t> high(x.size()), low(x.size());
         rmsnorm.add_one(kernels.rmsnorm(x.data(), w.data(), 1e-5f, count, y.data()));
         rmsnorm.add(y);
+        layernorm.add_one(kernels.layernorm(x.data(), w.data(), w.data(), 1e-5f, count, y.data()));
+        layernorm.add(y);
+        gelu.add_one(kernels.gelu(x.data(), count, y.data()));
+        gelu.add(y);
         swiglu.add_one(kernels.swiglu(x.data(), w.data(), count, y.data()));
         swiglu.add(y);
         const float most = kernels.largest(x.data(), count);

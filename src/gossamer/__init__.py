@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gossamer.checkpoint.directory import Checkpoint as Checkpoint
     from gossamer.engine import LLM as LLM
+    from gossamer.engine import Encoder as Encoder
     from gossamer.engine import Generation as Generation
     from gossamer.engine import SamplingParams as SamplingParams
     from gossamer.errors import GossamerError as GossamerError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 HOMES = {
     "LLM": "gossamer.engine",
     "Checkpoint": "gossamer.checkpoint.directory",
+    "Encoder": "gossamer.engine",
     "Generation": "gossamer.engine",
     "GossamerError": "gossamer.errors",
     "MaskCallback": "gossamer.training.masks",

@@ -35,6 +35,52 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
 
+class Encoder:
+    """An encoder over the packed file in `buffer`, made of what `config` says (`native_encoder_config()`).
+
+    Texts lie one behind the other, `ids` and `types` of all of their tokens, `lengths` of each text: int32.
+    What comes out depends neither on the number of threads nor on which texts are given together.
+
+    config:
+        hidden_size, vocab_size, num_heads, head_dim, intermediate_size: int, of all blocks.
+        num_positions, num_types: int, rows of these tables; first_position: int, the row of a text's first
+            token.
+        norm_eps: float, of every LayerNorm.
+        embedding: name of a matrix; positions, types: names of tables; norm: name of a LayerNorm, which is
+            that of its weight and bias without these words.
+        blocks: a list, in order, of {
+            linears: the name of the matrix for each of q, k, v, o, up, down;
+            biases: the name of a float32 vector for each of these that has one;
+            attention_norm, feed_forward_norm: names of LayerNorms}.
+        linears: the header's table of matrices, name -> {"storage", "values", "rows", "columns"}.
+    Vectors and tables are stored with zeros up to a multiple of 16. FormatError names what is missing, has a
+    wrong type or shape, or contradicts the file.
+    """
+
+    def __init__(
+        self, buffer: np.ndarray, tensors: _Tensors, config: Mapping[str, Any], num_threads: int
+    ) -> None: ...
+    def hidden_states(self, ids: np.ndarray, types: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """float32 [tokens, D]: what the last block says of each token. The GIL is released.
+
+        EngineError when ids, types or lengths do not fit the model or each other; so for `encode`.
+        """
+
+    def encode(
+        self,
+        ids: np.ndarray,
+        types: np.ndarray,
+        lengths: np.ndarray,
+        pooling: Literal["mean", "max", "cls"],
+    ) -> np.ndarray:
+        """float32 [texts, D]: of each text the mean or maximum of its hidden states, or its first token's.
+
+        The GIL is released. ConfigError for another pooling.
+        """
+
+    @property
+    def num_threads(self) -> int: ...
+
 class Model:
     """A decoder over the packed file in `buffer`, made of what `config` says (`Packed.native_config()`).
 
@@ -162,6 +208,14 @@ def f32_peak(isa: str, num_threads: int, repeats: int) -> float:
 def rmsnorm(isa: str, x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
     """float32 y = weight * x / sqrt(mean(x^2) + eps), and max|y| [T, 1]."""
 
+def layernorm(
+    isa: str, x_TD: np.ndarray, weight_D: np.ndarray, bias_D: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """float32 y = weight * (x - mean) / sqrt(variance + eps) + bias, and max|y| [T, 1]."""
+
+def gelu(isa: str, x_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 y = x / 2 (1 + erf(x / sqrt(2))), and max|y| [T, 1]."""
+
 def largest(isa: str, x: np.ndarray) -> float:
     """max|x| of float32 numbers."""
 
@@ -182,10 +236,12 @@ def attention(
     v_SE: np.ndarray,
     window: int = 1 << 30,
     split: bool = False,
+    causal: bool = True,
 ) -> np.ndarray:
     """float32 [T * A, E]: softmax(q k^T / sqrt(E)) v of the last T of S positions at one key/value head.
 
-    Each token sees `window` positions up to its own. `split` (one token): by chunks, which are merged then.
+    Each token sees `window` positions up to its own; if not `causal`, all S, without a window. `split`
+    (one token): by chunks, which are merged then.
     """
 
 def rope(isa: str, x_HE: np.ndarray, cos_sin: np.ndarray) -> np.ndarray:

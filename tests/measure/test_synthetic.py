@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.architecture.families import read_anatomy
 from gossamer.measure.synthetic import CONFIGS, Image, Recipe, synthetic_file, synthetic_image
-from gossamer.packed.header import EMBEDDING, HEAD, Stored, StoredMatrix
+from gossamer.packed.header import Stored, StoredMatrix
 from gossamer.packed.reader import Packed
 from gossamer.packed.values import Values
 

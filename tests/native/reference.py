@@ -8,8 +8,8 @@ sum's last bit into a whole step.
 
 import numpy as np
 
+from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.frequencies import inverse_frequencies
-from gossamer.packed.header import EMBEDDING
 from gossamer.packed.reader import Packed
 
 

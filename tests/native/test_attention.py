@@ -14,6 +14,7 @@ ROWS = [row for row in _native.kernels() if row["family"] == "attention" and row
 KVS = ("f32", "bf16", "i8")
 NO_WINDOW = 1 << 30
 WINDOWS = (1, 2, 15, 16, 17, 63, 64, 100, 255, 256, 257, 300, 512, 513)
+TEXTS = (1, 2, 5, 15, 16, 17, 24, 63, 100, 255, 256, 257, 300, 512, 513)
 POSITIONS = (1, 2, 3, 5, 15, 16, 17, 31, 63, 100, 255, 256, 257, 511, 700)
 cell = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['values']}-{row['isa']}")
 
@@ -28,12 +29,14 @@ def draw(
     return q_TAE, k_SE * rng.uniform(0.1, 2, (positions, 1)).astype(np.float32), v_SE
 
 
-def attention(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, window: int = NO_WINDOW) -> np.ndarray:
-    """softmax(q k^T / sqrt(E)) v in float64, every token seeing `window` positions up to its own."""
+def attention(
+    q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, window: int = NO_WINDOW, causal: bool = True
+) -> np.ndarray:
+    """softmax(q k^T / sqrt(E)) v in float64, every token seeing `window` positions up to its own, or all."""
     T, S = len(q_TAE), len(k_SE)
     scores_TAS = q_TAE.astype(np.float64) @ k_SE.T.astype(np.float64) / np.sqrt(q_TAE.shape[2])
     own_T11 = np.arange(S - T, S)[:, None, None]
-    seen_T1S = (np.arange(S) <= own_T11) & (np.arange(S) > own_T11 - window)
+    seen_T1S = ((np.arange(S) <= own_T11) | (not causal)) & (np.arange(S) > own_T11 - window)
     scores_TAS = np.where(seen_T1S, scores_TAS, -np.inf)
     weights_TAS = np.exp(scores_TAS - scores_TAS.max(axis=2, keepdims=True))
     return (weights_TAS @ v_SE / weights_TAS.sum(axis=2, keepdims=True)).reshape(-1, q_TAE.shape[2])
@@ -46,11 +49,18 @@ def bound(q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray) -> float:
 
 
 def check(
-    row: dict[str, str], q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, window: int = NO_WINDOW
+    row: dict[str, str],
+    q_TAE: np.ndarray,
+    k_SE: np.ndarray,
+    v_SE: np.ndarray,
+    window: int = NO_WINDOW,
+    causal: bool = True,
 ) -> np.ndarray:
-    found = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE, window)
+    found = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE, window, causal=causal)
     (k, k_scale), (v, v_scale) = cached(k_SE, row["values"]), cached(v_SE, row["values"])
-    expected = attention(q_TAE, k.astype(np.float64) * k_scale, v.astype(np.float64) * v_scale, window)
+    expected = attention(
+        q_TAE, k.astype(np.float64) * k_scale, v.astype(np.float64) * v_scale, window, causal
+    )
     unit = 3e-4 if row["isa"] == "amx" else 1e-5  # tiles: see below
     atol = unit if row["values"] != "i8" else bound(q_TAE, k_SE, v_SE)
     np.testing.assert_allclose(found, expected, rtol=unit, atol=atol)
@@ -92,6 +102,45 @@ def test_a_window_that_holds_everything_changes_no_bit(isa: str, kv: str) -> Non
         for window in (positions, positions + 1, NO_WINDOW):
             np.testing.assert_array_equal(_native.attention(isa, kv, *arrays, window), expected)
         assert not np.array_equal(_native.attention(isa, kv, *arrays, positions - 1), expected)
+
+
+@cell
+@pytest.mark.parametrize("tokens", TEXTS)
+def test_tokens_of_a_text_see_all_of_it(row: dict[str, str], tokens: int) -> None:
+    for heads, before, width in ((1, 0, 64), (3, 0, 20), (1, 7, 32)):
+        arrays = draw(tokens, heads, before + tokens, width)
+        found = check(row, *arrays, causal=False)
+        differs = tokens > 1  # from what they see of what came before them
+        assert differs != np.array_equal(found, _native.attention(row["isa"], row["values"], *arrays))
+
+
+@pytest.mark.parametrize("kv", KVS)
+@pytest.mark.parametrize("tokens", TEXTS)
+def test_a_token_of_a_text_gets_the_bits_of_a_last_token(tokens: int, kv: str) -> None:
+    """On every level, by itself or with any others, in one piece or by chunks."""
+    q_TAE, k_SE, v_SE = draw(tokens, 2, tokens, 20)
+    last = [_native.attention("scalar", kv, q_TAE[t : t + 1], k_SE, v_SE) for t in range(tokens)]
+    for isa in ISAS:
+        found = _native.attention(isa, kv, q_TAE, k_SE, v_SE, causal=False)
+        np.testing.assert_array_equal(found, np.concatenate(last))
+        for first, end in ((0, 1), (tokens // 3, tokens // 3 + 24), (tokens - 1, tokens)):
+            some = _native.attention(isa, kv, q_TAE[first:end], k_SE, v_SE, causal=False)
+            np.testing.assert_array_equal(some, found[2 * first : 2 * end])
+        apart = _native.attention(isa, kv, q_TAE[:1], k_SE, v_SE, split=True, causal=False)
+        np.testing.assert_array_equal(apart, found[:2])
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="the emulation of tiles packs its rows with AVX-512")
+@pytest.mark.parametrize("tokens", TEXTS)
+def test_tiles_show_tokens_all_of_a_text(tokens: int) -> None:
+    q_TAE, k_SE, v_SE = draw(tokens, 1, tokens, 64)
+    found = _native.attention("amx-emulated", "bf16", q_TAE, k_SE, v_SE, causal=False)
+    (k, _), (v, _) = cached(k_SE, "bf16"), cached(v_SE, "bf16")
+    np.testing.assert_allclose(found, attention(q_TAE, k, v, causal=False), rtol=3e-4, atol=3e-4)
+    tiled = tokens >= 16
+    assert tiled != np.array_equal(
+        found, _native.attention("avx512", "bf16", q_TAE, k_SE, v_SE, causal=False)
+    )
 
 
 @pytest.mark.skipif("avx512" not in ISAS, reason="the emulation of tiles packs its rows with AVX-512")
@@ -158,6 +207,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for window in (-1, 0, NO_WINDOW + 1):
         with pytest.raises(EngineError):
             _native.attention("scalar", "f32", q_TAE, k_SE, v_SE, window)
+    with pytest.raises(EngineError):
+        _native.attention("scalar", "f32", q_TAE, k_SE, v_SE, 2, causal=False)
     for wrong in ((q_TAE, k_SE[:1], v_SE[:1]), (q_TAE, k_SE, v_SE[:, :6].copy()), (q_TAE, k_SE[:3], v_SE)):
         with pytest.raises(EngineError):
             _native.attention("scalar", "f32", *wrong)

@@ -1,5 +1,6 @@
 """Every cell of the kernel table against NumPy in float64 or exact integers."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from gossamer import _native
 from gossamer.checkpoint.weights import to_float32
@@ -20,6 +22,8 @@ ROWS = _native.kernels()
 MATMUL = [row for row in ROWS if row["family"] == "matmul"]
 VECTORS = {  # inputs of one length [1, n] -> outputs that every level must give with the bits of scalar
     "rmsnorm": lambda isa, a, b: _native.rmsnorm(isa, a, b[0], 1e-5),
+    "layernorm": lambda isa, a, b: _native.layernorm(isa, a, b[0], a[0], 1e-5),
+    "gelu": lambda isa, a, b: _native.gelu(isa, a),
     "swiglu": lambda isa, a, b: _native.swiglu(isa, a, b),
     "largest": lambda isa, a, b: _native.largest(isa, a[0]),
     "quantize": lambda isa, a, b: _native.quantize(isa, a),
@@ -188,6 +192,48 @@ def test_rmsnorm_and_swiglu_equal_numpy_with_the_same_bits_on_every_level() -> N
             found = _native.rmsnorm(isa, x_TD, weight_D, 1e-2)[0], _native.swiglu(isa, x_TD, up_TD)[0]
             np.testing.assert_allclose(found[0], norm, rtol=1e-6)
             np.testing.assert_allclose(found[1], silu, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_layernorm_equals_torch_in_float64(isa: str) -> None:
+    """Of ordinary rows, of rows far from zero, of one number, and of equal numbers (nothing but the bias)."""
+    rng = np.random.default_rng(2)
+    for width, shift, eps in itertools.product((1, 2, 15, 16, 17, 37, 768, 2053), (0, -300), (1e-12, 1e-2)):
+        x_TD = (shift + 5 * rng.standard_normal((4, width))).astype(np.float32)
+        x_TD[3] = x_TD[3, 0]
+        weight_D, bias_D = rng.standard_normal((2, width)).astype(np.float32)
+        found_TD, largest_T1 = _native.layernorm(isa, x_TD, weight_D, bias_D, eps)
+        x, weight, bias = (torch.from_numpy(array).double() for array in (x_TD, weight_D, bias_D))
+        expected_TD = torch.nn.functional.layer_norm(x, (width,), weight, bias, eps).numpy()
+        np.testing.assert_allclose(found_TD, expected_TD, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(found_TD[3], bias_D)
+        np.testing.assert_array_equal(largest_T1, np.abs(found_TD).max(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_gelu_equals_torch_in_float64(isa: str) -> None:
+    """Every 1021st float32, more of those from -14 to 14."""
+    every = np.arange(0, 1 << 32, 1021, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    every = every[np.isfinite(every)]
+    x = np.concatenate([every, np.linspace(-14, 14, 1 << 20, dtype=np.float32)])
+    y_1N, largest_11 = _native.gelu(isa, x[None])
+    wide = torch.from_numpy(x).double()
+    expected = (wide / 2 * torch.special.erfc(-wide * 0.5**0.5)).numpy()  # erfc(-z) is 1 + erf(z)
+    assert (np.abs(y_1N[0] - expected) <= 1.6e-7 * np.maximum(1, np.abs(x))).all()
+    tail = (x < -4) & (x > -14)
+    np.testing.assert_allclose(y_1N[0, tail], expected[tail], rtol=0, atol=1e-8)
+    assert largest_11 == np.abs(y_1N).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [1, 5, 8, 16, 21])
+def test_gelu_at_the_ends_of_float32(isa: str, width: int) -> None:
+    found = {x: _native.gelu(isa, np.full((1, width), x, np.float32)) for x in (0.0, np.inf, -np.inf, np.nan)}
+    assert (found[0.0][0] == 0).all() and not np.signbit(found[0.0][0]).any()
+    assert np.signbit(_native.gelu(isa, np.full((1, width), -0.0, np.float32))[0]).all()
+    assert (found[np.inf][0] == np.inf).all() and found[np.inf][1] == np.inf
+    assert (np.abs(found[-np.inf][0]) < 1e-8).all()
+    assert np.isnan(found[np.nan][0]).all() and found[np.nan][1] == 0
 
 
 def test_every_family_of_the_table_is_tested() -> None:

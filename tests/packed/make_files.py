@@ -1,9 +1,9 @@
 """Makes files/*.goss and what each decodes to: the program of each version wrote its own, once, for ever.
 
-    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2|3|4|5
+    PYTHONPATH=tests GOSSAMER_ISA=scalar python tests/packed/make_files.py 1|2|3|4|5|6
 
 Version 1 was written by the program as it was at commit 1df9987, before it knew another version; versions 2
-to 5 by the first programs that wrote them. A file that is there is never made again: it stands for those
+to 6 by the first programs that wrote them. A file that is there is never made again: it stands for those
 that people have.
 """
 
@@ -12,6 +12,7 @@ import importlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,21 @@ TIED = {
 }
 WIDE = {"hidden_size": 132, "intermediate_size": 20}  # two groups of inputs, the second a short one
 STRIPS = {"intermediate_size": 270}  # the second strip a short one
+ENCODER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 32,
+    "type_vocab_size": 2,
+    "num_hidden_layers": 2,
+    "tie_word_embeddings": True,
+}
+BERT = ENCODER | {"architectures": ["BertModel"], "vocab_size": 101}
+ROBERTA = ENCODER | {"architectures": ["RobertaModel"], "vocab_size": 320, "pad_token_id": 1}
 # name -> settings beside the common ones, types of the linears. Tied models have a tokenizer, and an int8
-# head beside the embedding; from version 4 on an embedding of the type in the name, which is the head.
+# head beside the embedding; from version 4 on an embedding of the type in the name, which is the head. An
+# encoder of integers has a tokenizer and an int8 embedding.
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "v1-floats": (UNTIED | {"architectures": LLAMA, "head_dim": 8}, FLOATS),
     "v1-integers": (TIED | {"architectures": LLAMA, "head_dim": 8, "rope_scaling": LLAMA3}, INTEGERS),
@@ -69,6 +83,8 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "v4-i8-integers": (TIED | {"architectures": LLAMA, "head_dim": 8}, INTEGERS),
     "v4-i4-integers": (TIED | WIDE | {"architectures": LLAMA, "head_dim": 8}, INTEGERS),
     "v5-blocks-integers": (TIED | STRIPS | {"architectures": LLAMA, "head_dim": 8}, ("i8",)),
+    "v6-bert-floats": (BERT, FLOATS),
+    "v6-roberta-integers": (ROBERTA, INTEGERS),
 }
 
 
@@ -81,8 +97,9 @@ def write(name: str, program: Any) -> None:
     """The file, its linears by turns of each type and storage, half of their weights zero."""
     settings, types = MODELS[name]
     config, rng = COMMON | settings, np.random.default_rng(sorted(MODELS).index(name))
-    tied = config["tie_word_embeddings"]
-    companions = {"config": json.dumps(config), "tokenizer": tokenizer() if tied else b""}
+    encoder = name.startswith("v6")
+    has_tokenizer = name.endswith("integers")
+    companions = {"config": json.dumps(config), "tokenizer": tokenizer() if has_tokenizer else b""}
     with program.PackedWriter(FILES / f"{name}.goss", **companions, parent="ab" * 32) as writer:
         add_vector = program.PackedWriter.norm if name.startswith("v1") else program.PackedWriter.vector
         for vector, size in vectors(config).items():
@@ -91,15 +108,21 @@ def write(name: str, program: Any) -> None:
         if name.startswith("v4"):
             write_linear(writer, "model.embed_tokens", name.split("-")[1], embedding.shape, "dense", rng)
         else:
-            writer.floats("model.embed_tokens", bfloat16(embedding))
+            words = "embeddings.word_embeddings" if encoder else "model.embed_tokens"
+            if encoder and has_tokenizer:
+                write_linear(writer, words, "i8", embedding.shape, "dense", rng)
+            else:
+                writer.floats(words, bfloat16(embedding))
         for index, (linear, shape) in enumerate(linears(config).items()):
             storage = storages(name)[index // 2 % 2]
             write_linear(writer, linear, types[index % len(types)], shape, storage, rng)
-        if not name.startswith("v4"):
+        if not name.startswith("v4") and not encoder:
             write_linear(writer, "lm_head", types[0], embedding.shape, "dense", rng)
 
 
 def vectors(config: dict[str, Any]) -> dict[str, int]:
+    if config["hidden_act"] == "gelu":
+        return encoder_vectors(config)
     sizes = {"model.norm.weight": config["hidden_size"]}
     for index in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{index}."
@@ -110,7 +133,28 @@ def vectors(config: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
+def encoder_vectors(config: dict[str, Any]) -> dict[str, int]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    sizes = {
+        "embeddings.position_embeddings.weight": config["max_position_embeddings"] * hidden,
+        "embeddings.token_type_embeddings.weight": config["type_vocab_size"] * hidden,
+    }
+    norms = ["embeddings.LayerNorm"]
+    for name in linears(config):
+        sizes[f"{name}.bias"] = inner if name.endswith("intermediate.dense") else hidden
+        if name.endswith("output.dense"):
+            norms.append(name.replace("dense", "LayerNorm"))
+    return sizes | {f"{norm}.{part}": hidden for norm in norms for part in ("weight", "bias")}
+
+
 def linears(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    if config["hidden_act"] == "gelu":
+        hidden, inner = config["hidden_size"], config["intermediate_size"]
+        of_block = {f"attention.self.{name}": (hidden, hidden) for name in ("query", "key", "value")}
+        of_block |= {"attention.output.dense": (hidden, hidden), "intermediate.dense": (inner, hidden)}
+        of_block["output.dense"] = (hidden, inner)
+        layers = range(config["num_hidden_layers"])
+        return {f"encoder.layer.{layer}.{name}": it for layer in layers for name, it in of_block.items()}
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     width, kv = heads * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
     attention = {"q_proj": (width, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
@@ -158,17 +202,25 @@ def contents(packed: Any) -> dict[str, Any]:
     """What an open file holds: the hash of each matrix and vector (float32), and logits of the engine.
 
     `alone` are those of the first of `IDS` by itself, `last` those after all of them; keys and values are
-    cached as float32.
+    cached as float32. Of an encoder they are hidden states.
     """
     hashes = {name: sha256(packed.linear(name)) for name in json.loads(packed.metadata["layers"])}
     read_vector = packed.vector if hasattr(packed, "vector") else packed.norm  # its name at 1df9987
     hashes |= {name: sha256(read_vector(name)) for name in vectors(packed.config)}
-    model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 1, "f32")
-    alone, last = (
-        model.forward([model.new_sequence(len(ids))], [np.array(ids, np.int32)])[0].tolist()
-        for ids in (IDS[:1], IDS)
-    )
+    step = hidden_states(packed) if packed.metadata["version"] == "6" else logits(packed)
+    alone, last = (step(np.array(ids, np.int32))[-1].tolist() for ids in (IDS[:1], IDS))
     return {"sha256": hashes, "alone": alone, "last": last}
+
+
+def logits(packed: Any) -> Callable[[np.ndarray], np.ndarray]:
+    model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 1, "f32")
+    return lambda ids: model.forward([model.new_sequence(len(ids))], [ids])
+
+
+def hidden_states(packed: Any) -> Callable[[np.ndarray], np.ndarray]:
+    arguments = packed.buffer, packed.native_tensors(), packed.native_encoder_config()
+    encoder = _native.Encoder(*arguments, 1)
+    return lambda ids: encoder.hidden_states(ids, np.zeros_like(ids), np.array([len(ids)], np.int32))
 
 
 def sha256(array: np.ndarray) -> str:

@@ -122,10 +122,10 @@ def swap(header: Header) -> None:
 
 
 EDITS: dict[str, tuple[Callable[[Header], Any], str]] = {
-    "newer version": (lambda h: set_version(h, "6"), "'6'; expected 1, 2, 3, 4 or 5; it is newer than"),
+    "newer version": (lambda h: set_version(h, "7"), "'7'; expected 1, 2, 3, 4, 5 or 6; it is newer than"),
     "much newer version": (lambda h: set_version(h, "9" * 5000), "newer than this program"),
-    "version 0": (lambda h: set_version(h, "0"), "version '0'; expected 1, 2, 3, 4 or 5"),
-    "version a number": (lambda h: set_version(h, 1), "version 1; expected 1, 2, 3, 4 or 5"),
+    "version 0": (lambda h: set_version(h, "0"), "version '0'; expected 1, 2, 3, 4, 5 or 6"),
+    "version a number": (lambda h: set_version(h, 1), "version 1; expected 1, 2, 3, 4, 5 or 6"),
     "version in other digits": (lambda h: set_version(h, "\u0661"), "expected 1"),
     "no version": (lambda h: h["__metadata__"].pop("version"), "version None"),
     "no metadata": (lambda h: h.pop("__metadata__"), "no packed model"),

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from gossamer import _native
+from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.errors import FormatError
-from gossamer.packed.header import DEFLATED, EMBEDDING
+from gossamer.packed.header import DEFLATED
 from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter
 from gossamer.stages.pack import Pack, pack

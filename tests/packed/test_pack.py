@@ -15,13 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gossamer import _native
+from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine.model import OpenModel
 from gossamer.errors import CheckpointError, ConfigError, FormatError, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.packed.cache import cached_pack
 from gossamer.packed.from_checkpoint import expands_int8_fast
-from gossamer.packed.header import EMBEDDING
 from gossamer.packed.reader import Packed
 from gossamer.stages.pack import Pack, pack
 from gossamer.tokens.tokenizer import Tokenizer

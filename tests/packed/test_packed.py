@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import gossamer
+from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
 from gossamer.packed import panels, streams
-from gossamer.packed.header import EMBEDDING, vector_sizes
+from gossamer.packed.header import vector_sizes
 from gossamer.packed.reader import Packed
 from gossamer.packed.writer import PackedWriter, smallest_storage
 from packed.matrices import VALUES, random_matrix

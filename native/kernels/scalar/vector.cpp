@@ -28,6 +28,19 @@ float rmsnorm(const float* x_D, const float* weight_D, float eps, int count, flo
     return largest(y_D, count);
 }
 
+float layernorm(const float* x_D, const float* weight_D, const float* bias_D, float eps, int count,
+                float* y_D) {
+    double lanes[kLanes] = {}, squares[kLanes] = {};
+    for (int i = 0; i < count; ++i) lanes[i % kLanes] += double(x_D[i]);
+    const double mean = mean_of(lanes, count);
+    for (int i = 0; i < count; ++i) squares[i % kLanes] += (x_D[i] - mean) * (x_D[i] - mean);
+    const float inverse = inverse_rms(squares, count, eps);
+    const SplitMean split(mean);
+    for (int i = 0; i < count; ++i)
+        y_D[i] = std::fma(weight_D[i], ((x_D[i] - split.high) - split.low) * inverse, bias_D[i]);
+    return largest(y_D, count);
+}
+
 float quantize(const float* x_K, int count, float largest_x, std::uint8_t* q_K) {
     const float scale = quantization_scale(largest_x);
     for (int i = 0; i < count; ++i)
@@ -40,6 +53,17 @@ void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* lo
         high_K[i] = nearest_bf16(x_K[i]);
         low_K[i] = nearest_bf16(x_K[i] - widened(high_K[i]));
     }
+}
+
+float gelu(const float* x, int count, float* y) {
+    for (int i = 0; i < count; ++i) {
+        const float a = std::min(std::abs(x[i]), kGeluEnd);
+        float p = kGelu[0];
+        for (int j = 1; j <= kGeluDegree; ++j) p = std::fma(p, a, kGelu[j]);
+        const float square = p * p, fourth = square * square;
+        y[i] = std::max(x[i], 0.0f) - a / (fourth * fourth);
+    }
+    return largest(y, count);
 }
 
 float swiglu(const float* gate, const float* up, int count, float* y) {

@@ -1,5 +1,6 @@
 """CPU inference over packed models: no torch."""
 
+from gossamer.engine.encoder import Encoder
 from gossamer.engine.llm import LLM
 from gossamer.engine.model import OpenModel, cached_type, native_model
 from gossamer.engine.options import EngineOptions, GenerationOptions, KvCacheDtype
@@ -9,6 +10,7 @@ from gossamer.engine.scheduler import Scheduler
 
 __all__ = [
     "LLM",
+    "Encoder",
     "EngineOptions",
     "Generation",
     "GenerationOptions",

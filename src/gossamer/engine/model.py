@@ -46,16 +46,16 @@ class OpenModel:
         *,
         offline: bool = False,
     ) -> "OpenModel":
-        """Map a .goss file and validate it (FormatError says what is wrong with it).
+        """Map a .goss file and validate it (FormatError says what is wrong with it, UnsupportedError that
+        it is an encoder).
 
         A checkpoint directory, or a model of the hub, is packed once into the cache. `num_threads` None: see
         `default_threads`; `kv_cache_dtype`: see `native_model`; `offline`: never touch the network.
         """
-        threads = default_threads() if num_threads is None else num_threads
-        if not isinstance(threads, int) or threads < 1:
-            raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
+        threads = num_threads_of(num_threads)
         packed = open_packed(path, progress, offline=offline)
-        tokenizer = _tokenizer(packed)
+        packed.refuse_encoder()
+        tokenizer = tokenizer_of(packed)
         native = native_model(packed, threads, kv_cache_dtype)
         return cls(packed.path, native, tokenizer, packed.architecture, threads, packed.generation_config)
 
@@ -123,7 +123,16 @@ def cached_type(packed: Packed, kv_cache_dtype: KvCacheDtype) -> Literal["f32", 
     return "f32" if any(packed.matrices[name].values == "f32" for name in packed.decoder) else "bf16"
 
 
-def _tokenizer(packed: Packed) -> Tokenizer:
+def num_threads_of(num_threads: int | None) -> int:
+    """The number that was asked for, or `default_threads`; ConfigError for what is none."""
+    threads = default_threads() if num_threads is None else num_threads
+    if not isinstance(threads, int) or threads < 1:
+        raise ConfigError(f"num_threads is {num_threads!r}; expected an integer of at least 1.")
+    return threads
+
+
+def tokenizer_of(packed: Packed) -> Tokenizer:
+    """The tokenizer in the file; FormatError where there is none."""
     content = packed.tokenizer_json
     if content is None:
         raise FormatError(f"{packed.path}: holds no tokenizer, so it can be measured but not asked.")

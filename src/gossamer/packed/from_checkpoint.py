@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gossamer import _native
-from gossamer.architecture.anatomy import EMBEDDING, HEAD
+from gossamer.architecture.anatomy import Anatomy
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.provenance import read_provenance
 from gossamer.checkpoint.schemes import (
@@ -27,12 +27,13 @@ from gossamer.checkpoint.schemes import (
     row_scales_and_multipliers,
 )
 from gossamer.checkpoint.weights import to_float32
-from gossamer.errors import CheckpointError
+from gossamer.errors import CheckpointError, ConfigError
 from gossamer.job.report import Event, Progress, quiet
-from gossamer.packed.header import StorageKind, StoredMatrix, matrix_shapes, vector_sizes
+from gossamer.packed.header import POOLING, StorageKind, StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.rounding import Rounded, RoundedMatrix, round_matrix
 from gossamer.packed.writer import PackedWriter, Purpose, best_storage
 from gossamer.tokens.encoder import read_files
+from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.tokenizer import Tokenizer, read_template
 
 SMALLER_SPARSE = 1 / 8  # a mask bit a weight against the 8 bits of each zero
@@ -48,6 +49,7 @@ class Types:
 
     `head` "auto" is int8 if the decoder is of integers. `embedding` "auto" is what the head is, where the
     two are tied, and else as the checkpoint has it. What is tied and of one type is stored once, for both.
+    An encoder has no head, and its embedding "auto" is what a decoder's head would be.
     """
 
     embedding: TableType = "auto"
@@ -57,20 +59,22 @@ class Types:
     def of(self, source: Checkpoint) -> "Types":
         """The same without "auto"."""
         tied, scheme = source.architecture.tie_word_embeddings, scheme_of(source)
-        head, embedding = self.head, self.embedding
+        head, embedding, is_encoder = self.head, self.embedding, source.architecture.is_encoder
+        if is_encoder and head != "auto":
+            raise ConfigError(f"{source.path}: an encoder has no head to store as {head}; leave that out")
         if head == "auto" and tied and embedding in ("i8", "i4"):
             head = embedding
         if head == "auto":
             head = "i8" if scheme or self.linears == "i4" else "keep"
         if embedding == "auto":
-            embedding = head if tied else "keep"
+            embedding = head if tied or is_encoder else "keep"
         return Types(embedding, head, "keep" if scheme and scheme.grouped else self.linears)
 
-    def of_matrix(self, name: str) -> TableType | LinearType:
+    def of_matrix(self, name: str, anatomy: Anatomy) -> TableType | LinearType:
         """What becomes of this matrix."""
-        if name == EMBEDDING:
+        if name == anatomy.embedding:
             return self.embedding
-        return self.head if name == HEAD else self.linears
+        return self.head if name == anatomy.head else self.linears
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,10 @@ def pack_checkpoint(
     dense where this machine reads it faster so. `purpose`: what int8 is stored for (`best_storage`), where
     prompts skip zeros. UnsupportedError for a quantization that we do not run.
     """
-    types, names = types.of(source), [*matrix_shapes(source.architecture)]
-    if HEAD not in names and types.head != types.embedding:
-        names.append(HEAD)
+    types, anatomy = types.of(source), source.architecture
+    names, head = [*matrix_shapes(anatomy)], anatomy.head
+    if head is not None and head not in names and types.head != types.embedding:
+        names.append(head)
     Tokenizer.open(source.path)  # which must be sound, and its ids have rows in the embedding
     roundings: dict[str, Rounding] = {}
     stays_dense = storage == "auto" and not expands_int8_fast()
@@ -124,7 +129,7 @@ def pack_checkpoint(
     companions["tokenizer"] = _minified(companions["tokenizer"])
     with PackedWriter(path, **companions) as writer:
         for index, name in enumerate(names, start=1):
-            wanted = types.of_matrix(name)
+            wanted = types.of_matrix(name, anatomy)
             if wanted in ("i8", "i4"):
                 matrix, roundings[name] = _write_rounded(writer, source, name, wanted, int8)
             else:
@@ -135,7 +140,7 @@ def pack_checkpoint(
                 "sparsity": round(matrix.sparsity, 4),
             }
             progress(Event("pack", name, index, len(names), metrics))
-        for name in vector_sizes(source.architecture):
+        for name in vector_sizes(anatomy, source.names):
             writer.vector(name, source.float32(name))
     integers = [matrix for matrix in writer.matrices.values() if matrix.values == "i8"]
     dense = stays_dense and any(matrix.sparsity > SMALLER_SPARSE for matrix in integers)
@@ -182,6 +187,8 @@ def packed_companions(source: Checkpoint) -> dict[str, Any]:
     files = read_files(source.path)
     small = {"tokenizer_config": files["config"], "generation_config": files["generation_config"]}
     metadata = {key: json.dumps(found) for key, found in small.items() if found}
+    if source.architecture.is_encoder:
+        metadata[POOLING] = json.dumps(Pooling.open(source.path, source.architecture).to_json())
     if (template := read_template(source.path)) is not None:
         metadata["chat_template"] = template
     if origin := source.downloaded or (source.manifest or {}).get("origin"):
@@ -245,8 +252,9 @@ def rounded_matrix(source: Checkpoint, name: str, values: Rounded) -> RoundedMat
 
 def _tensor(source: Checkpoint, name: str) -> str:
     """The tensor that holds matrix `name`: of a tied head the embedding's."""
-    tied = name == HEAD and source.architecture.tie_word_embeddings
-    return f"{EMBEDDING if tied else name}.weight"
+    anatomy = source.architecture
+    tied = name == anatomy.head and anatomy.tie_word_embeddings
+    return f"{anatomy.embedding if tied else name}.weight"
 
 
 def stored_scales(source: Checkpoint, name: str) -> np.ndarray:

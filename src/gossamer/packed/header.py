@@ -8,21 +8,22 @@ found and what was expected.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
+from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.provenance import Provenance
-from gossamer.errors import FormatError, GossamerError
+from gossamer.errors import CheckpointError, FormatError, GossamerError
 from gossamer.packed import blocks, panels, streams
 from gossamer.packed.panels import ALIGNMENT
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, NumberType, Values
+from gossamer.tokens.pooling import Pooling
 
-VERSIONS = ("1", "2", "3", "4", "5")  # that are read; `needed_version` says which one a model is written in
+VERSIONS = ("1", "2", "3", "4", "5", "6")  # that are read; `needed_version` says in which one to write
 TOKENIZER, DEFLATED = "tokenizer.json", "tokenizer.json.zlib"  # the latter from version 4 on
 PROVENANCE = "gossamer"  # member of the configuration, where readers that do not know it leave it alone
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
@@ -37,9 +38,10 @@ DTYPES = {
     "I32": np.dtype("<i4"),
     "U64": np.dtype("<u8"),
 }
+POOLING = "pooling"  # metadata key, of encoders only
 TABLE = "layers"  # metadata key of the table of matrices: the format's word, kept for files written so far
 _REQUIRED = ("config", TABLE, "parent")
-_OPTIONAL = ("chat_template", "tokenizer_config", "generation_config", "origin")
+_OPTIONAL = ("chat_template", "tokenizer_config", "generation_config", "origin", POOLING)
 _METADATA = {"format", "version", *_REQUIRED, *_OPTIONAL}
 
 
@@ -122,17 +124,27 @@ class StoredMatrix:
 def matrix_shapes(anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
     """Name without `.weight` -> (rows, columns): embedding, linears of all blocks, a head of its own."""
     shapes = anatomy.tensor_shapes.items()
-    return {name.removesuffix(".weight"): shape for name, shape in shapes if len(shape) == 2}
+    return {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes
+        if len(shape) == 2 and name not in anatomy.beside
+    }
 
 
-def vector_sizes(anatomy: Anatomy) -> dict[str, int]:
-    """Tensor name -> length: the weights of all norms, and all biases."""
-    return {name: shape[0] for name, shape in anatomy.tensor_shapes.items() if len(shape) == 1}
+def vector_sizes(anatomy: Anatomy, names: Collection[str] = ()) -> dict[str, int]:
+    """Tensor name -> numbers in it: the weights of all norms, all biases, and all that is beside.
+
+    Of what a model may lack, that which is among `names`.
+    """
+    optional = {name: shape for name, shape in anatomy.optional.items() if name in names}
+    shapes = (anatomy.tensor_shapes | optional).items()
+    matrices = {f"{name}.weight" for name in matrix_shapes(anatomy)}
+    return {name: math.prod(shape) for name, shape in shapes if name not in matrices}
 
 
-def vector_tensors(anatomy: Anatomy) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of the weights of norms and of the biases, padded to 64 bytes."""
-    sizes = vector_sizes(anatomy)
+def vector_tensors(anatomy: Anatomy, names: Collection[str] = ()) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of all these, row after row where they are tables, padded to 64 bytes."""
+    sizes = vector_sizes(anatomy, names)
     return {name: ("F32", (panels.round_up(size, ALIGNMENT // 4),)) for name, size in sizes.items()}
 
 
@@ -143,9 +155,12 @@ def needed_version(anatomy: Anatomy, embedding: Values = "f32", blocks: bool = F
 
     Version 1 knows two norms a block, as wide as the hidden states, no biases, and blocks that all attend to
     every position and encode it by rope; version 2 knows further norms, biases, and blocks without rope;
-    version 3 windows of attention; version 4 an embedding of integers; version 5 matrices stored as blocks.
+    version 3 windows of attention; version 4 an embedding of integers; version 5 matrices stored as blocks;
+    version 6 encoders.
     A program that reads only older ones would run such a model wrong, or call the file damaged.
     """
+    if anatomy.is_encoder:
+        return "6"
     if blocks:
         return "5"
     if NUMBER_TYPES[embedding].integer:
@@ -278,10 +293,13 @@ def read_model(
         )
     if anatomy.num_layers * len(anatomy.blocks[0].linears) > num_tensors:
         raise FormatError(f"{source}: {num_tensors} tensors cannot hold {anatomy.num_layers} layers")
+    if POOLING in metadata:
+        read_pooling(metadata, anatomy, source)
     table = _json_object(metadata[TABLE], "table of matrices", source)
-    matrices = {name: _matrix(name, entry, source) for name, entry in table.items()}
+    matrices = {name: _matrix(name, entry, anatomy, source) for name, entry in table.items()}
     _check_shapes(matrices, anatomy, source)
-    embedding, in_blocks = matrices[EMBEDDING].values, any(it.storage == "blocks" for it in matrices.values())
+    embedding = matrices[anatomy.embedding].values
+    in_blocks = any(matrix.storage == "blocks" for matrix in matrices.values())
     if version < (needed := needed_version(anatomy, embedding, in_blocks)):
         what = "matrices in blocks" if in_blocks else f"an embedding of {embedding}"
         raise FormatError(
@@ -291,11 +309,24 @@ def read_model(
     return config, provenance, anatomy, matrices
 
 
+def read_pooling(metadata: Mapping[str, str], anatomy: Anatomy, source: str) -> Pooling:
+    """How an encoder's file makes the vector of a text; FormatError for what says nothing of the kind."""
+    if not anatomy.is_encoder:
+        raise FormatError(
+            f"{source}: found a {POOLING} with a {anatomy.model_type}; only an encoder's file has one"
+        )
+    found = _json_object(metadata.get(POOLING, "{}"), POOLING, source)
+    try:
+        return Pooling.from_json(found, anatomy, f"{source}, {POOLING}")
+    except CheckpointError as error:
+        raise FormatError(str(error)) from error
+
+
 def _check_shapes(matrices: Mapping[str, StoredMatrix], anatomy: Anatomy, source: str) -> None:
     """The table has exactly the matrices of the model; a tied head may be stored beside, in another type."""
     shapes = matrix_shapes(anatomy)
-    if HEAD in matrices:
-        shapes[HEAD] = shapes[EMBEDDING]
+    if anatomy.head and anatomy.head in matrices:
+        shapes[anatomy.head] = shapes[anatomy.embedding]
     if different := sorted(shapes.keys() ^ matrices.keys()):
         raise FormatError(f"{source}: the table of matrices and the config disagree about {different[0]!a}")
     for name, (rows, columns) in shapes.items():
@@ -306,7 +337,7 @@ def _check_shapes(matrices: Mapping[str, StoredMatrix], anatomy: Anatomy, source
             )
 
 
-def _matrix(name: str, entry: Any, source: str) -> StoredMatrix:
+def _matrix(name: str, entry: Any, anatomy: Anatomy, source: str) -> StoredMatrix:
     if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(StoredMatrix)}:
         raise FormatError(
             f"{source}: matrix {name!a} must have exactly storage, values, rows, columns, nonzeros"
@@ -318,7 +349,7 @@ def _matrix(name: str, entry: Any, source: str) -> StoredMatrix:
         )
     storage, values = entry["storage"], entry["values"]
     storages, types = get_args(StorageKind), get_args(Values)
-    if name == EMBEDDING:
+    if name == anatomy.embedding:
         storages = ("dense",)
     elif storage == "blocks":
         types = ("i8",)
@@ -343,7 +374,7 @@ def check_tensors(
     source: str,
 ) -> None:
     """The file holds what its matrices and vectors call for and nothing else; the tokenizer may be absent."""
-    expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**vector_tensors(anatomy)}
+    expected: dict[str, tuple[str, tuple[int, ...] | None]] = {**vector_tensors(anatomy, tensors)}
     for name, matrix in matrices.items():
         expected |= matrix.tensors(name)
     if (tokenizer := tokenizer_tensor(version)) in tensors:

@@ -1,6 +1,7 @@
 """The packed model, one .goss file, as its readers see it: mapped, checked, decoded (docs/format.md)."""
 
 import json
+import math
 import mmap
 import os
 import zlib
@@ -11,13 +12,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy, Block
+from gossamer.architecture.anatomy import Anatomy, Block
 from gossamer.architecture.frequencies import inverse_frequencies, rotary_scale
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.gguf import refuse_gguf
 from gossamer.checkpoint.provenance import Provenance
 from gossamer.checkpoint.weights import is_finite, to_float32
-from gossamer.errors import FormatError
+from gossamer.errors import FormatError, UnsupportedError
 from gossamer.job.report import Table
 from gossamer.packed import blocks, panels, streams
 from gossamer.packed.header import (
@@ -28,10 +29,12 @@ from gossamer.packed.header import (
     check_tensors,
     read_header,
     read_model,
+    read_pooling,
     tokenizer_tensor,
     vector_tensors,
 )
 from gossamer.packed.values import PANEL_ROWS
+from gossamer.tokens.pooling import Pooling
 
 MAX_TOKENIZER_BYTES = 1 << 28  # seven times the largest tokenizers that there are
 
@@ -42,7 +45,8 @@ class Packed:
 
     `config` is the model's config.json, `tensors` says where everything lies (offsets from the beginning of
     `buffer`, the whole file as uint8), `matrices` is the header's table of them: the embedding, every decoder
-    linear and, unless the head is the embedding itself, `lm_head`. `provenance` says where the model is from.
+    linear and, unless the head is the embedding itself, `lm_head`; an encoder has no head. `provenance` says
+    where the model is from.
     """
 
     path: Path
@@ -77,8 +81,34 @@ class Packed:
 
     @property
     def head(self) -> str:
-        """Name of the matrix that makes the logits: `lm_head`, or the embedding where they are tied."""
-        return HEAD if HEAD in self.matrices else EMBEDDING
+        """Name of the matrix that makes the logits: `lm_head`, or the embedding where they are tied.
+
+        UnsupportedError of an encoder, which has none.
+        """
+        self.refuse_encoder()
+        return _head(self.architecture, self.matrices)
+
+    def refuse_encoder(self) -> None:
+        """UnsupportedError of a model that foretells no tokens."""
+        if self.architecture.is_encoder:
+            raise UnsupportedError(
+                f"{self.path}: a {self.architecture.model_type}, an encoder, which continues no text; "
+                "gossamer.Encoder makes vectors of texts with it"
+            )
+
+    @property
+    def pooling(self) -> Pooling:
+        """How an encoder makes the vector of a text; UnsupportedError of a decoder."""
+        self.refuse_decoder()
+        return read_pooling(self.metadata, self.architecture, str(self.path))
+
+    def refuse_decoder(self) -> None:
+        """UnsupportedError of a model that is no encoder."""
+        if not self.architecture.is_encoder:
+            raise UnsupportedError(
+                f"{self.path}: a {self.architecture.model_type}, a decoder, which makes no vectors of texts; "
+                "gossamer.LLM continues texts with it"
+            )
 
     @property
     def tokenizer_json(self) -> bytes | None:
@@ -183,10 +213,11 @@ class Packed:
         return to_float32(w_NK, self.matrices[name].type.stored)
 
     def vector(self, name: str) -> np.ndarray:
-        """float32 weights of a norm, such as `model.norm.weight`, or a bias; FormatError unless finite."""
+        """float32: a norm's weight, such as `model.norm.weight`, bias or table; FormatError unless finite."""
         if not np.isfinite(padded := self.array(name)).all():
             raise FormatError(f"{self.path}: {name} holds NaN or infinite values; the file is damaged")
-        return padded[: self.architecture.tensor_shapes[name][0]]
+        shape = {**self.architecture.optional, **self.architecture.tensor_shapes}[name]
+        return padded[: math.prod(shape)].reshape(shape)
 
     def check(self) -> None:
         """Decode everything; FormatError for the first matrix or vector that is not sound."""
@@ -198,7 +229,7 @@ class Packed:
             sum_N = self.array(f"{name}.weight_sum")
             if not np.array_equal(sum_N, panels.padded(w_NK.sum(axis=1, dtype=np.int32), PANEL_ROWS)):
                 raise FormatError(f"{self.path}: {name}: the row sums are not those of its weights")
-        for name in vector_tensors(self.architecture):
+        for name in vector_tensors(self.architecture, self.tensors):
             self.vector(name)
 
     def matrix_bytes(self, name: str) -> int:
@@ -208,12 +239,14 @@ class Packed:
     def bytes_by_part(self) -> dict[str, int]:
         """The file's bytes: embedding, head (unless it is the embedding), linears, tokenizer, and the rest.
 
-        The rest is the header, with the texts that the file carries, and the weights of norms and biases.
+        The rest is the header, with the texts that the file carries, the weights of norms and biases, and an
+        encoder's small tables.
         """
-        embedding = "embedding" if HEAD in self.matrices else "embedding and head"
-        parts = {embedding: self.matrix_bytes(EMBEDDING)}
-        if HEAD in self.matrices:
-            parts["head"] = self.matrix_bytes(HEAD)
+        head = self.architecture.head
+        embedding = "embedding" if head is None or head in self.matrices else "embedding and head"
+        parts = {embedding: self.matrix_bytes(self.architecture.embedding)}
+        if head is not None and head in self.matrices:
+            parts["head"] = self.matrix_bytes(head)
         parts["linears"] = sum(map(self.matrix_bytes, self.decoder))
         tokenizer = self.tensors.get(tokenizer_tensor(self.metadata["version"]))
         parts["tokenizer"] = tokenizer.nbytes if tokenizer else 0
@@ -222,7 +255,8 @@ class Packed:
     @property
     def decoder(self) -> list[str]:
         """Names of the decoder's linears: every matrix but the embedding and the head."""
-        return [name for name in self.matrices if name not in (EMBEDDING, HEAD)]
+        others = (self.architecture.embedding, self.architecture.head)
+        return [name for name in self.matrices if name not in others]
 
     def sparsity(self, names: Iterable[str]) -> float:
         """Fraction of zeros over all of the named matrices."""
@@ -241,8 +275,17 @@ class Packed:
         return {name: (t.dtype, t.shape, t.offset, t.nbytes) for name, t in self.tensors.items()}
 
     def native_config(self) -> dict[str, Any]:
-        """What the model is made of and the table of its matrices, as `_native.Model` wants them."""
+        """What the model is made of and the table of its matrices, as `_native.Model` wants them.
+
+        UnsupportedError of an encoder.
+        """
+        self.refuse_encoder()
         return native_config(self.architecture, self.matrices)
+
+    def native_encoder_config(self) -> dict[str, Any]:
+        """The same of an encoder, as `_native.Encoder` wants it; UnsupportedError of a decoder."""
+        self.refuse_decoder()
+        return native_encoder_config(self.architecture, self.matrices)
 
 
 def table_of_parts(parts: Mapping[str, int]) -> Table:
@@ -253,7 +296,7 @@ def table_of_parts(parts: Mapping[str, int]) -> Table:
 
 
 def native_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dict[str, Any]:
-    """What `_native.Model` wants to know of a model: its sizes, and what each tensor of the file is for."""
+    """What `_native.Model` wants to know of a decoder: its sizes, and what each tensor of the file is for."""
     assert anatomy.final_norm is not None
     heads = anatomy.attention
     rope = next((block.attention.rope for block in anatomy.blocks if block.attention.rope), Rope(1.0))
@@ -267,20 +310,62 @@ def native_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dic
         "norm_eps": anatomy.norm_eps,
         "inverse_frequencies": inverse_frequencies(rope, heads.head_dim),
         "rotary_scale": rotary_scale(rope),
-        "embedding": EMBEDDING,
+        "embedding": anatomy.embedding,
         "final_norm": f"{anatomy.final_norm.name}.weight",
-        "head": HEAD if HEAD in matrices else EMBEDDING,
+        "head": _head(anatomy, matrices),
         "blocks": [_native_block(anatomy.prefix(i), block) for i, block in enumerate(anatomy.blocks)],
         "linears": {name: asdict(matrix) for name, matrix in matrices.items()},
+    }
+
+
+def _head(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> str:
+    """The head of a decoder, where it is stored; else the embedding."""
+    return anatomy.head if anatomy.head and anatomy.head in matrices else anatomy.embedding
+
+
+def native_encoder_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dict[str, Any]:
+    """What `_native.Encoder` wants to know of an encoder; norms are named without `.weight` and `.bias`."""
+    assert anatomy.added is not None
+    heads, added = anatomy.attention, anatomy.added
+    return {
+        "hidden_size": anatomy.hidden_size,
+        "vocab_size": anatomy.vocab_size,
+        "num_heads": heads.num_heads,
+        "head_dim": heads.head_dim,
+        "intermediate_size": anatomy.blocks[0].feed_forward.width,
+        "num_positions": added.num_positions,
+        "first_position": added.offset,
+        "num_types": added.num_types,
+        "norm_eps": anatomy.norm_eps,
+        "embedding": anatomy.embedding,
+        "positions": f"{added.positions}.weight",
+        "types": f"{added.types}.weight",
+        "norm": added.norm.name,
+        "blocks": [_native_post_block(anatomy.prefix(i), block) for i, block in enumerate(anatomy.blocks)],
+        "linears": {name: asdict(matrix) for name, matrix in matrices.items()},
+    }
+
+
+def _native_post_block(prefix: str, block: Block) -> dict[str, Any]:
+    """Which tensor is what in one block of an encoder."""
+    return _affine(prefix, block) | {
+        "attention_norm": f"{prefix}{block.norms['attention'].name}",
+        "feed_forward_norm": f"{prefix}{block.norms['feed_forward'].name}",
+    }
+
+
+def _affine(prefix: str, block: Block) -> dict[str, Any]:
+    """The matrices of a block and their biases, by role."""
+    return {
+        "linears": {role: f"{prefix}{it.name}" for role, it in block.linears.items()},
+        "biases": {role: f"{prefix}{it.name}.bias" for role, it in block.linears.items() if it.bias},
     }
 
 
 def _native_block(prefix: str, block: Block) -> dict[str, Any]:
     """Which tensor is what in one block; an empty name is a norm that the block does not have."""
     norms = {place: f"{prefix}{norm.name}.weight" for place, norm in block.norms.items()}
-    return {
-        "linears": {role: f"{prefix}{it.name}" for role, it in block.linears.items()},
-        "biases": {role: f"{prefix}{it.name}.bias" for role, it in block.linears.items() if it.bias},
+    return _affine(prefix, block) | {
         "attention_norm": norms["attention"],
         "feed_forward_norm": norms["feed_forward"],
         "query_norm": norms.get("query", ""),

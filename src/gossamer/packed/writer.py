@@ -27,7 +27,6 @@ from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
-from gossamer.architecture.anatomy import EMBEDDING
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.provenance import Provenance
 from gossamer.packed import blocks, panels, streams
@@ -61,8 +60,8 @@ class PackedWriter:
     """Writes a .goss file tensor by tensor to `FILE.partial`, and renames it when it is whole and checked.
 
     `config` is the text of the model's config.json, to which `provenance` is added, `tokenizer` that of its
-    tokenizer.json; `metadata` may add chat_template, tokenizer_config and generation_config. Any exception, a
-    full disk included, removes the partial file. An existing `path` is replaced.
+    tokenizer.json; `metadata` may add chat_template, tokenizer_config, generation_config, and an encoder's
+    pooling. Any exception, a full disk included, removes the partial file. An existing `path` is replaced.
     """
 
     def __init__(
@@ -86,7 +85,8 @@ class PackedWriter:
         self._metadata |= dict(metadata or {})
         self._tokenizer = tokenizer
         self._entries: dict[str, dict[str, Any]] = {}
-        room = (len(matrix_shapes(anatomy)) + 2) * _MATRIX_BYTES + len(vector_sizes(anatomy)) * _VECTOR_BYTES
+        num_vectors = len(vector_sizes(anatomy, anatomy.optional))
+        room = (len(matrix_shapes(anatomy)) + 2) * _MATRIX_BYTES + num_vectors * _VECTOR_BYTES
         self._data_begin = panels.round_up(len(json.dumps(self._metadata)) + room, ALIGNMENT)
         self._position = self._data_begin
         self._file: BinaryIO
@@ -110,8 +110,8 @@ class PackedWriter:
             self._abandon()  # nothing is left to remove after a rename
 
     def vector(self, name: str, vector: np.ndarray) -> None:
-        """Add a norm's weight or a bias, as float32, under its tensor name, such as `model.norm.weight`."""
-        self._tensor(name, "F32", [padded(vector.astype("<f4"), ALIGNMENT // 4)])
+        """Add a norm's weight, a bias or a small table, as float32, under its name: `model.norm.weight`."""
+        self._tensor(name, "F32", [padded(vector.astype("<f4").reshape(-1), ALIGNMENT // 4)])
 
     def floats(self, name: str, w_NK: np.ndarray, storage: Storage = "auto") -> StoredMatrix:
         """Add a matrix of float32, or of bfloat16 bit patterns (uint16), under its name without `.weight`.
@@ -174,7 +174,7 @@ class PackedWriter:
             yield np.frombuffer(data, np.uint8)
 
     def _matrix(self, name: str, values: Values, w_NK: np.ndarray, storage: Storage) -> StoredMatrix:
-        if name == EMBEDDING:
+        if name == self._anatomy.embedding:
             storage = "dense"
         elif storage == "auto":
             storage = smallest_storage(values, w_NK)
@@ -232,7 +232,7 @@ class PackedWriter:
         self._tensor(name, "U8", [padded(np.frombuffer(stored, np.uint8), ALIGNMENT)])
 
     def _finish(self) -> None:
-        embedding, in_blocks = self.matrices.get(EMBEDDING), "blocks" in self._storages()
+        embedding, in_blocks = self.matrices.get(self._anatomy.embedding), "blocks" in self._storages()
         values = embedding.values if embedding else "f32"
         self._metadata["version"] = needed_version(self._anatomy, values, in_blocks)
         if self._tokenizer:

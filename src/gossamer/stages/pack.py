@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gossamer.architecture.anatomy import EMBEDDING, HEAD
+from gossamer.architecture.anatomy import Anatomy
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import refuse_existing
 from gossamer.checkpoint.provenance import text_files
@@ -24,6 +24,8 @@ from gossamer.packed.from_checkpoint import (
 )
 from gossamer.packed.reader import Packed, table_of_parts
 from gossamer.packed.writer import Purpose
+
+NO_HEAD = "none"  # an encoder's
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ class PackResult(Result):
     @property
     def closing(self) -> tuple[str, ...]:
         """What to know about what was rounded, and the next command."""
-        run = f"Run it: gossamer run {self.output_file} 'Once upon a time'"
+        if self.head == NO_HEAD:
+            run = f"Use it: gossamer.Encoder({self.output_file!r}).encode(['Once upon a time'])"
+        else:
+            run = f"Run it: gossamer run {self.output_file} 'Once upon a time'"
         lines = []
         if self.dense_for_speed:
             lines.append(
@@ -164,18 +169,17 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
     types = Types(job.embedding, job.head, job.linears)
     packing = pack_checkpoint(source, output, types, progress, job.storage, job.purpose)
     packed = Packed.open(output)
-    head = packed.matrices[packed.head]
     return PackResult(
         output_file=str(output),
         num_bytes=packed.file_bytes,
         sparsity=packed.sparsity(packed.decoder),
         bits_per_weight=packed.bits_per_weight(packed.decoder),
-        head=f"{head.values}{' (the embedding)' if packed.head == EMBEDDING else ''}",
+        head=_head(packed),
         dense_for_speed=packing.dense_for_speed,
         purpose_for_nothing=job.purpose != "decode" and not prompts_skip_zeros(),
         seconds=time.monotonic() - start,
         parts=packed.bytes_by_part(),
-        rounded=tuple(rounded_parts(packing.roundings, source.architecture.tie_word_embeddings)),
+        rounded=tuple(rounded_parts(packing.roundings, source.architecture)),
         stored=stored_as(packed),
         left_out=tuple(
             file.name for file in text_files(source.path) if file.name not in packed.provenance.texts
@@ -183,11 +187,21 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
     )
 
 
-def rounded_parts(roundings: Mapping[str, Rounding], tied: bool) -> Iterator[RoundedPart]:
+def _head(packed: Packed) -> str:
+    """The type of the matrix that makes the logits."""
+    if packed.architecture.is_encoder:
+        return NO_HEAD
+    tied = packed.head == packed.architecture.embedding
+    return f"{packed.matrices[packed.head].values}{' (the embedding)' if tied else ''}"
+
+
+def rounded_parts(roundings: Mapping[str, Rounding], anatomy: Anatomy) -> Iterator[RoundedPart]:
     """What rounding did to the embedding, the head and the linears, to those of them that were rounded."""
-    both = tied and HEAD not in roundings
-    names = {"embedding and head" if both else "embedding": [EMBEDDING], "head": [HEAD]}
-    names["decoder's linears"] = [name for name in roundings if name not in (EMBEDDING, HEAD)]
+    embedding, head = anatomy.embedding, anatomy.head
+    both = anatomy.tie_word_embeddings and head not in roundings
+    names = {"embedding and head" if both else "embedding": [embedding], "head": [head] if head else []}
+    model = "encoder" if anatomy.is_encoder else "decoder"
+    names[f"{model}'s linears"] = [name for name in roundings if name not in (embedding, head)]
     for part, members in names.items():
         found = {name: roundings[name] for name in members if name in roundings}
         if found:

@@ -150,8 +150,8 @@ def subject_of(
     dense: Baseline | None,
     notes: tuple[str, ...] = (),
 ) -> Subject:
-    readers = Readers.of(packed.buffer, threads)
     kv, model = cached_type(packed, kv_cache_dtype), native_model(packed, threads, kv_cache_dtype)
+    readers = Readers.of(packed.buffer, threads)
     return Subject(packed, values, sparsity, kv, model, readers, dense, notes)
 
 

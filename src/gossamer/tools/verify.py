@@ -177,7 +177,7 @@ def _same_tensors(packed: Packed, parent: Checkpoint) -> Check:
     for name in packed.matrices:
         if not _is_same(packed, parent, name):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
-    for name in vector_sizes(parent.architecture):
+    for name in vector_sizes(parent.architecture, parent.names):
         if not np.array_equal(packed.vector(name), parent.float32(name)):
             raise FormatError(f"{packed.path}: {name} is not the one of {parent.path}; pack it again")
     return Check("tensors", f"all decode to those of {parent.path}")
@@ -201,7 +201,11 @@ def _is_same(packed: Packed, parent: Checkpoint, name: str) -> bool:
 
 
 def _backends(packed: Packed, directory: Path | None) -> Iterator[Check]:
-    """The engine's logits beside transformers': of the same weights, and of what it reads of a directory."""
+    """The engine's logits beside transformers': of the same weights, and of what it reads of a directory.
+
+    UnsupportedError of an encoder.
+    """
+    packed.refuse_encoder()
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
         yield Check("backends agree", "needs torch: pip install 'gossamer[compress]'", skipped=True)
         return

@@ -1,0 +1,93 @@
+// An encoder: one call makes hidden states of the tokens of texts, or a vector of each text.
+//
+// Texts lie one behind the other, without any padding, in passes of as many as fit. The products of a pass go
+// through in slices of at most Linears::kMaxTokens tokens. In attention a thread takes some heads of some
+// texts, and lays out the keys and values of one head in memory of its own. Results depend neither on the
+// number of threads nor on which texts share a pass.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/threads.hpp"
+#include "engine/encoder_weights.hpp"
+#include "engine/kv_cache.hpp"
+#include "engine/linears.hpp"
+#include "engine/packed.hpp"
+#include "engine/scratch.hpp"
+#include "kernels/table.hpp"
+
+namespace gossamer {
+
+// The vector of a text: the mean or the maximum of its tokens' hidden states, or those of the first.
+enum class Pooling { mean, max, cls };
+
+// The Pooling of that name; ConfigError when there is none.
+Pooling parse_pooling(const std::string& name);
+
+// Tokens of some texts, one text behind the other: an id and a type of each token, the length of each text.
+struct Texts {
+    std::span<const std::int32_t> ids, types, lengths;
+};
+
+class Encoder {
+  public:
+    Encoder(const Packed& packed, EncoderConfig config, ThreadPool& pool);
+
+    // Writes the hidden states [tokens, D] of all texts. Ids, types and lengths must have been checked.
+    void hidden_states(const Texts& texts, float* h_TD);
+
+    // Writes a vector [texts, D] of each text.
+    void encode(const Texts& texts, Pooling pooling, float* vectors_ND);
+
+    const EncoderConfig& config() const { return config_; }
+
+  private:
+    static constexpr int kPassTokens = 512;  // unless a single text has more
+
+    struct Text {
+        int first, length;  // rows of the pass
+    };
+    struct Pass {
+        std::size_t first_text, first_token;  // of the batch
+        int num_tokens;
+        std::vector<Text> texts;
+        std::vector<int>
+            shares;  // heads of texts, text by text; those of thread i: shares[i] .. shares[i + 1]
+    };
+
+    template <class Finish>
+    void run(const Texts& texts, Finish finish);
+    template <class Work>
+    static void for_slices(int num_tokens, Work work);
+    void split(Pass& pass) const;
+    // A token's hidden states. Of a single token, which no barrier follows, every thread has its own.
+    float* hidden(int token, int num_tokens, int thread) const {
+        return hidden_.floats() + std::size_t(num_tokens == 1 ? thread : token) * hidden_stride_;
+    }
+    void embed(const Texts& texts, const Pass& pass, int thread);
+    void run_block(const EncoderBlock& block, const Pass& pass, int thread);
+    void attend(const Pass& pass, int thread);
+    void attend_head(const Text& text, int head, int thread);
+    float add_product(const LayerNorm& norm, int row, float* h_D) const;
+    void pool_text(const Pass& pass, const Text& text, Pooling pooling, int thread, float* vector_D) const;
+
+    const EncoderConfig config_;
+    ThreadPool& pool_;
+    const VectorKernels& kernels_;
+    const AttentionKernels& attention_;
+    const EncoderWeights weights_;
+    const int most_tokens_;  // of a pass
+    // From one token's row to the next, in floats.
+    std::size_t hidden_stride_, heads_stride_, inner_stride_;
+    Linears linears_;
+    Scratch hidden_, q_, k_, v_, attended_;  // of a pass
+    Scratch inner_, product_;                // of a slice
+    std::vector<KvCache> keys_values_;       // of each thread: one head of one text
+    Scratch attention_scratch_;              // of each thread
+};
+
+}  // namespace gossamer

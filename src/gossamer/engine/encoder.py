@@ -1,0 +1,122 @@
+"""The engine for vectors of texts: encoders, without padding."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer import _native
+from gossamer.engine.model import num_threads_of, tokenizer_of
+from gossamer.errors import ConfigError
+from gossamer.job.report import Progress, quiet
+from gossamer.packed.cache import open_packed
+
+_CALL_TOKENS = 16384  # that one native call gets, between which Ctrl-C is heard
+
+Floats = NDArray[np.float32]
+
+
+class Encoder:
+    """A packed encoder that makes vectors of texts.
+
+    encoder = Encoder("model.goss")
+    vectors_ND = encoder.encode(["How big is London?", "London has nine million people."])
+
+    Each text is computed by itself, without padding, so that what comes out depends on no other text.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        num_threads: int | None = None,
+        *,
+        offline: bool = False,
+        progress: Progress = quiet,
+    ) -> None:
+        """Open a .goss file, or a directory or `org/name[@revision]` of the hub, packed once into the cache.
+
+        `num_threads` None takes GOSSAMER_THREADS or the physical cores. UnsupportedError for a decoder.
+        """
+        threads = num_threads_of(num_threads)
+        packed = open_packed(path, progress, offline=offline)
+        config = packed.native_encoder_config()
+        self.path, self.architecture, self.pooling = packed.path, packed.architecture, packed.pooling
+        self.tokenizer = tokenizer_of(packed)
+        self.tokenizer.cut_at(self.pooling.max_length)
+        self._native = _native.Encoder(packed.buffer, packed.native_tensors(), config, threads)
+
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        *,
+        convert_to_numpy: bool = True,
+        normalize_embeddings: bool = False,
+    ) -> Floats | list[Floats]:
+        """float32 [N, D], a vector of each text, or [D] of a single one; as sentence-transformers' `encode`.
+
+        `prompt`, or the model's own of the name `prompt_name`, goes before each text. What is longer than
+        the model's `max_length` is cut. At most `batch_size` texts are given to the engine at once: this
+        changes no vector. The model's files, or `normalize_embeddings`, say whether vectors have length 1.
+        Without `convert_to_numpy` they come as a list.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
+        before = self._prompt(prompt_name, prompt)
+        texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        if other := next((it for it in texts if not isinstance(it, str)), None):
+            raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
+        ids = self.tokenizer.encode_all([before + text for text in texts])
+        parts = [self._native.encode(*_joined(part), self.pooling.mode) for part in _batches(ids, batch_size)]
+        vectors_ND = np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
+        if normalize_embeddings or self.pooling.normalize:
+            vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
+        if isinstance(sentences, str):
+            return vectors_ND[0]
+        return vectors_ND if convert_to_numpy else list(vectors_ND)
+
+    def hidden_states(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[Floats]:
+        """float32 [T, D] of each text, or of each list of token ids: the last hidden states of its tokens."""
+        ids = [self.tokenizer.encode_all([it])[0] if isinstance(it, str) else list(it) for it in texts]
+        found: list[Floats] = []
+        for part in _batches(ids, None):
+            states_TD = self._native.hidden_states(*_joined(part))
+            found += np.split(states_TD, np.cumsum([len(of_text) for of_text in part])[:-1])
+        return found
+
+    @property
+    def dimension(self) -> int:
+        """D: numbers of a vector."""
+        return self.architecture.hidden_size
+
+    def _prompt(self, name: str | None, prompt: str | None) -> str:
+        """What goes before each text."""
+        if prompt is not None:
+            return prompt
+        prompts, name = self.pooling.prompts, self.pooling.default_prompt if name is None else name
+        if name is not None and name not in prompts:
+            known = ", ".join(prompts) or "none"
+            raise ConfigError(f"found the prompt_name {name!r}; this model's prompts: {known}")
+        return "" if name is None else prompts[name]
+
+
+def _batches(ids: Sequence[list[int]], most: int | None) -> Iterator[Sequence[list[int]]]:
+    """The texts in order, at most `most` together, and about as many tokens as one call gets."""
+    begin = tokens = 0
+    for index, of_text in enumerate(ids):
+        tokens += len(of_text)
+        if tokens >= _CALL_TOKENS or index + 1 - begin == most:
+            yield ids[begin : index + 1]
+            begin, tokens = index + 1, 0
+    if begin < len(ids):
+        yield ids[begin:]
+
+
+def _joined(ids: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids and types of all tokens, and the length of each text: int32."""
+    all_ids = np.fromiter((index for of_text in ids for index in of_text), np.int32)
+    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+    return all_ids, np.zeros_like(all_ids), lengths
