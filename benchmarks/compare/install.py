@@ -10,7 +10,7 @@ ROOT = Path("/tmp/peers")
 PACKAGES = {
     "llama.cpp": ["gguf", "numpy"],
     "openvino": ["openvino", "nncf", "numpy"],
-    "onnxruntime": ["onnxruntime", "onnx", "numpy"],
+    "onnxruntime": ["onnxruntime", "onnx", "sympy", "numpy"],
 }
 SOURCES = "llama-cpp-python"  # its source archive carries llama.cpp
 CMAKE = {

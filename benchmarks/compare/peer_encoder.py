@@ -24,9 +24,11 @@ def onnxruntime(graph: Path, threads: int, heads: int, width: int) -> tuple[str,
         optimizer = importlib.import_module("onnxruntime.transformers.optimizer")
         quantization = importlib.import_module("onnxruntime.quantization")
         fused = graph.with_suffix(".fused.onnx")
-        found = optimizer.optimize_model(str(graph), model_type="bert", num_heads=heads, hidden_size=width)
+        about = {"model_type": "bert", "num_heads": heads, "hidden_size": width, "opt_level": 0}
+        found = optimizer.optimize_model(str(graph), **about)
         found.save_model_to_file(str(fused))
-        quantization.quantize_dynamic(str(fused), str(quantized))
+        extra = {"DefaultTensorType": importlib.import_module("onnx").TensorProto.FLOAT}
+        quantization.quantize_dynamic(str(fused), str(quantized), extra_options=extra)
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads
     session = runtime.InferenceSession(str(quantized), settings, providers=["CPUExecutionProvider"])

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.engine import Encoder
 from gossamer.errors import UnsupportedError
 from gossamer.evaluation.backends import without_bars
-from gossamer.tokens.encoder import Encoder
+from gossamer.tokens import encoder as tokens
 from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.texts import Text, Texts
 
@@ -39,11 +40,25 @@ class EncoderBackend(Protocol):
 
 def open_encoder(model: str, backend: str, num_threads: int | None, *, offline: bool) -> EncoderBackend:
     """Open an encoder; UnsupportedError for a packed file on the torch backend."""
+    if backend == "engine":
+        return EngineEncoder(model, num_threads, offline=offline)
     if Path(model).is_file():
         raise UnsupportedError(
             f"{model} is a file; the torch backend reads directories (try --backend engine)"
         )
     return TorchEncoder(model, offline=offline)
+
+
+class EngineEncoder:
+    """Gossamer's own engine; a directory is packed once into its cache."""
+
+    def __init__(self, model: str, num_threads: int | None, *, offline: bool) -> None:
+        self._encoder = Encoder(model, num_threads, offline=offline)
+        self.task = self._encoder.architecture.task
+
+    def vectors(self, texts: Sequence[str], prompt: str | None = None) -> NDArray[np.float32]:
+        name = prompt if prompt in self._encoder.pooling.prompts else None
+        return np.array(self._encoder.encode(texts, name, normalize_embeddings=True))
 
 
 class TorchEncoder:
@@ -61,7 +76,7 @@ class TorchEncoder:
             )
         self.task = source.architecture.task
         self._pooling = Pooling.open(source.path, source.architecture)
-        self._texts = Texts(Encoder.open(source.path), self._pooling.max_length)
+        self._texts = Texts(tokens.Encoder.open(source.path), self._pooling.max_length)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         kind: Any = getattr(transformers, source.config.get("architectures", ["AutoModel"])[0])
         with without_bars():
