@@ -1,11 +1,9 @@
 """Gossamer makes a Llama sparse, wins its accuracy back, and runs it fast on CPUs.
 
-    from gossamer import LLM, SamplingParams
-    [answer] = LLM("model.goss").generate("Once upon a time", SamplingParams(max_tokens=40))
+    [answer] = gossamer.LLM("model.goss").generate("Once upon a time", gossamer.SamplingParams(max_tokens=40))
 
-Every verb of the command line is a function of the same name in `gossamer.stages`, `gossamer.tools` or
-`gossamer.runs`, with a dataclass of its options. Names here are imported when they are first used, so that
-the engine needs neither torch nor transformers.
+Every verb is a function of its name in `stages`, `tools` or `runs`, with a dataclass of its options. Names
+here are imported when they are first used, so that the engine needs neither torch nor transformers.
 """
 
 import importlib

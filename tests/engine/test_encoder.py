@@ -42,13 +42,14 @@ def token_ids(text: str) -> list[int]:
     return [2, *(5 + ord(letter) - ord("a") for letter in text.split()[:18]), 3]
 
 
-def expected(directory: Path, ids: list[int]) -> np.ndarray:
+def expected(directory: Path, ids: list[int], types: list[int] | None = None) -> np.ndarray:
     """float32 [T, D] of transformers."""
     from transformers import BertModel
 
     model: Any = BertModel.from_pretrained(directory, local_files_only=True)
     with torch.no_grad():
-        return model(torch.tensor([ids])).last_hidden_state[0].numpy()
+        types = [0] * len(ids) if types is None else types
+        return model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).last_hidden_state[0].numpy()
 
 
 def test_vectors_are_means_of_transformers_hidden_states(directory: Path, encoder: Encoder) -> None:
@@ -83,9 +84,11 @@ def test_the_forms_of_the_answer(encoder: Encoder) -> None:
     assert encoder.hidden_states([]) == []
 
 
-def test_hidden_states_of_ids(encoder: Encoder) -> None:
-    [of_text], [of_ids] = encoder.hidden_states(["a b"]), encoder.hidden_states([[2, 5, 6, 3]])
-    np.testing.assert_array_equal(of_text, of_ids)
+def test_the_second_text_of_a_pair_is_of_another_type(directory: Path, encoder: Encoder) -> None:
+    expected_TD = expected(directory, [2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1])
+    [found_TD] = encoder.hidden_states([("a b", "c")])
+    np.testing.assert_allclose(found_TD, expected_TD, rtol=0, atol=1e-5)
+    assert np.abs(found_TD - expected(directory, [2, 5, 6, 3, 7, 3])).max() > 1e-3
 
 
 def test_prompts_go_before_texts(encoder: Encoder) -> None:

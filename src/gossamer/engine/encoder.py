@@ -1,7 +1,9 @@
 """The engine for vectors of texts: encoders, without padding."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +13,18 @@ from gossamer.engine.model import num_threads_of, tokenizer_of
 from gossamer.errors import ConfigError
 from gossamer.job.report import Progress, quiet
 from gossamer.packed.cache import open_packed
+from gossamer.tokens.texts import Text, Texts
 
 _CALL_TOKENS = 16384  # that one native call gets, between which Ctrl-C is heard
 
 Floats = NDArray[np.float32]
+
+
+class Tokens(NamedTuple):
+    """Of one text."""
+
+    ids: list[int]
+    types: list[int]
 
 
 class Encoder:
@@ -43,7 +53,7 @@ class Encoder:
         config = packed.native_encoder_config()
         self.path, self.architecture, self.pooling = packed.path, packed.architecture, packed.pooling
         self.tokenizer = tokenizer_of(packed)
-        self.tokenizer.cut_at(self.pooling.max_length)
+        self._texts = Texts(self.tokenizer, self.pooling.max_length)
         self._native = _native.Encoder(packed.buffer, packed.native_tensors(), config, threads)
 
     def encode(
@@ -69,8 +79,10 @@ class Encoder:
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         if other := next((it for it in texts if not isinstance(it, str)), None):
             raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
-        ids = self.tokenizer.encode_all([before + text for text in texts])
-        parts = [self._native.encode(*_joined(part), self.pooling.mode) for part in _batches(ids, batch_size)]
+        tokens = self._tokens([before + text for text in texts])
+        parts = [
+            self._native.encode(*_joined(part), self.pooling.mode) for part in _batches(tokens, batch_size)
+        ]
         vectors_ND = np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
         if normalize_embeddings or self.pooling.normalize:
             vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
@@ -78,14 +90,19 @@ class Encoder:
             return vectors_ND[0]
         return vectors_ND if convert_to_numpy else list(vectors_ND)
 
-    def hidden_states(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[Floats]:
-        """float32 [T, D] of each text, or of each list of token ids: the last hidden states of its tokens."""
-        ids = [self.tokenizer.encode_all([it])[0] if isinstance(it, str) else list(it) for it in texts]
+    def hidden_states(self, texts: Sequence[Text]) -> list[Floats]:
+        """float32 [T, D] of each text, or pair of texts: the last hidden states of its tokens."""
         found: list[Floats] = []
-        for part in _batches(ids, None):
+        for part in _batches(self._tokens(texts), None):
             states_TD = self._native.hidden_states(*_joined(part))
-            found += np.split(states_TD, np.cumsum([len(of_text) for of_text in part])[:-1])
+            found += np.split(states_TD, np.cumsum([len(of_text.ids) for of_text in part])[:-1])
         return found
+
+    def _tokens(self, texts: Sequence[Text]) -> list[Tokens]:
+        """Ids and types of each text; a model of one type has no other, whatever the tokenizer says."""
+        assert self.architecture.added is not None
+        one_type, found = self.architecture.added.num_types == 1, self._texts.encode(texts)
+        return [Tokens(it.ids, [0] * len(it.ids) if one_type else it.type_ids) for it in found]
 
     @property
     def dimension(self) -> int:
@@ -103,20 +120,19 @@ class Encoder:
         return "" if name is None else prompts[name]
 
 
-def _batches(ids: Sequence[list[int]], most: int | None) -> Iterator[Sequence[list[int]]]:
+def _batches(texts: Sequence[Tokens], most: int | None) -> Iterator[Sequence[Tokens]]:
     """The texts in order, at most `most` together, and about as many tokens as one call gets."""
     begin = tokens = 0
-    for index, of_text in enumerate(ids):
-        tokens += len(of_text)
+    for index, text in enumerate(texts):
+        tokens += len(text.ids)
         if tokens >= _CALL_TOKENS or index + 1 - begin == most:
-            yield ids[begin : index + 1]
+            yield texts[begin : index + 1]
             begin, tokens = index + 1, 0
-    if begin < len(ids):
-        yield ids[begin:]
+    if begin < len(texts):
+        yield texts[begin:]
 
 
-def _joined(ids: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _joined(texts: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids and types of all tokens, and the length of each text: int32."""
-    all_ids = np.fromiter((index for of_text in ids for index in of_text), np.int32)
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    return all_ids, np.zeros_like(all_ids), lengths
+    ids, types = (np.fromiter(chain.from_iterable(it), np.int32) for it in zip(*texts, strict=True))
+    return ids, types, np.fromiter((len(text.ids) for text in texts), np.int32, len(texts))
