@@ -5,9 +5,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 
 ENDINGS = postnorm.ENDINGS
-SUMMARY = (
-    "BertModel, and its ForMaskedLM, ForSequenceClassification, ForTokenClassification, ForQuestionAnswering"
-)
+SUMMARY = "BertModel and its heads"
 TRANSFORM = "cls.predictions.transform"
 
 

@@ -8,7 +8,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.architecture.windows import window_of_all
 
-SUMMARY = "MistralForCausalLM (Mistral: SiLU, no biases, sliding window or none)"
+SUMMARY = "MistralForCausalLM (SiLU, no biases)"
 
 
 def anatomy(config: Config) -> Anatomy:

@@ -5,7 +5,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 
 ENDINGS = postnorm.ENDINGS
-SUMMARY = "RobertaModel, and its heads as BERT's"
+SUMMARY = "RobertaModel"
 
 
 def anatomy(config: Config, model_type: str = "roberta") -> Anatomy:

@@ -5,7 +5,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.families import roberta
 
 ENDINGS = roberta.ENDINGS
-SUMMARY = "XLMRobertaModel, likewise"
+SUMMARY = "XLMRobertaModel"
 
 
 def anatomy(config: Config) -> Anatomy:
