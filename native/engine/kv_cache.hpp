@@ -49,8 +49,8 @@ class KvCache {
         return (std::size_t(layer) * std::size_t(num_kv_heads_) + std::size_t(head)) * layout_.chunk_bytes();
     }
 
-    // Stores the key and the value of one position; of the newest, also zeros for the values that would
-    // follow it in its group. Several threads may store positions of one head.
+    // Stores the key and the value of one position; of the newest, also zeros for what would follow it in its
+    // group. Several threads may store positions of one head.
     void store(int layer, int head, int position, const float* k_E, const float* v_E, bool newest) {
         std::uint8_t* chunk = owned_[position / kChunkPositions].get() + head_begin(layer, head);
         const int p = position % kChunkPositions;
@@ -126,8 +126,14 @@ class KvCache {
                std::size_t(p / layout_.inputs()) * layout_.value_step_bytes(block);
     }
 
-    // Makes the values that follow position p in its group finite.
+    // Makes the values that follow position p in its group finite, and zeroes the keys that follow it in its
+    // vectors: kernels multiply these before they leave them out, and left-over bytes may be subnormal
+    // numbers, of which a product takes a hundred times as long.
     void clear_after(std::uint8_t* chunk, int p) const {
+        std::uint8_t* key = chunk + layout_.key_block(p / kKvBlock) + std::size_t(p % kKvBlock + 1) * 4;
+        for (int step = 0; step < layout_.key_steps(); ++step)
+            std::memset(key + std::size_t(step) * KvLayout::key_step_bytes(), 0,
+                        std::size_t(kKvLanes - 1 - p % kKvLanes) * 4);
         const std::size_t bytes = 4 / std::size_t(layout_.inputs());
         for (int block = 0; block < layout_.num_value_blocks(); ++block) {
             std::uint8_t* group = value_group(chunk, block, p);

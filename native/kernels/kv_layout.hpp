@@ -9,7 +9,7 @@
 // Keys and values are vectors of 64 bytes like those of weights, with I = 1 (f32), 2 (bf16) or 4 (i8) inputs,
 // in blocks of 64 columns, so that kernels read a chunk from its first byte to its last. An i8 is stored as q
 // + 128, and x = q * scale. What lies past the newest position means nothing, except that the values of a
-// begun group of I positions are finite.
+// begun group of I positions are finite, and that the keys of a begun vector of 16 positions are zeros.
 #pragma once
 
 #include <algorithm>
