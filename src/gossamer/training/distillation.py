@@ -139,18 +139,18 @@ class SquareHead:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them.
+    """What a run learns of its teacher: `parts` are those of the loss, what the labels ask for among them.
 
-    Cross-entropy has a weight; the teacher's parts have none.
+    That has a weight; the teacher's parts have none.
     """
 
     teacher: TeacherStates
     parts: tuple[str, ...]
     temperature: float
-    cross_entropy_weight: float
+    own_weight: float
 
     def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
-        """What it expects after the kept tokens [B, T - 1], if that is learned."""
+        """What it makes of the kept tokens [B, T], if that is learned."""
         return self.teacher.at_the_head(kept_BT, self.temperature) if "kl" in self.parts else None
 
 

@@ -44,7 +44,7 @@ class TeacherStates(Protocol):
         ...
 
     def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
-        """What it expects after the kept tokens [B, T - 1]."""
+        """What its head makes of the kept tokens [B, T]."""
         ...
 
     def forget(self) -> None:
@@ -84,7 +84,7 @@ class LiveTeacher:
         return tuple(_on(self._students, state) for state in self._computed())
 
     def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
-        hidden_ND = self._computed()[-1][:, :-1][_on(self._own, kept_BT)]
+        hidden_ND = self._computed()[-1][_on(self._own, kept_BT)]
         head: Any = self.model.get_output_embeddings()
 
         @torch.no_grad()

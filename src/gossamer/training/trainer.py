@@ -30,6 +30,7 @@ from gossamer.training.lora import merge
 from gossamer.training.masks import MaskCallback, model_mask_hash
 from gossamer.training.memory import HeldBytes
 from gossamer.training.monitor import Monitor, reporters, training_log
+from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions, deciding_options
 from gossamer.training.parallel import Parallel, distribute, from_first, rows_of_this_process
 from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
@@ -48,13 +49,15 @@ def train(
     target: Derived,
     progress: Progress,
     teacher: Teacher | CachedTeacher | None = None,
+    objective: Callable[[PreTrainedModel], Objective] = NextToken,
 ) -> History:
     """Train `model` in place, on the GPU if there is one; its zeros stay zeros.
 
-    Checkpoints and logs go to `target.path`. Raises ConfigError if the loss or the gradient is not finite,
-    UnsupportedError for another transformers than this was written for, for several GPUs in one process and
-    for the sparse training kernel under FSDP, CheckpointError if there is no undamaged checkpoint to resume
-    from, and Interrupted after Ctrl-C, once the run is saved.
+    objective: makes of the whole model what it is trained to do. Checkpoints and logs go to `target.path`.
+    Raises ConfigError if the loss or the gradient is not finite, UnsupportedError for another transformers
+    than this was written for, for several GPUs in one process and for the sparse training kernel under FSDP,
+    CheckpointError if there is no undamaged checkpoint to resume from, and Interrupted after Ctrl-C, once the
+    run is saved.
     """
     check_trainer()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,7 +93,8 @@ def train(
     schedule = schedule_of(job.prune_schedule, target.parent)
     masks = MaskCallback(model) if schedule is None else GradualPruning(schedule, monitor.risen)
     kernel = choice.kernel
-    trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
+    aim = objective(model)
+    trainer = RowTrainer(model, arguments, shared, aim, checkpoints, monitor, masks, callbacks, kernel)
     if teacher is not None:
         _attach(job, teacher, trainer, elsewhere)
     _run(trainer, start.step, job.save_steps)
@@ -146,7 +150,8 @@ def _attach(
     states = LiveTeacher(teacher.model, elsewhere) if isinstance(teacher, Teacher) else teacher
     watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
-    parts = ("cross_entropy", *(("kl", "squarehead") if job.distill == "both" else (job.distill,)))
+    aim, at_the_head, layers = trainer.objective, job.distill in ("kl", "both"), job.distill != "kl"
+    parts = (aim.own, *[aim.at_the_head] * at_the_head, *["squarehead"] * layers)
     trainer.distillation = Distillation(states, parts, job.distill_temperature, job.cross_entropy_weight)
 
 
