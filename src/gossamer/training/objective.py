@@ -28,10 +28,16 @@ class Loss(NamedTuple):
 
 
 class Objective(Protocol):
-    """One way to train; `own` and `at_the_head` are what the log calls the two parts of its loss."""
+    """One way to train; `own` and `at_the_head` are what the log calls the two parts of its loss.
 
-    own: str
-    at_the_head: str
+    `own` is what labels ask for, and None where there are none to learn.
+    """
+
+    @property
+    def own(self) -> str | None: ...
+
+    @property
+    def at_the_head(self) -> str: ...
 
     def batch(self, rows: Rows, indices: list[int]) -> dict[str, Tensor]:
         """The rows of one micro-batch; its loss is a sum over the places where `labels` are not `IGNORED`."""

@@ -134,8 +134,7 @@ class RowTrainer(Trainer):
             return {}
         rest = loss - self.distillation.own_weight * own - at_the_head
         parts = {self.objective.own: own, self.objective.at_the_head: at_the_head, "squarehead": rest}
-        wanted = self.distillation.parts
-        return {name: value for name, value in parts.items() if name in wanted}
+        return {name: parts[name] for name in self.distillation.parts}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step, unless there is one; all processes take part.

@@ -22,7 +22,7 @@ from gossamer.training.attention import choose_attention
 from gossamer.training.compiled import COMPILING, compile_layers, restore_layers
 from gossamer.training.device import MICRO_BATCH_TOKENS, another_device, cast_teacher, choose_precision
 from gossamer.training.distillation import Distillation, SquareHead
-from gossamer.training.gradual import GradualPruning, schedule_of
+from gossamer.training.gradual import GradualPruning, pattern_of, schedule_of
 from gossamer.training.history import PARTS, History
 from gossamer.training.interruption import Interruption
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
@@ -65,6 +65,9 @@ def train(
     checkpoints = Checkpoints(target.path, identify(job, model, rows, target, device, precision, teacher))
     start = _find_start(job, checkpoints)
     _say(progress, target.stage, *start.notes)
+    aim = objective(model)
+    if job.freeze == "embeddings":
+        freeze_embeddings(model)
     distribute(model, job.parallel, job.teacher_device)
     teacher_model = teacher.model if isinstance(teacher, Teacher) else None
     elsewhere = another_device(job.teacher_device, device)
@@ -91,9 +94,10 @@ def train(
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
     shared = rows.padded(num_processes() * batch.num_rows)
     schedule = schedule_of(job.prune_schedule, target.parent)
-    masks = MaskCallback(model) if schedule is None else GradualPruning(schedule, monitor.risen)
+    masks = MaskCallback(model)
+    if schedule is not None:
+        masks = GradualPruning(schedule, monitor.risen, pattern_of(job.pattern, target.parent))
     kernel = choice.kernel
-    aim = objective(model)
     trainer = RowTrainer(model, arguments, shared, aim, checkpoints, monitor, masks, callbacks, kernel)
     if teacher is not None:
         _attach(job, teacher, trainer, elsewhere)
@@ -150,8 +154,10 @@ def _attach(
     states = LiveTeacher(teacher.model, elsewhere) if isinstance(teacher, Teacher) else teacher
     watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
-    aim, at_the_head, layers = trainer.objective, job.distill in ("kl", "both"), job.distill != "kl"
-    parts = (aim.own, *[aim.at_the_head] * at_the_head, *["squarehead"] * layers)
+    aim = trainer.objective
+    own = () if aim.own is None else (aim.own,)
+    head = (aim.at_the_head,) if aim.own is None or job.distill in ("kl", "both") else ()
+    parts = (*own, *head, *(() if job.distill == "kl" else ("squarehead",)))
     trainer.distillation = Distillation(states, parts, job.distill_temperature, job.cross_entropy_weight)
 
 
@@ -192,6 +198,13 @@ def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
         nn.Module.to(model, "cpu")
     densify(model.eval())
     merge(model)
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Leave what tokens are looked up in as it is, and in an encoder positions, types and their norm."""
+    trunk: Any = model.get_decoder()
+    frozen: nn.Module = getattr(trunk, "embeddings", None) or model.get_input_embeddings()
+    frozen.requires_grad_(False)
 
 
 def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:
