@@ -82,6 +82,12 @@ class Tokenizer(Encoder):
         """Whether a text that it encodes begins with BOS, so that the model never sees one without."""
         return self.bos_id is not None and self.encode("")[:1] == [self.bos_id]
 
+    def required_mask(self) -> int:
+        """The id that hides a token; ConfigError where the tokenizer names none."""
+        if (found := self._token_id("mask_token")) is None:
+            raise ConfigError("the tokenizer names no token that hides another; set mask_token in its config")
+        return found
+
     def required_eos(self) -> int:
         """The id that ends an answer: the tokenizer's end token, or the only one that the configs name.
 

@@ -8,8 +8,11 @@ from transformers import PreTrainedModel
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.tokens.pooling import Pooling
+from gossamer.tokens.tokenizer import Tokenizer
+from gossamer.training.labelled import MaskedTokens
 from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions
+from gossamer.training.vectors import COSINE_WEIGHT, TextVectors
 
 if TYPE_CHECKING:
     from gossamer.stages.pretrain import Pretrain
@@ -40,14 +43,15 @@ def pretraining(job: "Pretrain", source: Checkpoint) -> Callable[[PreTrainedMode
     if job.max_length < 3:
         raise ConfigError(f"--max-length {job.max_length}: expected at least 3: two tokens are around a text")
     if anatomy.task == "embedding":
-        from gossamer.training.vectors import COSINE_WEIGHT, TextVectors
-
         _check_vectors(job, source)
         weight = COSINE_WEIGHT if job.cosine_weight is None else job.cosine_weight
         return TextVectors(anatomy, Pooling.open(source.path, anatomy), weight)
+    if anatomy.task == "masked":
+        mask_id = Tokenizer.open(source.path).required_mask()
+        return lambda model: MaskedTokens(model, anatomy, mask_id, job.seed)
     raise UnsupportedError(
-        f"{source.path} is a model for {anatomy.task}, which is learned of examples; expected a decoder "
-        "or an embedding model: text teaches no other"
+        f"{source.path} is a model for {anatomy.task}, which is learned of examples; expected a decoder, "
+        "an embedding model or one for masked tokens: text teaches no other"
     )
 
 

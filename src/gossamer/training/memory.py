@@ -8,7 +8,7 @@ query width Q, key and value width S, query heads A and row length T:
     bf16   a layer  32 D + 8 Q + 4 S +  8 F, if q and k are normed + 6 (Q + S), if attention is that of short
                     rows + 2 A T, and a copy of each weight of a dense product
     an encoder      a layer  32 D + 8 F + 4 T (f32), 24 D + 4 F + 2 T (bf16), with attention of short rows
-                    24 D + 4 F + (2 A + 1) T; and nothing of a head, unless it is one over the vocabulary
+                    24 D + 4 F + (2 A + 1) T; of a head over the vocabulary 4 D V more, of others nothing
     checkpointed    4 D a layer, and what one layer takes as above
     the head        on the CPU 4 V for 256 tokens at a time (f32) or 2 V for 2,048 (bf16); beside a teacher in
                     memory 24 V for 256 tokens (f32), or as much more (bf16); on a GPU 24 V, or 48 V beside a
@@ -107,7 +107,8 @@ def estimate_memory(
         logits=0
         if model.get_output_embeddings() is None
         else _logits_bytes(anatomy.vocab_size, num_tokens, precision, device, teacher is not None)
-        + (0 if adapted else (6 if precision == "bf16" else 4) * anatomy.hidden_size * anatomy.vocab_size),
+        + (0 if adapted else (6 if precision == "bf16" else 4) * anatomy.hidden_size * anatomy.vocab_size)
+        + (4 * anatomy.hidden_size * anatomy.vocab_size if anatomy.is_encoder else 0),
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )
     freed = step.gradients + step.logits + step.micro_batch

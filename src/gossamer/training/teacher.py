@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.training.head_loss import HeadTeacher, TeacherLogits
+from gossamer.training.heads import head_of
 
 # The files that tokenizers are in, the surest first, and those that belong to them.
 _TOKENIZERS = {
@@ -85,7 +86,7 @@ class LiveTeacher:
 
     def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
         hidden_ND = self._computed()[-1][_on(self._own, kept_BT)]
-        head: Any = self.model.get_output_embeddings()
+        head = head_of(self.model)
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:
