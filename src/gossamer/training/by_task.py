@@ -5,17 +5,24 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from gossamer.architecture.anatomy import Task
+from gossamer.architecture.config import Config
+from gossamer.architecture.postnorm import labels
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.training.labelled import MaskedTokens
+from gossamer.training.labelled import Classes, MaskedTokens
 from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions
 from gossamer.training.vectors import COSINE_WEIGHT, TextVectors
+from gossamer.training.whole_model import CLASSES
 
 if TYPE_CHECKING:
+    from gossamer.stages.finetune import Finetune
     from gossamer.stages.pretrain import Pretrain
+
+FORMATS: dict[Task, str] = {"sequence": "classification", "tokens": "tokens"}  # an encoder's examples
 
 
 def longest_text(source: Checkpoint) -> int:
@@ -53,6 +60,34 @@ def pretraining(job: "Pretrain", source: Checkpoint) -> Callable[[PreTrainedMode
         f"{source.path} is a model for {anatomy.task}, which is learned of examples; expected a decoder, "
         "an embedding model or one for masked tokens: text teaches no other"
     )
+
+
+def finetuning(job: "Finetune", source: Checkpoint) -> Callable[[PreTrainedModel], Objective]:
+    """What a model is trained to do on examples, whose format has to suit its task.
+
+    Raises ConfigError where it does not, UnsupportedError for options that have no part in it.
+    """
+    anatomy = source.architecture
+    suiting = {"generation": "prompt-completion, chat, instruct or text", **FORMATS}.get(anatomy.task)
+    tasks: dict[str, Task] = {format: task for task, format in FORMATS.items()}
+    wanted = tasks.get(job.format, "generation")
+    if suiting is None or anatomy.task != wanted:
+        advice = "" if suiting is None else f", or --format {suiting}"
+        raise ConfigError(
+            f"--format {job.format} is learned by a model for {wanted}; found {source.path}, one for "
+            f"{anatomy.task}: give a model with that head (transformers' {CLASSES[wanted].__name__} makes "
+            f"one){advice}"
+        )
+    if anatomy.task == "generation":
+        return NextToken
+    refuse_for_encoders(job, source)
+    end_id = Tokenizer.open(source.path).marks()[1]
+    return lambda model: Classes(model, anatomy, end_id)
+
+
+def classes(source: Checkpoint) -> list[str]:
+    """Names of the classes of an encoder's head."""
+    return labels(Config(source.config, str(source.path / "config.json")))
 
 
 def refuse_for_encoders(job: TrainingOptions, source: Checkpoint) -> None:

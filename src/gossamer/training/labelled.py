@@ -18,7 +18,7 @@ from gossamer.training.distillation import Distillation
 from gossamer.training.heads import head_of
 from gossamer.training.objective import Loss
 from gossamer.training.rows import IGNORED, Rows
-from gossamer.training.text_rows import PADDING, begins, encoder_inputs, text_batch
+from gossamer.training.text_rows import PADDING, begins, encoder_inputs, text_batch, types
 
 MASKED, BY_MASK, BY_RANDOM = 0.15, 0.8, 0.1  # of the tokens, and of those that are masked (BERT's shares)
 
@@ -28,12 +28,18 @@ class Classes:
 
     own, at_the_head = "cross_entropy", "kl"
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, end_id: int | None = None) -> None:
+        """end_id: what ends a text, behind which there may be another that belongs to it."""
+        self.end_id = end_id
         self.over_vocabulary: Any = getattr(model, "cls", None) or getattr(model, "lm_head", None)
         self.anatomy, self.head = anatomy, head_of(model)
 
     def batch(self, rows: Rows, indices: list[int]) -> dict[str, Tensor]:
-        return text_batch(rows, indices)
+        batch = text_batch(rows, indices)
+        assert self.anatomy.added is not None
+        if self.end_id is None or self.anatomy.added.num_types < 2:
+            return batch
+        return {**batch, "types": types(batch, self.end_id)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], learned: Distillation | None) -> Loss:
         with _of_one_token(self.over_vocabulary):

@@ -96,10 +96,13 @@ class Rows(Dataset[int]):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, seed: int) -> Rows:
+def packed_rows(
+    examples: Sequence[Example], row_length: int, num_epochs: int, seed: int, *, of_firsts: bool = False
+) -> Rows:
     """Put the examples (input_ids, labels) of every epoch into rows: several to a row, and none is split.
 
     Every epoch has a new order, in which each example goes to the fullest open row that has room for it.
+    of_firsts: whether the label of an example's first token counts, which nothing in the row foretells.
     """
     shuffler = random.Random(seed)
     rows: list[list[Example]] = []
@@ -112,6 +115,8 @@ def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, s
         for example_ids, example_labels in members:
             end = start + len(example_ids)
             ids[row, start:end], labels[row, start:end] = example_ids, example_labels
-            ids[row, start], labels[row, start] = ~ids[row, start], IGNORED
+            ids[row, start] = ~ids[row, start]
+            if not of_firsts:
+                labels[row, start] = IGNORED
             start = end
     return Rows(ids, labels, np.array([sum(len(e[0]) for e in row) for row in rows]))

@@ -39,6 +39,14 @@ def one_label_a_text(texts_BT: Tensor) -> Tensor:
     return torch.where(begins(texts_BT), 0, IGNORED)
 
 
+def types(batch: Mapping[str, Tensor], end_id: int) -> Tensor:
+    """0, and 1 for the second of two texts that belong together: what follows a text's first `end_id`."""
+    ends_BT = (batch["input_ids"] == end_id).long()
+    before_BT = ends_BT.cumsum(1) - ends_BT
+    at_begin_BT = torch.where(begins(batch["texts"]), before_BT, 0).cummax(1).values
+    return ((before_BT > at_begin_BT) & (batch["texts"] != PADDING)).long()
+
+
 def encoder_inputs(anatomy: Anatomy, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """What transformers' encoder is told of a `text_batch`: tokens of a text see one another, and no others.
 
@@ -50,4 +58,5 @@ def encoder_inputs(anatomy: Anatomy, batch: Mapping[str, Tensor]) -> dict[str, A
         "input_ids": batch["input_ids"],
         "attention_mask": (texts_BT[:, :, None] == texts_BT[:, None, :]).unsqueeze(1),
         "position_ids": batch["position_ids"] + anatomy.added.offset,
+        **({"token_type_ids": batch["types"]} if "types" in batch else {}),
     }
