@@ -588,7 +588,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(
     def poisoned(trainer: RowTrainer, *arguments: object, **keywords: object) -> object:
         loss = training_step(trainer, *arguments, **keywords)  # pyright: ignore
         if trainer.state.global_step == 5:
-            trainer.causal_model.model.norm.weight.grad.fill_(float("nan"))  # pyright: ignore
+            trainer.whole_model.model.norm.weight.grad.fill_(float("nan"))  # pyright: ignore
         return loss
 
     monkeypatch.setattr(RowTrainer, "training_step", poisoned)

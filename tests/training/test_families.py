@@ -28,6 +28,7 @@ from gossamer.training.distillation import SquareHead
 from gossamer.training.kernel_choice import masked_linears
 from gossamer.training.masks import MaskCallback, model_mask_hash
 from gossamer.training.monitor import Monitor
+from gossamer.training.objective import NextToken
 from gossamer.training.parallel import decoder_layers
 from gossamer.training.row_trainer import RowTrainer
 from gossamer.training.rows import Rows, packed_rows
@@ -161,7 +162,9 @@ def test_row_trainer_has_the_models_own_loss_and_files(
         sparsify(trained, masked_linears(trained))
     checkpoints, monitor = Checkpoints(tmp_path, RunIdentity({}, {})), Monitor("test", quiet, tmp_path, 0.6)
     masks = MaskCallback(trained)
-    trainer = RowTrainer(trained, arguments(tmp_path), rows, checkpoints, monitor, masks, [], kernel)
+    trainer = RowTrainer(
+        trained, arguments(tmp_path), rows, NextToken(trained), checkpoints, monitor, masks, [], kernel
+    )
     batch = rows.collate(list(range(len(rows))))
     plain = {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
     torch.testing.assert_close(trainer.compute_loss(trained, batch), model(**plain, use_cache=False).loss)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -60,8 +62,11 @@ def llama(kernel: Any = "dense", attention: str = "sdpa", **shape: int) -> Llama
     return model.train()
 
 
-def kept_bytes(model: PreTrainedModel, num_rows: int, row_length: int, precision: str) -> int:
-    """Memory that autograd keeps of one forward pass through the decoder, weights aside."""
+def kept_bytes(
+    model: PreTrainedModel, num_rows: int, row_length: int, precision: str, **inputs: Tensor
+) -> int:
+    """Memory that autograd keeps of one forward pass through the layers, weights aside."""
+    given: dict[str, Any] = inputs or {"logits_to_keep": 1, "use_cache": False}
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -75,7 +80,7 @@ def kept_bytes(model: PreTrainedModel, num_rows: int, row_length: int, precision
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
     ):
-        hidden = model(ids_BT, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        hidden = model(ids_BT, output_hidden_states=True, **given)
     assert hidden is not None
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
@@ -145,6 +150,23 @@ def test_activations_of_other_decoders(family: Any, head_dim: int, attention: st
     model.set_attn_implementation(attention)
     estimate = estimate_memory(model, 4, 128, precision)
     assert estimate.activations == pytest.approx(kept_bytes(model, 4, 128, precision), rel=0.2)
+
+
+@pytest.mark.parametrize(("precision", "attention"), ATTENTIONS)
+@pytest.mark.parametrize("shape", [{}, {"intermediate_size": 384}, {"hidden_size": 96}], ids=str)
+def test_activations_of_encoders(attention: str, precision: str, shape: dict[str, int]) -> None:
+    """Within a fifth too, where texts share a row; what tokens are embedded by is left out."""
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6} | shape
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as runs are
+    config = BertConfig(vocab_size=1024, num_attention_heads=12, **sizes, **without)  # pyright: ignore
+    model = BertModel(config).train()
+    model.set_attn_implementation(attention)
+    seen = torch.arange(128) // 32
+    mask = (seen[:, None] == seen).expand(4, 1, 128, 128)
+    estimate = estimate_memory(model, 4, 128, precision)
+    kept = kept_bytes(model, 4, 128, precision, attention_mask=mask)
+    assert estimate.activations == pytest.approx(kept, rel=0.2)
+    assert estimate.logits == 0
 
 
 def step(model: LlamaForCausalLM) -> int:

@@ -87,7 +87,7 @@ def test_it_holds_what_the_teacher_gives_for_each_document_alone(
     cached = CachedTeacher.open(tmp_path, want)
     batch = rows.collate([3, 5])
     cached.read(batch, {"input_ids": batch["input_ids"]})
-    kept_BT = torch.ones(2, LENGTH - 1, dtype=torch.bool)
+    kept_BT = all_but_the_last(2)
     states, top = cached.states(), cached.at_the_head(kept_BT, 2.0)
     for row, begin, end in ((0, 0, 10), (0, 10, LENGTH), (1, 0, 13)):
         outputs = model(batch["input_ids"][row : row + 1, begin:end], output_hidden_states=True)
@@ -119,7 +119,7 @@ def test_it_is_read_as_by_a_teacher_beside_a_student(
         assert buffer.dtype == torch.float32 and torch.equal(buffer, buffers[name])
     choose_attention(LENGTH, "cpu", precision, model)
     live, some = LiveTeacher(model), list(range(CHUNK_ROWS))
-    batch, kept_BT = rows.collate(some), torch.ones(CHUNK_ROWS, LENGTH - 1, dtype=torch.bool)
+    batch, kept_BT = rows.collate(some), all_but_the_last(CHUNK_ROWS)
     given = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     for teacher in (live, cached):
         teacher.read(batch, given)
@@ -157,7 +157,7 @@ def test_rows_that_are_read_together_are_as_if_read_alone(
     for ours, theirs in zip(together.states(), alone.states(), strict=True):
         torch.testing.assert_close(ours, theirs)
         assert not ours[~batch["token_mask"]].any()
-    kept_BT = torch.ones(NUM_ROWS, LENGTH - 1, dtype=torch.bool)
+    kept_BT = all_but_the_last(NUM_ROWS)
     ours, theirs = (teacher.at_the_head(kept_BT, 2.0) for teacher in (together, alone))
     assert isinstance(ours, TopTokens) and isinstance(theirs, TopTokens)
     torch.testing.assert_close(ours.log_p_NK, theirs.log_p_NK, rtol=2e-3, atol=2e-3)
@@ -367,3 +367,8 @@ def test_layers_are_spread_and_the_last_is_among_them(
     shape: tuple[int, int, int, int | None], expected: tuple[int, ...]
 ) -> None:
     assert spread_layers(*shape) == expected
+
+
+def all_but_the_last(num_rows: int) -> torch.Tensor:
+    """Tokens that another one follows: bool [B, T]."""
+    return torch.arange(LENGTH).expand(num_rows, -1) < LENGTH - 1

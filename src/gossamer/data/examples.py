@@ -47,13 +47,14 @@ def read_examples(
     repeat: bool = False,
     bad: BadRows | None = None,
     offline: bool = False,
+    classes: Sequence[str] = (),
 ) -> Examples:
     """Every example of every source; with a weight or `num_examples`, a mixture of at most so many.
 
     A weight is a share of the tokens, 1 where none is given. The mixture ends where a source is used up, as
     its share could not be kept. With `repeat` the source begins again, until there are `num_examples`, or,
     without these, until all sources were used up. Sources are read from their beginnings; whoever makes rows
-    of the examples shuffles them. Raises what `supervised_examples` does.
+    of the examples shuffles them. `classes` are those of labels. Raises what `supervised_examples` does.
     """
     if not sources:
         raise ConfigError("no dataset given; pass at least one SRC")
@@ -64,7 +65,8 @@ def read_examples(
 
     def stream(index: int) -> Iterator[Example]:
         seen: list[Example] = []
-        for ids, labels in supervised_examples(names[index], format, tokenizer, max_length, bad, offline):
+        given = (names[index], format, tokenizer, max_length, bad, offline, classes)
+        for ids, labels in supervised_examples(*given):
             seen.append(Example(index, ids, labels))
             found.num_documents[index] += 1
             yield seen[-1]

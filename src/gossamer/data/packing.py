@@ -74,7 +74,7 @@ def pack(
     row_T, used, num_rows, num_truncated = np.empty(row_length, np.int32), 0, 0, 0
     num_tokens = [0] * len(mixture.num_documents)
     with file.open("wb") as stream:
-        for piece, ids in _encoded(mixture, tokenizer):
+        for piece, ids in encoded(mixture, tokenizer):
             if mixture.truncate and len(ids) >= row_length:
                 ids, num_truncated = ids[: row_length - 1], num_truncated + 1
             begin = 0
@@ -123,12 +123,14 @@ def pack_once(
     report: Callable[[int], None] = lambda num_rows: None,
     note: Callable[[str], None] = lambda text: None,
     beside: Sequence[Need] = (),
+    packer: Callable[..., PackedText] = pack,
 ) -> PackedText:
     """What an earlier run packed into `folder` if all that `decided` its rows was the same, else packed now.
 
-    `report` is `pack`'s. `note` is told of rows that are not as they were written, and so are packed anew:
-    the same text gives the same rows, also to a run that is resumed. Raises OSError, before packing, where a
-    disk has no room for `max_rows` rows and what is needed `beside` them.
+    `report` is the packer's, `pack` or `whole_texts.pack_whole`. `note` is told of rows that are not as they
+    were written, and so are packed anew: the same text gives the same rows, also to a run that is resumed.
+    Raises OSError, before packing, where a disk has no room for `max_rows` rows and what is needed `beside`
+    them.
     """
     decided = {**decided, "row_length": row_length, "max_rows": max_rows}
     file, record = folder / ROWS, folder / RECORD
@@ -146,7 +148,7 @@ def pack_once(
     check_room([rows, *beside], "lower --num-tokens (no more than the text holds are needed)")
     record.unlink(missing_ok=True)
     try:
-        packed = pack(mixture, tokenizer, row_length, max_rows, file, report)
+        packed = packer(mixture, tokenizer, row_length, max_rows, file, report)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -172,7 +174,7 @@ def read_rows(folder: Path, packed: PackedText) -> np.ndarray:
     return np.memmap(folder / ROWS, np.int32, "r", shape=(packed.num_rows, packed.row_length))
 
 
-def _encoded(mixture: Mixture, tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
+def encoded(mixture: Mixture, tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
     """Pieces with their ids, int32 [n]; a batch is tokenized, on all cores, while another is packed."""
 
     def encode(batch: list[Piece]) -> list[np.ndarray]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
+from gossamer.data.labelled import IGNORED, labelled_text, labelled_tokens
 from gossamer.data.mixture import Mixture, pieces
 from gossamer.data.sources import documents
 from gossamer.data.tables import TABLES, BadRows, table_rows, text_of
@@ -17,8 +18,8 @@ from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
 
 DEFAULT_DOCTESTS = 20_000
-IGNORED = -100
-Format = Literal["chat", "instruct", "prompt-completion", "text"]
+LABELLED = {"classification": labelled_text, "tokens": labelled_tokens}
+Format = Literal["chat", "instruct", "prompt-completion", "text", "classification", "tokens"]
 
 
 def supervised_examples(
@@ -28,6 +29,7 @@ def supervised_examples(
     max_length: int,
     bad: BadRows | None = None,
     offline: bool = False,
+    classes: Sequence[str] = (),
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(input_ids, labels) of each row; labels are -100 on what the user says.
 
@@ -38,6 +40,8 @@ def supervised_examples(
     instruct           {"instruction", "input"?, "output" or "response"}
     prompt-completion  {"prompt", "completion"}
     text               {"text"} or {"content"}, or a document of a source of `pretrain`; all is learned
+
+    `classification` and `tokens`, whose labels are of `classes`, are in `labelled.py`.
     """
     bad = bad or BadRows()
     if format == "chat":  # what the model lacks is no row's fault
@@ -45,12 +49,14 @@ def supervised_examples(
             tokenizer.check_template()
         except ConfigError as error:
             raise ConfigError(f"--format chat: {error}") from error
-    else:
+    elif format not in LABELLED:
         tokenizer.required_eos()
     for where, row in _supervised_rows(source, format, bad, offline):
         try:
             if format == "chat":
                 ids, labels = _chat_example(row, tokenizer, where)
+            elif label := LABELLED.get(format):
+                ids, labels = label(row, tokenizer, max_length, classes, where)
             else:
                 prompt, answer = _prompt_and_answer(row, format, where)
                 ids, labels = _answer_example(prompt, answer, tokenizer)

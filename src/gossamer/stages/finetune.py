@@ -14,6 +14,7 @@ from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
+from gossamer.training.by_task import classes, finetuning
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options, inherited
 from gossamer.training.parallel import from_first, in_every_process
@@ -38,7 +39,8 @@ class Finetune(TrainingOptions):
     )
     format: Format = option(
         "prompt-completion",
-        help="the fields of an example; text: of any source that pretrain takes, and all of it is learned",
+        help="the fields of an example; text: of any source that pretrain takes, and all of it is learned; "
+        "classification (text, text2?, label) and tokens (tokens, labels): of an encoder with such a head",
     )
     num_examples: int | None = option(
         None, help="examples of an epoch, or as many as there are (default: all)"
@@ -61,6 +63,7 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
     source = Checkpoint.open(job.model, offline=job.offline)
     check(job, source)
+    objective = finetuning(job, source)
     check_start(job, source)
     job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
@@ -68,7 +71,7 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
         rows, num_examples, target.data = from_first(lambda: _rows(job, source, progress))
         teacher = teacher_for(job, directory, rows, "finetune", progress)
         model = load_model(source)
-        history = train(job, model, rows, target, progress, teacher)
+        history = train(job, model, rows, target, progress, teacher, objective)
         write_model(model, target)
         target.num_threads = history.num_threads
         target.metrics.update(history.metrics(), num_examples=num_examples)
@@ -83,7 +86,9 @@ def _rows(job: Finetune, source: Checkpoint, progress: Progress) -> tuple[Rows, 
     data = [manifest(name, offline=job.offline) for name in job.dataset]
     found = _examples(job, source, progress)
     longest = max(len(ids) for ids, _ in found.pairs)
-    rows = packed_rows(found.pairs, max(longest, ROW_LENGTH), job.num_train_epochs, job.seed)
+    of_firsts = source.architecture.is_encoder
+    length = max(longest, min(ROW_LENGTH, source.architecture.max_position_embeddings))
+    rows = packed_rows(found.pairs, length, job.num_train_epochs, job.seed, of_firsts=of_firsts)
     given = zip(data, found.num_documents, found.num_tokens, strict=True)
     return (
         rows,
@@ -107,6 +112,7 @@ def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> Examples
         repeat=job.repeat,
         bad=bad,
         offline=job.offline,
+        classes=classes(source) if source.architecture.is_encoder else (),
     )
     notes = [*_not_learned(job, bad, length)]
     if not found.pairs:

@@ -1,4 +1,4 @@
-"""`pretrain`: next-token training of a dense or sparse model; zeros stay zeros."""
+"""`pretrain`: training of a dense or sparse model on text, by its task; zeros stay zeros."""
 
 import hashlib
 import math
@@ -9,15 +9,17 @@ from typing import Any
 
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.data.mixture import Mixture
-from gossamer.data.packing import CHARACTERS_A_TOKEN, FOLDER, RECORD, PackedText, pack_once, read_rows
+from gossamer.data.packing import CHARACTERS_A_TOKEN, FOLDER, RECORD, PackedText, pack, pack_once, read_rows
 from gossamer.data.presets import expand
 from gossamer.data.sources import manifest, parse_weight
 from gossamer.data.tables import BadRows
+from gossamer.data.whole_texts import pack_whole, row_lengths
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.processes import is_first
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
+from gossamer.training.by_task import longest_text, pretraining
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, in_every_process
@@ -38,6 +40,11 @@ class Pretrain(TrainingOptions):
     )
     num_tokens: int = option(10_000_000, help="tokens to train on, or as many as there are")
     repeat: bool = option(False, help="sources that are used up begin again, instead of ending the text")
+    cosine_weight: float | None = option(
+        None,
+        help="of an embedding model: how much 1 - cosine of a text's vector and the teacher's counts beside "
+        "one layer of SquareHead (default: 4)",
+    )
     truncate: bool = option(False, help="of a document longer than a row only the beginning is used")
 
 
@@ -46,7 +53,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on `job.num_tokens` tokens and write it to `job.output_dir`."""
     source = Checkpoint.open(job.model, offline=job.offline)
     check(job, source)
-    length = min(job.max_length, source.architecture.max_position_embeddings)
+    objective, length = pretraining(job, source), min(job.max_length, longest_text(source))
     check_start(job, source, length)
     job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
@@ -54,7 +61,7 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
         rows = _rows(job, source, target, length, directory, progress)
         teacher = teacher_for(job, directory, rows, "pretrain", progress)
         model = load_model(source)
-        history = train(job, model, rows, target, progress, teacher)
+        history = train(job, model, rows, target, progress, teacher, objective)
         if is_first():
             shutil.rmtree(target.path / FOLDER)
         write_model(model, target)
@@ -79,7 +86,9 @@ def _rows(
         for known, documents, tokens in zip(data, packed.num_documents, packed.num_tokens, strict=True)
     ]
     target.metrics["rows"] = asdict(packed)
-    return Rows(read_rows(target.path / FOLDER, packed), digest=packed.sha256)
+    found = read_rows(target.path / FOLDER, packed)
+    lengths = row_lengths(found) if source.architecture.is_encoder else None
+    return Rows(found, lengths_S=lengths, digest=packed.sha256)
 
 
 def _packed(
@@ -119,6 +128,7 @@ def _packed(
         lambda num_rows: progress(Event("pretrain", tokenizing, num_rows, max_rows)),
         lambda text: progress(Event("pretrain", text, lasting=True)),
         need_before_packing(job, teacher, max_rows, length),
+        pack_whole if source.architecture.is_encoder else pack,
     )
     if not job.resume and not any(mixture.num_documents):
         progress(Event("pretrain", "the rows are those that an earlier run packed", lasting=True))
@@ -148,5 +158,7 @@ def check(job: Pretrain, source: Checkpoint) -> None:
     check_model(job, source)
     if job.num_tokens < 1:
         raise ConfigError(f"--num-tokens {job.num_tokens}: expected at least 1")
+    if job.cosine_weight is not None and not 0 <= job.cosine_weight < math.inf:
+        raise ConfigError(f"--cosine-weight is {job.cosine_weight:g}; expected a number from 0 on")
     if job.distill in ("kl", "both") and job.teacher is None:
         raise ConfigError(f"--distill {job.distill} needs --teacher DIR, the dense model")

@@ -8,6 +8,7 @@ rows take, needs no scores in memory, but its backward pass took twice as long a
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
@@ -37,13 +38,17 @@ def short_rows_attention(
     """softmax(q k^T scaling + mask) v, [B, T, H, d], of S heads of keys and values that H / S queries share.
 
     The sums of products and of the softmax are float32, as everywhere in PyTorch; what is stored is of the
-    type of `q_BHTd`.
+    type of `q_BHTd`. The mask is added, or says who is seen.
     """
     B, H, T, d = q_BHTd.shape
     S = k_BSTd.shape[1]
     shared = (B * S, H // S * T, d)
     scores = (q_BHTd * scaling).reshape(shared) @ k_BSTd.reshape(B * S, T, d).mT
-    scores = scores.view(B, H, T, T).add_(mask_B1TT.to(scores.dtype))
+    scores = scores.view(B, H, T, T)
+    if mask_B1TT.dtype == torch.bool:
+        scores.masked_fill_(~mask_B1TT, torch.finfo(scores.dtype).min)
+    else:
+        scores.add_(mask_B1TT.to(scores.dtype))
     weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training)
     out = weights.view(B * S, H // S * T, T) @ v_BSTd.reshape(B * S, T, d)
     return out.view(B, H, T, d).transpose(1, 2).contiguous(), None

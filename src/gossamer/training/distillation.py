@@ -118,13 +118,18 @@ class SquareHead:
         return loss
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) == 1 and hasattr(module, "encoder"):  # an encoder's tokens come by position
+            args, kwargs = (), {**kwargs, "input_ids": args[0]}
         if args or kwargs.get("input_ids") is None:
             raise UnsupportedError(
                 f"SquareHead: the student calls its {type(module).__name__} with {len(args)} positional "
                 f"arguments and the keywords {', '.join(kwargs)}; expected keywords alone, with input_ids"
             )
         names = ("input_ids", "attention_mask", "position_ids")
-        self.teacher.read(self._seen["batch"], {name: kwargs.get(name) for name in names})
+        inputs = {name: kwargs.get(name) for name in names}
+        if kwargs.get("token_type_ids") is not None:
+            inputs["token_type_ids"] = kwargs["token_type_ids"]
+        self.teacher.read(self._seen["batch"], inputs)
         return args, {**kwargs, "output_hidden_states": True}
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -139,18 +144,18 @@ class SquareHead:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What a run learns of its teacher: `parts` are those of the loss, cross-entropy among them.
+    """What a run learns of its teacher: `parts` are those of the loss, what the labels ask for among them.
 
-    Cross-entropy has a weight; the teacher's parts have none.
+    That has a weight; the teacher's parts have none.
     """
 
     teacher: TeacherStates
     parts: tuple[str, ...]
     temperature: float
-    cross_entropy_weight: float
+    own_weight: float
 
     def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
-        """What it expects after the kept tokens [B, T - 1], if that is learned."""
+        """What it makes of the kept tokens [B, T], if that is learned."""
         return self.teacher.at_the_head(kept_BT, self.temperature) if "kl" in self.parts else None
 
 

@@ -6,8 +6,9 @@ Gupta (arXiv 1710.01878), fast while there is much to spare and slowly in the en
     s_t = s_1 + (s_0 - s_1) (1 - (t - t_0) / (t_1 - t_0))^3
 
 After every step of pruning, each linear of the decoder has this share of zeros, or those that it came with
-where these are more: its weights of least magnitude go, as in Sparse*BERT (arXiv 2205.12452), which prunes
-language models so on general text and then tunes them under the mask.
+where these are more: its weights, or blocks of weights (`compress/pattern.py`), of least magnitude go, as in
+Sparse*BERT (arXiv 2205.12452), which prunes language models so on general text and then tunes them under the
+mask.
 
 The mask is at any time exactly the zeros of the weights. It only grows: by steps of pruning, and by a weight
 that training itself happens to bring to 0. A checkpoint's zeros are therefore the mask at its step, and a
@@ -19,18 +20,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.magnitude import magnitude
+from gossamer.compress.pattern import Blocks, Pattern, parse_pattern
 from gossamer.errors import ConfigError
 from gossamer.training.masks import MaskCallback, MaskedWeight, decoder_linears, local, paired
 from gossamer.training.parallel import shard_like
-from gossamer.training.sparse_linear import Pattern
+from gossamer.training.sparse_linear import Pattern as Stored
 
 SYNTAX = "cubic:[START-]END[:BEGIN-LAST[:EVERY]]"
+BLOCKS = (16, 8, 4, 2)  # sizes in which zeros are looked for
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 _SCHEDULE = re.compile(rf"cubic:(?:{_NUMBER}-)?{_NUMBER}(?::{_NUMBER}-{_NUMBER}(?::(\d+))?)?")
 
@@ -105,6 +109,45 @@ class CubicSchedule:
         return {"first_step": first, "last_step": last, "sparsity": round(sparsity, 6)}
 
 
+def pattern_of(text: str | None, source: Checkpoint) -> Pattern | None:
+    """How the zeros that a schedule makes lie: as `text` says, else in blocks as far as the model's do.
+
+    Raises ConfigError for a pattern that fixes its share of zeros, or that does not fit a matrix.
+    """
+    if text is None:
+        return next((Blocks(size) for size in BLOCKS if _all_in_blocks(source, size)), None)
+    pattern = parse_pattern(text)
+    if pattern is not None and pattern.sparsity is not None:
+        raise ConfigError(
+            f"--pattern {text} fixes the share of zeros, which --prune-schedule lets rise; expected "
+            "unstructured, or 1xM such as 1x4"
+        )
+    if pattern is None:
+        return None
+    for name in source.linears:
+        width = source.architecture.tensor_shapes[f"{name}.weight"][1]
+        if width % pattern.size:
+            raise ConfigError(
+                f"{name} has {width} inputs, of which --pattern {text} makes no whole blocks; expected an M "
+                f"that divides {width}"
+            )
+    return pattern
+
+
+def _all_in_blocks(source: Checkpoint, size: int) -> bool:
+    """Whether a model has zeros, and every one is in a block of so many."""
+    found = False
+    for name in source.linears:
+        zeros_NK = source.zeros(f"{name}.weight")
+        if zeros_NK.shape[1] % size:
+            return False
+        blocks = zeros_NK.reshape(-1, size)
+        if not np.array_equal(blocks.any(1), blocks.all(1)):
+            return False
+        found = found or bool(zeros_NK.any())
+    return found
+
+
 def schedule_of(text: str | None, source: Checkpoint) -> CubicSchedule | None:
     """The schedule by which that model is to be pruned; raises what `CubicSchedule.parse` does."""
     return None if text is None else CubicSchedule.parse(text, source.sparsity())
@@ -114,19 +157,23 @@ class GradualPruning(MaskCallback):
     """Prunes a model by a schedule while it trains, and keeps all zeros that there are.
 
     It works where `MaskCallback` does, and takes its place: `callbacks=[GradualPruning(schedule)]`.
-    Weights that are pruned have moments of zero from then on, as those that a run begins with.
+    Weights that are pruned have moments of zero from then on, as those that a run begins with. With a
+    `pattern` they go in its blocks, those of least squares first.
 
     `risen` is told the share of zeros in all decoder linears after each step of pruning. Weights of
     FSDP are gathered then, one at a time. Raises what `MaskCallback` does.
     """
 
     def __init__(
-        self, schedule: CubicSchedule, risen: Callable[[float], None] = lambda sparsity: None
+        self,
+        schedule: CubicSchedule,
+        risen: Callable[[float], None] = lambda sparsity: None,
+        pattern: Pattern | None = None,
     ) -> None:
         super().__init__()
-        self.schedule, self.risen = schedule, risen
+        self.schedule, self.risen, self.pattern = schedule, risen, pattern
 
-    def zeros_of(self, model: nn.Module) -> dict[str, Tensor | Pattern]:
+    def zeros_of(self, model: nn.Module) -> dict[str, Tensor | Stored]:
         """Those of all linears in the decoder: one that has none yet will get some."""
         linears = {name: linear for name, linear in decoder_linears(model) if isinstance(linear, nn.Linear)}
         return {f"{name}.weight": linear.weight.detach() == 0 for name, linear in linears.items()}
@@ -155,7 +202,7 @@ class GradualPruning(MaskCallback):
         for masked in self._masked:
             if share is not None:
                 whole_NK = _whole(masked.weight)
-                zeros_NK = magnitude(whole_NK, share) == 0
+                zeros_NK = magnitude(whole_NK, share, pattern=self.pattern) == 0
                 local(masked.weight).masked_fill_(local(shard_like(zeros_NK, masked.weight)), 0)
                 num_zeros, num_weights = num_zeros + int(zeros_NK.sum()), num_weights + zeros_NK.numel()
             self._adopt(masked, optimizer)

@@ -11,7 +11,7 @@ from gossamer.job.report import Result
 from gossamer.training.kernel_choice import KernelChoice
 
 WINDOW_STEPS = 10
-PARTS = ("cross_entropy", "kl", "squarehead")  # of a loss with a teacher, as the log calls them
+PARTS = ("cross_entropy", "kl", "cosine", "squarehead")  # of a loss with a teacher, as the log calls them
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class TrainingResult(Result):
     """What a training stage returns. `losses`: one for each optimizer step, the teacher's loss included.
 
     First and last are means over several steps, see `History.metrics`. With a teacher, the loss is the sum of
-    cross-entropy and of what is learned of the teacher (KL, SquareHead), which are given apart; what is no
-    part of it is None.
+    cross-entropy and of what is learned of the teacher (KL, cosine, SquareHead), which are given apart; what
+    is no part of it is None.
     """
 
     output_dir: str
@@ -33,6 +33,8 @@ class TrainingResult(Result):
     cross_entropy_last: float | None
     kl_first: float | None
     kl_last: float | None
+    cosine_first: float | None
+    cosine_last: float | None
     squarehead_first: float | None
     squarehead_last: float | None
     tokens_per_s: float

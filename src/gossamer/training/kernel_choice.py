@@ -114,7 +114,7 @@ def _measured(linears: dict[str, nn.Linear], precision: str, num_tokens: int) ->
 
 
 def _first_block(linears: dict[str, nn.Linear]) -> list[nn.Linear]:
-    prefixes = [re.sub(r"(layers\.\d+\.).*", r"\1", name) for name in linears]
+    prefixes = [re.sub(r"(layers?\.\d+\.).*", r"\1", name) for name in linears]
     return [dense for name, dense in linears.items() if name.startswith(prefixes[0])]
 
 

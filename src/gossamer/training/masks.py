@@ -34,7 +34,7 @@ from gossamer.training.compiled import fused
 from gossamer.training.flat import fits, flat
 from gossamer.training.sparse_linear import Pattern, SparseLinear
 
-_IN_DECODER_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+_IN_LAYER = re.compile(r"(^|\.)layers?\.\d+\.")  # an encoder calls it `layer`
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
@@ -265,7 +265,7 @@ def paired(model: nn.Module, zeros: Mapping[str, Tensor | Pattern]) -> Iterator[
 def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | SparseLinear]]:
     """Name and module of every linear in the decoder's layers, in the model's order."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, SparseLinear)) and _IN_DECODER_LAYER.search(name):
+        if isinstance(module, (nn.Linear, SparseLinear)) and _IN_LAYER.search(name):
             yield name, module
 
 

@@ -7,6 +7,8 @@ query width Q, key and value width S, query heads A and row length T:
     f32    a layer  32 D + 8 Q + 8 S + 16 F, if q and k are normed + 8 (Q + S)
     bf16   a layer  32 D + 8 Q + 4 S +  8 F, if q and k are normed + 6 (Q + S), if attention is that of short
                     rows + 2 A T, and a copy of each weight of a dense product
+    an encoder      a layer  32 D + 8 F + 4 T (f32), 24 D + 4 F + 2 T (bf16), with attention of short rows
+                    24 D + 4 F + (2 A + 1) T; of a head over the vocabulary 4 D V more, of others nothing
     checkpointed    4 D a layer, and what one layer takes as above
     the head        on the CPU 4 V for 256 tokens at a time (f32) or 2 V for 2,048 (bf16); beside a teacher in
                     memory 24 V for 256 tokens (f32), or as much more (bf16); on a GPU 24 V, or 48 V beside a
@@ -102,8 +104,11 @@ def estimate_memory(
         gradients=4 * trained,
         moments=8 * trained,
         activations=num_tokens * kept + _copied_weights(model, precision, device),
-        logits=_logits_bytes(anatomy.vocab_size, num_tokens, precision, device, teacher is not None)
-        + (0 if adapted else (6 if precision == "bf16" else 4) * anatomy.hidden_size * anatomy.vocab_size),
+        logits=0
+        if model.get_output_embeddings() is None
+        else _logits_bytes(anatomy.vocab_size, num_tokens, precision, device, teacher is not None)
+        + (0 if adapted else (6 if precision == "bf16" else 4) * anatomy.hidden_size * anatomy.vocab_size)
+        + (4 * anatomy.hidden_size * anatomy.vocab_size if anatomy.is_encoder else 0),
         teacher=0 if teacher is None else 8 * num_tokens * num_layers * anatomy.hidden_size,
     )
     freed = step.gradients + step.logits + step.micro_batch
@@ -190,9 +195,15 @@ class HeldBytes(TrainerCallback):
 
 
 def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int:
-    """Bytes a token that the backward pass of one decoder layer needs, as this module's head has it."""
+    """Bytes a token that the backward pass of one layer needs, as this module's head has it."""
     anatomy, wide = anatomy_of(model), precision == "f32"
     heads, norms = anatomy.attention, anatomy.blocks[0].norms
+    if anatomy.is_encoder:
+        masks = 4 * row_length if wide else 2 * row_length
+        if model.config._attn_implementation == SHORT_ROWS:
+            masks = (2 * heads.num_heads + 1) * row_length
+        width = anatomy.blocks[0].feed_forward.width
+        return (32 if wide else 24) * anatomy.hidden_size + (8 if wide else 4) * width + masks
     query, key_value = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     num_bytes = (16 if adapters(model) else 32) * anatomy.hidden_size + 8 * query
     num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * anatomy.blocks[0].feed_forward.width
@@ -214,7 +225,7 @@ def _logits_bytes(vocabulary: int, num_tokens: int, precision: str, device: str,
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
     """What a model of transformers is made of, by its configuration: FSDP gives its class another name."""
-    return read_anatomy({**model.config.to_dict(), "architectures": None}, "the model")
+    return read_anatomy({**model.config.to_dict(), "architectures": None, "id2label": None}, "the model")
 
 
 def _copied_weights(model: nn.Module, precision: str, device: str) -> int:

@@ -81,6 +81,14 @@ class TrainingOptions(ThreadOptions):
         help="make more weights zero on the way, cubic:[START-]END[:BEGIN-LAST[:EVERY]]: shares of zeros; "
         "between which fractions of the steps they rise (0-0.5); every how many steps (10)",
     )
+    pattern: str | None = option(
+        None,
+        help="of the zeros that --prune-schedule makes: unstructured, or 1xM such as 1x4, blocks of M "
+        "weights (default: blocks where the model's zeros are in blocks)",
+    )
+    freeze: Literal["nothing", "embeddings"] = option(
+        "nothing", help="weights that stay as they are: those that tokens and positions are looked up in"
+    )
     skip_bad_rows: int = option(0, help="rows that cannot be used and are left out; one more is an error")
     seed: int = option(0, help="order of the data")
     save_steps: int = option(100, help="optimizer steps between two checkpoints; 0: save only on Ctrl-C")
@@ -179,6 +187,8 @@ def check_options(job: TrainingOptions) -> None:
         raise ConfigError(f"--save-steps {job.save_steps}: expected at least 0")
     if job.prune_schedule is not None:
         CubicSchedule.parse(job.prune_schedule)
+    if job.pattern is not None and job.prune_schedule is None:
+        raise ConfigError(f"--pattern {job.pattern} is of the zeros of --prune-schedule; give both")
     _refuse_together(job)
     check_reporter(job.report_to)
     if job.threads is not None:

@@ -203,7 +203,8 @@ def _shard(model: PreTrainedModel) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the model's decoder, in their order."""
-    layers = model.get_decoder().layers
+    """The layers of the model's decoder, or encoder, in their order."""
+    trunk: Any = model.get_decoder()
+    layers = trunk.encoder.layer if hasattr(trunk, "encoder") else trunk.layers
     assert isinstance(layers, nn.ModuleList)
     return layers

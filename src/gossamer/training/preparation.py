@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.processes import num_processes
 from gossamer.training.device import another_device
-from gossamer.training.gradual import schedule_of
+from gossamer.training.gradual import pattern_of, schedule_of
 from gossamer.training.kernel_choice import (
     KernelChoice,
     TrainingKernel,
@@ -38,7 +38,8 @@ SHORTEST_ROW = 128  # tokens, that a row with too little memory is advised to ha
 
 def check_model(job: TrainingOptions, source: Checkpoint) -> None:
     """Raise ConfigError for what the job asks for and this model or the place of its files cannot have."""
-    schedule_of(job.prune_schedule, source)
+    if schedule_of(job.prune_schedule, source) is not None:
+        pattern_of(job.pattern, source)
     check_rank(job.lora, source)
     check_folder(job.teacher_cache, job.output_dir)
 

@@ -25,29 +25,27 @@ from gossamer.job.processes import is_first, num_processes
 from gossamer.modules.unfused import join, part
 from gossamer.training.adamw import AdamW
 from gossamer.training.distillation import Distillation
-from gossamer.training.head_loss import head_loss
 from gossamer.training.kernel_choice import TrainingKernel
 from gossamer.training.lora import adapters
 from gossamer.training.masks import MaskCallback
 from gossamer.training.monitor import Monitor
+from gossamer.training.objective import Objective, num_labels
 from gossamer.training.parallel import gather_to_first, shard_like, wait_for_all
-from gossamer.training.rows import IGNORED, Rows
+from gossamer.training.rows import Rows
 
 WEIGHTS, ADAPTERS = "model.safetensors", "adapters.safetensors"
 OPTIMIZER, SCHEDULE = "optimizer.pt", "scheduler.pt"
 
 
 class RowTrainer(Trainer):
-    """Trains on rows in their given order, and writes checkpoints that are complete or not there.
-
-    Logits are computed only for tokens that have a label, and never all at once (`head_loss`).
-    """
+    """Trains on rows in their given order, and writes checkpoints that are complete or not there."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: TrainingArguments,
         rows: Rows,
+        objective: Objective,
         checkpoints: Checkpoints,
         monitor: Monitor,
         masks: MaskCallback,
@@ -58,13 +56,13 @@ class RowTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=rows,
-            data_collator=rows.collate,
+            data_collator=lambda indices: objective.batch(rows, indices),
             callbacks=[masks, *callbacks],
         )
         self.remove_callback(PrinterCallback)
-        self.causal_model, self.rows, self.checkpoints = model, rows, checkpoints
+        self.whole_model, self.rows, self.checkpoints = model, rows, checkpoints
         self.masks, self.monitor = masks, monitor
-        self.head: Any = model.get_output_embeddings()
+        self.objective: Objective = objective
         self.kernel: TrainingKernel = kernel
         self.distillation: Distillation | None = None
         self._parts = torch.zeros(2, device=args.device)  # of the step's loss so far, in this process
@@ -81,32 +79,20 @@ class RowTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The sum of the labelled tokens' losses, divided by the number of them in the whole batch.
+        """The sum of the labels' losses, divided by the number of them in the whole batch.
 
         The whole batch is what all processes accumulate for one optimizer step. Their gradients are averaged
         afterwards, so the loss is multiplied by the number of processes.
         """
-        ids_BT, labels_BT = inputs["input_ids"], inputs["labels"]
-        outputs = model(
-            input_ids=ids_BT,
-            position_ids=inputs.get("position_ids"),
-            output_hidden_states=True,
-            logits_to_keep=1,
-            use_cache=False,
-        )
-        targets_BT = labels_BT[:, 1:]
-        kept_BT = targets_BT != IGNORED
-        hidden = outputs.hidden_states[-1][:, :-1][kept_BT]
         learned = self.distillation
-        teacher = None if learned is None else learned.at_the_head(kept_BT)
-        weight = 1.0 if learned is None else learned.cross_entropy_weight
         with self.accelerator.autocast():
-            loss, cross_entropy = head_loss(hidden, self.head.weight, targets_BT[kept_BT], teacher, weight)
+            loss, own, outputs = self.objective.loss(model, inputs, learned)
         if num_items_in_batch is None:
-            loss = loss / kept_BT.sum()
+            loss = loss / num_labels(inputs)
         else:
             scale = num_processes() / num_items_in_batch
-            self._parts += torch.stack([cross_entropy, loss.detach() - weight * cross_entropy]) * scale
+            weight = 1.0 if learned is None else learned.own_weight
+            self._parts += torch.stack([own, loss.detach() - weight * own]) * scale
             loss = loss * scale
         return (loss, outputs) if return_outputs else loss
 
@@ -139,17 +125,16 @@ class RowTrainer(Trainer):
         super().log(logs, start_time)
 
     def _parts_of(self, loss: float) -> dict[str, float]:
-        """Of a step's loss what is cross-entropy and what the teacher's; nothing without a teacher."""
+        """Of a step's loss what the labels ask for and what the teacher's is; nothing without a teacher."""
         gathered = self.accelerator.gather(self._parts[None])
         assert isinstance(gathered, Tensor)
-        cross_entropy, divergence = gathered.mean(0).tolist()
+        own, at_the_head = gathered.mean(0).tolist()
         self._parts.zero_()
         if self.distillation is None:
             return {}
-        rest = loss - self.distillation.cross_entropy_weight * cross_entropy - divergence
-        parts = {"cross_entropy": cross_entropy, "kl": divergence, "squarehead": rest}
-        wanted = self.distillation.parts
-        return {name: value for name, value in parts.items() if name in wanted}
+        rest = loss - self.distillation.own_weight * own - at_the_head
+        parts = {self.objective.own: own, self.objective.at_the_head: at_the_head, "squarehead": rest}
+        return {name: parts[name] for name in self.distillation.parts}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint of this step, unless there is one; all processes take part.
@@ -159,7 +144,7 @@ class RowTrainer(Trainer):
         step = self.state.global_step
         if step in self.checkpoints.steps():
             return
-        for name, count in self.masks.broken(self.causal_model).items():
+        for name, count in self.masks.broken(self.whole_model).items():
             raise GossamerError(
                 f"checkpoint-{step} was not written: {count} pruned weights of {name} are not zero; expected "
                 "0: another callback writes to them; leave it out"
@@ -187,7 +172,7 @@ class RowTrainer(Trainer):
         Of a model with adapters they alone are written: its weights are the parent's.
         """
         assert output_dir is not None
-        if trained := adapters(self.causal_model):
+        if trained := adapters(self.whole_model):
             if is_first():
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
                 with _writing(output_dir):
@@ -195,15 +180,15 @@ class RowTrainer(Trainer):
                         {name: part.detach() for name, part in trained.items()}, Path(output_dir) / ADAPTERS
                     )
             return
-        sharded = any(isinstance(weight, DTensor) for weight in self.causal_model.parameters())
-        state = gather_to_first(self.causal_model.state_dict() if sharded or is_first() else {})
+        sharded = any(isinstance(weight, DTensor) for weight in self.whole_model.parameters())
+        state = gather_to_first(self.whole_model.state_dict() if sharded or is_first() else {})
         if is_first():
-            for name in _tied_weights(self.causal_model):
+            for name in _tied_weights(self.whole_model):
                 del state[name]
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             with _writing(output_dir):
-                save_file(join(self.causal_model, state), Path(output_dir) / WEIGHTS, {"format": "pt"})
-            self.causal_model.config.save_pretrained(output_dir)
+                save_file(join(self.whole_model, state), Path(output_dir) / WEIGHTS, {"format": "pt"})
+            self.whole_model.config.save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write the moments gathered from all processes, so that another number of them can resume."""
@@ -221,7 +206,7 @@ class RowTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights; raises CheckpointError if the masks are not the run's or one does not hold."""
-        folder, model = Path(resume_from_checkpoint), self.causal_model
+        folder, model = Path(resume_from_checkpoint), self.whole_model
         if adapters(model):
             model.load_state_dict(load_file(folder / ADAPTERS), strict=False)
         else:
@@ -243,7 +228,7 @@ class RowTrainer(Trainer):
             )
 
     def _load_weights(self, folder: Path) -> None:
-        model = self.causal_model
+        model = self.whole_model
         state = part(model, load_file(folder / WEIGHTS))
         for name, stored in _tied_weights(model).items():
             state[name] = state[stored]
@@ -268,7 +253,7 @@ class RowTrainer(Trainer):
 
     def _diverged(self, found: str) -> GossamerError:
         steps = self.checkpoints.steps()
-        model = "" if adapters(self.causal_model) else ", a model that another run can begin from"
+        model = "" if adapters(self.whole_model) else ", a model that another run can begin from"
         last_good = (
             f"; {self.checkpoints.path(steps[-1])} is the last checkpoint before that{model}; --overwrite "
             "replaces this run"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gossamer.data.supervised import IGNORED
+from gossamer.data.whole_texts import fitted
 
 Example = tuple[Sequence[int], Sequence[int]]
 
@@ -77,13 +78,14 @@ class Rows(Dataset[int]):
         width = max(1, int(lengths_B.max()))
         marked_BT = np.zeros((len(indices), width), np.int64)
         marked_BT[: len(there)] = self.marked_ids_ST[there, :width]
+        padding_BT = np.arange(width) >= lengths_B[:, None]
+        marked_BT[padding_BT] = 0
         begins_BT = marked_BT < 0
         begins_BT[:, 0] = True
         ids_BT = np.where(marked_BT < 0, ~marked_BT, marked_BT)
         labels_BT = np.where(begins_BT, IGNORED, ids_BT)
         if self.labels_ST is not None:
             labels_BT[: len(there)] = self.labels_ST[there, :width]
-        padding_BT = np.arange(width) >= lengths_B[:, None]
         labels_BT[padding_BT] = IGNORED
         batch = {"input_ids": ids_BT, "labels": labels_BT, "rows": np.array(indices)}
         if begins_BT[:, 1:].any():
@@ -94,40 +96,27 @@ class Rows(Dataset[int]):
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-def packed_rows(examples: Sequence[Example], row_length: int, num_epochs: int, seed: int) -> Rows:
+def packed_rows(
+    examples: Sequence[Example], row_length: int, num_epochs: int, seed: int, *, of_firsts: bool = False
+) -> Rows:
     """Put the examples (input_ids, labels) of every epoch into rows: several to a row, and none is split.
 
     Every epoch has a new order, in which each example goes to the fullest open row that has room for it.
+    of_firsts: whether the label of an example's first token counts, which nothing in the row foretells.
     """
     shuffler = random.Random(seed)
     rows: list[list[Example]] = []
     for _ in range(num_epochs):
-        rows += _pack(shuffler.sample(examples, len(examples)), row_length)
+        order = shuffler.sample(examples, len(examples))
+        rows += fitted(order, lambda example: len(example[0]), row_length)
     ids, labels = (np.full((len(rows), row_length), fill, np.int32) for fill in (0, IGNORED))
     for row, members in enumerate(rows):
         start = 0
         for example_ids, example_labels in members:
             end = start + len(example_ids)
             ids[row, start:end], labels[row, start:end] = example_ids, example_labels
-            ids[row, start], labels[row, start] = ~ids[row, start], IGNORED
+            ids[row, start] = ~ids[row, start]
+            if not of_firsts:
+                labels[row, start] = IGNORED
             start = end
     return Rows(ids, labels, np.array([sum(len(e[0]) for e in row) for row in rows]))
-
-
-def _pack(examples: Sequence[Example], row_length: int, num_open: int = 16) -> list[list[Example]]:
-    """Best fit over `num_open` open rows. If an example fits in none, the fullest is closed."""
-    closed: list[list[Example]] = []
-    open_rows: list[tuple[int, list[Example]]] = []
-    for example in examples:
-        fitting = [i for i, (used, _) in enumerate(open_rows) if used + len(example[0]) <= row_length]
-        if fitting:
-            best = max(fitting, key=lambda i: open_rows[i][0])
-            used, members = open_rows[best]
-            members.append(example)
-            open_rows[best] = (used + len(example[0]), members)
-            continue
-        if len(open_rows) == num_open:
-            fullest = max(range(num_open), key=lambda i: open_rows[i][0])
-            closed.append(open_rows.pop(fullest)[1])
-        open_rows.append((len(example[0]), [example]))
-    return closed + [members for _, members in open_rows]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.training.head_loss import HeadTeacher, TeacherLogits
+from gossamer.training.heads import head_of
 
 # The files that tokenizers are in, the surest first, and those that belong to them.
 _TOKENIZERS = {
@@ -44,7 +45,7 @@ class TeacherStates(Protocol):
         ...
 
     def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
-        """What it expects after the kept tokens [B, T - 1]."""
+        """What its head makes of the kept tokens [B, T]."""
         ...
 
     def forget(self) -> None:
@@ -84,8 +85,8 @@ class LiveTeacher:
         return tuple(_on(self._students, state) for state in self._computed())
 
     def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
-        hidden_ND = self._computed()[-1][:, :-1][_on(self._own, kept_BT)]
-        head: Any = self.model.get_output_embeddings()
+        hidden_ND = self._computed()[-1][_on(self._own, kept_BT)]
+        head = head_of(self.model)
 
         @torch.no_grad()
         def logits(begin: int, end: int) -> Tensor:

@@ -145,7 +145,7 @@ class CachedTeacher:
         return [self._values(name).view(torch.bfloat16) for name in names]
 
     def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
-        ids_BTK, log_p_BTK = (self._values(name)[:, :-1] for name in ("top-ids.i32", "top-logprobs.f16"))
+        ids_BTK, log_p_BTK = (self._values(name) for name in ("top-ids.i32", "top-logprobs.f16"))
         return TopTokens(ids_BTK[kept_BT].long(), log_p_BTK[kept_BT], temperature)
 
     def forget(self) -> None:

@@ -22,7 +22,7 @@ from gossamer.training.attention import choose_attention
 from gossamer.training.compiled import COMPILING, compile_layers, restore_layers
 from gossamer.training.device import MICRO_BATCH_TOKENS, another_device, cast_teacher, choose_precision
 from gossamer.training.distillation import Distillation, SquareHead
-from gossamer.training.gradual import GradualPruning, schedule_of
+from gossamer.training.gradual import GradualPruning, pattern_of, schedule_of
 from gossamer.training.history import PARTS, History
 from gossamer.training.interruption import Interruption
 from gossamer.training.kernel_choice import KernelChoice, TrainingKernel, refuse_sharded
@@ -30,6 +30,7 @@ from gossamer.training.lora import merge
 from gossamer.training.masks import MaskCallback, model_mask_hash
 from gossamer.training.memory import HeldBytes
 from gossamer.training.monitor import Monitor, reporters, training_log
+from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions, deciding_options
 from gossamer.training.parallel import Parallel, distribute, from_first, rows_of_this_process
 from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
@@ -48,13 +49,15 @@ def train(
     target: Derived,
     progress: Progress,
     teacher: Teacher | CachedTeacher | None = None,
+    objective: Callable[[PreTrainedModel], Objective] = NextToken,
 ) -> History:
     """Train `model` in place, on the GPU if there is one; its zeros stay zeros.
 
-    Checkpoints and logs go to `target.path`. Raises ConfigError if the loss or the gradient is not finite,
-    UnsupportedError for another transformers than this was written for, for several GPUs in one process and
-    for the sparse training kernel under FSDP, CheckpointError if there is no undamaged checkpoint to resume
-    from, and Interrupted after Ctrl-C, once the run is saved.
+    objective: makes of the whole model what it is trained to do. Checkpoints and logs go to `target.path`.
+    Raises ConfigError if the loss or the gradient is not finite, UnsupportedError for another transformers
+    than this was written for, for several GPUs in one process and for the sparse training kernel under FSDP,
+    CheckpointError if there is no undamaged checkpoint to resume from, and Interrupted after Ctrl-C, once the
+    run is saved.
     """
     check_trainer()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,6 +65,9 @@ def train(
     checkpoints = Checkpoints(target.path, identify(job, model, rows, target, device, precision, teacher))
     start = _find_start(job, checkpoints)
     _say(progress, target.stage, *start.notes)
+    aim = objective(model)
+    if job.freeze == "embeddings":
+        freeze_embeddings(model)
     distribute(model, job.parallel, job.teacher_device)
     teacher_model = teacher.model if isinstance(teacher, Teacher) else None
     elsewhere = another_device(job.teacher_device, device)
@@ -88,9 +94,11 @@ def train(
     callbacks = [*reporters(job.report_to, target.path, start.step + 1), monitor, held := HeldBytes()]
     shared = rows.padded(num_processes() * batch.num_rows)
     schedule = schedule_of(job.prune_schedule, target.parent)
-    masks = MaskCallback(model) if schedule is None else GradualPruning(schedule, monitor.risen)
+    masks = MaskCallback(model)
+    if schedule is not None:
+        masks = GradualPruning(schedule, monitor.risen, pattern_of(job.pattern, target.parent))
     kernel = choice.kernel
-    trainer = RowTrainer(model, arguments, shared, checkpoints, monitor, masks, callbacks, kernel)
+    trainer = RowTrainer(model, arguments, shared, aim, checkpoints, monitor, masks, callbacks, kernel)
     if teacher is not None:
         _attach(job, teacher, trainer, elsewhere)
     _run(trainer, start.step, job.save_steps)
@@ -146,7 +154,10 @@ def _attach(
     states = LiveTeacher(teacher.model, elsewhere) if isinstance(teacher, Teacher) else teacher
     watching = SquareHead(states, weight=0.0 if job.distill == "kl" else 1.0)
     watching.attach(trainer)
-    parts = ("cross_entropy", *(("kl", "squarehead") if job.distill == "both" else (job.distill,)))
+    aim = trainer.objective
+    own = () if aim.own is None else (aim.own,)
+    head = (aim.at_the_head,) if aim.own is None or job.distill in ("kl", "both") else ()
+    parts = (*own, *head, *(() if job.distill == "kl" else ("squarehead",)))
     trainer.distillation = Distillation(states, parts, job.distill_temperature, job.cross_entropy_weight)
 
 
@@ -187,6 +198,13 @@ def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
         nn.Module.to(model, "cpu")
     densify(model.eval())
     merge(model)
+
+
+def freeze_embeddings(model: PreTrainedModel) -> None:
+    """Leave what tokens are looked up in as it is, and in an encoder positions, types and their norm."""
+    trunk: Any = model.get_decoder()
+    frozen: nn.Module = getattr(trunk, "embeddings", None) or model.get_input_embeddings()
+    frozen.requires_grad_(False)
 
 
 def _checkpointing(model: PreTrainedModel, what: Literal["enable", "disable"]) -> Callable[..., None]:

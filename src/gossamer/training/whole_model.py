@@ -10,9 +10,17 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
-from gossamer.architecture.anatomy import Anatomy
+from gossamer.architecture.anatomy import Anatomy, Task
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.checkpoint.partial import holds_checkpoint
 from gossamer.job.options import record
@@ -20,6 +28,16 @@ from gossamer.job.processes import is_first
 from gossamer.modules.decoder import model_config, refuse_quantized, tensor, write_tensor
 from gossamer.modules.unfused import unfuse
 from gossamer.training.options import TrainingOptions
+from gossamer.training.parallel import decoder_layers
+
+CLASSES: dict[Task, Any] = {
+    "generation": AutoModelForCausalLM,
+    "embedding": AutoModel,
+    "masked": AutoModelForMaskedLM,
+    "sequence": AutoModelForSequenceClassification,
+    "tokens": AutoModelForTokenClassification,
+    "spans": AutoModelForQuestionAnswering,
+}
 
 
 def new_model(
@@ -27,15 +45,18 @@ def new_model(
 ) -> PreTrainedModel:
     """transformers' model of a `config.json`, on the CPU, with weights that are still to be filled in.
 
-    Linears that files hold as one are modules of their own.
+    Linears that files hold as one are modules of their own. An encoder leaves nothing to chance: a sparse one
+    has no weights to spare for dropout.
     """
     settings = model_config(anatomy, config)
     settings.dtype = dtype
-    model = AutoModelForCausalLM.from_config(settings)
+    model = CLASSES[anatomy.task].from_config(settings)
     nn.Module.to(model, dtype)
-    layers: Any = model.get_decoder().layers
-    for layer, block in zip(layers, anatomy.blocks, strict=True):
+    for layer, block in zip(decoder_layers(model), anatomy.blocks, strict=True):
         unfuse(layer, block)
+    for module in model.modules() if anatomy.is_encoder else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model.eval()
 
 
@@ -43,6 +64,8 @@ def load_model(source: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTra
     """The whole model in `dtype`, on the CPU; raises UnsupportedError for a quantized directory."""
     refuse_quantized(source)
     model = new_model(source.architecture, source.config, dtype)
+    if source.architecture.optional.keys() - {*source.names}:
+        model.pooler = None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensor(source, name))

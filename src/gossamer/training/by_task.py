@@ -1,0 +1,117 @@
+"""What training an encoder's task asks of the options, and the objective that it has."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from gossamer.architecture.anatomy import Task
+from gossamer.architecture.config import Config
+from gossamer.architecture.postnorm import labels
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.tokens.pooling import Pooling
+from gossamer.tokens.tokenizer import Tokenizer
+from gossamer.training.labelled import Classes, MaskedTokens
+from gossamer.training.objective import NextToken, Objective
+from gossamer.training.options import TrainingOptions
+from gossamer.training.vectors import COSINE_WEIGHT, TextVectors
+from gossamer.training.whole_model import CLASSES
+
+if TYPE_CHECKING:
+    from gossamer.stages.finetune import Finetune
+    from gossamer.stages.pretrain import Pretrain
+
+FORMATS: dict[Task, str] = {"sequence": "classification", "tokens": "tokens"}  # an encoder's examples
+
+
+def longest_text(source: Checkpoint) -> int:
+    """How many tokens the model reads at once, those around a text included."""
+    anatomy = source.architecture
+    if anatomy.task == "embedding":
+        return Pooling.open(source.path, anatomy).max_length
+    return anatomy.max_position_embeddings
+
+
+def pretraining(job: "Pretrain", source: Checkpoint) -> Callable[[PreTrainedModel], Objective]:
+    """What a model is trained to do on text, by its task.
+
+    Raises ConfigError or UnsupportedError for options that have no part in that.
+    """
+    anatomy = source.architecture
+    if job.cosine_weight is not None and anatomy.task != "embedding":
+        raise ConfigError(
+            f"--cosine-weight {job.cosine_weight:g} is of the vectors of an embedding model's texts; found "
+            f"{source.path}, a model for {anatomy.task}: leave it out"
+        )
+    if anatomy.task == "generation":
+        return NextToken
+    refuse_for_encoders(job, source)
+    if job.max_length < 3:
+        raise ConfigError(f"--max-length {job.max_length}: expected at least 3: two tokens are around a text")
+    if anatomy.task == "embedding":
+        _check_vectors(job, source)
+        weight = COSINE_WEIGHT if job.cosine_weight is None else job.cosine_weight
+        return TextVectors(anatomy, Pooling.open(source.path, anatomy), weight)
+    if anatomy.task == "masked":
+        mask_id = Tokenizer.open(source.path).required_mask()
+        return lambda model: MaskedTokens(model, anatomy, mask_id, job.seed)
+    raise UnsupportedError(
+        f"{source.path} is a model for {anatomy.task}, which is learned of examples; expected a decoder, "
+        "an embedding model or one for masked tokens: text teaches no other"
+    )
+
+
+def finetuning(job: "Finetune", source: Checkpoint) -> Callable[[PreTrainedModel], Objective]:
+    """What a model is trained to do on examples, whose format has to suit its task.
+
+    Raises ConfigError where it does not, UnsupportedError for options that have no part in it.
+    """
+    anatomy = source.architecture
+    suiting = {"generation": "prompt-completion, chat, instruct or text", **FORMATS}.get(anatomy.task)
+    tasks: dict[str, Task] = {format: task for task, format in FORMATS.items()}
+    wanted = tasks.get(job.format, "generation")
+    if suiting is None or anatomy.task != wanted:
+        advice = "" if suiting is None else f", or --format {suiting}"
+        raise ConfigError(
+            f"--format {job.format} is learned by a model for {wanted}; found {source.path}, one for "
+            f"{anatomy.task}: give a model with that head (transformers' {CLASSES[wanted].__name__} makes "
+            f"one){advice}"
+        )
+    if anatomy.task == "generation":
+        return NextToken
+    refuse_for_encoders(job, source)
+    end_id = Tokenizer.open(source.path).marks()[1]
+    return lambda model: Classes(model, anatomy, end_id)
+
+
+def classes(source: Checkpoint) -> list[str]:
+    """Names of the classes of an encoder's head."""
+    return labels(Config(source.config, str(source.path / "config.json")))
+
+
+def refuse_for_encoders(job: TrainingOptions, source: Checkpoint) -> None:
+    """Raise UnsupportedError for what training does for decoders alone."""
+    only_for_decoders = {
+        f"--lora {job.lora}": job.lora is not None,
+        f"--teacher-cache {job.teacher_cache}": job.teacher_cache is not None,
+        "--parallel fsdp": job.parallel == "fsdp",
+    }
+    for flag, is_given in only_for_decoders.items():
+        if is_given:
+            raise UnsupportedError(f"{flag} is for decoders; found {source.path}, an encoder: leave it out")
+
+
+def _check_vectors(job: "Pretrain", source: Checkpoint) -> None:
+    """What there is to learn is the teacher's: its layers, and its texts' vectors."""
+    if job.teacher is None:
+        raise ConfigError(
+            f"{source.path} is an embedding model, for which text has no labels; expected --teacher DIR, the "
+            "dense model whose vectors are to be learned"
+        )
+    if job.distill != "squarehead" or job.cross_entropy_weight != 1:
+        raise UnsupportedError(
+            f"--distill {job.distill}, --cross-entropy-weight {job.cross_entropy_weight:g}: an embedding "
+            "model has no logits; supported: --distill squarehead, of layers and of texts' vectors "
+            "(--cosine-weight)"
+        )
