@@ -20,6 +20,7 @@ from gossamer.compress import hessian
 from gossamer.data.calibration import calibration_ids
 from gossamer.errors import CalibrationError, ConfigError, GossamerError
 from gossamer.job.report import Event
+from gossamer.layerwise.quality import in_words
 from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
@@ -98,12 +99,13 @@ def test_errors_and_perplexities_are_those_of_transformers_on_the_last_eighth_of
         with torch.no_grad():
             outputs.append(loaded(ids_BT, labels=ids_BT, output_hidden_states=True))
     before, after = (output.loss.exp().item() for output in outputs)
-    assert (result.parent_perplexity, result.perplexity) == pytest.approx((before, after), rel=1e-4)
+    found = result.quality["parent_perplexity"], result.quality["perplexity"]
+    assert found == pytest.approx((before, after), rel=1e-4)
     parent_BTD, ours_BTD = (output.hidden_states[1] for output in outputs)
     expected = ((ours_BTD - parent_BTD).norm(dim=-1) / parent_BTD.norm(dim=-1)).square().mean()
     assert result.errors[0] == pytest.approx(expected.item(), rel=1e-4)
     metrics = json.loads((Path(job.output_dir) / "gossamer.json").read_text())["metrics"]
-    assert metrics["errors"] == result.errors and metrics["perplexity"] == result.perplexity
+    assert metrics["errors"] == result.errors and metrics["perplexity"] == result.quality["perplexity"]
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
@@ -221,7 +223,7 @@ def test_the_report_has_the_figures_and_is_not_taken_along(
     job = replace(job, reconstruct_epochs=reconstruct_epochs)
     result = prune(job)
     text = (tmp_path / "pruned" / "report.md").read_text()
-    assert f"calibrated on: {result.parent_perplexity:.2f} -> {result.perplexity:.2f}." in text
+    assert f"calibrated on: {in_words(result.quality)[1]}." in text
     assert all(f" {error:.4f} |" in text for error in result.errors)
     assert ("| gained |" in text) == bool(reconstruct_epochs)
     assert "| layer | q | k | v | o | gate | up | down |" in text and "| sparsity | 0.5 |" in text
@@ -498,7 +500,7 @@ def test_reconstruction_that_fails_leaves_layers_as_pruned_and_says_so(
     as_pruned, result = prune(job), prune(failing, events.append)
     said = [event.message for event in events if event.lasting]
     assert len(said) == 2 and "layer 0 stays as pruned" in said[0]
-    assert result.perplexity == pytest.approx(as_pruned.perplexity, rel=1e-3)
+    assert result.quality["perplexity"] == pytest.approx(as_pruned.quality["perplexity"], rel=1e-3)
     for name in (found := Checkpoint.open(failing.output_dir)).names:
         if "layers.0" in name:
             np.testing.assert_array_equal(found.raw(name), Checkpoint.open(job.output_dir).raw(name))

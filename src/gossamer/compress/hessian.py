@@ -92,6 +92,11 @@ def inverse_factor(H_KK: Tensor, dampening_frac: float = 0.01, *, name: str = "l
     )
 
 
+def dampened_more(name: str, fraction: float) -> str:
+    """What the user is told of a linear whose Hessian could not be factored as wanted."""
+    return f"{name}: took a dampening_frac of {fraction:g}; its Hessian could not be factored with less"
+
+
 def _cholesky(h_KK: Tensor, rounding: float) -> Tensor | None:
     """Its lower factor; None if a pivot is not positive, or within the rounding of its diagonal element."""
     l_KK, info = torch.linalg.cholesky_ex(h_KK)

@@ -61,10 +61,17 @@ def calibration_ids(source: Checkpoint, job: CalibrationOptions) -> Tensor:
     """Token ids [B, T], T at most the model's context; raises CalibrationError where the text is too short.
 
     Every row begins with BOS, as every sequence does at inference: much attention goes to that one token.
+    An encoder's also end as its texts do.
     """
     tokenizer, num_rows = Encoder.open(source.path), job.num_calibration_samples
     length = min(job.max_seq_length, source.architecture.max_position_embeddings)
-    bos_id, needed = tokenizer.required_bos(), num_rows * length
+    needed = num_rows * length
+    if source.architecture.is_encoder:
+        from gossamer.tokens.texts import marks
+
+        bos_id, *end_ids = marks(tokenizer)
+    else:
+        bos_id, end_ids = tokenizer.required_bos(), []
     pieces: list[np.ndarray] = []
     num_tokens = 0
     for text in _texts(job):
@@ -81,6 +88,7 @@ def calibration_ids(source: Checkpoint, job: CalibrationOptions) -> Tensor:
         )
     ids_BT = torch.from_numpy(np.concatenate(pieces).reshape(num_rows, length))
     ids_BT[:, 0] = bos_id
+    ids_BT[:, length - len(end_ids) :] = torch.tensor(end_ids, dtype=torch.int64)
     return ids_BT
 
 

@@ -50,7 +50,7 @@ def instructions(backend: str) -> str:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Keep transformers from drawing a bar meanwhile."""
     from transformers.utils import logging
 
@@ -131,7 +131,7 @@ class TorchBackend:
         self.context = source.architecture.max_position_embeddings
         self._path = source.path
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        with _without_bars():
+        with without_bars():
             self._model: Any = AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=torch.float32, local_files_only=True
             )

@@ -66,11 +66,15 @@ def is_share(metric: str) -> bool:
 
 def accuracy(passed: Sequence[bool]) -> Scores:
     """The share of examples that are right."""
-    samples = np.array(passed, dtype=float)
+    return mean("acc", passed)
+
+
+def mean(metric: str, found: Sequence[float]) -> Scores:
+    """The mean of what was found of each example."""
+    samples = np.array(found, dtype=float)
     error = _error(samples)
-    return Scores(
-        {"acc": float(samples.mean())}, {} if error is None else {"acc": error}, tuple(samples), len(samples)
-    )
+    errors = {} if error is None else {metric: error}
+    return Scores({metric: float(samples.mean())}, errors, tuple(samples.tolist()), len(samples))
 
 
 def perplexity(log_probs: Sequence[float], lengths: Sequence[float]) -> Scores:

@@ -4,43 +4,16 @@ Nothing reads them again, and later stages do not take them along.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from gossamer.architecture.anatomy import Anatomy
-from gossamer.checkpoint.directory import Checkpoint, Derived
+from gossamer.checkpoint.directory import Derived
 from gossamer.job.report import Table
-from gossamer.modules.decoder import empty_model, model_config, tensor
+from gossamer.layerwise.quality import in_words
 from gossamer.plots import layer_curves
 
-if TYPE_CHECKING:
-    from gossamer.stages.prune import PruneResult
-
 PICTURE = "errors.png"
-HEAD_TOKENS = 256  # a row of logits is as long as the vocabulary
 ERROR = "error of hidden states a token, held-out rows"
-
-
-@torch.no_grad()
-def perplexity(source: Checkpoint, hidden_BTD: Tensor, ids_BT: Tensor) -> float:
-    """How well hidden states after the last layer foretell each row's tokens, the first one left out."""
-    anatomy, total = source.architecture, 0.0
-    assert anatomy.final_norm is not None
-    model = empty_model(model_config(anatomy, source.config))
-    norm = model.get_submodule(anatomy.final_norm.name).float().to_empty(device="cpu")
-    norm.weight.copy_(tensor(source, f"{anatomy.final_norm.name}.weight"))
-    w_VD = tensor(source, f"{anatomy.logits}.weight").float()
-    h_ND, next_N = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
-    for part_ND, ids_N in zip(h_ND.split(HEAD_TOKENS), next_N.split(HEAD_TOKENS), strict=True):
-        total += nn.functional.cross_entropy(norm(part_ND) @ w_VD.T, ids_N, reduction="sum").item()
-    return torch.tensor(total / len(next_N), dtype=torch.double).exp().item()
-
-
-def dampened_more(name: str, fraction: float) -> str:
-    """What the user is told of a linear whose Hessian could not be factored as wanted."""
-    return f"{name}: took a dampening_frac of {fraction:g}; its Hessian could not be factored with less"
 
 
 def report_pruning(output: Derived, tensors: Mapping[str, Any], num_held: int, seconds: float) -> None:
@@ -53,9 +26,9 @@ def report_pruning(output: Derived, tensors: Mapping[str, Any], num_held: int, s
         panels.append(("zeros of each linear", shares))
     title = f"{output.sparsity:.1%} zeros by {job['method']}"
     layer_curves(output.path / PICTURE, panels, title)
-    change = f"{metrics['parent_perplexity']:.2f} -> {metrics['perplexity']:.2f}"
+    name, change = in_words(metrics)
     facts = [
-        f"Perplexity of {num_held} rows that nothing was calibrated on: {change}.",
+        f"{name.capitalize()} of {num_held} rows that nothing was calibrated on: {change}.",
         f"It took {seconds:.1f} s on {output.num_threads} threads.",
     ]
     tables = [
@@ -65,22 +38,6 @@ def report_pruning(output: Derived, tensors: Mapping[str, Any], num_held: int, s
     if rounded := metrics["rounded_reconstruction"]:
         tables.insert(1, rounded_errors(rounded))
     _write(output, f"{output.parent.path.name}: {title}", facts, tables)
-
-
-def pruning_tables(result: "PruneResult") -> list[Table]:
-    """What `prune` reached, and the errors of all layers."""
-    before_after = f"{result.parent_perplexity:.2f} -> {result.perplexity:.2f}"
-    row = (f"{result.sparsity:.2%}", before_after, f"{result.num_tokens:,}", f"{result.seconds:.1f}")
-    columns = ("zeros", "held-out perplexity", "calibration tokens", "seconds")
-    errors = layer_errors(result.errors, result.reconstruction)
-    tables = [Table(result.output_dir, columns, [row]), errors]
-    if result.rounded_reconstruction:
-        tables.append(rounded_errors(result.rounded_reconstruction))
-    if result.budget:
-        from gossamer.layerwise.budget import budget_table
-
-        tables.append(budget_table(result.budget))
-    return tables
 
 
 def report_rounding(output: Derived, title: str, facts: Sequence[str], tables: Sequence[Table]) -> None:

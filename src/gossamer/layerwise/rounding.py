@@ -101,7 +101,7 @@ def smooth(
     for group, linears, x_TK in zip(block.anatomy.groups, block.groups, samples, strict=True):
         rounded = [linear for name, linear in linears.items() if name not in ignored]
         chosen, scale_K = 0.0, torch.ones(x_TK.shape[1])
-        if rounded and strength != 0:
+        if rounded and strength != 0 and group.fold != "none":
             factors = {s: factors_of(block, group, rounded, x_TK, s) for s in strengths(strength)}
             chosen = least_error(rounded, x_TK, factors, NUMBERS[scheme])
             scale_K = factors[chosen]

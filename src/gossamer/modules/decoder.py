@@ -181,22 +181,32 @@ def empty_model(config: PretrainedConfig) -> Any:
 
 
 def blocks(source: Checkpoint, first: int = 0) -> Iterator[Block]:
-    """The decoder's layers from `first` on, one in memory at a time."""
+    """The model's layers from `first` on, one in memory at a time."""
     refuse_quantized(source)
+    if source.architecture.is_encoder:
+        from gossamer.modules import encoder
+
+        yield from encoder.blocks(source, first)
+        return
     anatomy, config = source.architecture, model_config(source.architecture, source.config)
     config._attn_implementation = "sdpa"
     skeleton = empty_model(config).get_decoder()
     rotary = type(skeleton.rotary_emb)(config)
     for index, empty in enumerate(skeleton.layers[first:], first):
-        layer, prefix = type(empty)(config, index).float().eval(), anatomy.prefix(index)
+        layer, prefix = type(empty)(config, index), anatomy.prefix(index)
         if anatomy.blocks[index].fused:
             from gossamer.modules.unfused import unfuse
 
             unfuse(layer, anatomy.blocks[index])
-        with torch.no_grad():
-            for name, parameter in layer.named_parameters():
-                parameter.copy_(tensor(source, f"{prefix}{name}"))
-        yield Block(index, prefix, anatomy.blocks[index], layer, rotary)
+        yield Block(index, prefix, anatomy.blocks[index], filled(layer, source, prefix), rotary)
+
+
+@torch.no_grad()
+def filled(layer: nn.Module, source: Checkpoint, prefix: str) -> nn.Module:
+    """A layer in float32 with the checkpoint's parameters."""
+    for name, parameter in layer.float().eval().named_parameters():
+        parameter.copy_(tensor(source, f"{prefix}{name}"))
+    return layer
 
 
 def write_block(target: Derived, block: Block) -> None:
@@ -208,4 +218,8 @@ def write_block(target: Derived, block: Block) -> None:
 @torch.no_grad()
 def embed(source: Checkpoint, ids_BT: Tensor) -> Tensor:
     """Token ids -> float32 [B, T, D]."""
+    if source.architecture.is_encoder:
+        from gossamer.modules import encoder
+
+        return encoder.embed(source, ids_BT)
     return nn.functional.embedding(ids_BT, tensor(source, f"{source.architecture.embedding}.weight").float())

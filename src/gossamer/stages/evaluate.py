@@ -17,6 +17,8 @@ from gossamer.engine import EngineOptions
 from gossamer.errors import ConfigError
 from gossamer.evaluation.backends import Backend, instructions, open_backend
 from gossamer.evaluation.chat import Journal, Speaker, compare, read_prompts
+from gossamer.evaluation.encoder_tasks import ENCODER_KINDS, EncoderKind, EncoderTask, read_encoder_tasks
+from gossamer.evaluation.encoders import open_encoder
 from gossamer.evaluation.figures import Figures, measure_task, measure_text
 from gossamer.evaluation.file_tasks import FEW_SHOT, Kind, Shots, file_task
 from gossamer.evaluation.harness import SEED, load_tasks, run
@@ -40,8 +42,11 @@ class Evaluate(EngineOptions):
         positional=True,
     )
     dataset: str = option("", help="text whose perplexity to measure: SRC; with --kind, a file of examples")
-    kind: Literal[Kind, "chat"] | None = option(
-        None, help="the examples of --dataset FILE, run by lm-evaluation-harness; chat: prompts for --judge"
+    kind: Literal[Kind, EncoderKind, "chat"] | None = option(
+        None,
+        help="the examples of --dataset FILE, run by lm-evaluation-harness; chat: prompts for --judge; of "
+        "encoders: sts (pairs with scores, or a folder of such files), retrieval (a folder as BEIR has it), "
+        "classification",
     )
     judge: str = option(
         "", help="URL of an OpenAI-compatible endpoint that compares answers of --kind chat with --baseline's"
@@ -88,13 +93,14 @@ class Evaluate(EngineOptions):
 
 @dataclass(frozen=True)
 class Asked:
-    """What both models are asked: `own` examples, and tasks of the harness, loaded by its `manager`.
+    """What both models are asked: `own` examples, or `of_encoders`; tasks of the harness, from its `manager`.
 
     `decides` says of each of the latter what its figures depend on, `text` that of the text: None where the
     same name may stand for something else tomorrow.
     """
 
     own: dict[str, list[Example | Choice]]
+    of_encoders: dict[str, EncoderTask]
     harness: list[str | FileTask]
     manager: Any
     decides: dict[str, Any]
@@ -187,8 +193,8 @@ def check(job: Evaluate) -> None:
     elif job.judge or job.judge_model:
         raise ConfigError("--judge and --judge-model are for --kind chat")
     if job.write_tasks:
-        if job.kind in (None, "chat"):
-            raise ConfigError("--write-tasks keeps the task of --dataset FILE --kind KIND (not chat)")
+        if job.kind in (None, "chat", *ENCODER_KINDS):
+            raise ConfigError("--write-tasks keeps what the harness runs: --dataset FILE --kind KIND")
         refuse_existing(yaml_file(Path(job.write_tasks), Path(job.dataset).name), job.overwrite)
     if job.skip_bad_rows < 0:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")
@@ -228,7 +234,10 @@ def _asked(job: Evaluate, folder: Path, progress: Progress) -> Asked:
     own = [task for task in job.tasks if task in DOCTESTS or task.endswith(TABLES)]
     examples = {task: task_examples(task, job.limit, job.seed) for task in own}
     names: list[str | FileTask] = [task for task in job.tasks if task not in own]
-    if job.kind and job.kind != "chat":
+    of_encoders: dict[str, EncoderTask] = {}
+    if job.kind in ("sts", "retrieval", "classification"):
+        of_encoders = read_encoder_tasks(Path(job.dataset), job.kind, job.limit)
+    elif job.kind and job.kind != "chat":
         read = partial(file_task, Path(job.dataset), job.kind, folder, job.skip_bad_rows, _shots(job))
         names.append(task := read(offline=job.offline, progress=progress))
         if job.write_tasks:
@@ -243,7 +252,7 @@ def _asked(job: Evaluate, folder: Path, progress: Progress) -> Asked:
     if job.dataset and not job.kind:
         text = manifest(job.dataset, offline=job.offline)
         text = None if text.get("revision", "") is None else text
-    return Asked(examples, names, manager, decides, text)
+    return Asked(examples, of_encoders, names, manager, decides, text)
 
 
 def _how_to_run(task: FileTask, job: Evaluate) -> str:
@@ -317,6 +326,10 @@ def measure(
         measured = partial(_of_examples, opened, task, examples, progress)
         found = kept.of({**how, "examples": repr(examples)}, f"{model}: {task}", measured)
         figures.scores[task], figures.by_kind[task] = _scores(found["scores"]), found["by_kind"]
+    for task, encoder_task in asked.of_encoders.items():
+        measured = partial(_of_encoder, model, task, encoder_task, job, progress)
+        found = kept.of({**how, "examples": repr(encoder_task)}, f"{model}: {task}", measured)
+        figures.scores[task] = _scores(found)
     for task in asked.harness:
         name = task if isinstance(task, str) else task.name
         options = {
@@ -353,6 +366,13 @@ def _of_examples(
 ) -> dict[str, Any]:
     scores, by_kind = measure_task(opened(), task, examples, progress)
     return {"scores": asdict(scores), "by_kind": by_kind}
+
+
+def _of_encoder(
+    model: str, name: str, task: EncoderTask, job: Evaluate, progress: Progress
+) -> dict[str, Any]:
+    progress(Event("evaluate", name))
+    return asdict(task.measure(open_encoder(model, job.backend, job.threads, offline=job.offline)))
 
 
 def _of_harness(

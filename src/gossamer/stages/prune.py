@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.compress.hessian import dampened_more
 from gossamer.compress.target import token_error
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
@@ -17,7 +18,8 @@ from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import finite, telling_text
 from gossamer.layerwise.options import PruneOptions, check_training
 from gossamer.layerwise.pruning import prune_block
-from gossamer.layerwise.report import dampened_more, perplexity, pruning_tables, report_pruning
+from gossamer.layerwise.quality import in_words, quality
+from gossamer.layerwise.report import layer_errors, report_pruning, rounded_errors
 from gossamer.layerwise.saving import Saving
 from gossamer.layerwise.states import at_the_start
 from gossamer.modules.decoder import blocks, embed, refuse_quantized, write_block
@@ -40,18 +42,16 @@ class Prune(PruneOptions):
 
 @dataclass(frozen=True)
 class PruneResult(Result):
-    """What rows say that were held out from calibration.
+    """What rows say that were held out from calibration (`quality`: see layerwise/quality.py).
 
     `errors`: after each layer, how far the hidden states are from the parent's (see `token_error`);
     `reconstruction`: of each layer that was trained, the same error as pruned, and after each epoch;
     `rounded_reconstruction`: likewise, as rounded; `budget`: each linear's sparsity where they differ;
-    `parent_perplexity`, `perplexity`: of these rows, before and after.
     """
 
     output_dir: str
     sparsity: float
-    parent_perplexity: float
-    perplexity: float
+    quality: dict[str, float]
     errors: list[float]
     reconstruction: list[list[float]]
     rounded_reconstruction: list[list[float]]
@@ -61,7 +61,17 @@ class PruneResult(Result):
 
     def tables(self) -> list[Table]:
         """What was reached, and the errors of all layers."""
-        return pruning_tables(self)
+        name, change = in_words(self.quality)
+        columns = ("zeros", f"held-out {name}", "calibration tokens", "seconds")
+        row = (f"{self.sparsity:.2%}", change, f"{self.num_tokens:,}", f"{self.seconds:.1f}")
+        tables = [Table(self.output_dir, columns, [row]), layer_errors(self.errors, self.reconstruction)]
+        if self.rounded_reconstruction:
+            tables.append(rounded_errors(self.rounded_reconstruction))
+        if self.budget:
+            from gossamer.layerwise.budget import budget_table
+
+            tables.append(budget_table(self.budget))
+        return tables
 
 
 def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
@@ -117,14 +127,11 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
                     list(finite([hidden_BTD], [f"what follows layer {block.index}"], held.first_row))
             saving.after(block.index + 1)
         output.copy_rest()
-        before, after = (
-            perplexity(source, hidden_BTD, ids_BT[-num_held:])
-            for hidden_BTD in (held.parent_BTD, held.ours_BTD)
-        )
+        measured = quality(source, held, ids_BT[-num_held:])
         output.num_threads = torch.get_num_threads()
         output.report = lambda tensors: report_pruning(output, tensors, num_held, saving.seconds())
-        output.metrics |= {"parent_perplexity": before, "perplexity": after, "budget": shares}
-    figures = (output.sparsity, before, after, errors, reconstruction, rounded, shares, ids_BT.numel())
+        output.metrics |= {**measured, "budget": shares}
+    figures = (output.sparsity, measured, errors, reconstruction, rounded, shares, ids_BT.numel())
     return PruneResult(job.output_dir, *figures, saving.seconds())
 
 

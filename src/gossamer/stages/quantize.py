@@ -12,6 +12,7 @@ import torch
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.schemes import SCHEMES
+from gossamer.compress.hessian import dampened_more
 from gossamer.data.calibration import calibration_ids, check_options
 from gossamer.data.sources import manifest
 from gossamer.errors import ConfigError
@@ -19,7 +20,7 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.layerwise.finite import telling_text
 from gossamer.layerwise.options import check_training
-from gossamer.layerwise.report import dampened_more, report_rounding, rounded_errors
+from gossamer.layerwise.report import report_rounding, rounded_errors
 from gossamer.layerwise.rounded import quantization_config, shared_group, write_rounded, write_unquantized
 from gossamer.layerwise.rounding import Rounded, RoundingOptions, round_block, smooth
 from gossamer.layerwise.saving import Saving

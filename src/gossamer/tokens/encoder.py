@@ -64,6 +64,10 @@ class Encoder:
             raise ConfigError("the tokenizer names no BOS token; rows of text begin with one: set bos_token")
         return self.bos_id
 
+    def to_json(self) -> str:
+        """The tokenizer as one tokenizer.json, with all that was read beside it."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """Token ids of `text`; with `bos`, what tokenizer.json's post-processor adds is added.
 

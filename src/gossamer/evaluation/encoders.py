@@ -1,0 +1,118 @@
+"""What `evaluate` measures encoders through: transformers, or the engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.errors import UnsupportedError
+from gossamer.evaluation.backends import without_bars
+from gossamer.tokens.encoder import Encoder
+from gossamer.tokens.pooling import Pooling
+from gossamer.tokens.texts import Text, Texts
+
+BATCH_TEXTS = 32
+
+
+class EncoderBackend(Protocol):
+    """What an evaluation needs of an encoder."""
+
+    task: str
+    """What its head is for (see `Anatomy`)."""
+
+    def vectors(self, texts: Sequence[str], prompt: str | None = None) -> NDArray[np.float32]:
+        """The vector of each text [n, D], of length 1; the pooling's prompt of that name before each."""
+        ...
+
+    def label_scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        """What a head for whole texts says of each label [n, labels], before softmax."""
+        ...
+
+    @property
+    def labels(self) -> list[str]:
+        """Their names."""
+        ...
+
+
+def open_encoder(model: str, backend: str, num_threads: int | None, *, offline: bool) -> EncoderBackend:
+    """Open an encoder; UnsupportedError for a packed file on the torch backend."""
+    if Path(model).is_file():
+        raise UnsupportedError(
+            f"{model} is a file; the torch backend reads directories (try --backend engine)"
+        )
+    return TorchEncoder(model, offline=offline)
+
+
+class TorchEncoder:
+    """transformers' model in float32, on the GPU if there is one; batches are padded."""
+
+    def __init__(self, model: str, *, offline: bool = False) -> None:
+        import torch
+        import transformers
+
+        source = Checkpoint.open(model, offline=offline)
+        if not source.architecture.is_encoder:
+            raise UnsupportedError(
+                f"{source.path}: a {source.architecture.model_type} is no encoder; --kind sts, retrieval and "
+                "classification measure those"
+            )
+        self.task = source.architecture.task
+        self._pooling = Pooling.open(source.path, source.architecture)
+        self._texts = Texts(Encoder.open(source.path), self._pooling.max_length)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        kind: Any = getattr(transformers, source.config.get("architectures", ["AutoModel"])[0])
+        with without_bars():
+            self._model: Any = kind.from_pretrained(source.path, dtype=torch.float32, local_files_only=True)
+        self._model.eval().to(self._device)
+        self.labels: list[str] = [label for _, label in sorted(self._model.config.id2label.items())]
+
+    def vectors(self, texts: Sequence[str], prompt: str | None = None) -> NDArray[np.float32]:
+        import torch
+
+        before = self._pooling.prompts.get(prompt or self._pooling.default_prompt or "", "")
+
+        def pooled(batch: dict[str, Any]) -> Any:
+            h_BTD, mask_BT1 = self._model.base_model(**batch)[0], batch["attention_mask"][..., None]
+            if self._pooling.mode == "cls":
+                return h_BTD[:, 0]
+            if self._pooling.mode == "max":
+                return h_BTD.masked_fill(mask_BT1 == 0, -torch.inf).amax(1)
+            return (h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
+
+        return self._batches([before + text for text in texts], lambda it: _of_length_1(pooled(it)))
+
+    def label_scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        return self._batches(texts, lambda batch: self._model(**batch).logits)
+
+    def _batches(self, texts: Sequence[Text], function: Any) -> NDArray[np.float32]:
+        import torch
+
+        encoded = self._texts.encode(texts)
+        order = sorted(range(len(texts)), key=lambda index: len(encoded[index].ids))
+        found: list[Any] = [None] * len(texts)
+        for first in range(0, len(order), BATCH_TEXTS):
+            chosen = order[first : first + BATCH_TEXTS]
+            rows = [encoded[index] for index in chosen]
+            width = max(len(row.ids) for row in rows)
+            parts = {
+                "input_ids": [row.ids for row in rows],
+                "token_type_ids": [row.type_ids for row in rows],
+                "attention_mask": [[1] * len(row.ids) for row in rows],
+            }
+            batch = {
+                name: torch.tensor([row + [0] * (width - len(row)) for row in part], device=self._device)
+                for name, part in parts.items()
+            }
+            with torch.no_grad():
+                for index, value in zip(chosen, function(batch).float().cpu().numpy(), strict=True):
+                    found[index] = value
+        return np.stack(found)
+
+
+def _of_length_1(vectors: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.normalize(vectors, dim=-1)

@@ -1,0 +1,41 @@
+"""Whole texts, and pairs of them, as an encoder reads them: special tokens around them, cut at a length."""
+
+from collections.abc import Sequence
+
+import tokenizers
+
+from gossamer.errors import ConfigError
+from gossamer.tokens.encoder import Encoder, valid_text
+
+Text = str | tuple[str, str]
+
+
+class Texts:
+    """Encodes texts of at most `max_length` tokens, special ones included; longer ones lose their ends.
+
+    Of a pair the longer text is cut first, as transformers' "longest_first" does.
+    """
+
+    def __init__(self, tokenizer: Encoder, max_length: int) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+        if max_length <= (num_added := self._tokenizer.num_special_tokens_to_add(is_pair=True)):
+            raise ConfigError(
+                f"at most {max_length} tokens a text; expected more than {num_added}, its marks"
+            )
+        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
+        self.max_length = max_length
+
+    def encode(self, texts: Sequence[Text]) -> list[tokenizers.Encoding]:
+        """Of each text its `ids`, `type_ids`, `offsets` and `word_ids`, as the library has them."""
+        given = [valid_text(it) if isinstance(it, str) else (*map(valid_text, it),) for it in texts]
+        return self._tokenizer.encode_batch(given)
+
+
+def marks(tokenizer: Encoder) -> list[int]:
+    """What begins and what ends a text, such as [CLS] and [SEP]; ConfigError where it is anything else."""
+    if len(found := tokenizer.encode("")) != 2:
+        raise ConfigError(
+            f"tokenizer.json puts {len(found)} tokens around a text; expected two, one before and one behind "
+            "it (its post_processor says which)"
+        )
+    return found

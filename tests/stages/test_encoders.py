@@ -1,0 +1,133 @@
+"""Encoders through the stages that make them small."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from encoders import save_encoder
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.modules.decoder import blocks, embed
+from gossamer.stages.prune import Prune, prune
+from gossamer.stages.quantize import Quantize, quantize
+
+NAMES = [
+    "BertModel",
+    "RobertaForMaskedLM",
+    "XLMRobertaForSequenceClassification",
+    "BertForTokenClassification",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    letters = np.random.default_rng(0).choice([*"abcdefghijklmnopqrstuvwxyz"], 4000)
+    file.write_text(" ".join(letters), encoding="utf-8")
+    return file
+
+
+def job(model: Path, text: Path, **options: object) -> Prune:
+    few = {"num_calibration_samples": 16, "max_seq_length": 24, "threads": 1}
+    return Prune(str(model), output_dir=str(model) + "-out", dataset=(str(text),), **few | options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_walk_computes_what_transformers_computes(tmp_path: Path, name: str) -> None:
+    model, ids_BT = save_encoder(tmp_path, name), torch.randint(5, 31, (3, 20))
+    source = Checkpoint.open(tmp_path)
+    walked_BTD = embed(source, ids_BT)
+    called_BTD, followed_BTD = walked_BTD.clone(), walked_BTD.clone()
+    with torch.no_grad():
+        for block in blocks(source):
+            called_BTD = block(called_BTD)
+            for _, pieces in block.walk(walked_BTD):
+                list(pieces)
+            for _, pieces in block.follow(followed_BTD):
+                list(pieces)
+        wanted_BTD = model.base_model(ids_BT).last_hidden_state
+    for found_BTD in (called_BTD, walked_BTD, followed_BTD):
+        torch.testing.assert_close(found_BTD, wanted_BTD, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_of_the_groups_are_those_of_transformers_linears(tmp_path: Path, name: str) -> None:
+    model, ids_BT = save_encoder(tmp_path, name), torch.randint(5, 31, (2, 11))
+    source, seen = Checkpoint.open(tmp_path), {}
+    for path, module in model.named_modules():
+        if path in source.linears:
+            module.register_forward_hook(lambda _, inputs, __, path=path: seen.update({path: inputs[0]}))
+    with torch.no_grad():
+        model(ids_BT)
+        hidden_BTD, names = embed(source, ids_BT), []
+        for block in blocks(source):
+            for group, pieces in block.walk(hidden_BTD):
+                x_BTK = torch.cat([*pieces])
+                for linear in group:
+                    torch.testing.assert_close(x_BTK, seen[linear], atol=2e-6, rtol=1e-5)
+                names += group
+    assert sorted(names) == sorted(source.linears)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prune_makes_a_directory_that_transformers_reads(tmp_path: Path, text: Path, name: str) -> None:
+    model = tmp_path / "model"
+    save_encoder(model, name)
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls"}), encoding="utf-8")
+    result = prune(job(model, text, sparsity=0.5))
+    before, after = Checkpoint.open(model), Checkpoint.open(result.output_dir)
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+    assert 0.5 < result.quality["similarity"] < 1
+    for name in set(before.names) - {f"{linear}.weight" for linear in before.linears}:
+        if "encoder.layer" not in name:
+            np.testing.assert_array_equal(before.raw(name), after.raw(name))
+    assert (Path(result.output_dir) / "1_Pooling" / "config.json").is_file()
+    loaded = AutoModel.from_pretrained(result.output_dir)
+    tensors = load_file(Path(result.output_dir) / "model.safetensors")
+    weight = loaded.encoder.layer[0].intermediate.dense.weight
+    assert any(weight.equal(tensor) for tensor in tensors.values())
+
+
+def test_similarity_is_that_of_pooled_vectors(tmp_path: Path, text: Path) -> None:
+    model = tmp_path / "model"
+    save_encoder(model)
+    result = prune(job(model, text, sparsity=0.6, reconstruct_epochs=0))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    rows = torch.tensor([2, *ids][: 16 * 24]).view(16, 24)
+    rows[:, 0], rows[:, -1] = 2, 3
+    vectors = []
+    for path in (model, result.output_dir):
+        with torch.no_grad():
+            vectors.append(AutoModel.from_pretrained(path)(rows[14:]).last_hidden_state.mean(1))
+    wanted = torch.nn.functional.cosine_similarity(*vectors).mean().item()
+    assert result.quality["similarity"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_an_unchanged_encoder_is_like_itself(tmp_path: Path, text: Path) -> None:
+    save_encoder(tmp_path / "model")
+    result = prune(job(tmp_path / "model", text, sparsity=0.0, reconstruct_epochs=0))
+    assert result.quality["similarity"] == pytest.approx(1, abs=1e-6)
+    assert max(result.errors) < 1e-9
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A8"])
+def test_quantize_keeps_zeros_and_the_function(tmp_path: Path, text: Path, scheme: str) -> None:
+    model = tmp_path / "model"
+    save_encoder(model)
+    pruned = prune(job(model, text, sparsity=0.5)).output_dir
+    options = {"num_calibration_samples": 16, "max_seq_length": 24, "threads": 1, "dataset": (str(text),)}
+    result = quantize(Quantize(pruned, output_dir=str(tmp_path / "q"), scheme=scheme, **options))  # type: ignore[arg-type]
+    assert result.num_quantized == 12
+    assert {kind: strength for kind, strength in result.strengths.items() if kind != "o"} == dict.fromkeys(
+        ("q", "k", "v", "up", "down"), 0.0
+    )
+    assert result.mean_error < (1e-3 if scheme == "W8A8" else 0.1)
+    before, after = Checkpoint.open(pruned), Checkpoint.open(tmp_path / "q")
+    for linear in before.linears:
+        assert not (before.zeros(f"{linear}.weight") & ~after.zeros(f"{linear}.weight")).any()
