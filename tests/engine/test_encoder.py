@@ -42,13 +42,14 @@ def token_ids(text: str) -> list[int]:
     return [2, *(5 + ord(letter) - ord("a") for letter in text.split()[:18]), 3]
 
 
-def expected(directory: Path, ids: list[int]) -> np.ndarray:
+def expected(directory: Path, ids: list[int], type_ids: list[int] | None = None) -> np.ndarray:
     """float32 [T, D] of transformers."""
     from transformers import BertModel
 
     model: Any = BertModel.from_pretrained(directory, local_files_only=True)
+    types = torch.tensor([type_ids or [0] * len(ids)])
     with torch.no_grad():
-        return model(torch.tensor([ids])).last_hidden_state[0].numpy()
+        return model(torch.tensor([ids]), token_type_ids=types).last_hidden_state[0].numpy()
 
 
 def test_vectors_are_means_of_transformers_hidden_states(directory: Path, encoder: Encoder) -> None:
@@ -86,6 +87,15 @@ def test_the_forms_of_the_answer(encoder: Encoder) -> None:
 def test_hidden_states_of_ids(encoder: Encoder) -> None:
     [of_text], [of_ids] = encoder.hidden_states(["a b"]), encoder.hidden_states([[2, 5, 6, 3]])
     np.testing.assert_array_equal(of_text, of_ids)
+
+
+def test_pairs_have_types_and_what_is_cut_says_so(directory: Path, encoder: Encoder) -> None:
+    pair, long = encoder.token_ids([("a b", "c"), TEXTS[3]])
+    assert (pair.ids, pair.type_ids, pair.is_cut) == ([2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1], False)
+    assert (long.ids, long.is_cut) == (token_ids(TEXTS[3]), True)
+    states_TD = expected(directory, pair.ids, pair.type_ids)
+    np.testing.assert_allclose(encoder.pooled([pair])[0], states_TD.mean(axis=0), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(encoder.pooled([pair], "cls")[0], states_TD[0], rtol=0, atol=1e-5)
 
 
 def test_prompts_go_before_texts(encoder: Encoder) -> None:

@@ -1,6 +1,7 @@
 """The engine for vectors of texts: encoders, without padding."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,21 @@ from gossamer.engine.model import num_threads_of, tokenizer_of
 from gossamer.errors import ConfigError
 from gossamer.job.report import Progress, quiet
 from gossamer.packed.cache import open_packed
+from gossamer.tokens.pooling import PoolingMode
+from gossamer.tokens.texts import Text, Texts
 
 _CALL_TOKENS = 16384  # that one native call gets, between which Ctrl-C is heard
 
 Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """What the engine is given of a text or of a pair; `is_cut`: the text was longer than this."""
+
+    ids: Sequence[int]
+    type_ids: Sequence[int]
+    is_cut: bool = False
 
 
 class Encoder:
@@ -43,7 +55,7 @@ class Encoder:
         config = packed.native_encoder_config()
         self.path, self.architecture, self.pooling = packed.path, packed.architecture, packed.pooling
         self.tokenizer = tokenizer_of(packed)
-        self.tokenizer.cut_at(self.pooling.max_length)
+        self._texts = Texts(self.tokenizer, self.pooling.max_length)
         self._native = _native.Encoder(packed.buffer, packed.native_tensors(), config, threads)
 
     def encode(
@@ -69,23 +81,39 @@ class Encoder:
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         if other := next((it for it in texts if not isinstance(it, str)), None):
             raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
-        ids = self.tokenizer.encode_all([before + text for text in texts])
-        parts = [self._native.encode(*_joined(part), self.pooling.mode) for part in _batches(ids, batch_size)]
-        vectors_ND = np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
+        vectors_ND = self.pooled(self.token_ids([before + text for text in texts]), batch_size=batch_size)
         if normalize_embeddings or self.pooling.normalize:
-            vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
+            vectors_ND = of_length_1(vectors_ND)
         if isinstance(sentences, str):
             return vectors_ND[0]
         return vectors_ND if convert_to_numpy else list(vectors_ND)
 
     def hidden_states(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[Floats]:
         """float32 [T, D] of each text, or of each list of token ids: the last hidden states of its tokens."""
-        ids = [self.tokenizer.encode_all([it])[0] if isinstance(it, str) else list(it) for it in texts]
+        rows = [
+            self.token_ids([it])[0] if isinstance(it, str) else TokenIds(it, [0] * len(it)) for it in texts
+        ]
         found: list[Floats] = []
-        for part in _batches(ids, None):
+        for part in _batches(rows, None):
             states_TD = self._native.hidden_states(*_joined(part))
-            found += np.split(states_TD, np.cumsum([len(of_text) for of_text in part])[:-1])
+            found += np.split(states_TD, np.cumsum([len(row.ids) for row in part])[:-1])
         return found
+
+    def token_ids(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Of each text, or pair of texts, what `pooled` takes; cut at the model's `max_length`."""
+        num_types = self.architecture.added.num_types if self.architecture.added else 1
+        return [
+            TokenIds(it.ids, it.type_ids if num_types > 1 else [0] * len(it.ids), bool(it.overflowing))
+            for it in self._texts.encode(texts)
+        ]
+
+    def pooled(
+        self, rows: Sequence[TokenIds], mode: PoolingMode | None = None, batch_size: int | None = None
+    ) -> Floats:
+        """float32 [N, D]: what the model's pooling, or `mode`, makes of each row, of whatever length."""
+        mode = mode or self.pooling.mode
+        parts = [self._native.encode(*_joined(part), mode) for part in _batches(rows, batch_size)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
 
     @property
     def dimension(self) -> int:
@@ -103,20 +131,25 @@ class Encoder:
         return "" if name is None else prompts[name]
 
 
-def _batches(ids: Sequence[list[int]], most: int | None) -> Iterator[Sequence[list[int]]]:
+def of_length_1(vectors_ND: Floats) -> Floats:
+    """float32 [N, D]; zeros remain zeros."""
+    return vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
+
+
+def _batches(rows: Sequence[TokenIds], most: int | None) -> Iterator[Sequence[TokenIds]]:
     """The texts in order, at most `most` together, and about as many tokens as one call gets."""
     begin = tokens = 0
-    for index, of_text in enumerate(ids):
-        tokens += len(of_text)
+    for index, row in enumerate(rows):
+        tokens += len(row.ids)
         if tokens >= _CALL_TOKENS or index + 1 - begin == most:
-            yield ids[begin : index + 1]
+            yield rows[begin : index + 1]
             begin, tokens = index + 1, 0
-    if begin < len(ids):
-        yield ids[begin:]
+    if begin < len(rows):
+        yield rows[begin:]
 
 
-def _joined(ids: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _joined(rows: Sequence[TokenIds]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids and types of all tokens, and the length of each text: int32."""
-    all_ids = np.fromiter((index for of_text in ids for index in of_text), np.int32)
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    return all_ids, np.zeros_like(all_ids), lengths
+    ids = np.fromiter((index for row in rows for index in row.ids), np.int32)
+    types = np.fromiter((index for row in rows for index in row.type_ids), np.int32)
+    return ids, types, np.fromiter((len(row.ids) for row in rows), np.int32, len(rows))

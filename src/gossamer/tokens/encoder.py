@@ -75,14 +75,6 @@ class Encoder:
         """
         return self._tokenizer.encode(valid_text(text), add_special_tokens=bos).ids
 
-    def cut_at(self, max_length: int) -> None:
-        """From now on, texts lose what makes them longer than so many tokens, those added included."""
-        self._tokenizer.enable_truncation(max_length)
-
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, with what the post-processor adds; several texts on several threads."""
-        return [it.ids for it in self._tokenizer.encode_batch_fast([valid_text(text) for text in texts])]
-
     def _token_id(self, name: str) -> int | None:
         """The id of a named special token, or None."""
         token = self.special_tokens.get(name)
