@@ -79,15 +79,13 @@ class Encoder:
         Without `convert_to_numpy` they come as a list. UnsupportedError of a model whose head makes of texts
         something else.
         """
-        self.check_vectors("encode")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
         before = self.prompt_of(prompt_name) if prompt is None else prompt
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
         _refuse_what_is_no_text(texts)
-        vectors_ND = self.pooled(self.token_ids([before + text for text in texts]), batch_size=batch_size)
-        if normalize_embeddings or self.pooling.normalize:
-            vectors_ND = of_length_1(vectors_ND)
+        rows = self.token_ids([before + text for text in texts])
+        vectors_ND = self.vectors(rows, normalize=normalize_embeddings, batch_size=batch_size)
         if isinstance(sentences, str):
             return vectors_ND[0]
         return vectors_ND if convert_to_numpy else list(vectors_ND)
@@ -166,6 +164,17 @@ class Encoder:
             TokenIds(it.ids, it.type_ids if num_types > 1 else [0] * len(it.ids), bool(it.overflowing))
             for it in self._texts.encode(texts)
         ]
+
+    def vectors(
+        self, rows: Sequence[TokenIds], *, normalize: bool = False, batch_size: int | None = None
+    ) -> Floats:
+        """float32 [N, D]: the vector of each row; of length 1 where `normalize` or the model's files say so.
+
+        UnsupportedError as of `encode`.
+        """
+        self.check_vectors("encode")
+        vectors_ND = self.pooled(rows, batch_size)
+        return of_length_1(vectors_ND) if normalize or self.pooling.normalize else vectors_ND
 
     def pooled(self, rows: Sequence[TokenIds], batch_size: int | None = None) -> Floats:
         """float32 [N, D]: what the pooling makes of each row, of whatever length, or what the head takes."""

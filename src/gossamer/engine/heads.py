@@ -83,7 +83,7 @@ class SequenceHead:
         """Each text's labels with their values, the highest first."""
         return [
             [
-                Label(label=self.labels[index], score=float(value_L[index]))
+                Label(label=self.labels[int(index)], score=float(value_L[index]))
                 for index in np.argsort(-value_L, kind="stable")
             ]
             for value_L in values_NL
