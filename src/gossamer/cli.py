@@ -88,6 +88,7 @@ VERBS = {
     ),
     "pack": Verb("gossamer.stages.pack", "Pack", "write the .goss file that the engine runs"),
     "run": Verb("gossamer.tools.run", "Run", "complete a prompt, or chat"),
+    "embed": Verb("gossamer.tools.embed", "Embed", "the vectors of a file's texts, as .npy"),
     "serve": Verb("gossamer.server", "Serve", "an OpenAI-compatible server"),
     "bench": Verb("gossamer.tools.bench", "Bench", "tokens/s beside bandwidth, measured in one run"),
     "inspect": Verb("gossamer.tools.inspect", "Inspect", "sizes, sparsity and storage, layer by layer"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ def token_ids(text: str) -> list[int]:
     return [2, *(5 + ord(letter) - ord("a") for letter in text.split()[:18]), 3]
 
 
-def expected(directory: Path, ids: list[int], types: list[int] | None = None) -> np.ndarray:
+def expected(directory: Path, ids: Sequence[int], type_ids: Sequence[int] = ()) -> np.ndarray:
     """float32 [T, D] of transformers."""
     from transformers import BertModel
 
     model: Any = BertModel.from_pretrained(directory, local_files_only=True)
+    types = torch.tensor([type_ids or [0] * len(ids)])
     with torch.no_grad():
-        types = [0] * len(ids) if types is None else types
-        return model(torch.tensor([ids]), token_type_ids=torch.tensor([types])).last_hidden_state[0].numpy()
+        return model(torch.tensor([ids]), token_type_ids=types).last_hidden_state[0].numpy()
 
 
 def test_vectors_are_means_of_transformers_hidden_states(directory: Path, encoder: Encoder) -> None:
@@ -89,6 +90,14 @@ def test_the_second_text_of_a_pair_is_of_another_type(directory: Path, encoder: 
     [found_TD] = encoder.hidden_states([("a b", "c")])
     np.testing.assert_allclose(found_TD, expected_TD, rtol=0, atol=1e-5)
     assert np.abs(found_TD - expected(directory, [2, 5, 6, 3, 7, 3])).max() > 1e-3
+
+
+def test_pairs_have_types_and_what_is_cut_says_so(directory: Path, encoder: Encoder) -> None:
+    pair, long = encoder.token_ids([("a b", "c"), TEXTS[3]])
+    assert (pair.ids, pair.type_ids, pair.is_cut) == ([2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1], False)
+    assert (long.ids, long.is_cut) == (token_ids(TEXTS[3]), True)
+    states_TD = expected(directory, pair.ids, pair.type_ids)
+    np.testing.assert_allclose(encoder.pooled([pair])[0], states_TD.mean(axis=0), rtol=0, atol=1e-5)
 
 
 def test_prompts_go_before_texts(encoder: Encoder) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from gossamer.data.mixture import Mixture
 from gossamer.data.packing import REPORT_ROWS, PackedText, encoded
 from gossamer.errors import ConfigError
+from gossamer.tokens.texts import marks
 from gossamer.tokens.tokenizer import Tokenizer
 
 PADDING = np.iinfo(np.int32).min
@@ -35,7 +36,7 @@ def pack_whole(
 
     Raises ConfigError where there is no text.
     """
-    begin_id, end_id = tokenizer.marks()
+    begin_id, end_id = marks(tokenizer)
     room, digest = row_length - 2, hashlib.sha256()
     num_tokens, num_rows, num_truncated = [0] * len(mixture.num_documents), 0, 0
 

@@ -1,30 +1,34 @@
 """The engine for vectors of texts: encoders, without padding."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gossamer import _native
+from gossamer.engine.heads import Label, SequenceHead, cannot, sigmoid
 from gossamer.engine.model import num_threads_of, tokenizer_of
 from gossamer.errors import ConfigError
 from gossamer.job.report import Progress, quiet
 from gossamer.packed.cache import open_packed
+from gossamer.tokens.pooling import PoolingMode
 from gossamer.tokens.texts import Text, Texts
 
+_OF_DOCUMENTS = ("document", "passage", "corpus")  # names of prompts, as sentence-transformers looks for them
 _CALL_TOKENS = 16384  # that one native call gets, between which Ctrl-C is heard
 
 Floats = NDArray[np.float32]
 
 
-class Tokens(NamedTuple):
-    """Of one text."""
+@dataclass(frozen=True)
+class TokenIds:
+    """What the engine is given of a text or of a pair; `is_cut`: the text was longer than this."""
 
-    ids: list[int]
-    types: list[int]
+    ids: Sequence[int]
+    type_ids: Sequence[int]
+    is_cut: bool = False
 
 
 class Encoder:
@@ -53,6 +57,7 @@ class Encoder:
         config = packed.native_encoder_config()
         self.path, self.architecture, self.pooling = packed.path, packed.architecture, packed.pooling
         self.tokenizer = tokenizer_of(packed)
+        self.head = SequenceHead.open(packed)
         self._texts = Texts(self.tokenizer, self.pooling.max_length)
         self._native = _native.Encoder(packed.buffer, packed.native_tensors(), config, threads)
 
@@ -71,48 +76,116 @@ class Encoder:
         `prompt`, or the model's own of the name `prompt_name`, goes before each text. What is longer than
         the model's `max_length` is cut. At most `batch_size` texts are given to the engine at once: this
         changes no vector. The model's files, or `normalize_embeddings`, say whether vectors have length 1.
-        Without `convert_to_numpy` they come as a list.
+        Without `convert_to_numpy` they come as a list. UnsupportedError of a model whose head makes of texts
+        something else.
         """
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
-        before = self._prompt(prompt_name, prompt)
+        before = self.prompt_of(prompt_name) if prompt is None else prompt
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
-        if other := next((it for it in texts if not isinstance(it, str)), None):
-            raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
-        tokens = self._tokens([before + text for text in texts])
-        parts = [
-            self._native.encode(*_joined(part), self.pooling.mode) for part in _batches(tokens, batch_size)
-        ]
-        vectors_ND = np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
-        if normalize_embeddings or self.pooling.normalize:
-            vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
+        _refuse_what_is_no_text(texts)
+        rows = self.token_ids([before + text for text in texts])
+        vectors_ND = self.vectors(rows, normalize=normalize_embeddings, batch_size=batch_size)
         if isinstance(sentences, str):
             return vectors_ND[0]
         return vectors_ND if convert_to_numpy else list(vectors_ND)
 
+    def classify(self, texts: Sequence[Text]) -> list[list[Label]]:
+        """Of each text, or pair of texts, all labels with their probabilities, the likeliest first.
+
+        What is longer than the model's `max_length` is cut, of a pair the longer text first. UnsupportedError
+        of a model without a head for whole texts.
+        """
+        head = self.classifier()
+        if isinstance(texts, str):
+            raise ConfigError(f"found {texts!r:.80}; expected a list of texts or of pairs")
+        _refuse_what_is_no_text([part for it in texts for part in (it if isinstance(it, tuple) else (it,))])
+        scores_NL = head.scores(self.pooled(self.token_ids(texts)))
+        return head.named(head.probabilities(scores_NL))
+
+    def rerank(self, query: str, documents: Sequence[str], *, raw_scores: bool = False) -> list[float]:
+        """How well each document answers the query, in their order.
+
+        A head of one label is given both as a pair, and its score becomes one of 0 to 1, unless `raw_scores`.
+        A model that makes vectors compares them: cosines, with its prompts "query", and "document" or
+        "passage", where it has them. UnsupportedError of other models.
+        """
+        vectors_ND = self.pooled(self.rerank_rows(query, documents))
+        return self.rerank_scores(vectors_ND, raw_scores=raw_scores)
+
+    def rerank_rows(self, query: str, documents: Sequence[str]) -> list[TokenIds]:
+        """What `pooled` takes for `rerank_scores`: the pairs, or the query and the documents."""
+        _refuse_what_is_no_text([query, *documents])
+        if self.head is not None:
+            if len(self.head.labels) != 1:
+                what = f"rerank, which takes one label: it has {len(self.head.labels)}; use classify"
+                raise cannot(what, self.architecture, self.path)
+            return self.token_ids([(query, document) for document in documents])
+        self.check_vectors("rerank")
+        prompts = self.pooling.prompts
+        of_query = self.prompt_of("query" if "query" in prompts else None)
+        before = self.prompt_of(next((name for name in _OF_DOCUMENTS if name in prompts), None))
+        return self.token_ids([of_query + query, *(before + document for document in documents)])
+
+    def rerank_scores(self, vectors_ND: Floats, *, raw_scores: bool = False) -> list[float]:
+        """The documents' scores, from what `pooled` made of `rerank_rows`."""
+        if self.head is not None:
+            scores_N = self.head.scores(vectors_ND)[:, 0]
+            return (scores_N if raw_scores else sigmoid(scores_N)).tolist()
+        query_D, *_ = vectors_ND = of_length_1(vectors_ND)
+        return (vectors_ND[1:] * query_D).sum(axis=1).tolist()
+
+    def check_vectors(self, method: str) -> None:
+        """UnsupportedError of a model whose vectors, trained for its head, are none of texts' meanings."""
+        if self.architecture.task not in ("embedding", "masked"):
+            raise cannot(method, self.architecture, self.path)
+
+    def classifier(self) -> SequenceHead:
+        """The head for whole texts; UnsupportedError of a model that has none."""
+        if self.head is None:
+            raise cannot("classify", self.architecture, self.path)
+        return self.head
+
     def hidden_states(self, texts: Sequence[Text]) -> list[Floats]:
         """float32 [T, D] of each text, or pair of texts: the last hidden states of its tokens."""
         found: list[Floats] = []
-        for part in _batches(self._tokens(texts), None):
+        for part in _batches(self.token_ids(texts), None):
             states_TD = self._native.hidden_states(*_joined(part))
-            found += np.split(states_TD, np.cumsum([len(of_text.ids) for of_text in part])[:-1])
+            found += np.split(states_TD, np.cumsum([len(row.ids) for row in part])[:-1])
         return found
 
-    def _tokens(self, texts: Sequence[Text]) -> list[Tokens]:
-        """Ids and types of each text; a model of one type has no other, whatever the tokenizer says."""
-        assert self.architecture.added is not None
-        one_type, found = self.architecture.added.num_types == 1, self._texts.encode(texts)
-        return [Tokens(it.ids, [0] * len(it.ids) if one_type else it.type_ids) for it in found]
+    def token_ids(self, texts: Sequence[Text]) -> list[TokenIds]:
+        """Of each text, or pair of texts, what `pooled` takes; cut at the model's `max_length`."""
+        num_types = self.architecture.added.num_types if self.architecture.added else 1
+        return [
+            TokenIds(it.ids, it.type_ids if num_types > 1 else [0] * len(it.ids), bool(it.overflowing))
+            for it in self._texts.encode(texts)
+        ]
+
+    def vectors(
+        self, rows: Sequence[TokenIds], *, normalize: bool = False, batch_size: int | None = None
+    ) -> Floats:
+        """float32 [N, D]: the vector of each row; of length 1 where `normalize` or the model's files say so.
+
+        UnsupportedError as of `encode`.
+        """
+        self.check_vectors("encode")
+        vectors_ND = self.pooled(rows, batch_size)
+        return of_length_1(vectors_ND) if normalize or self.pooling.normalize else vectors_ND
+
+    def pooled(self, rows: Sequence[TokenIds], batch_size: int | None = None) -> Floats:
+        """float32 [N, D]: what the pooling makes of each row, of whatever length, or what the head takes."""
+        mode: PoolingMode = self.pooling.mode if self.head is None else "cls"
+        parts = [self._native.encode(*_joined(part), mode) for part in _batches(rows, batch_size)]
+        return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
 
     @property
     def dimension(self) -> int:
         """D: numbers of a vector."""
         return self.architecture.hidden_size
 
-    def _prompt(self, name: str | None, prompt: str | None) -> str:
-        """What goes before each text."""
-        if prompt is not None:
-            return prompt
+    def prompt_of(self, name: str | None) -> str:
+        """What goes before each text; the model's default where no name is given. ConfigError for others."""
         prompts, name = self.pooling.prompts, self.pooling.default_prompt if name is None else name
         if name is not None and name not in prompts:
             known = ", ".join(prompts) or "none"
@@ -120,19 +193,30 @@ class Encoder:
         return "" if name is None else prompts[name]
 
 
-def _batches(texts: Sequence[Tokens], most: int | None) -> Iterator[Sequence[Tokens]]:
+def of_length_1(vectors_ND: Floats) -> Floats:
+    """float32 [N, D]; zeros remain zeros."""
+    return vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
+
+
+def _refuse_what_is_no_text(texts: Sequence[str]) -> None:
+    if any(not isinstance(other := it, str) for it in texts):
+        raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
+
+
+def _batches(rows: Sequence[TokenIds], most: int | None) -> Iterator[Sequence[TokenIds]]:
     """The texts in order, at most `most` together, and about as many tokens as one call gets."""
     begin = tokens = 0
-    for index, text in enumerate(texts):
-        tokens += len(text.ids)
+    for index, row in enumerate(rows):
+        tokens += len(row.ids)
         if tokens >= _CALL_TOKENS or index + 1 - begin == most:
-            yield texts[begin : index + 1]
+            yield rows[begin : index + 1]
             begin, tokens = index + 1, 0
-    if begin < len(texts):
-        yield texts[begin:]
+    if begin < len(rows):
+        yield rows[begin:]
 
 
-def _joined(texts: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _joined(rows: Sequence[TokenIds]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids and types of all tokens, and the length of each text: int32."""
-    ids, types = (np.fromiter(chain.from_iterable(it), np.int32) for it in zip(*texts, strict=True))
-    return ids, types, np.fromiter((len(text.ids) for text in texts), np.int32, len(texts))
+    ids = np.fromiter((index for row in rows for index in row.ids), np.int32)
+    types = np.fromiter((index for row in rows for index in row.type_ids), np.int32)
+    return ids, types, np.fromiter((len(row.ids) for row in rows), np.int32, len(rows))

@@ -60,6 +60,13 @@ class EngineEncoder:
         name = prompt if prompt in self._encoder.pooling.prompts else None
         return np.array(self._encoder.encode(texts, name, normalize_embeddings=True))
 
+    def label_scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
+        return self._encoder.classifier().scores(self._encoder.pooled(self._encoder.token_ids(texts)))
+
+    @property
+    def labels(self) -> list[str]:
+        return list(self._encoder.classifier().labels)
+
 
 class TorchEncoder:
     """transformers' model in float32, on the GPU if there is one; batches are padded."""

@@ -1,25 +1,18 @@
-"""The routes: /v1/chat/completions, /v1/completions, /v1/models, /health."""
+"""The routes of a decoder: /v1/chat/completions and /v1/completions, beside those of every model."""
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
-from http import HTTPStatus
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from gossamer.engine import OpenModel, Request
-from gossamer.errors import ConfigError
 from gossamer.server.answers import Answer, ChatAnswer, CompletionAnswer, Json, usage
+from gossamer.server.served import CLIENT_CLOSED_REQUEST, Served, as_json
 from gossamer.server.wire import (
     COMPLETION_MAX_TOKENS,
     ChatRequest,
@@ -31,11 +24,17 @@ from gossamer.server.wire import (
 from gossamer.server.worker import Worker
 
 NO_CACHE = {"cache-control": "no-cache"}
-CLIENT_CLOSED_REQUEST = 499  # nobody reads it: the client has gone
+CHAT_ROUTES = ("/v1/chat/completions", "/v1/completions")
+ENCODER_ROUTES = (
+    "/v1/embeddings", "/v1/rerank", "/v1/classify", "/embed", "/rerank", "/predict",
+)  # fmt: skip
 
 
-class Api:
-    """The handlers, with the model they ask and the one name of it that they answer to."""
+class Api(Served):
+    """The handlers, with the model they ask."""
+
+    not_served = ENCODER_ROUTES
+    serves = f"a decoder, which continues texts; it has {' and '.join(CHAT_ROUTES)}"
 
     def __init__(
         self,
@@ -47,41 +46,12 @@ class Api:
         allowed_origins: Sequence[str],
     ) -> None:
         """`max_tokens`: of a chat that sets no limit; `allowed_origins`: web pages that browsers let in."""
-        self._model, self._worker, self._name = model, worker, name
-        self._max_tokens, self._sampling_defaults = max_tokens, sampling_defaults
-        self._allowed_origins = allowed_origins
-        self._created = int(time.time())
+        super().__init__(worker, name, allowed_origins)
+        self._model, self._max_tokens, self._sampling_defaults = model, max_tokens, sampling_defaults
 
-    def app(self, on_ready: Callable[[], None]) -> Starlette:
-        """The ASGI application; `on_ready` is called once, when requests and signals are taken."""
-
-        @asynccontextmanager
-        async def lifespan(app: Starlette) -> AsyncIterator[None]:
-            on_ready()
-            yield
-
-        routes = [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.complete, methods=["POST"]),
-            Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
-            Route("/health", self.health, methods=["GET"]),
-        ]
-        handlers = {
-            RequestError: _refuse,
-            ConfigError: _refuse_config,
-            HTTPException: _refuse_http,
-            Exception: _fail,
-        }
-        cors = Middleware(
-            CORSMiddleware, allow_origins=self._allowed_origins, allow_methods=["*"], allow_headers=["*"]
-        )
-        return Starlette(
-            routes=routes,
-            exception_handlers=handlers,
-            lifespan=lifespan,
-            middleware=[cors] if self._allowed_origins else [],
-        )
+    def routes(self) -> list[Route]:
+        handlers = (self.chat, self.complete)
+        return [Route(*it, methods=["POST"]) for it in zip(CHAT_ROUTES, handlers, strict=True)]
 
     async def chat(self, http: HttpRequest) -> Response:
         body = read_request(ChatRequest, await http.body())
@@ -107,30 +77,6 @@ class Api:
         answer = CompletionAnswer(self._name, self._model.tokenizer)
         return await self._respond(http, body, answer, await run_in_threadpool(prepare))
 
-    async def models(self, http: HttpRequest) -> Response:
-        return _json({"object": "list", "data": [self._description()]})
-
-    async def model(self, http: HttpRequest) -> Response:
-        self._check_name(http.path_params["name"])
-        return _json(self._description())
-
-    async def health(self, http: HttpRequest) -> Response:
-        if self._worker.alive:
-            return _json({"status": "ok", "requests": self._worker.num_requests})
-        return _json({"status": "the engine has stopped"}, HTTPStatus.SERVICE_UNAVAILABLE)
-
-    def _description(self) -> Json:
-        return {"id": self._name, "object": "model", "created": self._created, "owned_by": "gossamer"}
-
-    def _check_name(self, name: str) -> None:
-        if name != self._name:
-            raise RequestError(
-                f"the model {name!r} does not exist here; this server serves {self._name!r}.",
-                param="model",
-                code="model_not_found",
-                status=HTTPStatus.NOT_FOUND,
-            )
-
     async def _respond(
         self,
         http: HttpRequest,
@@ -143,26 +89,8 @@ class Api:
             events = self._events(answer, requests, include_usage=body.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=NO_CACHE)
         if await self._finished(http, requests):
-            return _json(answer.whole([request.result() for request in requests]))
+            return as_json(answer.whole([request.result() for request in requests]))
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-    async def _finished(self, http: HttpRequest, requests: Sequence[Request]) -> bool:
-        """Wait for all requests; False when the client went away first (they are dropped)."""
-        work = asyncio.ensure_future(self._drain(requests))
-        gone = asyncio.ensure_future(_disconnect(http))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                await work
-            return work.done()
-        finally:
-            work.cancel()
-            gone.cancel()
-
-    async def _drain(self, requests: Sequence[Request]) -> None:
-        async with aclosing(self._worker.pieces(requests)) as pieces:
-            async for _ in pieces:
-                pass
 
     async def _events(
         self, answer: Answer, requests: Sequence[Request], *, include_usage: bool
@@ -183,36 +111,5 @@ class Api:
         yield b"data: [DONE]\n\n"
 
 
-async def _disconnect(http: HttpRequest) -> None:
-    """Return when the client has closed the connection."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _json(body: Json, status: int = HTTPStatus.OK) -> Response:
-    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
-
-
 def _event(body: Json) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
-
-
-async def _refuse(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    kind = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    return _json(error_body(str(error), kind=kind, param=error.param, code=error.code), error.status)
-
-
-async def _refuse_config(http: HttpRequest, error: Exception) -> Response:
-    return _json(error_body(str(error), kind="invalid_request_error"), HTTPStatus.BAD_REQUEST)
-
-
-async def _refuse_http(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"{http.method} {http.url.path}: {error.detail}"
-    return _json(error_body(message, kind="invalid_request_error"), error.status_code)
-
-
-async def _fail(http: HttpRequest, error: Exception) -> Response:
-    body = error_body("the server failed; its own log says why.", kind="server_error")
-    return _json(body, HTTPStatus.INTERNAL_SERVER_ERROR)

@@ -1,4 +1,4 @@
-"""The verb `serve`: one packed model behind the OpenAI API until Ctrl-C."""
+"""The verb `serve`: one packed model, a decoder or an encoder, behind HTTP until Ctrl-C."""
 
 import re
 import socket
@@ -7,11 +7,15 @@ from pathlib import Path
 
 import uvicorn
 
-from gossamer.engine import GenerationOptions, OpenModel, Scheduler
+from gossamer.engine import Encoder, GenerationOptions, OpenModel, Scheduler
+from gossamer.engine.encoder_scheduler import EncoderScheduler
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, quiet
+from gossamer.packed.cache import open_packed
 from gossamer.server.app import Api
+from gossamer.server.encoder_app import EncoderApi
+from gossamer.server.served import Served
 from gossamer.server.worker import Worker
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+|null")
@@ -20,7 +24,7 @@ GRACE_S = 5  # how long open answers may go on after Ctrl-C
 
 @dataclass(frozen=True)
 class Serve(GenerationOptions):
-    """Serve a model over HTTP with the OpenAI API."""
+    """Serve a model over HTTP: a decoder with the OpenAI API, an encoder's vectors, labels and ranks."""
 
     model: str = option(
         help="a .goss file, or a directory or org/name[@revision] of the hub (packed once into a cache)",
@@ -29,7 +33,7 @@ class Serve(GenerationOptions):
     host: str = option("127.0.0.1", help="address to listen on; 0.0.0.0 lets the whole network in")
     port: int = option(8000, help="port to listen on; 0 takes a free one")
     name: str = option("", help="the model's name in the API (default: the file's or directory's)")
-    max_batch: int = option(16, help="requests decoded together")
+    max_batch: int = option(16, help="requests that a decoder decodes together")
     max_queue: int = option(256, help="requests under way or waiting; more are refused")
     max_tokens: int | None = option(
         None, help="tokens of a chat answer that sets no limit (default: the context)"
@@ -53,11 +57,10 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
     `progress` gets an event when the port accepts connections, with `url` and `name` as metrics.
     """
     _check(job)
-    model = OpenModel.open(job.model, job.threads, progress, job.kv_cache_dtype, offline=job.offline)
-    worker = Worker(Scheduler(model.native, job.max_batch), job.max_queue)
     name = job.name or Path(job.model).resolve().name.removesuffix(".goss")
-    defaults = model.sampling_defaults(job.generation_config, "serve", progress)
-    api = Api(model, worker, name, job.max_tokens, defaults, job.allowed_origins)
+    packed = open_packed(job.model, progress, offline=job.offline)
+    open_api = _open_encoder if packed.architecture.is_encoder else _open_decoder
+    worker, api = open_api(job, packed.path, name, progress)
     with _listen(job.host, job.port) as listener:
         port = listener.getsockname()[1]
         url = f"http://{f'[{job.host}]' if ':' in job.host else job.host}:{port}"
@@ -77,6 +80,19 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
         finally:
             worker.stop()
     return ServeResult(url, name)
+
+
+def _open_decoder(job: Serve, path: Path, name: str, progress: Progress) -> tuple[Worker, Served]:
+    model = OpenModel.open(path, job.threads, progress, job.kv_cache_dtype)
+    worker = Worker(Scheduler(model.native, job.max_batch), job.max_queue)
+    defaults = model.sampling_defaults(job.generation_config, "serve", progress)
+    return worker, Api(model, worker, name, job.max_tokens, defaults, job.allowed_origins)
+
+
+def _open_encoder(job: Serve, path: Path, name: str, progress: Progress) -> tuple[Worker, Served]:
+    encoder = Encoder(path, job.threads, progress=progress)
+    worker = Worker(EncoderScheduler(encoder), job.max_queue)
+    return worker, EncoderApi(encoder, worker, name, job.allowed_origins)
 
 
 def _check(job: Serve) -> None:

@@ -215,17 +215,24 @@ class CompletionRequest(CompletionFields, forbid_unknown_fields=True, kw_only=Tr
         )
 
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
+Body = TypeVar("Body", bound=Struct)
+Completion = TypeVar("Completion", ChatRequest, CompletionRequest)
 
 
-def read_request(kind: type[Body], body: bytes) -> Body:
-    """Parse a body; RequestError for what is malformed, unknown or unsupported, naming the field."""
+def parsed(kind: type[Body], body: bytes, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> Body:
+    """A body's fields; RequestError, with that status, for what is malformed or unknown, naming the field."""
     try:
-        request = msgspec.convert(_cleaned(json.loads(body.decode())), kind)
+        return msgspec.convert(_cleaned(json.loads(body.decode())), kind)
     except (ValueError, RecursionError) as error:  # among them UTF-8's, JSON's and msgspec's
         found = re.search(r"field `(\w+)`|`\$\.(\w+)", str(error))
         param = next((name for name in found.groups() if name), None) if found else None
-        raise RequestError(f"the request body will not do: {error}", param=param) from error
+        message = f"the request body will not do: {error}"
+        raise RequestError(message, param=param, status=status) from error
+
+
+def read_request(kind: type[Completion], body: bytes) -> Completion:
+    """Parse a body; RequestError for what is malformed, unknown or unsupported, naming the field."""
+    request = parsed(kind, body)
     _check_neutral(request, NEUTRAL)
     for message in getattr(request, "messages", ()):
         _check_neutral(message, NEUTRAL_IN_MESSAGE, "messages")

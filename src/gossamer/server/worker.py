@@ -6,20 +6,49 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
+from typing import Any, Generic, Protocol, TypeVar
 
-from gossamer.engine import Piece, Request, Scheduler
 from gossamer.server.wire import RequestError
 
+PieceT = TypeVar("PieceT", bound="Finishing")
 
-class Submission:
+
+class Finishing(Protocol):
+    """A part of an answer; the last one of a request has a reason."""
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+
+class Asked(Protocol[PieceT]):
+    """A request of either engine: its pieces, as they come."""
+
+    @property
+    def pieces(self) -> deque[PieceT]: ...
+
+
+class Steps(Protocol):
+    """A scheduler of either engine."""
+
+    @property
+    def idle(self) -> bool: ...
+
+    def add(self, request: Any) -> None: ...
+
+    def drop(self, request: Any) -> None: ...
+
+    def step(self) -> Any: ...
+
+
+class Submission(Generic[PieceT]):
     """The requests of one HTTP call: the engine thread puts (index, piece), the event loop takes them."""
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    def __init__(self, requests: Sequence[Asked[PieceT]]) -> None:
         self.requests = tuple(requests)
         self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[tuple[int, Piece] | None] = asyncio.Queue()
+        self._pieces: asyncio.Queue[tuple[int, PieceT] | None] = asyncio.Queue()
 
-    def put(self, item: tuple[int, Piece] | None) -> None:
+    def put(self, item: tuple[int, PieceT] | None) -> None:
         """From any thread: a piece, or None when the engine stops before the requests are done."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
@@ -30,7 +59,7 @@ class Submission:
             while request.pieces:
                 self.put((index, request.pieces.popleft()))
 
-    async def get(self) -> tuple[int, Piece]:
+    async def get(self) -> tuple[int, PieceT]:
         """From the event loop: the next piece."""
         item = await self._pieces.get()
         if item is None:
@@ -41,11 +70,11 @@ class Submission:
 class Worker:
     """Owns the scheduler and its thread. Requests join and leave between steps."""
 
-    def __init__(self, scheduler: Scheduler, max_queue: int) -> None:
+    def __init__(self, scheduler: Steps, max_queue: int) -> None:
         self._scheduler, self._max_queue = scheduler, max_queue
         self._wake = threading.Condition()  # guards the next three
         self._orders: deque[Callable[[], None]] = deque()
-        self._submissions: set[Submission] = set()
+        self._submissions: set[Submission[Any]] = set()
         self._stopping = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gossamer-engine")
         self._future: Future[None] | None = None
@@ -73,7 +102,7 @@ class Worker:
         """Requests under way or waiting (asked in the event loop, the only one to change it)."""
         return sum(len(submission.requests) for submission in self._submissions)
 
-    async def pieces(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def pieces(self, requests: Sequence[Asked[PieceT]]) -> AsyncGenerator[tuple[int, PieceT], None]:
         """(index of the request, piece) as they come, until all are finished.
 
         Closing the iterator drops the requests. RequestError when the queue is full or the engine stops.
@@ -102,14 +131,14 @@ class Worker:
                 status=HTTPStatus.SERVICE_UNAVAILABLE,
             )
 
-    def _submit(self, submission: Submission) -> None:
+    def _submit(self, submission: Submission[Any]) -> None:
         with self._wake:
             self.check_room(len(submission.requests))
             self._submissions.add(submission)
             self._orders.append(lambda: self._add(submission))
             self._wake.notify()
 
-    def _withdraw(self, submission: Submission) -> None:
+    def _withdraw(self, submission: Submission[Any]) -> None:
         with self._wake:
             self._submissions.discard(submission)
             self._orders.append(lambda: self._drop(submission))
@@ -139,12 +168,12 @@ class Worker:
             order()
         return not self._stopping
 
-    def _add(self, submission: Submission) -> None:
+    def _add(self, submission: Submission[Any]) -> None:
         for request in submission.requests:
             self._scheduler.add(request)
         submission.put_new_pieces()
 
-    def _drop(self, submission: Submission) -> None:
+    def _drop(self, submission: Submission[Any]) -> None:
         for request in submission.requests:
             self._scheduler.drop(request)
 

@@ -11,6 +11,7 @@ from gossamer.architecture.config import json_object
 from gossamer.errors import CheckpointError, UnsupportedError
 
 MODULES, LENGTH, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+PoolingMode = Literal["mean", "cls", "max"]
 _MODES = {  # in a pooling's config.json
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -26,7 +27,7 @@ class Pooling:
     before texts where they are asked for by name, or by `default_prompt` where nothing is asked.
     """
 
-    mode: Literal["mean", "cls", "max"] = "mean"
+    mode: PoolingMode = "mean"
     normalize: bool = False
     max_length: int = 512
     prompts: Mapping[str, str] = field(default_factory=dict)

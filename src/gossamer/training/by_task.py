@@ -11,6 +11,7 @@ from gossamer.architecture.postnorm import labels
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.tokens.pooling import Pooling
+from gossamer.tokens.texts import marks
 from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.labelled import Classes, MaskedTokens
 from gossamer.training.objective import NextToken, Objective
@@ -81,7 +82,7 @@ def finetuning(job: "Finetune", source: Checkpoint) -> Callable[[PreTrainedModel
     if anatomy.task == "generation":
         return NextToken
     refuse_for_encoders(job, source)
-    end_id = Tokenizer.open(source.path).marks()[1]
+    end_id = marks(Tokenizer.open(source.path))[1]
     return lambda model: Classes(model, anatomy, end_id)
 
 

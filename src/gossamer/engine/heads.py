@@ -1,0 +1,110 @@
+"""What a model for whole texts says of them: its head over the first token's hidden states, in NumPy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.architecture.anatomy import Anatomy, Task
+from gossamer.architecture.config import Config
+from gossamer.architecture.postnorm import labels
+from gossamer.errors import UnsupportedError
+from gossamer.packed.reader import Packed
+
+Floats = NDArray[np.float32]
+
+SERVED: dict[Task, str] = {
+    "embedding": "makes vectors of texts (Encoder.encode, rerank)",
+    "masked": "guesses masked words (Encoder.encode and rerank use the vectors below its head)",
+    "sequence": "scores whole texts or pairs of them (Encoder.classify; rerank, where it has one label)",
+    "tokens": "labels each token (Encoder.hidden_states gives the vectors below its head)",
+    "spans": "marks answers in texts (Encoder.hidden_states gives the vectors below its head)",
+}
+
+
+class Label(TypedDict):
+    """A label's name and its probability."""
+
+    label: str
+    score: float
+
+
+@dataclass(frozen=True)
+class SequenceHead:
+    """tanh(h @ dense + bias), then a score for each of L labels: BERT's pooler and classifier, or RoBERTa's.
+
+    `labels` have probabilities that sum to 1, or, where `are_independent`, one of their own each.
+    """
+
+    labels: Sequence[str]
+    are_independent: bool
+    dense_DD: Floats
+    dense_bias_D: Floats
+    out_LD: Floats
+    out_bias_L: Floats
+
+    @classmethod
+    def open(cls, packed: Packed) -> Self | None:
+        """The head in the file, None where its task is another; FormatError for NaN or infinite weights."""
+        anatomy = packed.architecture
+        if anatomy.task != "sequence":
+            return None
+        config = Config(packed.config, str(packed.path))
+        dense, out = _names(anatomy)
+        names = labels(config)
+        return cls(
+            labels=names,
+            are_independent=len(names) == 1 or config.get("problem_type") == "multi_label_classification",
+            dense_DD=packed.vector(f"{dense}.weight"),
+            dense_bias_D=packed.vector(f"{dense}.bias"),
+            out_LD=packed.vector(f"{out}.weight"),
+            out_bias_L=packed.vector(f"{out}.bias"),
+        )
+
+    def scores(self, first_ND: Floats) -> Floats:
+        """float32 [N, L] before softmax or sigmoid, of the first tokens' hidden states."""
+        # row by row: NumPy's products of several rows at once depend on how many there are
+        rows = [
+            np.tanh(self.dense_DD @ h_D + self.dense_bias_D) @ self.out_LD.T + self.out_bias_L
+            for h_D in first_ND
+        ]
+        return np.stack(rows) if rows else np.empty((0, len(self.labels)), np.float32)
+
+    def probabilities(self, scores_NL: Floats) -> Floats:
+        """float32 [N, L]: sigmoids where labels are independent, else a softmax."""
+        if self.are_independent:
+            return sigmoid(scores_NL)
+        e_NL = np.exp(scores_NL - scores_NL.max(axis=1, keepdims=True))
+        return e_NL / e_NL.sum(axis=1, keepdims=True)
+
+    def named(self, values_NL: Floats) -> list[list[Label]]:
+        """Each text's labels with their values, the highest first."""
+        return [
+            [
+                Label(label=self.labels[int(index)], score=float(value_L[index]))
+                for index in np.argsort(-value_L, kind="stable")
+            ]
+            for value_L in values_NL
+        ]
+
+
+def _names(anatomy: Anatomy) -> tuple[str, str]:
+    """The head's first linear and its second, as the family names them."""
+    if "classifier.out_proj.weight" in anatomy.beside:
+        return "classifier.dense", "classifier.out_proj"
+    pooler = next(name for name in anatomy.beside if name.endswith("pooler.dense.weight"))
+    return pooler.removesuffix(".weight"), "classifier"
+
+
+def sigmoid(values: Floats) -> Floats:
+    """1 / (1 + exp(-x)), without overflow."""
+    return np.float32(0.5) * (np.tanh(np.float32(0.5) * values) + np.float32(1))
+
+
+def cannot(what: str, anatomy: Anatomy, source: object) -> UnsupportedError:
+    """The error of a model that is asked for what its head is not for."""
+    return UnsupportedError(
+        f"{source}: found a {anatomy.model_type} that {SERVED[anatomy.task]}; it cannot {what}"
+    )

@@ -1,0 +1,330 @@
+"""The routes of an encoder: vectors, labels and ranks of texts, as three APIs ask for them.
+
+OpenAI's /v1/embeddings, and vLLM's /v1/classify; Cohere's and Jina's /v1/rerank, also at /rerank; and
+text-embeddings-inference's /embed, /rerank (with `texts`), /predict and /info, whose errors have a shape of
+their own. What a model's head is not for answers 404.
+"""
+
+import base64
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from functools import partial
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gossamer.engine.encoder import Encoder, Floats, TokenIds, of_length_1
+from gossamer.engine.encoder_scheduler import STEP_TOKENS, EncoderRequest
+from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.server.app import CHAT_ROUTES
+from gossamer.server.encoder_wire import (
+    MOST_INPUTS,
+    ClassifyRequest,
+    EmbeddingsRequest,
+    RerankRequest,
+    TeiEmbedRequest,
+    TeiPredictRequest,
+    TeiRerankRequest,
+    texts_or_ids,
+    texts_or_pairs,
+)
+from gossamer.server.served import CLIENT_CLOSED_REQUEST, Served, as_json
+from gossamer.server.wire import RequestError, parsed
+from gossamer.server.worker import Worker
+from gossamer.tokens.texts import Text
+
+Answer = TypeVar("Answer")
+Handler = Callable[[HttpRequest], Any]
+TEI_ERRORS = {  # status -> text-embeddings-inference's word
+    HTTPStatus.BAD_REQUEST: "Validation",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "Validation",
+    HTTPStatus.UNPROCESSABLE_ENTITY: "Validation",
+    HTTPStatus.NOT_FOUND: "Backend",
+    HTTPStatus.SERVICE_UNAVAILABLE: "Overloaded",
+}
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class EncoderApi(Served):
+    """The handlers, with the encoder they ask."""
+
+    not_served = CHAT_ROUTES
+    serves = "an encoder, which continues no text; /v1/embeddings, /v1/rerank or /v1/classify ask it"
+
+    def __init__(self, encoder: Encoder, worker: Worker, name: str, allowed_origins: Sequence[str]) -> None:
+        super().__init__(worker, name, allowed_origins)
+        self._encoder = encoder
+
+    def routes(self) -> list[Route]:
+        posts: dict[str, Handler] = {
+            "/v1/embeddings": _answered(self.embeddings),
+            "/v1/rerank": _answered(self.rerank),
+            "/v1/classify": _answered(self.classify),
+            "/rerank": self.rerank_of_either_shape,
+            "/embed": _answered_as_tei(self.tei_embed),
+            "/predict": _answered_as_tei(self.tei_predict),
+        }
+        routes = [Route(path, handler, methods=["POST"]) for path, handler in posts.items()]
+        return [*routes, Route("/info", self.info, methods=["GET"])]
+
+    async def embeddings(self, http: HttpRequest) -> Any:
+        body = parsed(EmbeddingsRequest, await http.body())
+        self._check_name(body.model)
+        cut = body.truncate_prompt_tokens is not None
+
+        def prepare() -> list[TokenIds]:
+            return self._rows(texts_or_ids(body.input, "input"), "input", cut)
+
+        self._check_dimensions(body.dimensions)
+        request = await self._computed(http, prepare)
+        vectors_ND = self._vectors(request, self._encoder.pooling.normalize, body.dimensions)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _written(vector_D, body.encoding_format)}
+            for index, vector_D in enumerate(vectors_ND)
+        ]
+        return {"object": "list", "data": data, "model": self._name, "usage": _usage(request)}
+
+    async def classify(self, http: HttpRequest) -> Any:
+        body = parsed(ClassifyRequest, await http.body())
+        self._check_name(body.model)
+        head = self._encoder.classifier()
+        cut = body.truncate_prompt_tokens is not None
+        request = await self._computed(
+            http, lambda: self._rows(texts_or_ids(body.input, "input"), "input", cut, vectors=False)
+        )
+        p_NL = head.probabilities(await run_in_threadpool(head.scores, request.result()))
+        data = [
+            {
+                "index": index,
+                "label": head.labels[int(p_L.argmax())],
+                "probs": p_L.tolist(),
+                "num_classes": p_L.size,
+            }
+            for index, p_L in enumerate(p_NL)
+        ]
+        return self._object("classify") | {"data": data, "usage": _usage(request)}
+
+    async def rerank(self, http: HttpRequest) -> Any:
+        body = parsed(RerankRequest, await http.body())
+        if body.model is not None:
+            self._check_name(body.model)
+        if body.top_n is not None and body.top_n < 1:
+            raise RequestError(f"top_n is {body.top_n}; expected at least 1.", param="top_n")
+        texts = body.texts()
+        request, scores_N = await self._reranked(http, body.query, texts, "documents", cut=True, raw=False)
+        results = [
+            {"index": index, "relevance_score": scores_N[index]}
+            | ({"document": {"text": texts[index]}} if body.return_documents else {})
+            for index in _best_first(scores_N)[: body.top_n]
+        ]
+        return self._object("rerank") | {"results": results, "usage": _usage(request)}
+
+    async def rerank_of_either_shape(self, http: HttpRequest) -> Response:
+        """text-embeddings-inference's has `texts`, Cohere's and Jina's `documents`."""
+        body = await http.body()
+        is_tei = b'"texts"' in body and b'"documents"' not in body
+        return await (_answered_as_tei(self.tei_rerank) if is_tei else _answered(self.rerank))(http)
+
+    async def tei_rerank(self, http: HttpRequest) -> Any:
+        body = parsed(TeiRerankRequest, await http.body(), HTTPStatus.UNPROCESSABLE_ENTITY)
+        _, scores_N = await self._reranked(
+            http, body.query, body.texts, "texts", cut=body.truncate, raw=body.raw_scores
+        )
+        return [
+            {"index": index, "score": scores_N[index]}
+            | ({"text": body.texts[index]} if body.return_text else {})
+            for index in _best_first(scores_N)
+        ]
+
+    async def tei_embed(self, http: HttpRequest) -> Any:
+        body = parsed(TeiEmbedRequest, await http.body(), HTTPStatus.UNPROCESSABLE_ENTITY)
+
+        def prepare() -> list[TokenIds]:
+            inputs = texts_or_ids(body.inputs, "inputs")
+            return self._rows(inputs, "inputs", body.truncate, body.prompt_name)
+
+        self._check_dimensions(body.dimensions)
+        request = await self._computed(http, prepare)
+        return self._vectors(request, body.normalize, body.dimensions).tolist()
+
+    async def tei_predict(self, http: HttpRequest) -> Any:
+        body = parsed(TeiPredictRequest, await http.body(), HTTPStatus.UNPROCESSABLE_ENTITY)
+        head = self._encoder.classifier()
+        texts, several = texts_or_pairs(body.inputs, "inputs")
+        request = await self._computed(http, lambda: self._encoded(texts, "inputs", body.truncate))
+        scores_NL = await run_in_threadpool(head.scores, request.result())
+        found = head.named(scores_NL if body.raw_scores else head.probabilities(scores_NL))
+        return found if several else found[0]
+
+    async def info(self, http: HttpRequest) -> Response:
+        head, pooling = self._encoder.head, self._encoder.pooling
+        if head is None:
+            kind: dict[str, Any] = {"embedding": {"pooling": pooling.mode}}
+        else:
+            names = {str(index): label for index, label in enumerate(head.labels)}
+            ids = {label: index for index, label in enumerate(head.labels)}
+            word = "reranker" if len(head.labels) == 1 else "classifier"
+            kind = {word: {"id2label": names, "label2id": ids}}
+        return as_json(
+            {
+                "model_id": self._name,
+                "model_type": kind,
+                "max_input_length": pooling.max_length,
+                "max_batch_tokens": STEP_TOKENS,
+                "max_client_batch_size": MOST_INPUTS,
+                "version": version("gossamer"),
+            }
+        )
+
+    async def _reranked(
+        self, http: HttpRequest, query: str, texts: list[str], field: str, *, cut: bool, raw: bool
+    ) -> tuple[EncoderRequest, list[float]]:
+        def prepare() -> list[TokenIds]:
+            _check_number(len(texts), field)
+            rows = self._encoder.rerank_rows(query, texts)
+            first = len(rows) - len(texts)  # where vectors are compared, the query is a row of its own
+            self._check_lengths(rows[:first], "query", cut)
+            self._check_lengths(rows[first:], field, cut)
+            return rows
+
+        request = await self._computed(http, prepare)
+        scores = partial(self._encoder.rerank_scores, request.result(), raw_scores=raw)
+        return request, await run_in_threadpool(scores)
+
+    def _rows(
+        self,
+        inputs: list[str] | list[list[int]],
+        field: str,
+        cut: bool,
+        prompt_name: str | None = None,
+        *,
+        vectors: bool = True,
+    ) -> list[TokenIds]:
+        """What the engine is given; with the model's prompt where `vectors` are made of texts."""
+        if vectors:
+            self._encoder.check_vectors("encode")
+        texts = [it for it in inputs if isinstance(it, str)]
+        if not texts:
+            return self._given([it for it in inputs if isinstance(it, list)], field)
+        before = self._encoder.prompt_of(prompt_name) if vectors else ""
+        return self._encoded([before + text for text in texts], field, cut)
+
+    def _encoded(self, texts: Sequence[Text], field: str, cut: bool) -> list[TokenIds]:
+        _check_number(len(texts), field)
+        rows = self._encoder.token_ids(texts)
+        self._check_lengths(rows, field, cut)
+        return rows
+
+    def _given(self, lists: list[list[int]], field: str) -> list[TokenIds]:
+        """Lists of token ids, which are taken as they are: with the special tokens that they have."""
+        _check_number(len(lists), field)
+        size, limit = self._encoder.architecture.vocab_size, self._encoder.pooling.max_length
+        for index, ids in enumerate(lists):
+            if len(ids) > limit:
+                raise _too_long(field, index, limit)
+            if not all(0 <= it < size for it in ids):
+                raise RequestError(f"{field} has token ids beyond 0 .. {size - 1}.", param=field)
+        return [TokenIds(ids, [0] * len(ids)) for ids in lists]
+
+    async def _computed(self, http: HttpRequest, prepare: Callable[[], list[TokenIds]]) -> EncoderRequest:
+        """The finished request; ClientGone where nobody waits for it any more."""
+        self._worker.check_room(1)
+        request = EncoderRequest(await run_in_threadpool(prepare))
+        if not await self._finished(http, [request]):
+            raise ClientGone
+        return request
+
+    def _check_lengths(self, rows: Sequence[TokenIds], field: str, cut: bool) -> None:
+        """RequestError for a row that was cut, unless it may be."""
+        long = next((index for index, row in enumerate(rows) if row.is_cut), None)
+        if long is not None and not cut:
+            raise _too_long(field, long, self._encoder.pooling.max_length)
+
+    def _check_dimensions(self, dimensions: int | None) -> None:
+        if dimensions is not None and not 1 <= dimensions <= self._encoder.dimension:
+            raise RequestError(
+                f"dimensions is {dimensions}; this model's vectors have {self._encoder.dimension} numbers, "
+                "of which the first ones can be had.",
+                param="dimensions",
+            )
+
+    def _vectors(self, request: EncoderRequest, normalize: bool, dimensions: int | None) -> Floats:
+        """float32 [N, dimensions]: the first numbers of each vector, whose length is then 1 again."""
+        vectors_ND = request.result()[:, :dimensions]
+        return of_length_1(vectors_ND) if normalize or dimensions is not None else vectors_ND
+
+    def _object(self, kind: str) -> dict[str, Any]:
+        identity = f"{kind}-{uuid.uuid4().hex}"
+        return {"id": identity, "object": "list", "created": int(time.time()), "model": self._name}
+
+
+def _answered(handler: Handler) -> Handler:
+    """The route of a handler that returns plain data."""
+
+    async def route(http: HttpRequest) -> Response:
+        try:
+            return as_json(await handler(http))
+        except ClientGone:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except UnsupportedError as error:
+            raise RequestError(str(error), code="not_served", status=HTTPStatus.NOT_FOUND) from error
+
+    return route
+
+
+def _answered_as_tei(handler: Handler) -> Handler:
+    """The same with errors as text-embeddings-inference has them, whose word for too long is 413."""
+
+    async def route(http: HttpRequest) -> Response:
+        try:
+            return await _answered(handler)(http)
+        except RequestError as error:
+            too_long = error.code == "context_length_exceeded"
+            status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if too_long else error.status
+            message = str(error)
+        except ConfigError as error:
+            status, message = HTTPStatus.BAD_REQUEST, str(error)
+        return as_json({"error": message, "error_type": TEI_ERRORS.get(status, "Backend")}, status)
+
+    return route
+
+
+def _check_number(number: int, field: str) -> None:
+    if not 1 <= number <= MOST_INPUTS:
+        message = f"{field} has {number} texts; expected 1 to {MOST_INPUTS}."
+        too_many = number > MOST_INPUTS
+        status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if too_many else HTTPStatus.BAD_REQUEST
+        raise RequestError(message, param=field, status=status)
+
+
+def _too_long(field: str, index: int, limit: int) -> RequestError:
+    return RequestError(
+        f"text {index} of {field} has more than {limit} tokens, this model's limit. Shorten it, or have it "
+        'cut: by "truncate": true (/embed, /predict, /rerank), "truncate_prompt_tokens": -1.',
+        param=field,
+        code="context_length_exceeded",
+    )
+
+
+def _best_first(scores_N: Sequence[float]) -> list[int]:
+    return sorted(range(len(scores_N)), key=lambda index: -scores_N[index])
+
+
+def _written(vector_D: Floats, encoding: str) -> list[float] | str:
+    if encoding == "base64":
+        return base64.b64encode(vector_D.astype(np.dtype("<f4")).tobytes()).decode()
+    return vector_D.tolist()
+
+
+def _usage(request: EncoderRequest) -> dict[str, int]:
+    return {"prompt_tokens": request.num_tokens, "total_tokens": request.num_tokens}

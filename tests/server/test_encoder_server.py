@@ -1,0 +1,228 @@
+"""An encoder's server as the `openai` client and plain HTTP see it; numbers are those of `Encoder`."""
+
+import base64
+import json
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from encoders import save_encoder
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.engine import Encoder
+from gossamer.packed.from_checkpoint import pack_checkpoint
+
+from .conftest import Running, end, start
+
+TEXTS = ["a b c", "d", "e f g h i j", "z y", "é"]
+LONG = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
+LABELS = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
+
+
+def served(directory: Path, name: str, **config: Any) -> Iterator[Running]:
+    save_encoder(directory, name, **config)
+    modules = '[{"type": "sentence_transformers.models.Transformer", "path": ""}]'
+    (directory / "modules.json").write_text(modules, encoding="utf-8")
+    (directory / "sentence_bert_config.json").write_text('{"max_seq_length": 20}', encoding="utf-8")
+    prompts = '{"prompts": {"query": "q "}}'
+    (directory / "config_sentence_transformers.json").write_text(prompts, encoding="utf-8")
+    pack_checkpoint(Checkpoint.open(directory), directory / f"{directory.name}.goss")
+    running = start(directory / f"{directory.name}.goss")
+    yield running
+    end(running)
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from served(tmp_path_factory.mktemp("served") / "vectors", "BertModel")
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    path = tmp_path_factory.mktemp("served") / "labels"
+    yield from served(path, "BertForSequenceClassification", **LABELS)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    path = tmp_path_factory.mktemp("served") / "ranks"
+    yield from served(path, "BertForSequenceClassification", num_labels=1)
+
+
+def post(running: Running, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{running.url}{path}", json=body, timeout=60)
+
+
+def test_embeddings_are_the_engine_s(vectors: Running) -> None:
+    encoder = Encoder(vectors.path, 1)
+    rows, expected_ND = encoder.token_ids(TEXTS), encoder.encode(TEXTS)
+    num_tokens = sum(len(row.ids) for row in rows)
+    for given in (TEXTS, [list(row.ids) for row in rows]):
+        options: Any
+        for options in ({}, {"encoding_format": "float"}):  # the client's own choice is base64
+            whole = vectors.client.embeddings.create(model=vectors.name, input=given, **options)
+            assert [it.index for it in whole.data] == [*range(len(TEXTS))]
+            np.testing.assert_array_equal(
+                np.asarray([it.embedding for it in whole.data], np.float32), expected_ND
+            )
+            assert (whole.usage.prompt_tokens, whole.usage.total_tokens) == (num_tokens, num_tokens)
+    for given in (TEXTS[0], list(rows[0].ids)):
+        [one] = vectors.client.embeddings.create(model=vectors.name, input=given).data
+        np.testing.assert_array_equal(np.asarray(one.embedding, np.float32), expected_ND[0])
+    raw = post(vectors, "/v1/embeddings", model=vectors.name, input="d", encoding_format="base64").json()
+    written = base64.b64decode(raw["data"][0]["embedding"])
+    np.testing.assert_array_equal(np.frombuffer(written, "<f4"), expected_ND[1])
+
+
+def test_fewer_dimensions_have_length_1(vectors: Running) -> None:
+    expected_D = np.asarray(Encoder(vectors.path, 1).encode(TEXTS[0]))[:7]
+    [one] = vectors.client.embeddings.create(model=vectors.name, input=TEXTS[0], dimensions=7).data
+    np.testing.assert_allclose(one.embedding, expected_D / np.linalg.norm(expected_D), rtol=1e-6)
+
+
+def test_fifty_at_once_get_what_each_gets_alone(vectors: Running) -> None:
+    texts = [[*"abcdefghij"[: 1 + i % 7], TEXTS[i % 5]] for i in range(50)]
+
+    def ask(given: list[str]) -> Any:
+        return post(vectors, "/v1/embeddings", model=vectors.name, input=given).json()
+
+    alone = [ask(given) for given in texts]
+    with ThreadPoolExecutor(50) as pool:
+        assert list(pool.map(ask, texts)) == alone
+
+
+def test_tei_s_vectors(vectors: Running) -> None:
+    encoder = Encoder(vectors.path, 1)
+    options: Any
+    for options in ({"normalize": False}, {}, {"prompt_name": "query"}, {"truncate": True}):
+        expected_ND = encoder.encode(
+            TEXTS,
+            prompt_name=options.get("prompt_name"),
+            normalize_embeddings=options.get("normalize", True),
+        )
+        found = post(vectors, "/embed", inputs=TEXTS, **options)
+        np.testing.assert_array_equal(np.asarray(found.json(), np.float32), expected_ND)
+    [cut] = post(vectors, "/embed", inputs=LONG, truncate=True, normalize=False).json()
+    np.testing.assert_array_equal(np.asarray(cut, np.float32), encoder.encode(LONG))
+
+
+@pytest.mark.parametrize("kind", ["vectors", "ranks"])
+def test_ranks_are_the_engine_s(kind: str, request: pytest.FixtureRequest) -> None:
+    running: Running = request.getfixturevalue(kind)
+    scores = Encoder(running.path, 1).rerank("a b", TEXTS)
+    order = sorted(range(len(TEXTS)), key=lambda index: -scores[index])
+    for path in ("/v1/rerank", "/rerank"):
+        documents = [TEXTS[0], *({"text": text} for text in TEXTS[1:])]
+        options = {"model": running.name, "query": "a b", "documents": documents}
+        whole = post(running, path, **options).json()
+        assert [it["index"] for it in whole["results"]] == order
+        assert [it["relevance_score"] for it in whole["results"]] == [scores[index] for index in order]
+        few = post(running, path, **options, top_n=2, return_documents=True).json()["results"]
+        assert [it["document"]["text"] for it in few] == [TEXTS[index] for index in order[:2]]
+    tei = post(running, "/rerank", query="a b", texts=TEXTS, return_text=True).json()
+    assert tei == [{"index": i, "score": scores[i], "text": TEXTS[i]} for i in order]
+    raw = post(running, "/rerank", query="a b", texts=TEXTS, raw_scores=True).json()
+    expected = Encoder(running.path, 1).rerank("a b", TEXTS, raw_scores=True)
+    assert [it["score"] for it in raw] == sorted(expected, reverse=True)
+
+
+def test_labels_are_the_engine_s(labels: Running) -> None:
+    encoder = Encoder(labels.path, 1)
+    expected = encoder.classify(TEXTS)
+    whole = post(labels, "/v1/classify", model=labels.name, input=TEXTS).json()
+    assert [it["label"] for it in whole["data"]] == [of_text[0]["label"] for of_text in expected]
+    probs = [dict(zip(LABELS["id2label"].values(), it["probs"], strict=True)) for it in whole["data"]]
+    assert probs == [{it["label"]: it["score"] for it in of_text} for of_text in expected]
+    assert post(labels, "/predict", inputs=TEXTS[0]).json() == expected[0]
+    assert post(labels, "/predict", inputs=["a", "b"]).json() == encoder.classify([("a", "b")])[0]
+    batch = post(labels, "/predict", inputs=[["d"], ["a", "b"]]).json()
+    assert batch == encoder.classify(["d", ("a", "b")])
+    raw = post(labels, "/predict", inputs="a", raw_scores=True).json()
+    assert [it["label"] for it in raw] == [it["label"] for it in encoder.classify(["a"])[0]]
+
+
+def test_what_is_served_is_told(vectors: Running, labels: Running, ranks: Running) -> None:
+    assert [it.id for it in vectors.client.models.list()] == [vectors.name]
+    info = httpx.get(f"{vectors.url}/info").json()
+    assert (info["model_type"], info["max_input_length"]) == ({"embedding": {"pooling": "mean"}}, 20)
+    assert httpx.get(f"{labels.url}/info").json()["model_type"]["classifier"]["id2label"]["2"] == "good"
+    assert "reranker" in httpx.get(f"{ranks.url}/info").json()["model_type"]
+    assert httpx.get(f"{vectors.url}/health").json() == {"status": "ok", "requests": 0}
+
+
+def test_routes_of_other_models_say_what_is_served(
+    vectors: Running, labels: Running, chat_server: Running
+) -> None:
+    with pytest.raises(openai.NotFoundError, match="an encoder, which continues no text; /v1/embeddings"):
+        vectors.client.chat.completions.create(model=vectors.name, messages=[])
+    with pytest.raises(openai.NotFoundError, match="a decoder, which continues texts; it has /v1/chat"):
+        chat_server.client.embeddings.create(model=chat_server.name, input="a")
+    with pytest.raises(openai.NotFoundError, match=r"scores whole texts.*cannot encode"):
+        labels.client.embeddings.create(model=labels.name, input="a")
+    for path, body in (("/embed", {"inputs": "a"}), ("/rerank", {"query": "a", "texts": ["b"]})):
+        answer = post(labels, path, **body)
+        assert (answer.status_code, answer.json()["error_type"]) == (404, "Backend")
+    assert post(vectors, "/predict", inputs="a").status_code == 404
+    assert post(vectors, "/v1/classify", model=vectors.name, input="a").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/v1/embeddings", {"input": LONG}, 400, "text 0 of input has more than 20 tokens"),
+        ("/v1/embeddings", {"input": [[2] * 21]}, 400, "text 0 of input has more than 20 tokens"),
+        ("/v1/embeddings", {"input": [[40]]}, 400, "token ids beyond 0 .. 39"),
+        ("/v1/embeddings", {"input": []}, 400, "input must be a text"),
+        ("/v1/embeddings", {"input": ["a", [2]]}, 400, "input must be a text"),
+        ("/v1/embeddings", {"input": ["a"] * 2049}, 413, "input has 2049 texts; expected 1 to 2048"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 25}, 400, "vectors have 24 numbers"),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, 400, "will not do"),
+        ("/v1/embeddings", {"input": "a", "colour": "red"}, 400, "colour"),
+        ("/v1/embeddings", {"input": "a", "model": "other"}, 404, "'other' does not exist here"),
+        ("/v1/rerank", {"query": "a", "documents": []}, 400, "documents has 0 texts"),
+        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, 400, "top_n is 0"),
+        ("/embed", {"inputs": LONG}, 413, "more than 20 tokens"),
+        ("/embed", {"inputs": "a", "prompt_name": "title"}, 400, "this model's prompts: query"),
+        ("/embed", {"input": "a"}, 422, "will not do"),
+        ("/rerank", {"query": LONG, "texts": ["a"]}, 413, "text 0 of query has more than 20"),
+        ("/rerank", {"query": "a", "texts": ["a", LONG]}, 413, "text 1 of texts has more than 20"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    path: str, body: dict[str, Any], status: int, message: str, vectors: Running
+) -> None:
+    given = {"model": vectors.name} | body if path.startswith("/v1") else body
+    answer = post(vectors, path, **given)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert message in (error["message"] if path.startswith("/v1") else error)
+    assert post(vectors, "/v1/embeddings", model=vectors.name, input="a").status_code == 200
+
+
+def test_too_long_texts_are_cut_where_that_is_asked(vectors: Running) -> None:
+    extra = {"truncate_prompt_tokens": -1}
+    [one] = vectors.client.embeddings.create(model=vectors.name, input=LONG, extra_body=extra).data
+    np.testing.assert_array_equal(
+        np.asarray(one.embedding, np.float32), Encoder(vectors.path, 1).encode(LONG)
+    )
+
+
+def test_a_client_that_leaves_is_forgotten(vectors: Running) -> None:
+    body = json.dumps({"model": vectors.name, "input": [LONG[:35]] * 2048}).encode()
+    host, port = vectors.url.removeprefix("http://").split(":")
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+    for _ in range(8):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+    give_up = time.monotonic() + 60
+    while httpx.get(f"{vectors.url}/health").json()["requests"] and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert httpx.get(f"{vectors.url}/health").json()["requests"] == 0
+    assert post(vectors, "/v1/embeddings", model=vectors.name, input="a").status_code == 200
