@@ -17,7 +17,9 @@ import pytest
 from encoders import save_encoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import Encoder
+from gossamer.errors import ConfigError
 from gossamer.packed.from_checkpoint import pack_checkpoint
+from gossamer.server.serve import Serve, serve
 
 from .conftest import Running, end, start
 
@@ -226,3 +228,11 @@ def test_a_client_that_leaves_is_forgotten(vectors: Running) -> None:
         time.sleep(0.05)
     assert httpx.get(f"{vectors.url}/health").json()["requests"] == 0
     assert post(vectors, "/v1/embeddings", model=vectors.name, input="a").status_code == 200
+
+
+@pytest.mark.parametrize("option", [{"max_batch": 4}, {"max_tokens": 9}, {"kv_cache_dtype": "i8"}])
+def test_options_of_decoders_are_refused(tmp_path: Path, option: dict[str, Any]) -> None:
+    save_encoder(tmp_path / "model")
+    flag = next(iter(option)).replace("_", "-")
+    with pytest.raises(ConfigError, match=f"--{flag} is for decoders; found .*, an encoder"):
+        serve(Serve(str(tmp_path / "model"), port=0, **option))

@@ -91,3 +91,14 @@ def test_files_without_texts_are_refused(
     with pytest.raises(ConfigError, match=message):
         embed(Embed(model, str(tmp_path / name), str(tmp_path / "x.npy")))
     assert not (tmp_path / "x.npy").exists()
+
+
+def test_an_interrupted_run_leaves_nothing(model: str, tmp_path: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if event.stage == "embed":
+            raise KeyboardInterrupt
+
+    file = write(tmp_path / "texts.txt", TEXTS)
+    with pytest.raises(KeyboardInterrupt):
+        embed(Embed(model, str(file), str(tmp_path / "x.npy"), threads=1), interrupt)
+    assert [*tmp_path.iterdir()] == [file]

@@ -2,7 +2,7 @@
 
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import uvicorn
@@ -19,6 +19,7 @@ from gossamer.server.served import Served
 from gossamer.server.worker import Worker
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#A-Z]+|null")
+OF_DECODERS = ("max_batch", "max_tokens", "kv_cache_dtype", "generation_config")
 GRACE_S = 5  # how long open answers may go on after Ctrl-C
 
 
@@ -90,6 +91,10 @@ def _open_decoder(job: Serve, path: Path, name: str, progress: Progress) -> tupl
 
 
 def _open_encoder(job: Serve, path: Path, name: str, progress: Progress) -> tuple[Worker, Served]:
+    own = {field.name: field.default for field in fields(Serve) if field.name in OF_DECODERS}
+    if given := [it for it, default in own.items() if getattr(job, it) != default]:
+        flag = given[0].replace("_", "-")
+        raise ConfigError(f"--{flag} is for decoders; found {path}, an encoder: leave it out")
     encoder = Encoder(path, job.threads, progress=progress)
     worker = Worker(EncoderScheduler(encoder), job.max_queue)
     return worker, EncoderApi(encoder, worker, name, job.allowed_origins)

@@ -62,20 +62,30 @@ def embed(job: Embed, progress: Progress = quiet) -> EmbedResult:
     encoder.check_vectors("embed")
     before = encoder.prompt_of(job.prompt_name)
     partial = output.with_name(output.name + ".partial")
+    try:
+        num_tokens, num_cut, rate = _write(partial, encoder, [before + text for text in texts], job, progress)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return EmbedResult(str(output), len(texts), num_cut, encoder.dimension, num_tokens, rate)
+
+
+def _write(
+    file: Path, encoder: Encoder, texts: list[str], job: Embed, progress: Progress
+) -> tuple[int, int, float]:
+    """Write the vectors of the texts; the tokens, how many texts were cut, and tokens a second."""
     shape = (len(texts), encoder.dimension)
-    vectors_ND = np.lib.format.open_memmap(partial, "w+", np.dtype(np.float32), shape)
-    num_tokens = num_cut = 0
-    start = time.monotonic()
+    vectors_ND = np.lib.format.open_memmap(file, "w+", np.dtype(np.float32), shape)
+    num_tokens, num_cut, rate, start = 0, 0, 0.0, time.monotonic()
     for first in range(0, len(texts), STEP_TEXTS):
-        rows = encoder.token_ids([before + text for text in texts[first : first + STEP_TEXTS]])
+        rows = encoder.token_ids(texts[first : first + STEP_TEXTS])
         vectors_ND[first : first + len(rows)] = encoder.vectors(rows, normalize=job.normalize)
         num_tokens += sum(len(row.ids) for row in rows)
         num_cut += sum(row.is_cut for row in rows)
         rate = num_tokens / (time.monotonic() - start)
         progress(Event("embed", "texts", first + len(rows), len(texts), {"tokens_per_s": rate}))
     vectors_ND.flush()
-    partial.replace(output)
-    return EmbedResult(str(output), len(texts), num_cut, encoder.dimension, num_tokens, rate)
+    return num_tokens, num_cut, rate
 
 
 def _texts(file: str) -> list[str]:
