@@ -76,13 +76,13 @@ def test_ndcg_is_that_of_scikit_learn(seed: int) -> None:
     assert ndcg(similarity, relevant) == pytest.approx(ndcg_score(truth, similarity[None], k=10))
 
 
-@pytest.mark.parametrize("columns", [3, 7])
-def test_sts_is_the_rank_correlation_of_transformers_cosines(
-    tmp_path: Path, model: Path, columns: int
+@pytest.mark.parametrize(("columns", "backend"), [(3, "torch"), (7, "torch"), (3, "engine")])
+def test_sts_is_the_correlation_of_transformers_cosines(
+    tmp_path: Path, model: Path, columns: int, backend: Any
 ) -> None:
     file = tmp_path / "sts.tsv"
     write_pairs(file, columns=columns)
-    result = evaluate(Evaluate(str(model), dataset=str(file), kind="sts", threads=1))
+    result = evaluate(Evaluate(str(model), dataset=str(file), kind="sts", backend=backend, threads=1))
     scores, *texts = zip(*pairs(), strict=True)
     first_ND, second_ND = (pooled(model, [*side]) for side in texts)
     wanted = spearmanr((first_ND * second_ND).sum(1), scores)[0]
@@ -119,7 +119,8 @@ def test_retrieval_finds_what_is_asked_by_its_own_words(tmp_path: Path, model: P
     assert evaluate(Evaluate(**vars(job) | {"limit": 2})).num_examples[tmp_path.name] == 2
 
 
-def test_classification_counts_the_likeliest_label(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_classification_counts_the_likeliest_label(tmp_path: Path, backend: Any) -> None:
     path = tmp_path / "model"
     whole = save_encoder(path, "BertForSequenceClassification", id2label={0: "no", 1: "yes"})
     texts, tokenizer = sentences(12), AutoTokenizer.from_pretrained(path)
@@ -132,7 +133,8 @@ def test_classification_counts_the_likeliest_label(tmp_path: Path) -> None:
     rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
     file = tmp_path / "it.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    result = evaluate(Evaluate(str(path), dataset=str(file), kind="classification", threads=1))
+    job = Evaluate(str(path), dataset=str(file), kind="classification", backend=backend, threads=1)
+    result = evaluate(job)
     assert result.accuracy == {"it.jsonl": 0.75}
 
 
