@@ -1,6 +1,7 @@
 """Encoders through the stages that make them small."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,14 @@ from transformers import AutoModel, AutoTokenizer
 
 from encoders import save_encoder
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.engine import Encoder
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.modules.decoder import blocks, embed
+from gossamer.runs.compress import Compress, compress
+from gossamer.stages.evaluate import Evaluate, evaluate
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
+from gossamer.tools.inspect import Inspect, inspect
 
 NAMES = [
     "BertModel",
@@ -131,3 +137,26 @@ def test_quantize_keeps_zeros_and_the_function(tmp_path: Path, text: Path, schem
     before, after = Checkpoint.open(pruned), Checkpoint.open(tmp_path / "q")
     for linear in before.linears:
         assert not (before.zeros(f"{linear}.weight") & ~after.zeros(f"{linear}.weight")).any()
+
+
+def test_compress_teaches_an_embedding_model_its_own_vectors(tmp_path: Path, text: Path) -> None:
+    model, output = tmp_path / "model", tmp_path / "out"
+    save_encoder(model)
+    options = {"num_calibration_samples": 16, "max_seq_length": 24, "threads": 1, "dataset": (str(text),)}
+    job = Compress(str(model), output_dir=str(output), sparsity=0.7, pretrain_dataset=(str(text),), **options)  # type: ignore[arg-type]
+    job = replace(job, num_tokens=1000, freeze="embeddings")
+    with pytest.raises(ConfigError, match=r"finetune teaches models for .* one for embedding: leave it out"):
+        compress(replace(job, finetune_dataset=(str(text),)))
+    assert not output.exists()
+    result = compress(job)
+    assert [stage for stage, _, _ in result.stages][-2:] == ["quantize", "pack"]
+    assert result.sparsity == pytest.approx(0.7, abs=0.01)
+    assert Encoder(result.packed, 1).encode("a b c").shape == (24,)
+
+
+def test_inspect_tells_layers_and_evaluate_has_no_perplexity(tmp_path: Path, text: Path) -> None:
+    save_encoder(tmp_path)
+    found = inspect(Inspect(str(tmp_path)))
+    assert {it.layer for it in found.matrices} == {"word_embeddings", "layer.0", "layer.1"}
+    with pytest.raises(UnsupportedError, match="an encoder, which continues no text"):
+        evaluate(Evaluate(str(tmp_path), dataset=str(text), threads=1))

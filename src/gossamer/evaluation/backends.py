@@ -127,6 +127,11 @@ class TorchBackend:
 
         # Names what is wrong with a directory better than transformers does.
         source = Checkpoint.open(model, offline=offline)
+        if source.architecture.is_encoder:
+            raise UnsupportedError(
+                f"{source.path}: a {source.architecture.model_type}, an encoder, which continues no text; "
+                "--kind sts, retrieval and classification measure it"
+            )
         self.tokenizer = Tokenizer.open(source.path)
         self.context = source.architecture.max_position_embeddings
         self._path = source.path

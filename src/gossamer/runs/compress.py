@@ -173,17 +173,38 @@ def plan(job: Compress) -> list[Step]:
         steps.append(Step(stage, function, kind(**options), output))
 
     dense = Checkpoint.open(job.model, offline=job.offline)
+    learned = _learned(job, dense)
     anywhere = job.pattern == "unstructured"  # a pattern fixes the sparsity
     two_steps = anywhere and job.pretrain_dataset and job.sparsity > 0.5 > dense.sparsity()
     for sparsity in (0.5, job.sparsity) if two_steps else (job.sparsity,):
         add(prune, Prune, sparsity=sparsity)
         if job.pretrain_dataset:
-            add(pretrain, Pretrain)
+            add(pretrain, Pretrain, **learned)
     if job.finetune_dataset:
         add(finetune, Finetune, teacher=None if job.distill == "none" else job.model)
     add(quantize, Quantize)
     add(pack, Pack)
     return steps
+
+
+def _learned(job: Compress, dense: Checkpoint) -> dict[str, Any]:
+    """What `pretrain` is told beside its options: the teacher, of which an embedding model learns all.
+
+    ConfigError where a kind of training has nothing to teach a model with this head.
+    """
+    task = dense.architecture.task
+    datasets = {"pretrain": job.pretrain_dataset, "finetune": job.finetune_dataset}
+    taught = {
+        "pretrain": ("generation", "embedding", "masked"),
+        "finetune": ("generation", "sequence", "tokens"),
+    }
+    for stage, tasks in taught.items():
+        if datasets[stage] and task not in tasks:
+            raise ConfigError(
+                f"--{stage}-dataset: {stage} teaches models for {', '.join(tasks)}; found {job.model}, one "
+                f"for {task}: leave it out"
+            )
+    return {"teacher": job.model} if task == "embedding" else {}
 
 
 def run(step: Step, left: Left, overwrite: bool, progress: Progress) -> str:

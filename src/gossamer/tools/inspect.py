@@ -1,5 +1,6 @@
 """`inspect`: what a checkpoint directory or a packed file holds, and where it comes from."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,8 +43,9 @@ class Matrix:
 
     @property
     def layer(self) -> str:
-        """The part of the model it belongs to: `embed_tokens`, `layers.3`, `lm_head`."""
-        return ".".join(self.name.split(".")[1:3]) if ".layers." in self.name else self.name.split(".")[-1]
+        """The part of the model it belongs to: `embed_tokens`, `layers.3` or `layer.3`, `lm_head`."""
+        found = re.search(r"\blayers?\.\d+\b", self.name)
+        return found[0] if found else self.name.split(".")[-1]
 
     @property
     def num_weights(self) -> int:
