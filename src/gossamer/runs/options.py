@@ -25,7 +25,7 @@ TAUGHT = (
 # rounds, and what is done again. It runs in one process, so `parallel` has nothing to choose.
 DECIDED = (
     *("model", "output_dir", "output_file", "dataset", "teacher", "resume", "overwrite", "parallel"),
-    *("prune_scheme", "rounded_epochs", "prune_schedule"),
+    *("prune_scheme", "rounded_epochs", "prune_schedule", "pretrain_pattern", "finetune_pattern"),
     *(f"pretrain_{name}" for name in ("distill", *TAUGHT)),
 )
 
