@@ -194,7 +194,9 @@ def check(job: Evaluate) -> None:
         raise ConfigError("--judge and --judge-model are for --kind chat")
     if job.write_tasks:
         if job.kind in (None, "chat", *ENCODER_KINDS):
-            raise ConfigError("--write-tasks keeps what the harness runs: --dataset FILE --kind KIND")
+            raise ConfigError(
+                "--write-tasks keeps the task of --dataset FILE --kind KIND that the harness runs"
+            )
         refuse_existing(yaml_file(Path(job.write_tasks), Path(job.dataset).name), job.overwrite)
     if job.skip_bad_rows < 0:
         raise ConfigError(f"--skip-bad-rows {job.skip_bad_rows}: expected a number of rows, or 0 for none")

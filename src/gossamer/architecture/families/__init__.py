@@ -2,8 +2,7 @@
 
 A family's file has `SUMMARY`, a line for people that says what of it is supported, and
 `anatomy(config) -> Anatomy`, which raises UnsupportedError for what is not. A decoder's class ends in
-`ForCausalLM`; an encoder's file says in `ENDINGS` which it has: `Model`, or `For` and a task. There is no
-list of families: a file in this folder is one, and only the one that a model needs is loaded.
+`ForCausalLM`; an encoder's file says in `ENDINGS` which it has. Only the one that a model needs is loaded.
 """
 
 import importlib
@@ -62,5 +61,6 @@ def _family(config: Mapping[str, Any], source: str) -> Any:
         endings = getattr(family, "ENDINGS", ("ForCausalLM",))
         if ending in endings or (ending is None and not config.get("architectures")):
             return family
-    known = "; ".join(importlib.import_module(f"{__name__}.{name}").SUMMARY for name in families)
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in families]
+    known = "; ".join(it.SUMMARY for it in sorted(modules, key=lambda it: hasattr(it, "ENDINGS")))
     raise UnsupportedError(f"{source}: found architecture {', '.join(map(str, names))}; supported: {known}")

@@ -5,7 +5,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 
 ENDINGS = postnorm.ENDINGS
-SUMMARY = "BertModel and its heads"
+SUMMARY = "BertModel"
 TRANSFORM = "cls.predictions.transform"
 
 

@@ -8,7 +8,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.architecture.windows import window_of_all
 
-SUMMARY = "MistralForCausalLM (SiLU, no biases)"
+SUMMARY = "MistralForCausalLM (no biases)"
 
 
 def anatomy(config: Config) -> Anatomy:
