@@ -225,8 +225,7 @@ def _matrix(
         weight = np.concatenate([panels.to_panels(values, block)] * repeats)
         arrays = {"weight": (NUMBER_TYPES[values].stored, weight)}
     else:
-        sparse = storage == "sparse"
-        piece, lengths_P = streams.encode_panels(values, block) if sparse else blocks.encode_panels(block)
+        piece, lengths_P = blocks.panels_stored_as(storage, values, block)
         stream = np.concatenate([*[piece] * repeats, streams.slack(piece.size * repeats)])
         arrays = {
             "weight.stream": ("U8", stream),

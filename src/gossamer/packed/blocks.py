@@ -59,6 +59,11 @@ def encode_panels(q_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return streams.encode_vectors(_LIVE, _words(q_NK))
 
 
+def panels_stored_as(storage: str, values: str, w_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`encode_panels` of the storage that a matrix of `values` is kept in: "sparse", or "blocks"."""
+    return streams.encode_panels(values, w_NK) if storage == "sparse" else encode_panels(w_NK)
+
+
 def _words(q_NK: np.ndarray) -> np.ndarray:
     """The blocks, uint32 [P, 16 S, 64]: vector 16 s + r has those of row r in strip s."""
     (rows, columns), strips = q_NK.shape, num_strips(q_NK.shape[1])

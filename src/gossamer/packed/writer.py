@@ -191,10 +191,7 @@ class PackedWriter:
 
         def stream() -> Iterable[np.ndarray]:
             for i, j in spans:
-                rows_NK = w_NK[i:j]
-                sparse = storage == "sparse"
-                found = streams.encode_panels(values, rows_NK) if sparse else blocks.encode_panels(rows_NK)
-                piece, lengths_P = found
+                piece, lengths_P = blocks.panels_stored_as(storage, values, w_NK[i:j])
                 lengths.append(lengths_P)
                 yield piece
             yield streams.slack(int(sum(part.sum() for part in lengths)))
