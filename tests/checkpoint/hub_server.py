@@ -68,6 +68,7 @@ class HubServer:
         self.failing = 0
         self.stored: dict[str, bytes] = {}
         self.room = 1000
+        self.storing = threading.Lock()  # whoever uploads puts several files at once
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -116,11 +117,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             """A large file into the storage."""
             content, digest = self._body(), self.path.rsplit("/", 1)[-1]
             hub.requests.append(("PUT", self.path, None))
-            if len(hub.stored) >= hub.room:
-                return self._send(507, b"the storage is full")
             if hashlib.sha256(content).hexdigest() != digest:
                 return self._send(400, b"found other content")
-            hub.stored[digest] = content
+            with hub.storing:
+                if len(hub.stored) >= hub.room:
+                    return self._send(507, b"the storage is full")
+                hub.stored[digest] = content
             return self._send(200, b"")
 
         def do_POST(self) -> None:
