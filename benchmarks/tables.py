@@ -96,7 +96,7 @@ def prefill(folder: Path) -> str:
         (
             f"{row['values']} {row['sparsity']:.0%}",
             f"{row['tops']['median']:.2f} ± {row['tops']['deviation']:.2f}",
-            f"{row['peak_share']:.0%} of {row['int8_peak_tops']:.2f}",
+            f"{row['peak_share']:.0%} of {row.get('int8_peak_tops') or row['f32_peak_tops']:.2f}",
             f"{row['against_dense']:.2f}x",
         )
         for row in rows
