@@ -103,7 +103,7 @@ def prefill(folder: Path) -> str:
     ]
     tokens, threads = rows[0]["tokens"], rows[0]["num_threads"]
     what = f"A prompt of {tokens} tokens through linears of 4096 x 11008, {threads} threads"
-    return headed(what, rows, Table("", ("weights", "TOPS", "of the INT8 peak", "against dense"), lines))
+    return headed(what, rows, Table("", ("weights", "TOPS", "of the peak", "against dense"), lines))
 
 
 def main_training(folder: Path) -> str:
