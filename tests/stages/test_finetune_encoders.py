@@ -172,12 +172,12 @@ def test_long_texts_are_cut_the_longer_one_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"format": "prompt-completion"}, ConfigError, "one for sequence: .* or --format classification"),
         (
-            {"format": "tokens"},
+            {"format": "prompt-completion"},
             ConfigError,
-            "for tokens; .*AutoModelForTokenClassification makes one",
+            "by decoders; .* a bert for sequence: expected --format classification or tokens",
         ),
+        ({"new_head": True, "format": "chat"}, ConfigError, "expected one of classification, tokens"),
         ({"lora": 4}, UnsupportedError, "--lora 4 is for decoders"),
     ],
     ids=str,
@@ -186,9 +186,3 @@ def test_what_does_not_suit(tmp_path: Path, changes: Any, error: type[Exception]
     job = prepared(tmp_path, "classification", "BertForSequenceClassification", 4)
     with pytest.raises(error, match=says):
         finetune(replace(job, **changes))
-
-
-def test_an_embedding_model_has_no_classes(tmp_path: Path) -> None:
-    job = prepared(tmp_path, "classification", "BertModel", 4)
-    with pytest.raises(ConfigError, match="one for embedding: give a model with that head"):
-        finetune(job)

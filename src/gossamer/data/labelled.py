@@ -3,12 +3,13 @@
 classification  {"text", "text2"?, "label"}: the label is at the first token
 tokens          {"tokens": [word, ...], "labels": [label, ...]}: that of a word is at its first token
 
-A label is the name of a class or its number. Long texts are cut, of two the longer one first.
+A label is the name of a class or its number; the head says which there are. Long texts are cut, of two the
+longer one first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gossamer.data.tables import text_of
@@ -58,5 +59,30 @@ def _number(label: object, classes: Sequence[str], where: str) -> int:
         return label
     raise ConfigError(
         f"{where}: found label {label!r:.80}; expected one of {', '.join(classes)[:200]}, or a number "
-        f"from 0 to {len(classes) - 1}"
+        f"from 0 to {len(classes) - 1}, as the head has them (finetune --new-head makes another)"
     )
+
+
+def labels_of(row: Mapping[str, Any], where: str, are_many: bool) -> list[str | int]:
+    """The labels of a row, whatever a head may say of them; ConfigError for what is none."""
+    name, wanted = ("labels", "a list of names or numbers") if are_many else ("label", "a name or a number")
+    found = row.get(name)
+    labels: Any = found if are_many else [found]
+    if not isinstance(labels, list) or not all(isinstance(it, str) or type(it) is int for it in labels):
+        raise ConfigError(f"{where}: found {name} {found!r:.80}; expected {wanted}")
+    return labels
+
+
+def class_names(labels: Collection[str | int], source: str) -> list[str]:
+    """Names of the classes by their numbers: sorted, or transformers' own for those that have numbers alone.
+
+    ConfigError for numbers that are not 0 to n - 1, for names beside numbers and for fewer than two classes.
+    """
+    numbers = sorted(label for label in labels if isinstance(label, int))
+    if len(labels) < 2 or 0 < len(numbers) < len(labels) or numbers != [*range(len(numbers))]:
+        found = ", ".join(sorted(map(repr, labels)))[:200] or "of no kind"
+        raise ConfigError(
+            f"{source}: found labels {found}; expected two classes or more, by their names, or by numbers "
+            "from 0 on without a gap"
+        )
+    return [f"LABEL_{number}" for number in numbers] or sorted(map(str, labels))

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
-from gossamer.data.labelled import IGNORED, labelled_text, labelled_tokens
+from gossamer.data.labelled import IGNORED, class_names, labelled_text, labelled_tokens, labels_of
 from gossamer.data.mixture import Mixture, pieces
-from gossamer.data.sources import documents
+from gossamer.data.sources import documents, parse_weight
 from gossamer.data.tables import TABLES, BadRows, table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.tokens.tokenizer import Tokenizer
@@ -70,6 +70,21 @@ def supervised_examples(
             bad.num_cut_off += 1
         else:
             bad.num_without_answer += 1
+
+
+def read_classes(sources: Sequence[str], format: Format, bad: BadRows, offline: bool = False) -> list[str]:
+    """Names of the classes that all rows of sources of `classification` or `tokens` have, by their numbers.
+
+    A row that cannot be used is a ConfigError, unless `bad` lets it pass; classes that are none are, too.
+    """
+    found: set[str | int] = set()
+    for source in sources:
+        for where, row in _supervised_rows(parse_weight(source)[0], format, bad, offline):
+            try:
+                found.update(labels_of(row, where, format == "tokens"))
+            except ConfigError as error:
+                bad.leave_out(error)
+    return class_names(found, f"--dataset {' '.join(sources)}")
 
 
 def write_completions(path: Path, source: str, num: int, seed: int, num_characters: int = 600) -> None:
