@@ -84,13 +84,25 @@ class Tokenizer(Encoder):
         return self._tokenizer.post_process(first, second).ids
 
     def encode_words(self, words: Sequence[str], max_length: int) -> tuple[list[int], list[int | None]]:
-        """The ids of a text of words, with marks, and which word each is of (None: a mark)."""
-        found = self._tokenizer.encode(
+        """The ids of a text of words, with marks, and which word each is of (None: a mark).
+
+        Byte-level tokenizers and SentencePiece's read a space before every word, also before the first.
+        """
+        found = self._of_words.encode(
             [*map(valid_text, words)], is_pretokenized=True, add_special_tokens=False
         )
         found.truncate(max_length - len(self.encode("")))
         found = self._tokenizer.post_process(found)
         return found.ids, found.word_ids
+
+    @cached_property
+    def _of_words(self) -> tokenizers.Tokenizer:
+        """The tokenizer with the options by which transformers reads lists of words."""
+        document = self._tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"always"')
+        document = document.replace('"add_prefix_space":false', '"add_prefix_space":true')
+        built = tokenizers.Tokenizer.from_str(document)
+        built.encode_special_tokens = self._tokenizer.encode_special_tokens
+        return built
 
     @property
     def vocab_size(self) -> int:
