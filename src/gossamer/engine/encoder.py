@@ -1,6 +1,6 @@
 """The engine for vectors of texts: encoders, without padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer import _native
-from gossamer.engine.heads import Label, SequenceHead, cannot, sigmoid
+from gossamer.engine.entities import Entity, Words
+from gossamer.engine.heads import Label, SequenceHead, TokenHead, cannot, sigmoid
 from gossamer.engine.model import num_threads_of, tokenizer_of
 from gossamer.errors import ConfigError
 from gossamer.job.report import Progress, quiet
@@ -57,7 +58,7 @@ class Encoder:
         config = packed.native_encoder_config()
         self.path, self.architecture, self.pooling = packed.path, packed.architecture, packed.pooling
         self.tokenizer = tokenizer_of(packed)
-        self.head = SequenceHead.open(packed)
+        self.head, self.token_head = SequenceHead.open(packed), TokenHead.open(packed)
         self._texts = Texts(self.tokenizer, self.pooling.max_length)
         self._native = _native.Encoder(packed.buffer, packed.native_tensors(), config, threads)
 
@@ -97,11 +98,34 @@ class Encoder:
         of a model without a head for whole texts.
         """
         head = self.classifier()
-        if isinstance(texts, str):
-            raise ConfigError(f"found {texts!r:.80}; expected a list of texts or of pairs")
+        _refuse_one_text(texts, "a list of texts or of pairs")
         _refuse_what_is_no_text([part for it in texts for part in (it if isinstance(it, tuple) else (it,))])
         scores_NL = head.scores(self.pooled(self.token_ids(texts)))
         return head.named(head.probabilities(scores_NL))
+
+    def tag(self, texts: Sequence[str | Sequence[str]]) -> list[list[Entity]]:
+        """The entities of each text, in order, as transformers' pipeline finds them by "first".
+
+        A word has its first token's label, and words are grouped by their labels as `spans` says. Words are
+        the tokenizer's, of byte-level ones too, where transformers takes what stands between spaces. A text
+        may be a list of words: then these are labelled, and `start` and `end` count in the text that they
+        make with a space between each two. What is longer than the model's `max_length` is cut.
+        UnsupportedError of a model without a head for tokens.
+        """
+        self.tagger()
+        _refuse_one_text(texts, "a list of texts, or of lists of words")
+        found = [self._words(text) for text in texts]
+        return [it.entities(labels) for it, labels in zip(found, self._labels(found), strict=True)]
+
+    def label_words(self, texts: Sequence[Sequence[str]]) -> list[list[Label | None]]:
+        """Of texts that are lists of words the label of each word, which is that of its first token.
+
+        None where the model sees nothing of a word, as behind its `max_length`. UnsupportedError as of `tag`.
+        """
+        self.tagger()
+        for words in texts:
+            _refuse_one_text(words, "a list of words")
+        return self._labels([self._words(words) for words in texts])
 
     def rerank(self, query: str, documents: Sequence[str], *, raw_scores: bool = False) -> list[float]:
         """How well each document answers the query, in their order.
@@ -146,10 +170,38 @@ class Encoder:
             raise cannot("classify", self.architecture, self.path)
         return self.head
 
+    def tagger(self) -> TokenHead:
+        """The head for tokens; UnsupportedError of a model that has none."""
+        if self.token_head is None:
+            raise cannot("tag", self.architecture, self.path)
+        return self.token_head
+
+    def _words(self, text: str | Sequence[str]) -> Words:
+        if isinstance(text, str):
+            [encoded] = self._texts.encode([text])
+            return Words.seen_in(text, encoded)
+        _refuse_one_text(text, "a text, or a list of words")
+        _refuse_what_is_no_text(text)
+        return Words.given(text, *self.tokenizer.encode_words(text, self.pooling.max_length))
+
+    def _labels(self, texts: Sequence[Words]) -> list[list[Label | None]]:
+        """The likeliest label of each word's first token."""
+        head, found = self.tagger(), list[list[Label | None]]()
+        states = self.states([TokenIds(it.ids, [0] * len(it.ids)) for it in texts])
+        for words, states_TD in zip(texts, states, strict=True):
+            seen = [it for it in words.firsts if it is not None]
+            label_of = dict(zip(seen, head.likeliest(head.scores(states_TD)[seen]), strict=True))
+            found.append([None if it is None else label_of[it] for it in words.firsts])
+        return found
+
     def hidden_states(self, texts: Sequence[Text]) -> list[Floats]:
         """float32 [T, D] of each text, or pair of texts: the last hidden states of its tokens."""
+        return self.states(self.token_ids(texts))
+
+    def states(self, rows: Sequence[TokenIds]) -> list[Floats]:
+        """The same of rows."""
         found: list[Floats] = []
-        for part in _batches(self.token_ids(texts), None):
+        for part in _batches(rows, None):
             states_TD = self._native.hidden_states(*_joined(part))
             found += np.split(states_TD, np.cumsum([len(row.ids) for row in part])[:-1])
         return found
@@ -201,6 +253,12 @@ def of_length_1(vectors_ND: Floats) -> Floats:
 def _refuse_what_is_no_text(texts: Sequence[str]) -> None:
     if any(not isinstance(other := it, str) for it in texts):
         raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
+
+
+def _refuse_one_text(texts: object, expected: str) -> None:
+    """A text alone is a sequence as well: of its letters."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ConfigError(f"found {texts!r:.80}; expected {expected}")
 
 
 def _batches(rows: Sequence[TokenIds], most: int | None) -> Iterator[Sequence[TokenIds]]:
