@@ -26,23 +26,17 @@ def labelled_text(
     if row.get("text2") is not None:
         texts.append(text_of(row, where, "text2"))
     ids = tokenizer.encode_texts(texts, max_length)
-    return ids, [_number(row.get("label"), classes, where), *[IGNORED] * (len(ids) - 1)]
+    return ids, [class_number(row.get("label"), classes, where), *[IGNORED] * (len(ids) - 1)]
 
 
 def labelled_tokens(
     row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int, classes: Sequence[str], where: str
 ) -> tuple[list[int], list[int]]:
     """The same of a row for `tokens`."""
-    words, named = row.get("tokens"), row.get("labels")
-    if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
-        raise ConfigError(f"{where}: found tokens {words!r:.80}; expected a list of words")
-    if not isinstance(named, list) or len(named) != len(words):
-        raise ConfigError(
-            f"{where}: found labels {named!r:.80}; expected one for each of {len(words)} tokens"
-        )
+    words, named = words_and_labels(row, where)
     ids, word_of = tokenizer.encode_words(words, max_length)
     firsts = [word != before for word, before in zip(word_of, [None, *word_of], strict=False)]
-    numbers = [_number(label, classes, where) for label in named]
+    numbers = [class_number(label, classes, where) for label in named]
     labels = [
         numbers[word] if is_first and word is not None else IGNORED
         for word, is_first in zip(word_of, firsts, strict=True)
@@ -50,7 +44,19 @@ def labelled_tokens(
     return ids, labels
 
 
-def _number(label: object, classes: Sequence[str], where: str) -> int:
+def words_and_labels(row: Mapping[str, Any], where: str) -> tuple[list[str], list[Any]]:
+    """The fields of a row for `tokens`, as many of one as of the other; ConfigError for others."""
+    words, labels = row.get("tokens"), row.get("labels")
+    if not (isinstance(words, list) and words and all(isinstance(word, str) for word in words)):
+        raise ConfigError(f"{where}: found tokens {words!r:.80}; expected a list of words")
+    if not isinstance(labels, list) or len(labels) != len(words):
+        raise ConfigError(
+            f"{where}: found labels {labels!r:.80}; expected one for each of {len(words)} tokens"
+        )
+    return words, labels
+
+
+def class_number(label: object, classes: Sequence[str], where: str) -> int:
     """The number of a class that is given by name or number."""
     if isinstance(label, str) and label in classes:
         return classes.index(label)
