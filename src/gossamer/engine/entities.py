@@ -44,7 +44,7 @@ class Words:
                 places.append((start, end))
             places[-1] = places[-1][0], end
             before = word
-        places = [_without_blanks(text, *place) for place in places]  # which SentencePiece's tokens have
+        places = [without_blanks(text, *place) for place in places]  # which SentencePiece's tokens have
         seen = [index for index, (start, end) in enumerate(places) if start < end]
         return cls(text, encoded.ids, [firsts[it] for it in seen], [places[it] for it in seen])
 
@@ -99,7 +99,7 @@ def spans(labels: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _without_blanks(text: str, start: int, end: int) -> tuple[int, int]:
+def without_blanks(text: str, start: int, end: int) -> tuple[int, int]:
     """What is left of a place in a text when white space is taken off; (end, end) for nothing."""
     word = text[start:end]
     start = end - len(word.lstrip())

@@ -20,7 +20,7 @@ SERVED: dict[Task, str] = {
     "masked": "guesses masked words (Encoder.encode and rerank use the vectors below its head)",
     "sequence": "scores whole texts or pairs of them (Encoder.classify; rerank, where it has one label)",
     "tokens": "labels each token (Encoder.tag, label_words)",
-    "spans": "marks answers in texts (Encoder.hidden_states gives the vectors below its head)",
+    "spans": "marks answers to questions in texts (Encoder.answer)",
 }
 
 
@@ -89,7 +89,7 @@ class SequenceHead:
 
 @dataclass(frozen=True)
 class TokenHead:
-    """h @ out + bias of each token: a score for each of L labels."""
+    """h @ out + bias of each token: a score for each of L labels, or for being an answer's start and end."""
 
     labels: Sequence[str]
     out_LD: Floats
@@ -98,10 +98,11 @@ class TokenHead:
     @classmethod
     def open(cls, packed: Packed) -> Self | None:
         """The head in the file, None where its task is another; FormatError for NaN or infinite weights."""
-        if packed.architecture.task != "tokens":
+        if (task := packed.architecture.task) not in ("tokens", "spans"):
             return None
-        names = labels(Config(packed.config, str(packed.path)))
-        return cls(names, packed.vector("classifier.weight"), packed.vector("classifier.bias"))
+        out = "classifier" if task == "tokens" else "qa_outputs"
+        names = labels(Config(packed.config, str(packed.path))) if task == "tokens" else ["start", "end"]
+        return cls(names, packed.vector(f"{out}.weight"), packed.vector(f"{out}.bias"))
 
     def scores(self, states_TD: Floats) -> Floats:
         """float32 [T, L] before softmax, of one text's tokens."""

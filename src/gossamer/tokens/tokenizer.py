@@ -95,6 +95,25 @@ class Tokenizer(Encoder):
         found = self._tokenizer.post_process(found)
         return found.ids, found.word_ids
 
+    def encode_windows(
+        self, question: str, context: str, max_length: int, stride: int
+    ) -> list[tokenizers.Encoding]:
+        """A question with each window of its context, two of which share `stride` tokens.
+
+        They share half a window at most. ConfigError for a question that leaves no room.
+        """
+        first, second = (
+            self._tokenizer.encode(valid_text(it), add_special_tokens=False) for it in (question, context)
+        )
+        room = max_length - self._tokenizer.num_special_tokens_to_add(is_pair=True) - len(first)
+        if room < 1:
+            raise ConfigError(
+                f"the question has {len(first)} tokens; expected at most {len(first) + room - 1}, so that "
+                f"one of {max_length} is left for the text that it asks of"
+            )
+        second.truncate(room, stride=min(stride, room // 2))
+        return [self._tokenizer.post_process(first, it) for it in (second, *second.overflowing)]
+
     @cached_property
     def _of_words(self) -> tokenizers.Tokenizer:
         """The tokenizer with the options by which transformers reads lists of words."""
