@@ -1,14 +1,17 @@
 """The engine for vectors of texts: encoders, without padding."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from gossamer import _native
-from gossamer.engine.heads import Label, SequenceHead, cannot, sigmoid
+from gossamer.engine.answers import MAX_ANSWER_LEN, STRIDE, Answer, Windows
+from gossamer.engine.entities import Entity, Words
+from gossamer.engine.heads import Label, SequenceHead, TokenHead, cannot, sigmoid
 from gossamer.engine.model import num_threads_of, tokenizer_of
 from gossamer.errors import ConfigError
 from gossamer.job.report import Progress, quiet
@@ -57,7 +60,7 @@ class Encoder:
         config = packed.native_encoder_config()
         self.path, self.architecture, self.pooling = packed.path, packed.architecture, packed.pooling
         self.tokenizer = tokenizer_of(packed)
-        self.head = SequenceHead.open(packed)
+        self.head, self.token_head = SequenceHead.open(packed), TokenHead.open(packed)
         self._texts = Texts(self.tokenizer, self.pooling.max_length)
         self._native = _native.Encoder(packed.buffer, packed.native_tensors(), config, threads)
 
@@ -97,11 +100,65 @@ class Encoder:
         of a model without a head for whole texts.
         """
         head = self.classifier()
-        if isinstance(texts, str):
-            raise ConfigError(f"found {texts!r:.80}; expected a list of texts or of pairs")
+        _refuse_one_text(texts, "a list of texts or of pairs")
         _refuse_what_is_no_text([part for it in texts for part in (it if isinstance(it, tuple) else (it,))])
         scores_NL = head.scores(self.pooled(self.token_ids(texts)))
         return head.named(head.probabilities(scores_NL))
+
+    def tag(self, texts: Sequence[str | Sequence[str]]) -> list[list[Entity]]:
+        """The entities of each text, in order, as transformers' pipeline finds them by "first".
+
+        A word has its first token's label, and words are grouped by their labels as `spans` says. Words are
+        the tokenizer's, of byte-level ones too, where transformers takes what stands between spaces. A text
+        may be a list of words: then these are labelled, and `start` and `end` count in the text that they
+        make with a space between each two. What is longer than the model's `max_length` is cut.
+        UnsupportedError of a model without a head for tokens.
+        """
+        self.tagger()
+        _refuse_one_text(texts, "a list of texts, or of lists of words")
+        found = [self._words(text) for text in texts]
+        return [it.entities(labels) for it, labels in zip(found, self._labels(found), strict=True)]
+
+    def label_words(self, texts: Sequence[Sequence[str]]) -> list[list[Label | None]]:
+        """Of texts that are lists of words the label of each word, which is that of its first token.
+
+        None where the model sees nothing of a word, as behind its `max_length`. UnsupportedError as of `tag`.
+        """
+        self.tagger()
+        for words in texts:
+            _refuse_one_text(words, "a list of words")
+        return self._labels([self._words(words) for words in texts])
+
+    def answer(
+        self, question: str, context: str, *, max_answer_len: int = MAX_ANSWER_LEN, stride: int = STRIDE
+    ) -> Answer:
+        """The likeliest answer of at most `max_answer_len` tokens that stands in the context.
+
+        It is always one: where the model was trained to say that there is none (as by SQuAD 2), it says so by
+        a `no_answer_score` above the `score`. A context beyond the model's `max_length` is read in windows,
+        two of which share `stride` tokens. UnsupportedError of a model without such a head.
+        """
+        [found] = self.answers([(question, context)], max_answer_len=max_answer_len, stride=stride)
+        return found
+
+    def answers(
+        self,
+        asked: Sequence[tuple[str, str]],
+        *,
+        max_answer_len: int = MAX_ANSWER_LEN,
+        stride: int = STRIDE,
+    ) -> list[Answer]:
+        """The same of several questions, each with its context."""
+        if self.architecture.task != "spans":
+            raise cannot("answer", self.architecture, self.path)
+        if max_answer_len < 1 or stride < 0:
+            raise ConfigError(
+                f"max_answer_len is {max_answer_len} and stride {stride}; expected at least 1, and 0"
+            )
+        _refuse_what_is_no_text([text for pair in asked for text in pair])
+        found = [Windows.of(*pair, self._texts, stride) for pair in asked]
+        scores = self._token_scores([self._row(window) for it in found for window in it.encoded])
+        return [it.best([next(scores) for _ in it.encoded], max_answer_len) for it in found]
 
     def rerank(self, query: str, documents: Sequence[str], *, raw_scores: bool = False) -> list[float]:
         """How well each document answers the query, in their order.
@@ -146,21 +203,53 @@ class Encoder:
             raise cannot("classify", self.architecture, self.path)
         return self.head
 
+    def tagger(self) -> TokenHead:
+        """The head for tokens; UnsupportedError of a model that has none."""
+        if self.token_head is None or self.architecture.task != "tokens":
+            raise cannot("tag", self.architecture, self.path)
+        return self.token_head
+
+    def _words(self, text: str | Sequence[str]) -> Words:
+        if isinstance(text, str):
+            [encoded] = self._texts.encode([text])
+            return Words.seen_in(text, encoded)
+        _refuse_one_text(text, "a text, or a list of words")
+        _refuse_what_is_no_text(text)
+        return Words.given(text, self._texts.encode_words(text))
+
+    def _labels(self, texts: Sequence[Words]) -> list[list[Label | None]]:
+        """The likeliest label of each word's first token."""
+        head, found = self.tagger(), list[list[Label | None]]()
+        scores = self._token_scores([TokenIds(it.ids, [0] * len(it.ids)) for it in texts])
+        for words, scores_TL in zip(texts, scores, strict=True):
+            seen = [it for it in words.firsts if it is not None]
+            label_of = dict(zip(seen, head.likeliest(scores_TL[seen]), strict=True))
+            found.append([None if it is None else label_of[it] for it in words.firsts])
+        return found
+
+    def _token_scores(self, rows: Sequence[TokenIds]) -> Iterator[Floats]:
+        """float32 [T, L] of each row: what the head for tokens says."""
+        assert self.token_head is not None
+        for part in _batches(rows, None):
+            yield from map(self.token_head.scores, self._states(part))
+
     def hidden_states(self, texts: Sequence[Text]) -> list[Floats]:
         """float32 [T, D] of each text, or pair of texts: the last hidden states of its tokens."""
-        found: list[Floats] = []
-        for part in _batches(self.token_ids(texts), None):
-            states_TD = self._native.hidden_states(*_joined(part))
-            found += np.split(states_TD, np.cumsum([len(row.ids) for row in part])[:-1])
-        return found
+        return [it for part in _batches(self.token_ids(texts), None) for it in self._states(part)]
+
+    def _states(self, rows: Sequence[TokenIds]) -> list[Floats]:
+        """The same of rows, in one native call."""
+        states_TD = self._native.hidden_states(*_joined(rows))
+        return np.split(states_TD, np.cumsum([len(row.ids) for row in rows])[:-1])
 
     def token_ids(self, texts: Sequence[Text]) -> list[TokenIds]:
         """Of each text, or pair of texts, what `pooled` takes; cut at the model's `max_length`."""
+        return [self._row(it) for it in self._texts.encode(texts)]
+
+    def _row(self, encoded: tokenizers.Encoding) -> TokenIds:
         num_types = self.architecture.added.num_types if self.architecture.added else 1
-        return [
-            TokenIds(it.ids, it.type_ids if num_types > 1 else [0] * len(it.ids), bool(it.overflowing))
-            for it in self._texts.encode(texts)
-        ]
+        types = encoded.type_ids if num_types > 1 else [0] * len(encoded.ids)
+        return TokenIds(encoded.ids, types, bool(encoded.overflowing))
 
     def vectors(
         self, rows: Sequence[TokenIds], *, normalize: bool = False, batch_size: int | None = None
@@ -201,6 +290,12 @@ def of_length_1(vectors_ND: Floats) -> Floats:
 def _refuse_what_is_no_text(texts: Sequence[str]) -> None:
     if any(not isinstance(other := it, str) for it in texts):
         raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
+
+
+def _refuse_one_text(texts: object, expected: str) -> None:
+    """A text alone is a sequence as well: of its letters."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ConfigError(f"found {texts!r:.80}; expected {expected}")
 
 
 def _batches(rows: Sequence[TokenIds], most: int | None) -> Iterator[Sequence[TokenIds]]:

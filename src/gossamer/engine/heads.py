@@ -1,4 +1,4 @@
-"""What a model for whole texts says of them: its head over the first token's hidden states, in NumPy."""
+"""What a model's head says of a text, by its first token's hidden states, or of each token: in NumPy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ SERVED: dict[Task, str] = {
     "embedding": "makes vectors of texts (Encoder.encode, rerank)",
     "masked": "guesses masked words (Encoder.encode and rerank use the vectors below its head)",
     "sequence": "scores whole texts or pairs of them (Encoder.classify; rerank, where it has one label)",
-    "tokens": "labels each token (Encoder.hidden_states gives the vectors below its head)",
-    "spans": "marks answers in texts (Encoder.hidden_states gives the vectors below its head)",
+    "tokens": "labels each token (Encoder.tag, label_words)",
+    "spans": "marks answers to questions in texts (Encoder.answer)",
 }
 
 
@@ -74,10 +74,7 @@ class SequenceHead:
 
     def probabilities(self, scores_NL: Floats) -> Floats:
         """float32 [N, L]: sigmoids where labels are independent, else a softmax."""
-        if self.are_independent:
-            return sigmoid(scores_NL)
-        e_NL = np.exp(scores_NL - scores_NL.max(axis=1, keepdims=True))
-        return e_NL / e_NL.sum(axis=1, keepdims=True)
+        return sigmoid(scores_NL) if self.are_independent else softmax(scores_NL)
 
     def named(self, values_NL: Floats) -> list[list[Label]]:
         """Each text's labels with their values, the highest first."""
@@ -88,6 +85,33 @@ class SequenceHead:
             ]
             for value_L in values_NL
         ]
+
+
+@dataclass(frozen=True)
+class TokenHead:
+    """h @ out + bias of each token: a score for each of L labels, or for being an answer's start and end."""
+
+    labels: Sequence[str]
+    out_LD: Floats
+    out_bias_L: Floats
+
+    @classmethod
+    def open(cls, packed: Packed) -> Self | None:
+        """The head in the file, None where its task is another; FormatError for NaN or infinite weights."""
+        if (task := packed.architecture.task) not in ("tokens", "spans"):
+            return None
+        out = "classifier" if task == "tokens" else "qa_outputs"
+        names = labels(Config(packed.config, str(packed.path))) if task == "tokens" else ["start", "end"]
+        return cls(names, packed.vector(f"{out}.weight"), packed.vector(f"{out}.bias"))
+
+    def scores(self, states_TD: Floats) -> Floats:
+        """float32 [T, L] before softmax, of one text's tokens."""
+        return states_TD @ self.out_LD.T + self.out_bias_L
+
+    def likeliest(self, scores_NL: Floats) -> list[Label]:
+        """Of each of N tokens the likeliest label with its probability."""
+        p_NL = softmax(scores_NL)
+        return [Label(label=self.labels[int(p_L.argmax())], score=float(p_L.max())) for p_L in p_NL]
 
 
 def _names(anatomy: Anatomy) -> tuple[str, str]:
@@ -101,6 +125,12 @@ def _names(anatomy: Anatomy) -> tuple[str, str]:
 def sigmoid(values: Floats) -> Floats:
     """1 / (1 + exp(-x)), without overflow."""
     return np.float32(0.5) * (np.tanh(np.float32(0.5) * values) + np.float32(1))
+
+
+def softmax(scores_NL: Floats) -> Floats:
+    """float32 [N, L]: probabilities of each row."""
+    e_NL = np.exp(scores_NL - scores_NL.max(axis=1, keepdims=True))
+    return e_NL / e_NL.sum(axis=1, keepdims=True)
 
 
 def cannot(what: str, anatomy: Anatomy, source: object) -> UnsupportedError:

@@ -5,9 +5,10 @@ sts             a file of pairs with people's score, or a folder of them: Spearm
 retrieval       a folder as BEIR has it (corpus.jsonl, queries.jsonl, qrels/test.tsv): nDCG of the first
                 ten documents by cosine
 classification  a file of texts (or pairs) with labels: accuracy of a head for whole texts
+tokens          a file of words with labels: f1 of spans (entity_tasks.py)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -20,10 +21,11 @@ from gossamer.data.labelled import Label, class_number, read_pair, read_text
 from gossamer.data.tables import table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.evaluation.encoders import EncoderBackend
+from gossamer.evaluation.entity_tasks import read_labelled_words
 from gossamer.evaluation.scores import Scores, accuracy, mean
 from gossamer.tokens.texts import Text
 
-EncoderKind = Literal["sts", "retrieval", "classification"]
+EncoderKind = Literal["sts", "retrieval", "classification", "tokens"]
 ENCODER_KINDS: tuple[EncoderKind, ...] = get_args(EncoderKind)
 DEPTH = 10
 
@@ -92,8 +94,12 @@ def read_encoder_tasks(path: Path, kind: EncoderKind, limit: int) -> dict[str, E
         raise ConfigError(
             f"{path}, for --kind {kind}: expected a file of {', '.join(known)}, or a folder of them"
         )
-    read = _pairs if kind == "sts" else _labelled
-    return {it.name: read(it, limit) for it in files}
+    read: dict[str, Callable[[Path, int], EncoderTask]] = {
+        "sts": _pairs,
+        "classification": _labelled,
+        "tokens": read_labelled_words,
+    }
+    return {it.name: read[kind](it, limit) for it in files}
 
 
 def _pairs(file: Path, limit: int) -> Pairs:

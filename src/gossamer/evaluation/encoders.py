@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import Encoder
+from gossamer.engine.entities import OUTSIDE
 from gossamer.errors import UnsupportedError
 from gossamer.evaluation.backends import without_bars
-from gossamer.tokens import encoder as tokens
 from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.texts import Text, Texts
+from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_TEXTS = 32
+
+Row = tuple[list[int], list[int]]  # the ids and types of a text's tokens
 
 
 class EncoderBackend(Protocol):
@@ -32,9 +35,13 @@ class EncoderBackend(Protocol):
         """What a head for whole texts says of each label [n, labels], before softmax."""
         ...
 
+    def word_labels(self, texts: Sequence[Sequence[str]]) -> list[list[str]]:
+        """What a head for tokens says of each word of texts; O of those that the model does not see."""
+        ...
+
     @property
     def labels(self) -> list[str]:
-        """Their names."""
+        """The labels' names."""
         ...
 
 
@@ -63,9 +70,13 @@ class EngineEncoder:
     def label_scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
         return self._encoder.classifier().scores(self._encoder.pooled(self._encoder.token_ids(texts)))
 
+    def word_labels(self, texts: Sequence[Sequence[str]]) -> list[list[str]]:
+        found = self._encoder.label_words(texts)
+        return [[OUTSIDE if it is None else it["label"] for it in labels] for labels in found]
+
     @property
     def labels(self) -> list[str]:
-        return list(self._encoder.classifier().labels)
+        return list((self._encoder.token_head or self._encoder.classifier()).labels)
 
 
 class TorchEncoder:
@@ -78,12 +89,12 @@ class TorchEncoder:
         source = Checkpoint.open(model, offline=offline)
         if not source.architecture.is_encoder:
             raise UnsupportedError(
-                f"{source.path}: a {source.architecture.model_type} is no encoder; --kind sts, retrieval and "
-                "classification measure those"
+                f"{source.path}: a {source.architecture.model_type} is no encoder; --kind sts, retrieval, "
+                "classification and tokens measure those"
             )
         self.task = source.architecture.task
         self._pooling = Pooling.open(source.path, source.architecture)
-        self._texts = Texts(tokens.Encoder.open(source.path), self._pooling.max_length)
+        self._texts = Texts(Tokenizer.open(source.path), self._pooling.max_length)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         kind: Any = getattr(transformers, source.config.get("architectures", ["AutoModel"])[0])
         with without_bars():
@@ -104,34 +115,49 @@ class TorchEncoder:
                 return h_BTD.masked_fill(mask_BT1 == 0, -torch.inf).amax(1)
             return (h_BTD * mask_BT1).sum(1) / mask_BT1.sum(1)
 
-        return self._batches([before + text for text in texts], lambda it: _of_length_1(pooled(it)))
+        texts = [before + text for text in texts]
+        return np.stack(self._batches(self._rows(texts), lambda it: _of_length_1(pooled(it))))
 
     def label_scores(self, texts: Sequence[Text]) -> NDArray[np.float32]:
-        return self._batches(texts, lambda batch: self._model(**batch).logits)
+        return np.stack(self._batches(self._rows(texts), lambda batch: self._model(**batch).logits))
 
-    def _batches(self, texts: Sequence[Text], function: Any) -> NDArray[np.float32]:
+    def word_labels(self, texts: Sequence[Sequence[str]]) -> list[list[str]]:
+        rows = [self._texts.encode_words(words) for words in texts]
+        given = [(it.ids, it.type_ids) for it in rows]
+        likeliest = self._batches(given, lambda batch: self._model(**batch).logits.argmax(-1))
+        found: list[list[str]] = []
+        for words, row, labels_T in zip(texts, rows, likeliest, strict=True):
+            label_of = dict(reversed([*zip(row.word_ids, labels_T, strict=False)]))
+            labels = [label_of.get(index) for index in range(len(words))]
+            found.append([OUTSIDE if it is None else self.labels[int(it)] for it in labels])
+        return found
+
+    def _rows(self, texts: Sequence[Text]) -> list[Row]:
+        return [(it.ids, it.type_ids) for it in self._texts.encode(texts)]
+
+    def _batches(self, rows: Sequence[Row], function: Any) -> list[NDArray[Any]]:
+        """What a function makes of each row; where that has a value for each token, padding has one too."""
         import torch
 
-        encoded = self._texts.encode(texts)
-        order = sorted(range(len(texts)), key=lambda index: len(encoded[index].ids))
-        found: list[Any] = [None] * len(texts)
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+        found: list[Any] = [None] * len(rows)
         for first in range(0, len(order), BATCH_TEXTS):
             chosen = order[first : first + BATCH_TEXTS]
-            rows = [encoded[index] for index in chosen]
-            width = max(len(row.ids) for row in rows)
+            ids, types = zip(*(rows[index] for index in chosen), strict=True)
+            width = max(map(len, ids))
             parts = {
-                "input_ids": [row.ids for row in rows],
-                "token_type_ids": [row.type_ids for row in rows],
-                "attention_mask": [[1] * len(row.ids) for row in rows],
+                "input_ids": ids,
+                "token_type_ids": types,
+                "attention_mask": [[1] * len(row) for row in ids],
             }
             batch = {
                 name: torch.tensor([row + [0] * (width - len(row)) for row in part], device=self._device)
                 for name, part in parts.items()
             }
             with torch.no_grad():
-                for index, value in zip(chosen, function(batch).float().cpu().numpy(), strict=True):
+                for index, value in zip(chosen, function(batch).cpu().numpy(), strict=True):
                     found[index] = value
-        return np.stack(found)
+        return found
 
 
 def _of_length_1(vectors: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 PRIMARY = (
     "acc_norm",
@@ -77,6 +77,20 @@ def mean(metric: str, found: Sequence[float]) -> Scores:
     return Scores({metric: float(samples.mean())}, errors, tuple(samples.tolist()), len(samples))
 
 
+def f1(right: Sequence[float], found: Sequence[float], wanted: Sequence[float]) -> Scores:
+    """Of what is found in examples: precision, the share that is right of all found, recall, of all wanted.
+
+    `f1` is twice the right ones over those found and those wanted, counted together; a share of nothing is 0.
+    A sample is f1 and what the example adds to it in first order.
+    """
+    r, n, m = (np.array(it, dtype=float) for it in (right, found, wanted))
+    shares = {"f1": (2 * r, n + m), "precision": (r, n), "recall": (r, m)}
+    shares = {name: (x, y if y.sum() else np.ones_like(y)) for name, (x, y) in shares.items()}
+    metrics = {name: float(x.sum() / y.sum()) for name, (x, y) in shares.items()}
+    errors = {name: error for name, it in shares.items() if (error := share_error(*it)) is not None}
+    return Scores(metrics, errors, tuple((metrics["f1"] + _rest(*shares["f1"])).tolist()), len(r))
+
+
 def perplexity(log_probs: Sequence[float], lengths: Sequence[float]) -> Scores:
     """Of a text, by the log p and the tokens of each of its rows."""
     value = float(np.exp(-np.sum(log_probs) / np.sum(lengths)))
@@ -95,7 +109,7 @@ def log_likelihood_error(
     return error / np.log(2) if metric == "bits_per_byte" else error * value
 
 
-def share_error(right: Sequence[float], number: Sequence[float]) -> float | None:
+def share_error(right: ArrayLike, number: ArrayLike) -> float | None:
     """The standard error of a share of all that examples have several of, such as instructions."""
     return _error(_rest(np.array(right), np.array(number)))
 
