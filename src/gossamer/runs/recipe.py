@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import holds_checkpoint
@@ -227,7 +227,16 @@ def _training(sizes: Sizes) -> dict[str, Any]:
     return {"max_length": sizes.max_length, **several}
 
 
-def examples_of(task: Task, given: Files, folder: Path) -> Files:
+class Converts(Protocol):
+    """Says what a row of the data is to the stages; None leaves it out."""
+
+    @property
+    def example(self) -> Callable[[Row], Row | None]: ...
+    @property
+    def question(self) -> Callable[[Row], Row | None]: ...
+
+
+def examples_of(task: Converts, given: Files, folder: Path) -> Files:
     """The files as the stages read them, named by what is in them, so that other examples are other steps."""
     folder.mkdir(parents=True, exist_ok=True)
     return Files(
