@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gossamer.engine.entities import without_blanks
 from gossamer.errors import ConfigError
-from gossamer.tokens.tokenizer import Tokenizer
+from gossamer.tokens.texts import Texts
 
 STRIDE = 128  # tokens that two windows share, as SQuAD's usual programs have it
 MAX_ANSWER_LEN = 30  # tokens
@@ -38,11 +38,11 @@ class Windows:
     encoded: Sequence[tokenizers.Encoding]
 
     @classmethod
-    def of(cls, question: str, context: str, tokenizer: Tokenizer, max_length: int, stride: int) -> Self:
-        """Of at most `max_length` tokens each; ConfigError for a context in which nothing stands."""
+    def of(cls, question: str, context: str, texts: Texts, stride: int) -> Self:
+        """Of the texts' `max_length` tokens at most; ConfigError for a context in which nothing stands."""
         if not context.strip():
             raise ConfigError(f"found the context {context!r:.40}; expected a text to look for the answer in")
-        return cls(context, tokenizer.encode_windows(question, context, max_length, stride))
+        return cls(context, texts.encode_windows(question, context, stride))
 
     def best(self, scores: Sequence[NDArray[np.float32]], max_answer_len: int) -> Answer:
         """The best span of at most so many tokens, by each window's scores [T, 2] of starts and of ends."""

@@ -156,7 +156,7 @@ class Encoder:
                 f"max_answer_len is {max_answer_len} and stride {stride}; expected at least 1, and 0"
             )
         _refuse_what_is_no_text([text for pair in asked for text in pair])
-        found = [Windows.of(*pair, self.tokenizer, self.pooling.max_length, stride=stride) for pair in asked]
+        found = [Windows.of(*pair, self._texts, stride) for pair in asked]
         scores = self._token_scores([self._row(window) for it in found for window in it.encoded])
         return [it.best([next(scores) for _ in it.encoded], max_answer_len) for it in found]
 
@@ -215,7 +215,7 @@ class Encoder:
             return Words.seen_in(text, encoded)
         _refuse_one_text(text, "a text, or a list of words")
         _refuse_what_is_no_text(text)
-        return Words.given(text, *self.tokenizer.encode_words(text, self.pooling.max_length))
+        return Words.given(text, self._texts.encode_words(text))
 
     def _labels(self, texts: Sequence[Words]) -> list[list[Label | None]]:
         """The likeliest label of each word's first token."""

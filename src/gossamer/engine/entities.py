@@ -49,15 +49,15 @@ class Words:
         return cls(text, encoded.ids, [firsts[it] for it in seen], [places[it] for it in seen])
 
     @classmethod
-    def given(cls, words: Sequence[str], ids: Sequence[int], word_of: Sequence[int | None]) -> Self:
-        """These words, with a space between each two; `word_of`: which word each token is of."""
-        first = {word: index for index, word in reversed([*enumerate(word_of)])}
+    def given(cls, words: Sequence[str], encoded: tokenizers.Encoding) -> Self:
+        """These words, with a space between each two."""
+        first = {word: index for index, word in reversed([*enumerate(encoded.word_ids)])}
         places: list[tuple[int, int]] = []
         start = 0
         for word in words:
             places.append((start, start + len(word)))
             start += len(word) + 1
-        return cls(" ".join(words), ids, [first.get(index) for index in range(len(words))], places)
+        return cls(" ".join(words), encoded.ids, [first.get(index) for index in range(len(words))], places)
 
     def entities(self, labels: Sequence[Label | None]) -> list[Entity]:
         """The spans of the labelled words; those without a label are in none."""

@@ -12,9 +12,9 @@ from gossamer.engine import Encoder
 from gossamer.engine.entities import OUTSIDE
 from gossamer.errors import UnsupportedError
 from gossamer.evaluation.backends import without_bars
+from gossamer.tokens import encoder as tokens
 from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.texts import Text, Texts
-from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_TEXTS = 32
 
@@ -94,8 +94,7 @@ class TorchEncoder:
             )
         self.task = source.architecture.task
         self._pooling = Pooling.open(source.path, source.architecture)
-        self._tokenizer = Tokenizer.open(source.path)
-        self._texts = Texts(self._tokenizer, self._pooling.max_length)
+        self._texts = Texts(tokens.Encoder.open(source.path), self._pooling.max_length)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         kind: Any = getattr(transformers, source.config.get("architectures", ["AutoModel"])[0])
         with without_bars():
@@ -123,12 +122,12 @@ class TorchEncoder:
         return np.stack(self._batches(self._rows(texts), lambda batch: self._model(**batch).logits))
 
     def word_labels(self, texts: Sequence[Sequence[str]]) -> list[list[str]]:
-        rows = [self._tokenizer.encode_words(words, self._pooling.max_length) for words in texts]
-        given = [(ids, [0] * len(ids)) for ids, _ in rows]
+        rows = [self._texts.encode_words(words) for words in texts]
+        given = [(it.ids, it.type_ids) for it in rows]
         likeliest = self._batches(given, lambda batch: self._model(**batch).logits.argmax(-1))
         found: list[list[str]] = []
-        for words, (_, word_of), labels_T in zip(texts, rows, likeliest, strict=True):
-            label_of = dict(reversed([*zip(word_of, labels_T, strict=False)]))
+        for words, row, labels_T in zip(texts, rows, likeliest, strict=True):
+            label_of = dict(reversed([*zip(row.word_ids, labels_T, strict=False)]))
             labels = [label_of.get(index) for index in range(len(words))]
             found.append([OUTSIDE if it is None else self.labels[int(it)] for it in labels])
         return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.data.labelled import class_number, words_and_labels
+from gossamer.data.labelled import class_number, read_words
 from gossamer.data.tables import table_rows
 from gossamer.engine.entities import spans
 from gossamer.errors import ConfigError
@@ -46,7 +46,7 @@ def read_labelled_words(file: Path, limit: int) -> LabelledWords:
     for where, row in table_rows(file):
         if limit and len(task.texts) == limit:
             break
-        words, labels = words_and_labels(row, where)
+        words, labels = read_words(row, where)
         task.texts.append(words)
         task.labels.append(labels)
         task.places.append(where)

@@ -72,57 +72,6 @@ class Tokenizer(Encoder):
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in found]
 
-    def encode_texts(self, texts: Sequence[str], max_length: int) -> list[int]:
-        """The ids of one text, or of two that belong together, with marks; the longer one is cut first."""
-        found = [self._tokenizer.encode(valid_text(text), add_special_tokens=False) for text in texts]
-        first, second = found[0], found[1] if len(found) > 1 else None
-        room = max_length - len(self._tokenizer.post_process(first, second).ids) + sum(map(len, found))
-        short, *longer = sorted(found, key=len)
-        short.truncate(min(len(short), room // len(found)))
-        for each in longer:
-            each.truncate(min(len(each), room - len(short)))
-        return self._tokenizer.post_process(first, second).ids
-
-    def encode_words(self, words: Sequence[str], max_length: int) -> tuple[list[int], list[int | None]]:
-        """The ids of a text of words, with marks, and which word each is of (None: a mark).
-
-        Byte-level tokenizers and SentencePiece's read a space before every word, also before the first.
-        """
-        found = self._of_words.encode(
-            [*map(valid_text, words)], is_pretokenized=True, add_special_tokens=False
-        )
-        found.truncate(max_length - len(self.encode("")))
-        found = self._tokenizer.post_process(found)
-        return found.ids, found.word_ids
-
-    def encode_windows(
-        self, question: str, context: str, max_length: int, stride: int
-    ) -> list[tokenizers.Encoding]:
-        """A question with each window of its context, two of which share `stride` tokens.
-
-        They share half a window at most. ConfigError for a question that leaves no room.
-        """
-        first, second = (
-            self._tokenizer.encode(valid_text(it), add_special_tokens=False) for it in (question, context)
-        )
-        room = max_length - self._tokenizer.num_special_tokens_to_add(is_pair=True) - len(first)
-        if room < 1:
-            raise ConfigError(
-                f"the question has {len(first)} tokens; expected at most {len(first) + room - 1}, so that "
-                f"one of {max_length} is left for the text that it asks of"
-            )
-        second.truncate(room, stride=min(stride, room // 2))
-        return [self._tokenizer.post_process(first, it) for it in (second, *second.overflowing)]
-
-    @cached_property
-    def _of_words(self) -> tokenizers.Tokenizer:
-        """The tokenizer with the options by which transformers reads lists of words."""
-        document = self._tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"always"')
-        document = document.replace('"add_prefix_space":false', '"add_prefix_space":true')
-        built = tokenizers.Tokenizer.from_str(document)
-        built.encode_special_tokens = self._tokenizer.encode_special_tokens
-        return built
-
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
