@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gossamer.data.labelled import class_number, read_words
 from gossamer.data.columns import example_rows
+from gossamer.data.labelled import class_number, read_words
 from gossamer.engine.entities import spans
 from gossamer.errors import ConfigError
 from gossamer.evaluation.encoders import EncoderBackend
