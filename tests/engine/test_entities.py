@@ -13,6 +13,7 @@ from encoders import save_encoder
 from gossamer.engine import Encoder
 from gossamer.engine.entities import spans
 from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.tokens import encoder as tokens
 from gossamer.tokens.texts import Texts
 
 LABELS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -125,7 +126,7 @@ def test_words_are_read_as_transformers_reads_them(kind: str, tmp_path: Path) ->
     words = LINES[0].split()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     expected = theirs(" " + LINES[0])  # RobertaTokenizer's add_prefix_space, without which it refuses words
-    found = Texts(Encoder(tmp_path, 1).tokenizer, 66).encode_words(words)
+    found = Texts(tokens.Encoder.open(tmp_path), 66).encode_words(words)
     assert (found.ids, found.word_ids) == (expected["input_ids"], expected.word_ids())
 
 

@@ -116,7 +116,6 @@ def test_inspect_describes_it(bert: Packed) -> None:
     "use",
     [
         lambda path: LLM(path),
-        lambda path: verify(Verify(path)),
         lambda path: bench(Bench(path)),
         lambda path: Packed.open(path).head,
     ],

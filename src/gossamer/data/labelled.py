@@ -2,7 +2,7 @@
 
 classification  {"text", "text2"?, "label"}: the label is at the first token
 tokens          {"tokens": [word, ...], "labels": [label, ...]}: that of a word is at its first token
-sts             {"sentence1", "sentence2", "score"}: of two texts, how alike people found them
+sts             {"sentence1", "sentence2", "score"}: how alike two texts are, at the second's first token
 
 A label is the name of a class or its number; the head says which there are. Long texts are cut, of two the
 longer one first (`Texts`).
@@ -19,6 +19,8 @@ from gossamer.errors import ConfigError
 from gossamer.tokens.texts import Text, Texts
 
 IGNORED = -100
+SCORE_STEPS = 10_000  # a score of 1 as a label, which is a whole number
+HIGHEST_SCORE = 100_000
 Label = str | int
 
 
@@ -88,6 +90,18 @@ def labelled_tokens(
         for word, is_first in zip(found.word_ids, firsts, strict=True)
     ]
     return found.ids, labels
+
+
+def scored_pair(
+    row: Mapping[str, Any], texts: Texts, classes: Sequence[str], where: str
+) -> tuple[list[int], list[int]]:
+    """The same of a row for `sts`: two texts, the second of which begins with the complement of its token."""
+    first, second, score = read_pair(row, where)
+    if not 0 <= score <= HIGHEST_SCORE:
+        raise ConfigError(f"{where}: score is {score:g}; expected one from 0 to {HIGHEST_SCORE:,}")
+    (ids, others) = (it.ids for it in texts.encode([first, second]))
+    labels = [*[IGNORED] * len(ids), round(score * SCORE_STEPS), *[IGNORED] * (len(others) - 1)]
+    return [*ids, ~others[0], *others[1:]], labels
 
 
 def class_number(label: Label, classes: Sequence[str], where: str) -> int:

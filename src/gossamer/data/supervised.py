@@ -11,7 +11,15 @@ from typing import Any, Literal
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
 from gossamer.data.columns import ENDINGS, endings, example_rows
-from gossamer.data.labelled import IGNORED, class_names, labelled_text, labelled_tokens, read_labels
+from gossamer.data.labelled import (
+    IGNORED,
+    class_names,
+    labelled_text,
+    labelled_tokens,
+    read_labels,
+    read_pair,
+    scored_pair,
+)
 from gossamer.data.mixture import Mixture, pieces
 from gossamer.data.sources import documents, parse_weight
 from gossamer.data.tables import BadRows, text_of
@@ -20,8 +28,8 @@ from gossamer.tokens.texts import Texts
 from gossamer.tokens.tokenizer import Tokenizer
 
 DEFAULT_DOCTESTS = 20_000
-LABELLED = {"classification": labelled_text, "tokens": labelled_tokens}
-Format = Literal["chat", "instruct", "prompt-completion", "text", "classification", "tokens"]
+LABELLED = {"classification": labelled_text, "tokens": labelled_tokens, "sts": scored_pair}
+Format = Literal["chat", "instruct", "prompt-completion", "text", "classification", "tokens", "sts"]
 
 
 def supervised_examples(
@@ -43,7 +51,7 @@ def supervised_examples(
     prompt-completion  {"prompt", "completion"}
     text               {"text"} or {"content"}, or a document of a source of `pretrain`; all is learned
 
-    `classification` and `tokens`, whose labels are of `classes`, are in `labelled.py`.
+    `classification` and `tokens`, whose labels are of `classes`, and `sts` are in `labelled.py`.
     """
     bad = bad or BadRows()
     if format == "chat":  # what the model lacks is no row's fault
@@ -66,7 +74,9 @@ def supervised_examples(
         except ConfigError as error:
             bad.leave_out(error)
             continue
-        if any(label != IGNORED for label in labels[:max_length]):
+        if texts is not None:  # which cuts them
+            yield ids, labels
+        elif any(label != IGNORED for label in labels[:max_length]):
             bad.num_shortened += len(ids) > max_length
             yield ids[:max_length], labels[:max_length]
         elif any(label != IGNORED for label in labels):
@@ -88,6 +98,18 @@ def read_classes(sources: Sequence[str], format: Format, bad: BadRows, offline: 
             except ConfigError as error:
                 bad.leave_out(error)
     return class_names(found, f"--dataset {' '.join(sources)}")
+
+
+def read_highest_score(sources: Sequence[str], bad: BadRows, offline: bool = False) -> float:
+    """What scores of `sts` are divided by to be from 0 to 1: the highest of all, or 1 where that is more."""
+    highest = 1.0
+    for source in sources:
+        for where, row in _supervised_rows(parse_weight(source)[0], "sts", bad, offline):
+            try:
+                highest = max(highest, read_pair(row, where)[2])
+            except ConfigError as error:
+                bad.leave_out(error)
+    return highest
 
 
 def write_completions(path: Path, source: str, num: int, seed: int, num_characters: int = 600) -> None:

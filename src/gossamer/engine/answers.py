@@ -39,7 +39,7 @@ class Windows:
 
     @classmethod
     def of(cls, question: str, context: str, texts: Texts, stride: int) -> Self:
-        """Of as many tokens as `texts` have; ConfigError for a context in which nothing stands."""
+        """Of the texts' `max_length` tokens at most; ConfigError for a context in which nothing stands."""
         if not context.strip():
             raise ConfigError(f"found the context {context!r:.40}; expected a text to look for the answer in")
         return cls(context, texts.encode_windows(question, context, stride))

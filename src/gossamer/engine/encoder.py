@@ -231,13 +231,13 @@ class Encoder:
         """float32 [T, L] of each row: what the head for tokens says."""
         assert self.token_head is not None
         for part in _batches(rows, None):
-            yield from map(self.token_head.scores, self._states(part))
+            yield from map(self.token_head.scores, self.states(part))
 
     def hidden_states(self, texts: Sequence[Text]) -> list[Floats]:
         """float32 [T, D] of each text, or pair of texts: the last hidden states of its tokens."""
-        return [it for part in _batches(self.token_ids(texts), None) for it in self._states(part)]
+        return [it for part in _batches(self.token_ids(texts), None) for it in self.states(part)]
 
-    def _states(self, rows: Sequence[TokenIds]) -> list[Floats]:
+    def states(self, rows: Sequence[TokenIds]) -> list[Floats]:
         """The same of rows, in one native call."""
         states_TD = self._native.hidden_states(*_joined(rows))
         return np.split(states_TD, np.cumsum([len(row.ids) for row in rows])[:-1])

@@ -6,6 +6,7 @@ retrieval       a folder as BEIR has it (corpus.jsonl, queries.jsonl, qrels/test
                 ten documents by cosine
 classification  a file of texts (or pairs) with labels: accuracy of a head for whole texts
 tokens          a file of words with labels: f1 of spans (entity_tasks.py)
+qa              a file of questions about texts: f1 of their answers' words, exact match (question_tasks.py)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +19,16 @@ from numpy.typing import NDArray
 
 from gossamer.data.columns import endings, example_rows
 from gossamer.data.labelled import Label, class_number, read_pair, read_text
-from gossamer.data.tables import table_rows, text_of
+from gossamer.data.questions import NESTED
+from gossamer.data.tables import TABLES, table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.evaluation.encoders import EncoderBackend
 from gossamer.evaluation.entity_tasks import read_labelled_words
+from gossamer.evaluation.question_tasks import read_question_task
 from gossamer.evaluation.scores import Scores, accuracy, mean
 from gossamer.tokens.texts import Text
 
-EncoderKind = Literal["sts", "retrieval", "classification", "tokens"]
+EncoderKind = Literal["sts", "retrieval", "classification", "tokens", "qa"]
 ENCODER_KINDS: tuple[EncoderKind, ...] = get_args(EncoderKind)
 DEPTH = 10
 
@@ -88,7 +91,7 @@ def read_encoder_tasks(path: Path, kind: EncoderKind, limit: int) -> dict[str, E
     """
     if kind == "retrieval":
         return {path.name: _retrieval(path, limit)}
-    known = endings(kind)
+    known = (*TABLES, NESTED) if kind == "qa" else endings(kind)
     files = sorted(it for it in path.iterdir() if it.name.endswith(known)) if path.is_dir() else [path]
     if not files or not all(it.is_file() and it.name.endswith(known) for it in files):
         raise ConfigError(
@@ -98,6 +101,7 @@ def read_encoder_tasks(path: Path, kind: EncoderKind, limit: int) -> dict[str, E
         "sts": _pairs,
         "classification": _labelled,
         "tokens": read_labelled_words,
+        "qa": read_question_task,
     }
     return {it.name: read[kind](it, limit) for it in files}
 

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import Encoder
+from gossamer.engine.answers import MAX_ANSWER_LEN, STRIDE, Answer, Windows
 from gossamer.engine.entities import OUTSIDE
 from gossamer.errors import UnsupportedError
 from gossamer.evaluation.backends import without_bars
+from gossamer.tokens import encoder as tokens
 from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.texts import Text, Texts
-from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_TEXTS = 32
 
@@ -37,6 +38,10 @@ class EncoderBackend(Protocol):
 
     def word_labels(self, texts: Sequence[Sequence[str]]) -> list[list[str]]:
         """What a head for tokens says of each word of texts; O of those that the model does not see."""
+        ...
+
+    def answers(self, asked: Sequence[tuple[str, str]]) -> list[Answer]:
+        """Answers to questions, each with its context, of a head for spans."""
         ...
 
     @property
@@ -74,6 +79,9 @@ class EngineEncoder:
         found = self._encoder.label_words(texts)
         return [[OUTSIDE if it is None else it["label"] for it in labels] for labels in found]
 
+    def answers(self, asked: Sequence[tuple[str, str]]) -> list[Answer]:
+        return self._encoder.answers(asked)
+
     @property
     def labels(self) -> list[str]:
         return list((self._encoder.token_head or self._encoder.classifier()).labels)
@@ -90,11 +98,11 @@ class TorchEncoder:
         if not source.architecture.is_encoder:
             raise UnsupportedError(
                 f"{source.path}: a {source.architecture.model_type} is no encoder; --kind sts, retrieval, "
-                "classification and tokens measure those"
+                "classification, tokens and qa measure those"
             )
         self.task = source.architecture.task
         self._pooling = Pooling.open(source.path, source.architecture)
-        self._texts = Texts(Tokenizer.open(source.path), self._pooling.max_length)
+        self._texts = Texts(tokens.Encoder.open(source.path), self._pooling.max_length)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         kind: Any = getattr(transformers, source.config.get("architectures", ["AutoModel"])[0])
         with without_bars():
@@ -131,6 +139,18 @@ class TorchEncoder:
             labels = [label_of.get(index) for index in range(len(words))]
             found.append([OUTSIDE if it is None else self.labels[int(it)] for it in labels])
         return found
+
+    def answers(self, asked: Sequence[tuple[str, str]]) -> list[Answer]:
+        import torch
+
+        def ends(batch: dict[str, Any]) -> Any:
+            found = self._model(**batch)
+            return torch.stack([found.start_logits, found.end_logits], -1)
+
+        windows = [Windows.of(*pair, self._texts, STRIDE) for pair in asked]
+        rows = [(it.ids, it.type_ids) for each in windows for it in each.encoded]
+        scores = (it[: len(ids)] for it, (ids, _) in zip(self._batches(rows, ends), rows, strict=True))
+        return [each.best([next(scores) for _ in each.encoded], MAX_ANSWER_LEN) for each in windows]
 
     def _rows(self, texts: Sequence[Text]) -> list[Row]:
         return [(it.ids, it.type_ids) for it in self._texts.encode(texts)]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gossamer.data.columns import example_rows
 from gossamer.data.labelled import class_number, read_words
-from gossamer.data.tables import table_rows
 from gossamer.engine.entities import spans
 from gossamer.errors import ConfigError
 from gossamer.evaluation.encoders import EncoderBackend
@@ -43,7 +43,7 @@ def span_scores(found: Sequence[Sequence[str]], wanted: Sequence[Sequence[str]])
 def read_labelled_words(file: Path, limit: int) -> LabelledWords:
     """The first `limit` rows, or all (0), of the fields that `finetune --format tokens` reads."""
     task = LabelledWords([], [], [])
-    for where, row in table_rows(file):
+    for where, row in example_rows(file, "tokens"):
         if limit and len(task.texts) == limit:
             break
         words, labels = read_words(row, where)

@@ -46,7 +46,7 @@ class Evaluate(EngineOptions):
         None,
         help="the examples of --dataset FILE, run by lm-evaluation-harness; chat: prompts for --judge; of "
         "encoders: sts (pairs with scores, or a folder of such files), retrieval (a folder as BEIR has it), "
-        "classification, tokens (words with labels: f1 of spans)",
+        "classification, tokens (words with labels: f1 of spans), qa (questions as SQuAD has them)",
     )
     judge: str = option(
         "", help="URL of an OpenAI-compatible endpoint that compares answers of --kind chat with --baseline's"
@@ -237,7 +237,7 @@ def _asked(job: Evaluate, folder: Path, progress: Progress) -> Asked:
     examples = {task: task_examples(task, job.limit, job.seed) for task in own}
     names: list[str | FileTask] = [task for task in job.tasks if task not in own]
     of_encoders: dict[str, EncoderTask] = {}
-    if job.kind in ("sts", "retrieval", "classification", "tokens"):
+    if job.kind in ("sts", "retrieval", "classification", "tokens", "qa"):
         of_encoders = read_encoder_tasks(Path(job.dataset), job.kind, job.limit)
     elif job.kind and job.kind != "chat":
         read = partial(file_task, Path(job.dataset), job.kind, folder, job.skip_bad_rows, _shots(job))

@@ -15,7 +15,7 @@ from gossamer.job.options import option
 from gossamer.job.processes import is_first
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.training.by_task import check_teacher, classes, finetuning
+from gossamer.training.by_task import check_teacher, classes, finetuning, longest_text
 from gossamer.training.history import TrainingResult
 from gossamer.training.new_head import leave_out_what_another_head_made, with_suiting_head
 from gossamer.training.options import TrainingOptions, check_options, inherited
@@ -42,7 +42,8 @@ class Finetune(TrainingOptions):
     format: Format = option(
         "prompt-completion",
         help="the fields of an example; text: of any source that pretrain takes, and all of it is learned; "
-        "classification (text, text2?, label) and tokens (tokens, labels): of an encoder with such a head",
+        "classification (text, text2?, label) and tokens (tokens, labels): of an encoder with such a head, "
+        "or a new one; sts (sentence1, sentence2, score): of an embedding model",
     )
     new_head: bool = option(
         False,
@@ -112,7 +113,7 @@ def _rows(job: Finetune, source: Checkpoint, progress: Progress) -> tuple[Rows, 
 
 def _examples(job: Finetune, source: Checkpoint, progress: Progress) -> Examples:
     """The examples of an epoch, tokenized before training begins."""
-    length = min(job.max_length, source.architecture.max_position_embeddings)
+    length = min(job.max_length, longest_text(source))
     tokenizer = Tokenizer.open(source.path)
     progress(Event("finetune", "tokenizing"))
     bad = BadRows(job.skip_bad_rows)

@@ -18,12 +18,12 @@ class Texts:
     """
 
     def __init__(self, tokenizer: Encoder, max_length: int) -> None:
-        self._whole = tokenizers.Tokenizer.from_str(tokenizer.to_json())
-        if max_length <= (num_added := self._whole.num_special_tokens_to_add(is_pair=True)):
+        self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+        if max_length <= (num_added := self._tokenizer.num_special_tokens_to_add(is_pair=True)):
             raise ConfigError(
                 f"at most {max_length} tokens a text; expected more than {num_added}, its marks"
             )
-        self._tokenizer = _truncating(tokenizers.Tokenizer.from_str(tokenizer.to_json()), max_length)
+        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
         self.max_length = max_length
 
     def encode(self, texts: Sequence[Text]) -> list[tokenizers.Encoding]:
@@ -39,9 +39,9 @@ class Texts:
         return self._of_words.encode([*map(valid_text, words)], is_pretokenized=True)
 
     def encode_windows(self, question: str, context: str, stride: int) -> list[tokenizers.Encoding]:
-        """A question with each window of its context, two of which share `stride` tokens or half a window.
+        """A question with each window of its context, two of which share `stride` tokens.
 
-        ConfigError for a question that leaves no room.
+        They share half a window at most. ConfigError for a question that leaves no room.
         """
         first, second = (
             self._whole.encode(valid_text(it), add_special_tokens=False) for it in (question, context)
@@ -56,16 +56,18 @@ class Texts:
         return [self._whole.post_process(first, it) for it in (second, *second.overflowing)]
 
     @cached_property
+    def _whole(self) -> tokenizers.Tokenizer:
+        """The tokenizer without a limit."""
+        built = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        built.no_truncation()
+        return built
+
+    @cached_property
     def _of_words(self) -> tokenizers.Tokenizer:
         """The tokenizer with the options by which transformers reads lists of words."""
-        document = self._whole.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"always"')
+        document = self._tokenizer.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"always"')
         document = document.replace('"add_prefix_space":false', '"add_prefix_space":true')
-        return _truncating(tokenizers.Tokenizer.from_str(document), self.max_length)
-
-
-def _truncating(tokenizer: tokenizers.Tokenizer, max_length: int) -> tokenizers.Tokenizer:
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
-    return tokenizer
+        return tokenizers.Tokenizer.from_str(document)
 
 
 def marks(tokenizer: Encoder) -> list[int]:

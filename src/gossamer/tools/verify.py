@@ -4,11 +4,10 @@ Every check either passes and says what it looked at, or raises the error that n
 """
 
 import collections
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -16,19 +15,14 @@ from gossamer.architecture.anatomy import EMBEDDING, HEAD
 from gossamer.architecture.config import read_json
 from gossamer.checkpoint.directory import Checkpoint, hash_mask
 from gossamer.checkpoint.schemes import dequantized
-from gossamer.engine import LLM
-from gossamer.errors import CheckpointError, EngineError, FormatError
+from gossamer.errors import CheckpointError, FormatError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.cache import open_packed
 from gossamer.packed.from_checkpoint import rounded_matrix, scheme_of, stored_scales
 from gossamer.packed.header import StorageKind, vector_sizes
 from gossamer.packed.reader import Packed
-
-# |engine - torch| / |torch| of all logits. The last bit of a float can send an INT8 activation to the other
-# side of a half; everything after it differs by a rounding step: 1e-7 up to there, 1e-2 from there.
-FLOAT_TOLERANCE, INT8_TOLERANCE = 1e-4, 5e-2
-NUM_TOKENS = 24
+from gossamer.tools.agreement import Check, backends
 
 
 @dataclass(frozen=True)
@@ -43,15 +37,6 @@ class Verify:
     )
     skip_engine: bool = option(False, help="leave out the comparison of the engine with torch (big models)")
     offline: bool = option(False, help="never touch the network")
-
-
-@dataclass(frozen=True)
-class Check:
-    """A check that passed, or (`skipped`) could not be made here."""
-
-    name: str
-    detail: str
-    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +65,7 @@ def verify(job: Verify, progress: Progress = quiet) -> VerifyResult:
         checks.append(check)
         progress(Event("verify", check.name, len(checks)))
     if not job.skip_engine:
-        checks += _backends(open_packed(path, progress, offline=job.offline), path if path.is_dir() else None)
+        checks += backends(open_packed(path, progress, offline=job.offline), path if path.is_dir() else None)
     return VerifyResult(job.model, tuple(checks))
 
 
@@ -198,78 +183,3 @@ def _is_same(packed: Packed, parent: Checkpoint, name: str) -> bool:
         rounded = rounded_matrix(parent, name, values)
         expected_NK, scale_N = rounded.whole_NK, rounded.scale_N
     return np.array_equal(packed.stored(name), expected_NK) and np.array_equal(packed.scale(name), scale_N)
-
-
-def _backends(packed: Packed, directory: Path | None) -> Iterator[Check]:
-    """The engine's logits beside transformers': of the same weights, and of what it reads of a directory.
-
-    UnsupportedError of an encoder.
-    """
-    packed.refuse_encoder()
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-        yield Check("backends agree", "needs torch: pip install 'gossamer[compress]'", skipped=True)
-        return
-    length = min(NUM_TOKENS, packed.architecture.max_position_embeddings)
-    ids = np.random.default_rng(0).integers(packed.architecture.vocab_size, size=length).tolist()
-    found_TV = LLM(packed.path, kv_cache_dtype="f32").logits(ids)
-    torch_TV, tolerance, distance = _torch_logits(packed, ids), FLOAT_TOLERANCE, _relative_error
-    if any(matrix.type.integer for matrix in packed.matrices.values()):
-        # Norms moved by 1e-7 change which inputs are rounded up, and so a real chat model's logits by 6%:
-        # torch agrees with itself only to about what rounding inputs to int8 costs. Among random tokens one
-        # may become an attention sink by that, or not; so the error is that of the token in the middle.
-        distance = _median_error
-        cost = distance(_torch_logits(packed, ids, rounded=False), torch_TV)
-        tolerance = max(INT8_TOLERANCE, 2 * cost)
-    readings = {"backends agree": lambda: torch_TV}
-    if directory is not None:
-        readings["transformers agrees"] = lambda: _transformers_logits(directory, ids)
-    for name, read in readings.items():
-        error = distance(found_TV, read())
-        if not error <= tolerance:
-            raise EngineError(
-                f"{directory or packed.path}: {name}: the engine's logits are {error:.2e} off torch's; "
-                f"at most {tolerance:.0e}"
-            )
-        yield Check(name, f"logits of {length} tokens differ by {error:.1e}, at most {tolerance:.0e}")
-
-
-def _relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-
-
-def _median_error(found_TV: np.ndarray, expected_TV: np.ndarray) -> float:
-    """The median over tokens of what `_relative_error` says of each."""
-    pairs = zip(found_TV, expected_TV, strict=True)
-    return float(np.median([_relative_error(found_V, expected_V) for found_V, expected_V in pairs]))
-
-
-def _transformers_logits(directory: Path, ids: list[int]) -> np.ndarray:
-    """float32 [T, V] of the directory as transformers reads it, without any code of ours."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    with torch.no_grad():
-        return model.eval()(torch.tensor([ids])).logits[0].numpy()
-
-
-def _torch_logits(packed: Packed, ids: list[int], *, rounded: bool = True) -> np.ndarray:
-    """float32 [T, V] of transformers' model; inputs of integer matrices are `rounded` as in the engine."""
-    import torch
-
-    from gossamer.compress.int8 import fake_quantize_tokens, fake_quantize_twice
-    from gossamer.training.whole_model import new_model
-
-    config = {key: value for key, value in packed.config.items() if key != "quantization_config"}
-    model = new_model(packed.architecture, config | {"tie_word_embeddings": False})
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            matrix = packed.head if name == f"{HEAD}.weight" else name.removesuffix(".weight")
-            values = packed.linear(matrix) if matrix in packed.matrices else packed.vector(name)
-            parameter.copy_(torch.from_numpy(values.copy()))
-        for name, module in model.named_modules():
-            matrix = packed.matrices.get(packed.head if name == HEAD else name)
-            if rounded and name != EMBEDDING and matrix is not None and matrix.type.integer:
-                round_ = fake_quantize_twice if name == HEAD else fake_quantize_tokens
-                module.register_forward_pre_hook(lambda _, inputs, round_=round_: round_(inputs[0]))
-        return model(torch.tensor([ids])).logits[0].numpy()

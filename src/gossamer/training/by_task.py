@@ -9,6 +9,8 @@ from gossamer.architecture.anatomy import Task
 from gossamer.architecture.config import Config
 from gossamer.architecture.postnorm import labels
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.supervised import read_highest_score
+from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.texts import marks
@@ -16,13 +18,19 @@ from gossamer.tokens.tokenizer import Tokenizer
 from gossamer.training.labelled import Classes, MaskedTokens
 from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions
+from gossamer.training.pairs import PairScores
+from gossamer.training.parallel import from_first
 from gossamer.training.vectors import COSINE_WEIGHT, TextVectors
 
 if TYPE_CHECKING:
     from gossamer.stages.finetune import Finetune
     from gossamer.stages.pretrain import Pretrain
 
-FORMATS: dict[Task, str] = {"sequence": "classification", "tokens": "tokens"}  # an encoder's examples
+FORMATS: dict[Task, str] = {
+    "sequence": "classification",
+    "tokens": "tokens",
+    "embedding": "sts",
+}  # an encoder's examples
 FOR_DECODERS = "prompt-completion, chat, instruct or text"
 
 
@@ -78,8 +86,27 @@ def finetuning(job: "Finetune", source: Checkpoint) -> Callable[[PreTrainedModel
     if anatomy.task == "generation":
         return NextToken
     refuse_for_encoders(job, source)
+    if job.format == "sts":
+        return _pairs(job, source)
     end_id = marks(Tokenizer.open(source.path))[1]
     return lambda model: Classes(model, anatomy, end_id)
+
+
+def _pairs(job: "Finetune", source: Checkpoint) -> PairScores:
+    anatomy = source.architecture
+    if anatomy.task != "embedding":
+        raise ConfigError(
+            f"--format sts is learned by embedding models; found {source.path}, a {anatomy.model_type} for "
+            f"{anatomy.task}"
+        )
+    if job.distill in ("kl", "both"):
+        raise UnsupportedError(
+            f"--distill {job.distill}: an embedding model has no logits; supported: --distill squarehead "
+            "and none"
+        )
+    bad = BadRows(job.skip_bad_rows)
+    highest = from_first(lambda: read_highest_score(job.dataset, bad, offline=job.offline))
+    return PairScores(anatomy, Pooling.open(source.path, anatomy), 0.0, highest)
 
 
 def check_teacher(job: "Finetune", source: Checkpoint, teacher: Checkpoint) -> None:

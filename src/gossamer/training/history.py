@@ -11,7 +11,13 @@ from gossamer.job.report import Result
 from gossamer.training.kernel_choice import KernelChoice
 
 WINDOW_STEPS = 10
-PARTS = ("cross_entropy", "kl", "cosine", "squarehead")  # of a loss with a teacher, as the log calls them
+PARTS = (
+    "cross_entropy",
+    "squared_error",
+    "kl",
+    "cosine",
+    "squarehead",
+)  # of a loss with a teacher, as the log calls them
 
 
 @dataclass(frozen=True)
@@ -19,8 +25,8 @@ class TrainingResult(Result):
     """What a training stage returns. `losses`: one for each optimizer step, the teacher's loss included.
 
     First and last are means over several steps, see `History.metrics`. With a teacher, the loss is the sum of
-    cross-entropy and of what is learned of the teacher (KL, cosine, SquareHead), which are given apart; what
-    is no part of it is None.
+    cross-entropy (squared error of scores) and of what is learned of the teacher (KL, cosine, SquareHead),
+    which are given apart; what is no part of it is None.
     """
 
     output_dir: str
@@ -31,6 +37,8 @@ class TrainingResult(Result):
     loss_last: float
     cross_entropy_first: float | None
     cross_entropy_last: float | None
+    squared_error_first: float | None
+    squared_error_last: float | None
     kl_first: float | None
     kl_last: float | None
     cosine_first: float | None

@@ -54,7 +54,7 @@ def with_suiting_head(job: "Finetune", source: Checkpoint, progress: Progress) -
     A head of the kind that the format needs is kept, unless --new-head asks for another. Raises ConfigError
     for classes that are none.
     """
-    tasks: dict[str, Task] = {format: task for task, format in FORMATS.items()}
+    tasks: dict[str, Task] = {it: task for task, it in FORMATS.items() if task != "embedding"}
     if job.format not in tasks:
         if job.new_head:
             raise ConfigError(
