@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.fused import stored_names
 from gossamer.checkpoint.schemes import W8A8
 from gossamer.compress.int8 import quantize_weights, row_scales
 
@@ -73,7 +74,7 @@ def round_to_int8(directory: Path, sparsity: float = 0.0, together: int = 1) -> 
     """Make the directory's linears W8A8, so many of their weights zero, `together` at a time."""
     tensors, source = load_file(directory / "model.safetensors"), Checkpoint.open(directory)
     generator = torch.Generator().manual_seed(0)
-    for name in source.linears:
+    for name in stored_names(source.architecture, source.linears):
         weight = tensors[f"{name}.weight"]
         shape = (weight.shape[0], weight.shape[1] // together)
         zero = torch.rand(shape, generator=generator).repeat_interleave(together, 1) < sparsity
