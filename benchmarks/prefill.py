@@ -1,4 +1,4 @@
-"""Prompts through a stack of wide linears: TOPS beside the INT8 peak, sparse beside dense, in one run.
+"""Prompts through a stack of wide linears: TOPS beside the peak, sparse beside dense, in one run.
 
 512 tokens are two passes of 256. Rows of docs/results/prefill.jsonl, one for each value type.
 """
@@ -15,7 +15,7 @@ from gossamer.measure.report import TERA, Spread
 from gossamer.packed.values import Values
 
 TOKENS, PASS_TOKENS, REPEATS = 512, 256, 7
-VALUES: tuple[Values, ...] = ("i8", "i4")
+VALUES: tuple[Values, ...] = ("i8", "i4", "f32", "bf16")
 
 
 def measure(values: Values, num_threads: int) -> None:
@@ -27,8 +27,9 @@ def measure(values: Values, num_threads: int) -> None:
     }
     tops: dict[float, list[float]] = {sparsity: [] for sparsity in images}
     peaks = []
+    peak = _native.f32_peak if values in ("f32", "bf16") else _native.int8_peak
     for _ in range(REPEATS + 1):
-        peaks.append(2 * _native.int8_peak(_native.isa(), num_threads, 3) / TERA)
+        peaks.append(2 * peak(_native.isa(), num_threads, 3) / TERA)
         for sparsity, model in models.items():
             seconds = sum(model.time_linears(TOKENS // PASS_TOKENS, PASS_TOKENS))
             weights = num_weights(images[sparsity])
@@ -44,7 +45,7 @@ def measure(values: Values, num_threads: int) -> None:
             "num_weights": num_weights(images[sparsity]),
             "weight_bytes": images[sparsity].num_bytes,
             "tops": dataclasses.asdict(spread),
-            "int8_peak_tops": max(peaks),
+            f"{peak.__name__}_tops": max(peaks),
             "peak_share": share,
             "against_dense": spread.median / spreads[0.0].median,
             "impossible": impossible({f"{values}, {sparsity:.0%} zeros": share}),

@@ -157,8 +157,13 @@ def test_prompts_are_put_before_texts(tmp_path: Path) -> None:
         ("sts", "it.tsv", "", "0 pairs with one score"),
         ("sts", "it.jsonl", '{"sentence1": "a", "sentence2": "b", "score": "1"}', "score is '1'; expected"),
         ("sts", "it.xml", "", "expected a file of"),
-        ("classification", "it.tsv", "a\t1", "expected a file of"),
-        ("classification", "it.jsonl", '{"text": "a", "label": null}', "label is None"),
+        ("classification", "it.xml", "a\t1", "expected a file of"),
+        (
+            "classification",
+            "it.jsonl",
+            '{"text": "a", "label": null}',
+            "label None; expected a name or a number",
+        ),
         ("classification", "it.jsonl", '{"text": "", "label": 1}', "text"),
         ("classification", "it.jsonl", "", "has no examples"),
         ("retrieval", "it.jsonl", "{}", "expected a folder as BEIR has it"),
@@ -176,7 +181,9 @@ def test_unknown_labels_and_other_heads_are_refused(tmp_path: Path, model: Path)
     with pytest.raises(ConfigError, match="this one's is for embedding"):
         evaluate(Evaluate(str(model), dataset=str(file), kind="classification", threads=1))
     save_encoder(tmp_path / "model", "BertForSequenceClassification")
-    with pytest.raises(ConfigError, match="the label 'maybe'; the model's are LABEL_0, LABEL_1"):
+    with pytest.raises(
+        ConfigError, match=r"it.jsonl:1: found label 'maybe'; expected one of LABEL_0, LABEL_1"
+    ):
         evaluate(Evaluate(str(tmp_path / "model"), dataset=str(file), kind="classification", threads=1))
     with pytest.raises(UnsupportedError, match="is a file"):
         evaluate(Evaluate(str(file), dataset=str(file), kind="classification", backend="torch"))

@@ -135,7 +135,7 @@ def test_random_products_equal_the_specification(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("values", "storage"), CELLS, ids="-".join)
-@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("tokens", [1, 7, 70, 300])
 def test_sums_are_the_same_bits_on_every_level(values: str, storage: str, tokens: int) -> None:
     """Integer sums everywhere; floats too, in one order of fused operations, but for the matrix unit."""
     rng = np.random.default_rng(tokens)
@@ -155,6 +155,19 @@ def test_sums_are_the_same_bits_on_every_level(values: str, storage: str, tokens
             continue
         found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
         np.testing.assert_array_equal(found_TN, np.concatenate(rows_TN))
+
+
+@pytest.mark.parametrize("values", ["f32", "bf16"])
+def test_many_rows_and_tokens_that_skip_zeros_have_the_same_bits(values: str) -> None:
+    """More rows than wait for the next run of inputs, and tiles of tokens of which the last is not full."""
+    rng = np.random.default_rng(3)
+    asked = problem(values, "sparse", (600, 421), 0.85, rng)
+    x_TK = rng.standard_normal((90, 421)).astype(np.float32)
+    expected_TN = _native.matmul("scalar", **asked.matrix.arguments, x_TK=x_TK)
+    for isa in RUNNABLE:
+        if isa != "amx" or values != "bf16":
+            found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
+            np.testing.assert_array_equal(found_TN, expected_TN)
 
 
 @pytest.mark.parametrize("values", ["i8", "i4"])

@@ -17,6 +17,8 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.stages.finetune import Finetune, finetune
+from gossamer.tokens.texts import Texts
+from gossamer.tokens.tokenizer import Tokenizer
 
 KINDS = {
     "classification": ("BertForSequenceClassification", "RobertaForSequenceClassification"),
@@ -157,27 +159,28 @@ def test_rows_of_tokens_that_are_none(tmp_path: Path, row: dict[str, Any], says:
 
 
 def test_long_texts_are_cut_the_longer_one_first(tmp_path: Path) -> None:
-    from gossamer.tokens.tokenizer import Tokenizer
-
     save_encoder(tmp_path / "model")
     tokenizer = Tokenizer.open(tmp_path / "model")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "model")
     for first, second in (("a b", "c d e f g h"), ("a b c d e f g", "h i"), ("a b c d e f", "g h i j k l")):
         for length in (6, 7, 8, 20):
-            found = tokenizer.encode_texts([first, second], length)
-            assert len(found) == len(theirs(first, second, truncation=True, max_length=length).input_ids)
-        assert tokenizer.encode_texts([first], 5) == theirs(first, truncation=True, max_length=5).input_ids
+            found = Texts(tokenizer, length).encode([(first, second)])[0].ids
+            assert found == theirs(first, second, truncation=True, max_length=length).input_ids
+        wanted = theirs(first, truncation=True, max_length=5).input_ids
+        assert Texts(tokenizer, 5).encode([first])[0].ids == wanted
+        words = Texts(tokenizer, 5).encode_words(first.split())
+        assert (words.ids, words.word_ids[:2]) == (wanted, [None, 0])
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"format": "prompt-completion"}, ConfigError, "one for sequence: .* or --format classification"),
         (
-            {"format": "tokens"},
+            {"format": "prompt-completion"},
             ConfigError,
-            "for tokens; .*AutoModelForTokenClassification makes one",
+            "by decoders; .* a bert for sequence: expected --format classification or tokens",
         ),
+        ({"new_head": True, "format": "chat"}, ConfigError, "expected one of classification, tokens"),
         ({"lora": 4}, UnsupportedError, "--lora 4 is for decoders"),
     ],
     ids=str,
@@ -186,9 +189,3 @@ def test_what_does_not_suit(tmp_path: Path, changes: Any, error: type[Exception]
     job = prepared(tmp_path, "classification", "BertForSequenceClassification", 4)
     with pytest.raises(error, match=says):
         finetune(replace(job, **changes))
-
-
-def test_an_embedding_model_has_no_classes(tmp_path: Path) -> None:
-    job = prepared(tmp_path, "classification", "BertModel", 4)
-    with pytest.raises(ConfigError, match="one for embedding: give a model with that head"):
-        finetune(job)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, get_scheduler
 
 from gossamer.checkpoint.directory import Checkpoint, Derived
 from gossamer.errors import ConfigError
@@ -21,6 +21,7 @@ from gossamer.job.report import Event, quiet
 from gossamer.stages.pretrain import Pretrain
 from gossamer.training import preparation
 from gossamer.training.memory import estimate_elsewhere, estimate_memory
+from gossamer.training.rate import falling
 from gossamer.training.row_trainer import RowTrainer
 from gossamer.training.rows import Example, Rows, packed_rows
 from gossamer.training.teacher import Teacher
@@ -182,6 +183,22 @@ def test_training_is_deterministic_and_learns(model: LlamaForCausalLM, target: D
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     assert [event.done for event in events if event.total] == list(range(1, 17))
     assert events[-1].metrics["learning_rate"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_the_rate_falls_as_transformers_has_it_and_as_often_as_asked(
+    model: LlamaForCausalLM, target: Derived, shape: Any
+) -> None:
+    theirs = get_scheduler(shape, torch.optim.SGD(model.parameters(), 1.0), 3, 20)
+    for step in range(20):
+        assert falling(shape, 3, 20, 1)(step) == pytest.approx(theirs.get_last_lr()[0])
+        theirs.optimizer.step()
+        theirs.step()
+    rows, events = Rows(np.tile(np.arange(2, 34, dtype=np.int32), (64, 1))), list[Event]()
+    train(replace(JOB, lr_schedule=shape, lr_cycles=4), model, rows, target, events.append)
+    rates = [event.metrics["learning_rate"] for event in events if event.total]
+    part = [falling(shape, 0, 4, 1)(step) * 1e-3 for step in range(4)]
+    assert rates == pytest.approx(4 * part)
 
 
 def test_micro_batches_are_as_large_as_memory_has_room_for(

@@ -13,6 +13,7 @@
 #include "kernels/kernels.hpp"
 #include "kernels/x86/expand_avx2.hpp"
 #include "kernels/x86/expand_avx512.hpp"
+#include "kernels/x86/float_strips.hpp"
 #include "kernels/x86/target.hpp"
 #include "kernels/x86/tiles.hpp"
 
@@ -274,6 +275,10 @@ void matmul_on(Unit&& unit, const Linear& w, int begin, int end, const Activatio
 
 template <Values kValues, Storage kStorage>
 void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
+    if constexpr (kStorage == Storage::sparse) {
+        using Strips = FloatStrips<kValues>;
+        if (Strips::pays(w, x.num_tokens)) return Strips::matmul(w, begin, end, x, y_TN, stride);
+    }
     matmul_on<kValues, kStorage>(VectorUnit<kValues>(), w, begin, end, x, y_TN, stride);
 }
 

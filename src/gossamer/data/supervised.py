@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 from gossamer.data import doctests
 from gossamer.data.answers import answer_spans, common_length, render
-from gossamer.data.labelled import IGNORED, labelled_text, labelled_tokens
+from gossamer.data.columns import ENDINGS, endings, example_rows
+from gossamer.data.labelled import IGNORED, class_names, labelled_text, labelled_tokens, read_labels
 from gossamer.data.mixture import Mixture, pieces
-from gossamer.data.sources import documents
-from gossamer.data.tables import TABLES, BadRows, table_rows, text_of
+from gossamer.data.sources import documents, parse_weight
+from gossamer.data.tables import BadRows, text_of
 from gossamer.errors import ConfigError
+from gossamer.tokens.texts import Texts
 from gossamer.tokens.tokenizer import Tokenizer
 
 DEFAULT_DOCTESTS = 20_000
@@ -51,12 +53,13 @@ def supervised_examples(
             raise ConfigError(f"--format chat: {error}") from error
     elif format not in LABELLED:
         tokenizer.required_eos()
+    texts = Texts(tokenizer, max_length) if format in LABELLED else None
     for where, row in _supervised_rows(source, format, bad, offline):
         try:
             if format == "chat":
                 ids, labels = _chat_example(row, tokenizer, where)
-            elif label := LABELLED.get(format):
-                ids, labels = label(row, tokenizer, max_length, classes, where)
+            elif texts is not None:
+                ids, labels = LABELLED[format](row, texts, classes, where)
             else:
                 prompt, answer = _prompt_and_answer(row, format, where)
                 ids, labels = _answer_example(prompt, answer, tokenizer)
@@ -70,6 +73,21 @@ def supervised_examples(
             bad.num_cut_off += 1
         else:
             bad.num_without_answer += 1
+
+
+def read_classes(sources: Sequence[str], format: Format, bad: BadRows, offline: bool = False) -> list[str]:
+    """Names of the classes that all rows of sources of `classification` or `tokens` have, by their numbers.
+
+    A row that cannot be used is a ConfigError, unless `bad` lets it pass; classes that are none are, too.
+    """
+    found: set[str | int] = set()
+    for source in sources:
+        for where, row in _supervised_rows(parse_weight(source)[0], format, bad, offline):
+            try:
+                found.update(read_labels(row, where, "labels" if format == "tokens" else "label"))
+            except ConfigError as error:
+                bad.leave_out(error)
+    return class_names(found, f"--dataset {' '.join(sources)}")
 
 
 def write_completions(path: Path, source: str, num: int, seed: int, num_characters: int = 600) -> None:
@@ -105,11 +123,12 @@ def _supervised_rows(
         yield from hub_rows(source, offline=offline)
         return
     path = Path(source)
-    if not path.is_file() or not path.name.endswith(TABLES):
+    if not path.is_file() or not path.name.endswith(endings(format)):
+        also = "".join(f", {ending}" for ending in ENDINGS.get(format, ()))
         raise ConfigError(
-            f"dataset {source!r}: expected a .jsonl[.zst] or .parquet file, hf:repo or python:doctests"
+            f"dataset {source!r}: expected a .jsonl[.zst]{also} or .parquet file, hf:repo or python:doctests"
         )
-    yield from table_rows(path, bad)
+    yield from example_rows(path, format, bad)
 
 
 def _texts(source: str, bad: BadRows, offline: bool) -> Iterator[str]:

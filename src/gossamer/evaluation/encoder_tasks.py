@@ -15,14 +15,16 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer.data.tables import TABLES, table_rows, text_of
+from gossamer.data.columns import endings, example_rows
+from gossamer.data.labelled import Label, class_number, read_pair, read_text
+from gossamer.data.tables import table_rows, text_of
 from gossamer.errors import ConfigError
 from gossamer.evaluation.encoders import EncoderBackend
 from gossamer.evaluation.scores import Scores, accuracy, mean
+from gossamer.tokens.texts import Text
 
 EncoderKind = Literal["sts", "retrieval", "classification"]
 ENCODER_KINDS: tuple[EncoderKind, ...] = get_args(EncoderKind)
-TAB_SEPARATED = (".tsv", ".csv")
 DEPTH = 10
 
 
@@ -62,10 +64,10 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Texts, or pairs, and the names of their labels."""
+    """Texts, or pairs, and the label of each by name or number, with `file:line` for messages."""
 
-    texts: list[Any]
-    labels: list[str]
+    texts: list[Text]
+    labels: list[tuple[Label, str]]
 
     def measure(self, backend: EncoderBackend) -> Scores:
         if backend.task != "sequence":
@@ -73,12 +75,8 @@ class Labelled:
                 f"--kind classification needs a model with a head for whole texts; this one's is for "
                 f"{backend.task}"
             )
-        if unknown := sorted({*self.labels} - {*backend.labels}):
-            raise ConfigError(
-                f"the examples have the label {unknown[0]!r}; the model's are {', '.join(backend.labels)}"
-            )
-        best = backend.label_scores(self.texts).argmax(1)
-        return accuracy([backend.labels[it] == label for it, label in zip(best, self.labels, strict=True)])
+        wanted_N = np.array([class_number(label, backend.labels, where) for label, where in self.labels])
+        return accuracy((backend.label_scores(self.texts).argmax(1) == wanted_N).tolist())
 
 
 def read_encoder_tasks(path: Path, kind: EncoderKind, limit: int) -> dict[str, EncoderTask]:
@@ -88,18 +86,18 @@ def read_encoder_tasks(path: Path, kind: EncoderKind, limit: int) -> dict[str, E
     """
     if kind == "retrieval":
         return {path.name: _retrieval(path, limit)}
-    endings = (*TABLES, *TAB_SEPARATED) if kind == "sts" else TABLES
-    files = sorted(it for it in path.iterdir() if it.name.endswith(endings)) if path.is_dir() else [path]
-    if not files or not all(it.is_file() and it.name.endswith(endings) for it in files):
+    known = endings(kind)
+    files = sorted(it for it in path.iterdir() if it.name.endswith(known)) if path.is_dir() else [path]
+    if not files or not all(it.is_file() and it.name.endswith(known) for it in files):
         raise ConfigError(
-            f"{path}, for --kind {kind}: expected a file of {', '.join(endings)}, or a folder of them"
+            f"{path}, for --kind {kind}: expected a file of {', '.join(known)}, or a folder of them"
         )
     read = _pairs if kind == "sts" else _labelled
     return {it.name: read(it, limit) for it in files}
 
 
 def _pairs(file: Path, limit: int) -> Pairs:
-    rows = list(_few(_separated(file) if file.name.endswith(TAB_SEPARATED) else _fields(file), limit))
+    rows = [read_pair(row, where) for where, row in _few(example_rows(file, "sts"), limit)]
     if len({score for _, _, score in rows}) < 2:
         raise ConfigError(
             f"{file}: {len(rows)} pairs with one score in all; expected pairs whose scores differ"
@@ -107,42 +105,13 @@ def _pairs(file: Path, limit: int) -> Pairs:
     return Pairs([(first, second) for first, second, _ in rows], [score for *_, score in rows])
 
 
-def _separated(file: Path) -> Iterator[tuple[str, str, float]]:
-    """Columns are score and two texts; or those of STS Benchmark, which has four before and may have more."""
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        columns = line.split("\t")
-        columns = columns[4:] if len(columns) >= 7 else columns
-        try:
-            yield columns[1], columns[2], float(columns[0])
-        except (IndexError, ValueError) as error:
-            raise ConfigError(
-                f"{file}:{number}: found {line[:60]!r}; expected a score and two texts between tabs, or the "
-                "seven columns of STS Benchmark"
-            ) from error
-
-
-def _fields(file: Path) -> Iterator[tuple[str, str, float]]:
-    for where, row in table_rows(file):
-        score = row.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            raise ConfigError(
-                f"{where}: score is {score!r:.40}; expected a number (and sentence1, sentence2)"
-            )
-        yield text_of(row, where, "sentence1", "text1"), text_of(row, where, "sentence2", "text2"), score
-
-
 def _labelled(file: Path, limit: int) -> Labelled:
-    texts: list[Any] = []
-    labels: list[str] = []
-    for where, row in _few(table_rows(file), limit):
-        text, label = text_of(row, where, "text"), row.get("label")
-        if isinstance(label, bool) or not isinstance(label, int | str):
-            raise ConfigError(f"{where}: label is {label!r:.40}; expected a name or a number")
-        texts.append((text, text_of(row, where, "text2")) if "text2" in row else text)
-        labels.append(str(label))
-    if not texts:
+    rows = [
+        (where, *read_text(row, where)) for where, row in _few(example_rows(file, "classification"), limit)
+    ]
+    if not rows:
         raise ConfigError(f"{file} has no examples")
-    return Labelled(texts, labels)
+    return Labelled([text for _, text, _ in rows], [(label, where) for where, _, label in rows])
 
 
 def _retrieval(folder: Path, limit: int) -> Retrieval:

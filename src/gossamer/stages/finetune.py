@@ -12,10 +12,12 @@ from gossamer.data.supervised import Format
 from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
+from gossamer.job.processes import is_first
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.training.by_task import classes, finetuning
+from gossamer.training.by_task import check_teacher, classes, finetuning
 from gossamer.training.history import TrainingResult
+from gossamer.training.new_head import leave_out_what_another_head_made, with_suiting_head
 from gossamer.training.options import TrainingOptions, check_options, inherited
 from gossamer.training.parallel import from_first, in_every_process
 from gossamer.training.preparation import check_model, check_start
@@ -42,6 +44,11 @@ class Finetune(TrainingOptions):
         help="the fields of an example; text: of any source that pretrain takes, and all of it is learned; "
         "classification (text, text2?, label) and tokens (tokens, labels): of an encoder with such a head",
     )
+    new_head: bool = option(
+        False,
+        help="make a new head for the examples' classes, where the model's is for others (a model without "
+        "such a head gets one in any case)",
+    )
     num_examples: int | None = option(
         None, help="examples of an epoch, or as many as there are (default: all)"
     )
@@ -63,11 +70,17 @@ def finetune(job: Finetune, progress: Progress = quiet) -> TrainingResult:
     """Train `job.model` on the answers of `job.dataset` and write it to `job.output_dir`."""
     source = Checkpoint.open(job.model, offline=job.offline)
     check(job, source)
+    job = replace(job, dataset=expand(job.dataset))
+    begun = with_suiting_head(job, source, progress)
+    has_new_head, source = begun is not source, begun
     objective = finetuning(job, source)
     check_start(job, source)
-    job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
+    if directory is not None:
+        check_teacher(job, source, directory)
     with derive_in_first(source, job, "finetune") as target:
+        if has_new_head and is_first():
+            leave_out_what_another_head_made(target.path)
         rows, num_examples, target.data = from_first(lambda: _rows(job, source, progress))
         teacher = teacher_for(job, directory, rows, "finetune", progress)
         model = load_model(source)

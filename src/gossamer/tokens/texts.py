@@ -30,6 +30,10 @@ class Texts:
         given = [valid_text(it) if isinstance(it, str) else (*map(valid_text, it),) for it in texts]
         return self._tokenizer.encode_batch(given)
 
+    def encode_words(self, words: Sequence[str]) -> tokenizers.Encoding:
+        """Of a text that is cut into words already; `word_ids` say which of them a token is of."""
+        return self._tokenizer.encode([*map(valid_text, words)], is_pretokenized=True)
+
 
 def marks(tokenizer: Encoder) -> list[int]:
     """What begins and what ends a text, such as [CLS] and [SEP]; ConfigError where it is anything else."""

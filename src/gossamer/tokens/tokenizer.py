@@ -72,26 +72,6 @@ class Tokenizer(Encoder):
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in found]
 
-    def encode_texts(self, texts: Sequence[str], max_length: int) -> list[int]:
-        """The ids of one text, or of two that belong together, with marks; the longer one is cut first."""
-        found = [self._tokenizer.encode(valid_text(text), add_special_tokens=False) for text in texts]
-        first, second = found[0], found[1] if len(found) > 1 else None
-        room = max_length - len(self._tokenizer.post_process(first, second).ids) + sum(map(len, found))
-        short, *longer = sorted(found, key=len)
-        short.truncate(min(len(short), room // len(found)))
-        for each in longer:
-            each.truncate(min(len(each), room - len(short)))
-        return self._tokenizer.post_process(first, second).ids
-
-    def encode_words(self, words: Sequence[str], max_length: int) -> tuple[list[int], list[int | None]]:
-        """The ids of a text of words, with marks, and which word each is of (None: a mark)."""
-        found = self._tokenizer.encode(
-            [*map(valid_text, words)], is_pretokenized=True, add_special_tokens=False
-        )
-        found.truncate(max_length - len(self.encode("")))
-        found = self._tokenizer.post_process(found)
-        return found.ids, found.word_ids
-
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""

@@ -17,13 +17,13 @@ from gossamer.training.labelled import Classes, MaskedTokens
 from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions
 from gossamer.training.vectors import COSINE_WEIGHT, TextVectors
-from gossamer.training.whole_model import CLASSES
 
 if TYPE_CHECKING:
     from gossamer.stages.finetune import Finetune
     from gossamer.stages.pretrain import Pretrain
 
 FORMATS: dict[Task, str] = {"sequence": "classification", "tokens": "tokens"}  # an encoder's examples
+FOR_DECODERS = "prompt-completion, chat, instruct or text"
 
 
 def longest_text(source: Checkpoint) -> int:
@@ -69,21 +69,30 @@ def finetuning(job: "Finetune", source: Checkpoint) -> Callable[[PreTrainedModel
     Raises ConfigError where it does not, UnsupportedError for options that have no part in it.
     """
     anatomy = source.architecture
-    suiting = {"generation": "prompt-completion, chat, instruct or text", **FORMATS}.get(anatomy.task)
-    tasks: dict[str, Task] = {format: task for task, format in FORMATS.items()}
-    wanted = tasks.get(job.format, "generation")
-    if suiting is None or anatomy.task != wanted:
-        advice = "" if suiting is None else f", or --format {suiting}"
+    if anatomy.is_encoder != (job.format in FORMATS.values()):
+        suiting = " or ".join(FORMATS.values()) if anatomy.is_encoder else FOR_DECODERS
         raise ConfigError(
-            f"--format {job.format} is learned by a model for {wanted}; found {source.path}, one for "
-            f"{anatomy.task}: give a model with that head (transformers' {CLASSES[wanted].__name__} makes "
-            f"one){advice}"
+            f"--format {job.format} is learned by {'decoders' if anatomy.is_encoder else 'encoders'}; found "
+            f"{source.path}, a {anatomy.model_type} for {anatomy.task}: expected --format {suiting}"
         )
     if anatomy.task == "generation":
         return NextToken
     refuse_for_encoders(job, source)
     end_id = marks(Tokenizer.open(source.path))[1]
     return lambda model: Classes(model, anatomy, end_id)
+
+
+def check_teacher(job: "Finetune", source: Checkpoint, teacher: Checkpoint) -> None:
+    """Raise ConfigError unless a teacher whose logits an encoder learns has its head and its classes."""
+    if not source.architecture.is_encoder or job.distill not in ("kl", "both"):
+        return
+    theirs, ours = ((it.architecture.task, classes(it)) for it in (teacher, source))
+    if theirs != ours:
+        found, wanted = (f"{task}, of {', '.join(names)[:80]}" for task, names in (theirs, ours))
+        raise ConfigError(
+            f"--distill {job.distill}: --teacher {teacher.path} has a head for {found}; expected one for "
+            f"{wanted}"
+        )
 
 
 def classes(source: Checkpoint) -> list[str]:

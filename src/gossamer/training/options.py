@@ -54,6 +54,9 @@ class TrainingOptions(ThreadOptions):
     learning_rate: float = option(3e-4, help="highest learning rate; it falls to 0")
     warmup_ratio: float = option(0.02, help="share of the steps in which the learning rate rises")
     lr_schedule: Literal["linear", "cosine"] = option("linear", help="how the learning rate falls")
+    lr_cycles: int = option(
+        1, help="times that it falls, in equal parts of the steps: gradual pruning recovers in each"
+    )
     weight_decay: float = option(0.1, help="AdamW's decay of matrices (norms have none)")
     max_grad_norm: float = option(1.0, help="gradients of a larger norm are scaled down to it (0: none are)")
     precision: Literal["auto", "f32", "bf16"] = option(
@@ -136,6 +139,8 @@ def check_options(job: TrainingOptions) -> None:
             f"--learning-rate {job.learning_rate:g}, --warmup-ratio {job.warmup_ratio:g}: "
             "expected a rate above 0 and a ratio in [0, 1)"
         )
+    if job.lr_cycles < 1:
+        raise ConfigError(f"--lr-cycles {job.lr_cycles}: expected at least 1")
     if not (0 <= job.weight_decay < math.inf and 0 <= job.max_grad_norm < math.inf):
         raise ConfigError(
             f"--weight-decay {job.weight_decay:g}, --max-grad-norm {job.max_grad_norm:g}: expected numbers "

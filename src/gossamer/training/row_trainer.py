@@ -5,7 +5,7 @@ Every method of the Trainer that is overridden here is in `trainer_contract.SIGN
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gossamer.checkpoint.directory import copy_companions
@@ -65,12 +65,21 @@ class RowTrainer(Trainer):
         self.objective: Objective = objective
         self.kernel: TrainingKernel = kernel
         self.distillation: Distillation | None = None
+        self.rate: Callable[[int], float] | None = None  # a step's share of the highest learning rate
         self._parts = torch.zeros(2, device=args.device)  # of the step's loss so far, in this process
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """Our AdamW, with the options that the Trainer would give to torch's."""
         return AdamW, Trainer.get_optimizer_cls_and_kwargs(args, model)[1]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """By `rate`, or transformers' own where there is none."""
+        if self.rate is not None and self.lr_scheduler is None:
+            given = optimizer or self.optimizer
+            assert isinstance(given, Optimizer)
+            self.lr_scheduler = LambdaLR(given, self.rate)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self,

@@ -34,6 +34,7 @@ from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions, deciding_options
 from gossamer.training.parallel import Parallel, distribute, from_first, rows_of_this_process
 from gossamer.training.preparation import MicroBatch, decide_kernel, prepare
+from gossamer.training.rate import falling
 from gossamer.training.row_trainer import RowTrainer, SaveEvery
 from gossamer.training.rows import Rows
 from gossamer.training.sparse_linear import densify
@@ -99,6 +100,9 @@ def train(
         masks = GradualPruning(schedule, monitor.risen, pattern_of(job.pattern, target.parent))
     kernel = choice.kernel
     trainer = RowTrainer(model, arguments, shared, aim, checkpoints, monitor, masks, callbacks, kernel)
+    if job.lr_cycles > 1:
+        steps, warmup = _num_steps(job, rows), int(arguments.warmup_steps)
+        trainer.rate = falling(job.lr_schedule, warmup, steps, job.lr_cycles)
     if teacher is not None:
         _attach(job, teacher, trainer, elsewhere)
     _run(trainer, start.step, job.save_steps)
@@ -284,10 +288,13 @@ def _interrupted(trainer: RowTrainer) -> KeyboardInterrupt:
     return Interrupted(f"interrupted after step {state.global_step} of {state.max_steps}, saved in {folder}")
 
 
+def _num_steps(job: TrainingOptions, rows: Rows) -> int:
+    return math.ceil(len(rows) / job.batch_rows(rows.row_length))
+
+
 def _arguments(
     job: TrainingOptions, rows: Rows, batch: MicroBatch, checkpoints: Checkpoints
 ) -> TrainingArguments:
-    num_steps = math.ceil(len(rows) / job.batch_rows(rows.row_length))
     arguments = TrainingArguments(
         output_dir=str(checkpoints.staging),
         num_train_epochs=1,
@@ -296,7 +303,7 @@ def _arguments(
         // batch.num_rows,
         learning_rate=job.learning_rate,
         lr_scheduler_type=job.lr_schedule,
-        warmup_steps=round(job.warmup_ratio * num_steps),
+        warmup_steps=round(job.warmup_ratio * _num_steps(job, rows)),
         weight_decay=job.weight_decay,
         max_grad_norm=job.max_grad_norm,
         adam_beta2=0.95,

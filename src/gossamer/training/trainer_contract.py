@@ -26,6 +26,7 @@ SIGNATURES = {
     "_save_optimizer_and_scheduler": "(self, output_dir)",
     "_save_rng_state": "(self, output_dir)",
     "compute_loss": "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
+    "create_scheduler": "(self, num_training_steps, optimizer=None)",
     "get_batch_samples": "(self, epoch_iterator, num_batches, device)",
     "get_optimizer_cls_and_kwargs": "(args, model=None)",
     "log": "(self, logs, start_time=None)",
