@@ -36,6 +36,7 @@ MODERN = {  # in a ModernBERT: a first layer, one with a window, and one that se
     "num_hidden_layers": 4,
     "local_attention": 10,
     "global_attn_every_n_layers": 3,
+    "classifier_pooling": "mean",
     **{f"{name}_token_id": index for index, name in enumerate(("pad", "unk", "cls", "sep"))},
     "bos_token_id": 2,
     "eos_token_id": 3,
