@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.fused import stored_names
 from gossamer.checkpoint.schemes import W8A8
 from gossamer.compress.int8 import quantize_weights, row_scales
 
@@ -31,16 +32,27 @@ SIZES = {
     "max_position_embeddings": 66,
     "type_vocab_size": 2,
 }
+MODERN = {  # in a ModernBERT: a first layer, one with a window, and one that sees everything
+    "num_hidden_layers": 4,
+    "local_attention": 10,
+    "global_attn_every_n_layers": 3,
+    "classifier_pooling": "mean",
+    **{f"{name}_token_id": index for index, name in enumerate(("pad", "unk", "cls", "sep"))},
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
 
 
 def save_encoder(directory: Path, name: str = "BertModel", seed: int = 0, **config: Any) -> Any:
     """transformers' model of the class `name`, saved to `directory` and returned."""
     torch.manual_seed(seed)
     kind: Any = getattr(transformers, name)
-    model = kind(kind.config_class(**SIZES | config)).eval()
+    is_modern = name.startswith("ModernBert")  # whose hidden states no norm keeps small
+    sizes, std = (SIZES | MODERN, 0.15) if is_modern else (SIZES, 0.3)
+    model = kind(kind.config_class(**sizes | config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3 if parameter.dim() == 2 else 0.1)
+            parameter.normal_(std=std if parameter.dim() == 2 else 0.1)
         for module in model.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.weight += 1
@@ -63,7 +75,7 @@ def round_to_int8(directory: Path, sparsity: float = 0.0, together: int = 1) -> 
     """Make the directory's linears W8A8, so many of their weights zero, `together` at a time."""
     tensors, source = load_file(directory / "model.safetensors"), Checkpoint.open(directory)
     generator = torch.Generator().manual_seed(0)
-    for name in source.linears:
+    for name in stored_names(source.architecture, source.linears):
         weight = tensors[f"{name}.weight"]
         shape = (weight.shape[0], weight.shape[1] // together)
         zero = torch.rand(shape, generator=generator).repeat_interleave(together, 1) < sparsity

@@ -169,7 +169,7 @@ void Decoder::attend_item(const Pass& pass, const AttentionItem& item, int index
          .num_tokens = item.count,
          .num_heads = heads,
          .position = run.position + item.first,
-         .causal = true,
+         .num_positions = run.position + run.count,
          .window = weights_.blocks[std::size_t(index)].window,
          .scale = float(1.0 / std::sqrt(double(config_.head_dim))),
          .state = item.state < 0 ? nullptr : attention_states_.data() + item.state,

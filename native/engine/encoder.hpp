@@ -3,10 +3,11 @@
 // Texts lie one behind the other, without any padding, in passes of as many as fit. The products of a pass go
 // through in slices of at most Linears::kMaxTokens tokens. In attention a thread takes some heads of some
 // texts, and lays out the keys and values of one head in memory of its own. Results depend neither on the
-// number of threads nor on which texts share a pass.
+// number of threads nor on which texts share a pass. Memory grows with the longest text so far.
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -55,24 +56,30 @@ class Encoder {
         std::size_t first_text, first_token;  // of the batch
         int num_tokens;
         std::vector<Text> texts;
-        std::vector<int>
-            shares;  // heads of texts, text by text; those of thread i: shares[i] .. shares[i + 1]
+        // By window: heads of texts, text by text; those of thread i: shares[i] .. shares[i + 1].
+        std::map<int, std::vector<int>> shares;
+    };
+    struct Buffers {  // of a pass
+        Scratch hidden, q, k, v, attended;
     };
 
     template <class Finish>
     void run(const Texts& texts, Finish finish);
+    void reserve(int num_tokens, int length);
     template <class Work>
     static void for_slices(int num_tokens, Work work);
-    void split(Pass& pass) const;
+    std::vector<int> split(const Pass& pass, int window) const;
     // A token's hidden states. Of a single token, which no barrier follows, every thread has its own.
     float* hidden(int token, int num_tokens, int thread) const {
-        return hidden_.floats() + std::size_t(num_tokens == 1 ? thread : token) * hidden_stride_;
+        return buffers_->hidden.floats() + std::size_t(num_tokens == 1 ? thread : token) * hidden_stride_;
     }
     void embed(const Texts& texts, const Pass& pass, int thread);
     void run_block(const EncoderBlock& block, const Pass& pass, int thread);
-    void attend(const Pass& pass, int thread);
-    void attend_head(const Text& text, int head, int thread);
-    float add_product(const LayerNorm& norm, int row, float* h_D) const;
+    void attend(const EncoderBlock& block, const Pass& pass, int thread);
+    void attend_head(const EncoderBlock& block, const Text& text, int head, int thread);
+    void add_product(int row, float* h_D) const;
+    float normalize(const LayerNorm& norm, const float* x_D, float* y_D) const;
+    void prepare(const Group& group, const LayerNorm& norm, float* h_D, int token, int count, int thread);
     void pool_text(const Pass& pass, const Text& text, Pooling pooling, int thread, float* vector_D) const;
 
     const EncoderConfig config_;
@@ -80,14 +87,15 @@ class Encoder {
     const VectorKernels& kernels_;
     const AttentionKernels& attention_;
     const EncoderWeights weights_;
-    const int most_tokens_;  // of a pass
     // From one token's row to the next, in floats.
     std::size_t hidden_stride_, heads_stride_, inner_stride_;
     Linears linears_;
-    Scratch hidden_, q_, k_, v_, attended_;  // of a pass
-    Scratch inner_, product_;                // of a slice
-    std::vector<KvCache> keys_values_;       // of each thread: one head of one text
-    Scratch attention_scratch_;              // of each thread
+    std::unique_ptr<Buffers> buffers_;
+    int num_rows_ = 0;                        // tokens that the buffers hold
+    std::vector<std::vector<float>> angles_;  // of each rope: cosines and sines of positions from 0 on
+    Scratch inner_, up_, product_;            // of a slice
+    std::vector<KvCache> keys_values_;        // of each thread: one head of one text
+    Scratch attention_scratch_, rows_;        // of each thread
 };
 
 }  // namespace gossamer

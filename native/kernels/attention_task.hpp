@@ -38,9 +38,8 @@ struct Seen {
 };
 
 inline Seen seen(const AttentionTask& task, int chunk, int token) {
-    const int last = task.position + (task.causal ? token : 0);
-    const int end = last + 1 - chunk * kChunkPositions;
-    return {std::max(0, end - task.window), std::min(kChunkPositions, end)};
+    const int first = chunk * kChunkPositions, end = task.position + token + 1 - first;
+    return {std::max(0, end - task.window), std::min({kChunkPositions, end, task.num_positions - first})};
 }
 
 // What the wider levels keep for each row of a task.

@@ -48,8 +48,7 @@ inline int same_first_chunk(int position, int window) {
 }
 
 // New tokens of one sequence that attend to its cached positions at one key/value head (attention.cpp). Token
-// t sees `window` positions, or as many as there are, up to position + t if the task is causal; up to
-// `position` otherwise, as all of its tokens do.
+// t sees the `window` positions up to position + t, as far as these are among the sequence's `num_positions`.
 struct AttentionTask {
     KvLayout layout;
     const std::uint8_t* const* chunks;  // of the sequence
@@ -59,8 +58,7 @@ struct AttentionTask {
     float* out;          // written if `state` is null: then the chunks hold all that the tokens see
     std::size_t stride;  // floats between tokens
     int num_tokens, num_heads, position;  // heads: those that share the key/value head
-    bool causal;
-    int window;
+    int num_positions, window;
     float scale;
     float* state;    // of each row (attention_state_floats), for merge_attention; one token, one chunk
     float* scratch;  // attention_scratch_floats
@@ -85,6 +83,7 @@ struct VectorKernels {
     float (*layernorm)(const float* x_D, const float* weight_D, const float* bias_D, float eps, int count,
                        float* y_D);
     float (*gelu)(const float* x, int count, float* y);  // NaN stays NaN, but is not counted in max|y|
+    float (*geglu)(const float* gate, const float* up, int count, float* y);   // y may be gate
     float (*swiglu)(const float* gate, const float* up, int count, float* y);  // y may be gate
     float (*largest)(const float* x, int count);                               // max|x|
     // Writes q + 128 and returns the scale, max|x| / 127.5.

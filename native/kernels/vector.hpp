@@ -11,6 +11,7 @@
 //              p, of degree 9 and by fused multiply-adds, is a minimax fit to the eighth root that the normal
 //              distribution's tail leaves it on [0, 6] (after Abramowitz and Stegun, 7.1.28), off by 8e-9 in
 //              h. Beyond 6, a is taken for 6, where h is 6e-9. With rounding, y is within 1.7e-7 max(1, |x|).
+//   geglu      y = gelu(gate) * up
 //   largest    max |x|
 //   quantize   scale = max|x| / 127.5;  q = clamp(round(x / scale), -128, 127), stored as q + 128
 //              This is compressed-tensors' dynamic symmetric scheme with a scale for each token; the scale is

@@ -68,7 +68,7 @@ class PyEncoder {
                           .types = {types.data(), types.size()},
                           .lengths = {lengths.data(), lengths.size()}};
         check_range(texts.ids, 0, config.vocab_size, "token id");
-        check_range(texts.types, 0, config.num_types, "token type");
+        check_range(texts.types, 0, std::max(1, config.num_types), "token type");
         check_range(texts.lengths, 1, config.max_length() + 1, "a text's length");
         std::size_t total = 0;
         for (const std::int32_t length : texts.lengths) total += std::size_t(length);

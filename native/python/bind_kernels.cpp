@@ -181,14 +181,16 @@ nb::tuple gelu(const std::string& level, FloatMatrix x_TN) {
     return nb::make_tuple(to_numpy(std::move(y), T, N, N), to_numpy(std::move(largest), T, 1, 1));
 }
 
-nb::tuple swiglu(const std::string& level, FloatMatrix gate_TN, FloatMatrix up_TN) {
+// A product of two rows, an activation function of the first.
+template <auto kernel>
+nb::tuple gated(const std::string& level, FloatMatrix gate_TN, FloatMatrix up_TN) {
     const std::size_t T = gate_TN.shape(0), N = gate_TN.shape(1);
     if (up_TN.shape(0) != T || up_TN.shape(1) != N) throw EngineError("gate and up have different shapes");
     std::unique_ptr<float[]> y(new float[T * N]), largest(new float[T]);
     const VectorKernels& kernels = find_vector(runnable(level));
     for (std::size_t t = 0; t < T; ++t) {
         const std::size_t begin = t * N;
-        largest[t] = kernels.swiglu(gate_TN.data() + begin, up_TN.data() + begin, int(N), y.get() + begin);
+        largest[t] = (kernels.*kernel)(gate_TN.data() + begin, up_TN.data() + begin, int(N), y.get() + begin);
     }
     return nb::make_tuple(to_numpy(std::move(y), T, N, N), to_numpy(std::move(largest), T, 1, 1));
 }
@@ -221,8 +223,8 @@ nb::tuple split(const std::string& level, FloatMatrix x_TK) {
 }
 
 // Attention of new tokens q_TAE over keys and values of one key/value head, the tokens being the last of the
-// S positions, each of which sees `window` positions up to its own if `causal`, else all S; `split`: chunk by
-// chunk, merged afterwards, as a long decode step does it.
+// S positions, each of which sees `window` positions up to its own if `causal`, else a window that it is in
+// the middle of, or all S; `split`: chunk by chunk, merged afterwards, as a long decode step does it.
 nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, const std::string& kv,
                                                      FloatCube q_TAE, FloatMatrix k_SE, FloatMatrix v_SE,
                                                      int window, bool split, bool causal) {
@@ -230,7 +232,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
     const int S = int(k_SE.shape(0)), chunks = (S + kChunkPositions - 1) / kChunkPositions;
     const bool fits = int(k_SE.shape(1)) == E && int(v_SE.shape(1)) == E && int(v_SE.shape(0)) == S;
     if (!fits || T < 1 || T > S || (split && T != 1) || window < 1 || window > kNoWindow ||
-        (!causal && window != kNoWindow))
+        (!causal && window != kNoWindow && (split || window % 2 == 0)))
         throw EngineError("queries, keys and values do not fit together");
     const KvLayout layout{parse_kv(kv), E};
     KvCache cache(layout, 1, 1, S);
@@ -251,18 +253,21 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> attention(const std::string& level, c
                        .num_tokens = T,
                        .num_heads = A,
                        .position = S - 1,
-                       .causal = causal,
+                       .num_positions = S,
                        .window = window,
                        .scale = float(1.0 / std::sqrt(double(E))),
                        .state = nullptr,
                        .scratch = scratch.data()};
     const AttentionKernels& kernels = find_attention(layout.values, runnable(level));
     for (int t = 0; !split && t < T; t += task.num_tokens) {
-        if (causal) {  // those that begin in one chunk
-            task.position = S - T + t, task.begin = first_chunk(task.position, window);
+        if (causal || window != kNoWindow) {  // those that begin in one chunk
+            task.position = S - T + t + (causal ? 0 : window / 2);
+            task.begin = first_chunk(task.position, window);
             task.num_tokens = std::min(T - t, same_first_chunk(task.position, window));
             task.q = q_TAE.data() + t * stride, task.out = out.get() + t * stride;
         }
+        const int seen = std::min(S, task.position + task.num_tokens);
+        task.end = (seen + kChunkPositions - 1) / kChunkPositions;
         kernels.attention(task);
     }
     const int begin = first_chunk(S - 1, window);
@@ -386,7 +391,8 @@ void bind_kernels(nb::module_& m) {
     m.def("quantize", &quantize, "isa"_a, "x_TK"_a);
     m.def("largest", &largest, "isa"_a, "x"_a);
     m.def("split", &split, "isa"_a, "x_TK"_a);
-    m.def("swiglu", &swiglu, "isa"_a, "gate_TN"_a, "up_TN"_a);
+    m.def("geglu", &gated<&VectorKernels::geglu>, "isa"_a, "gate_TN"_a, "up_TN"_a);
+    m.def("swiglu", &gated<&VectorKernels::swiglu>, "isa"_a, "gate_TN"_a, "up_TN"_a);
     m.def("attention", &attention, "isa"_a, "kv"_a, "q_TAE"_a, "k_SE"_a, "v_SE"_a, "window"_a = kNoWindow,
           "split"_a = false, "causal"_a = true);
     m.def("rope", &rope, "isa"_a, "x_HE"_a, "cos_sin"_a);

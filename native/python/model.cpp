@@ -21,7 +21,14 @@ EncoderBlockConfig read_encoder_block(nb::handle block, std::size_t index) {
     const Fields fields = block_fields(block, index);
     return {.names = read_names(fields),
             .attention_norm = fields.text("attention_norm"),
-            .feed_forward_norm = fields.text("feed_forward_norm")};
+            .feed_forward_norm = fields.text("feed_forward_norm"),
+            .rope = fields.integer("rope"),
+            .window = fields.integer("window")};
+}
+
+EncoderRope read_rope(nb::handle rope) {
+    const Fields fields(rope, "a rope of the model's config");
+    return {.inverse_frequencies = fields.floats("inverse_frequencies"), .scale = fields.number("scale")};
 }
 
 BlockConfig read_block(nb::handle block, std::size_t index) {
@@ -86,11 +93,17 @@ EncoderConfig read_encoder_config(nb::dict config) {
                         .first_position = fields.integer("first_position"),
                         .num_types = fields.integer("num_types"),
                         .norm_eps = fields.number("norm_eps"),
+                        .norm_first = fields.flag("norm_first"),
+                        .norm_bias = fields.flag("norm_bias"),
+                        .gated = fields.flag("gated"),
                         .embedding = fields.text("embedding"),
                         .positions = fields.text("positions"),
                         .types = fields.text("types"),
                         .norm = fields.text("norm"),
+                        .final_norm = fields.text("final_norm"),
+                        .ropes = {},
                         .blocks = {}};
+    for (nb::handle rope : fields.list("ropes")) found.ropes.push_back(read_rope(rope));
     for (nb::handle block : fields.list("blocks"))
         found.blocks.push_back(read_encoder_block(block, found.blocks.size()));
     return found;

@@ -53,7 +53,7 @@ constexpr int kLengths[] = {1, 2, 7, 16, 33, 100, 1031};
 
 void run_vectors(const VectorKernels& kernels, Numbers& numbers) {
     Hash rmsnorm("rmsnorm"), swiglu("swiglu"), largest("largest"), quantize("quantize"), split("split");
-    Hash layernorm("layernorm"), gelu("gelu");
+    Hash layernorm("layernorm"), gelu("gelu"), geglu("geglu");
     for (const int count : kLengths) {
         const std::vector<float> x = numbers.floats(count, 20), w = numbers.floats(count);
         std::vector<float> y(x.size());
@@ -65,6 +65,8 @@ void run_vectors(const VectorKernels& kernels, Numbers& numbers) {
         layernorm.add(y);
         gelu.add_one(kernels.gelu(x.data(), count, y.data()));
         gelu.add(y);
+        geglu.add_one(kernels.geglu(x.data(), w.data(), count, y.data()));
+        geglu.add(y);
         swiglu.add_one(kernels.swiglu(x.data(), w.data(), count, y.data()));
         swiglu.add(y);
         const float most = kernels.largest(x.data(), count);

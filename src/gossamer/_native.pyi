@@ -225,6 +225,9 @@ def split(isa: str, x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def quantize(isa: str, x_TK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 q + 128 [T, K] and float32 scales [T, 1] of dynamic symmetric quantization per token."""
 
+def geglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 y = gelu(gate) * up, and max|y| [T, 1]."""
+
 def swiglu(isa: str, gate_TN: np.ndarray, up_TN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float32 y = gate / (1 + exp(-gate)) * up, and max|y| [T, 1]."""
 
@@ -240,7 +243,8 @@ def attention(
 ) -> np.ndarray:
     """float32 [T * A, E]: softmax(q k^T / sqrt(E)) v of the last T of S positions at one key/value head.
 
-    Each token sees `window` positions up to its own; if not `causal`, all S, without a window. `split`
+    Each token sees `window` positions up to its own; if not `causal`, all S, or an odd
+    window that it is in the middle of. `split`
     (one token): by chunks, which are merged then.
     """
 

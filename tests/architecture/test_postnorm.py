@@ -10,8 +10,8 @@ from transformers import BertForPreTraining, BertModel
 
 from encoders import SIZES, save_encoder
 from gossamer.architecture.config import Config
+from gossamer.architecture.encoder import TASKS, labels
 from gossamer.architecture.families import read_anatomy
-from gossamer.architecture.postnorm import TASKS, labels
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, UnsupportedError
 

@@ -32,11 +32,15 @@ def draw(
 def attention(
     q_TAE: np.ndarray, k_SE: np.ndarray, v_SE: np.ndarray, window: int = NO_WINDOW, causal: bool = True
 ) -> np.ndarray:
-    """softmax(q k^T / sqrt(E)) v in float64, every token seeing `window` positions up to its own, or all."""
+    """softmax(q k^T / sqrt(E)) v in float64, every token seeing `window` positions up to its own, or all.
+
+    Where it is not causal, it is in the middle of an odd window.
+    """
     T, S = len(q_TAE), len(k_SE)
     scores_TAS = q_TAE.astype(np.float64) @ k_SE.T.astype(np.float64) / np.sqrt(q_TAE.shape[2])
     own_T11 = np.arange(S - T, S)[:, None, None]
-    seen_T1S = ((np.arange(S) <= own_T11) | (not causal)) & (np.arange(S) > own_T11 - window)
+    behind = 0 if causal else window // 2
+    seen_T1S = (np.arange(S) <= own_T11 + behind) & (np.arange(S) > own_T11 + behind - window)
     scores_TAS = np.where(seen_T1S, scores_TAS, -np.inf)
     weights_TAS = np.exp(scores_TAS - scores_TAS.max(axis=2, keepdims=True))
     return (weights_TAS @ v_SE / weights_TAS.sum(axis=2, keepdims=True)).reshape(-1, q_TAE.shape[2])
@@ -112,6 +116,28 @@ def test_tokens_of_a_text_see_all_of_it(row: dict[str, str], tokens: int) -> Non
         found = check(row, *arrays, causal=False)
         differs = tokens > 1  # from what they see of what came before them
         assert differs != np.array_equal(found, _native.attention(row["isa"], row["values"], *arrays))
+
+
+@cell
+@pytest.mark.parametrize("half", [0, 1, 7, 8, 64, 128, 255, 256, 300])
+def test_a_token_of_a_text_is_in_the_middle_of_its_window(row: dict[str, str], half: int) -> None:
+    for tokens, before, width in ((1, 0, 16), (24, 0, 20), (300, 0, 16), (530, 260, 6)):
+        q_TAE, k_SE, v_SE = draw(tokens, 1, before + tokens, width)
+        found = check(row, q_TAE, k_SE, v_SE, 2 * half + 1, causal=False)
+        hidden = max(0, before - half)  # from all of the tokens
+        k_SE[:hidden], v_SE[:hidden] = 1000, -1000
+        again = _native.attention(row["isa"], row["values"], q_TAE, k_SE, v_SE, 2 * half + 1, causal=False)
+        np.testing.assert_array_equal(again, found)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_window_around_every_token_that_holds_everything_changes_no_bit(isa: str) -> None:
+    arrays = draw(300, 2, 300, 20)
+    expected = _native.attention(isa, "f32", *arrays, causal=False)
+    found = _native.attention(isa, "f32", *arrays, 599, causal=False)
+    np.testing.assert_array_equal(found, expected)
+    narrow = _native.attention(isa, "f32", *arrays, 595, causal=False)
+    assert not np.array_equal(narrow, expected)
 
 
 @pytest.mark.parametrize("kv", KVS)

@@ -22,6 +22,8 @@ from packed.make_files import FILES
 LEVELS = [level for level, runs in _native.levels().items() if runs]
 LENGTHS = (1, 2, 14, 255, 256, 257, 300, 512, 7, 1)
 SIZES = {"max_position_embeddings": 514, "hidden_size": 72, "intermediate_size": 200}
+MODERN_SIZES = SIZES | {"max_position_embeddings": 800}
+MODERN_LENGTHS = (1, 2, 14, 255, 257, 300, 700, 7, 1)
 # Of the largest hidden state; AMX multiplies float32 as two bfloat16 (native/kernels/x86/floats.cpp).
 TOLERANCE = 1e-5
 STATES = """
@@ -45,10 +47,10 @@ np.save(sys.argv[3], one)
 """
 
 
-def make_texts(path: Path, lengths: tuple[int, ...] = LENGTHS) -> dict[str, np.ndarray]:
+def make_texts(path: Path, lengths: tuple[int, ...] = LENGTHS, num_types: int = 2) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     ids = rng.integers(5, 40, sum(lengths)).astype(np.int32)
-    texts = {"ids": ids, "types": ids % 2, "lengths": np.array(lengths, np.int32)}
+    texts = {"ids": ids, "types": ids % num_types, "lengths": np.array(lengths, np.int32)}
     np.savez(path, **texts)
     return texts
 
@@ -72,8 +74,9 @@ def expected(model: Any, texts: Mapping[str, np.ndarray]) -> np.ndarray:
     found, begin = [], 0
     for length in texts["lengths"]:
         ids, types = (torch.tensor(texts[name][begin : begin + length])[None] for name in ("ids", "types"))
+        more = {"token_type_ids": types} if hasattr(model.config, "type_vocab_size") else {}
         with torch.no_grad():
-            found.append(model(input_ids=ids, token_type_ids=types).last_hidden_state[0].numpy())
+            found.append(model(input_ids=ids, **more).last_hidden_state[0].numpy())
         begin += length
     return np.concatenate(found)
 
@@ -88,6 +91,40 @@ def test_floats_are_those_of_transformers(name: str, level: str, tmp_path: Path)
         expected(model, texts),
     )
     assert np.abs(found_TD - expected_TD).max() <= TOLERANCE * np.abs(expected_TD).max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {f"{name}_bias": True for name in ("norm", "attention", "mlp")},
+        {"local_attention": 513, "layer_types": ["sliding_attention", *["full_attention"] * 3]},
+    ],
+)
+def test_modernberts_floats_are_those_of_transformers(
+    switches: dict[str, Any], level: str, tmp_path: Path
+) -> None:
+    """Windows of 11 tokens, and of 513 that reach into a third chunk of positions; ropes of two bases."""
+    model = save_encoder(tmp_path / "model", "ModernBertModel", **MODERN_SIZES, **switches)
+    texts = make_texts(tmp_path / "texts.npz", MODERN_LENGTHS, 1)
+    found_TD = states(packed_as(tmp_path / "model"), tmp_path / "texts.npz", level)
+    expected_TD = expected(model, texts)
+    assert np.abs(found_TD - expected_TD).max() <= TOLERANCE * np.abs(expected_TD).max()
+
+
+def test_modernberts_int8_has_the_same_bits_at_every_level_and_is_near_torch(tmp_path: Path) -> None:
+    model = save_encoder(tmp_path / "model", "ModernBertModel", **MODERN_SIZES)
+    make_texts(tmp_path / "texts.npz", MODERN_LENGTHS[:6], 1)
+    packed = packed_as(round_to_int8(tmp_path / "model"), "smallest")
+    first, *others = (states(packed, tmp_path / "texts.npz", level) for level in LEVELS)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+    expected_TD = expected(model, np.load(tmp_path / "texts.npz"))
+    cosine_T = (first * expected_TD).sum(1) / (
+        np.linalg.norm(first, axis=1) * np.linalg.norm(expected_TD, axis=1)
+    )
+    assert cosine_T.min() > 0.99
 
 
 @pytest.mark.parametrize(("sparsity", "together"), [(0.0, 1), (0.7, 1), (0.7, 4)])
@@ -202,6 +239,50 @@ def test_a_block_without_a_role_or_with_another_is_an_error(bert: Packed) -> Non
     ):
         with pytest.raises(FormatError, match=message):
             native(bert, blocks=[first | {"linears": changed}, *others])
+
+
+@pytest.fixture(scope="module")
+def modern(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    directory = tmp_path_factory.mktemp("modern") / "model"
+    save_encoder(directory, "ModernBertModel")
+    return packed_as(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"ropes": []}, "block 0: found a window or a rope that is none"),
+        ({"ropes": 1}, "ropes is not a list"),
+        ({"ropes": [{"inverse_frequencies": np.ones(2, np.float32), "scale": 1.0}] * 2}, "for each pair"),
+        ({"ropes": [{"inverse_frequencies": np.full(3, np.nan, np.float32), "scale": 1.0}] * 2}, "for each"),
+        ({"ropes": [{"inverse_frequencies": np.ones(3, np.float32), "scale": float("inf")}] * 2}, "for each"),
+        ({"ropes": [{"scale": 1.0}] * 2}, "a rope of the model's config lacks inverse_frequencies"),
+        ({"norm_bias": True}, "no tensor embeddings.norm.bias"),
+        ({"norm_first": 1}, "norm_first is not True or False"),
+        ({"gated": False}, "block 0: found role gate; expected q, k, v, o, up and down"),
+        ({"final_norm": "layers.0.mlp.Wo"}, "layers.0.mlp.Wo.weight: found F32"),
+    ],
+)
+def test_a_config_that_does_not_fit_a_modernbert_is_an_error(
+    config: dict[str, Any], message: str, modern: Packed
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        native(modern, **config)
+
+
+@pytest.mark.parametrize("change", [{"window": -1}, {"window": 4}, {"rope": 2}, {"rope": -2}])
+def test_a_window_or_a_rope_that_is_none_is_an_error(change: dict[str, int], modern: Packed) -> None:
+    first, second, *others = modern.native_encoder_config()["blocks"]
+    with pytest.raises(FormatError, match="block 1: found a window or a rope that is none"):
+        native(modern, blocks=[first, second | change, *others])
+
+
+def test_memory_grows_with_the_longest_text(tmp_path: Path) -> None:
+    """A configuration may promise texts longer than any memory holds."""
+    save_encoder(tmp_path / "model", "ModernBertModel", max_position_embeddings=1 << 23)
+    encoder, texts = native(packed_as(tmp_path / "model")), make_texts(tmp_path / "texts.npz", (3, 600, 3), 1)
+    found_TD = encoder.hidden_states(texts["ids"], texts["types"], texts["lengths"])
+    assert found_TD.shape == (606, 24) and np.isfinite(found_TD).all()
 
 
 def test_words_that_are_not_dense_are_an_error(bert: Packed) -> None:

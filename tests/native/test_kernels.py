@@ -24,6 +24,7 @@ VECTORS = {  # inputs of one length [1, n] -> outputs that every level must give
     "rmsnorm": lambda isa, a, b: _native.rmsnorm(isa, a, b[0], 1e-5),
     "layernorm": lambda isa, a, b: _native.layernorm(isa, a, b[0], a[0], 1e-5),
     "gelu": lambda isa, a, b: _native.gelu(isa, a),
+    "geglu": lambda isa, a, b: _native.geglu(isa, a, b),
     "swiglu": lambda isa, a, b: _native.swiglu(isa, a, b),
     "largest": lambda isa, a, b: _native.largest(isa, a[0]),
     "quantize": lambda isa, a, b: _native.quantize(isa, a),
@@ -247,6 +248,15 @@ def test_gelu_at_the_ends_of_float32(isa: str, width: int) -> None:
     assert (found[np.inf][0] == np.inf).all() and found[np.inf][1] == np.inf
     assert (np.abs(found[-np.inf][0]) < 1e-8).all()
     assert np.isnan(found[np.nan][0]).all() and found[np.nan][1] == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_geglu_is_gelu_of_the_gate_times_the_rest(isa: str) -> None:
+    for width in (1, 7, 16, 37, 300):
+        gate_TN, up_TN = 3 * np.random.default_rng(0).standard_normal((2, 3, width)).astype(np.float32)
+        found_TN, largest_T1 = _native.geglu(isa, gate_TN, up_TN)
+        np.testing.assert_array_equal(found_TN, _native.gelu(isa, gate_TN)[0] * up_TN)
+        np.testing.assert_array_equal(largest_T1, np.abs(found_TN).max(axis=1, keepdims=True))
 
 
 def test_every_family_of_the_table_is_tested() -> None:

@@ -38,7 +38,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Packed:
 
 @pytest.mark.parametrize(
     "name",
-    ["BertModel", "BertForMaskedLM", "RobertaForSequenceClassification", "XLMRobertaForQuestionAnswering"],
+    [
+        "BertModel",
+        "BertForMaskedLM",
+        "RobertaForSequenceClassification",
+        "XLMRobertaForQuestionAnswering",
+        "ModernBertModel",
+        "ModernBertForMaskedLM",
+        "ModernBertForSequenceClassification",
+    ],
 )
 def test_all_tensors_come_back(name: str, tmp_path: Path) -> None:
     packed, source = packed_encoder(tmp_path, name), Checkpoint.open(tmp_path / "model")

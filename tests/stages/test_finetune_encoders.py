@@ -20,11 +20,9 @@ from gossamer.stages.finetune import Finetune, finetune
 from gossamer.tokens.texts import Texts
 from gossamer.tokens.tokenizer import Tokenizer
 
-KINDS = {
-    "classification": ("BertForSequenceClassification", "RobertaForSequenceClassification"),
-    "tokens": ("BertForTokenClassification", "RobertaForTokenClassification"),
-}
-CASES = [(kind, name) for kind, names in KINDS.items() for name in names]
+FAMILIES = ("Bert", "Roberta", "ModernBert")  # the last one's head for texts reads their means
+KINDS = {"classification": "ForSequenceClassification", "tokens": "ForTokenClassification"}
+CASES = [(kind, f"{family}{ending}") for kind, ending in KINDS.items() for family in FAMILIES]
 CLASSES = {0: "low", 1: "middle", 2: "high"}
 
 

@@ -32,7 +32,7 @@ def rows_of_texts(seed: int = 0) -> Rows:
     return packed_rows([(ids, [IGNORED] * len(ids)) for ids in texts], 24, 1, seed=0)
 
 
-@pytest.fixture(params=["BertForMaskedLM", "RobertaForMaskedLM"])
+@pytest.fixture(params=["BertForMaskedLM", "RobertaForMaskedLM", "ModernBertForMaskedLM"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     save_encoder(tmp_path / "model", request.param)
     save_encoder(tmp_path / "dense", request.param, seed=1)
@@ -108,9 +108,10 @@ def test_what_is_masked(saved: Path) -> None:
     assert not torch.equal(one["labels"], other["labels"])
 
 
-@pytest.mark.parametrize("name", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
-def test_heads_are_transformers_own(tmp_path: Path, name: str) -> None:
-    model = save_encoder(tmp_path / "model", name, num_labels=3)
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert"])
+def test_heads_are_transformers_own(tmp_path: Path, family: str) -> None:
+    name = f"{family}ForSequenceClassification"
+    model = save_encoder(tmp_path / "model", name, num_labels=3, classifier_pooling="cls")
     ids = torch.tensor([[2, 7, 8, 9, 3]])
     with torch.no_grad():
         found = model(ids, output_hidden_states=True)

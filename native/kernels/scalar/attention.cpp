@@ -4,8 +4,9 @@
 //   s[p] = sum_e (scale q[e]) k[p, e];   m = max s;   w[p] = exp(s[p] - m);   l = sum_p w[p]
 //   o[e] = sum_p w[p] v[p, e];   chunk after chunk (m, l, o) are merged;   out[e] = o[e] / l
 //
-// p are the positions that the token sees: its own and those before it, or the last `window` of them; if the
-// task is not causal, all of them the same. Up to the first of them, the chunk in which it lies has w[p] = 0.
+// p are the positions that the token sees: in a decoder its own and those before it, or the last `window` of
+// them; in an encoder all, or a window of them that the token is in the middle of. Up to the first of them,
+// the chunk in which it lies has w[p] = 0.
 //
 // A row is one query head of one token. Chunks are cut at multiples of 256 positions and merged in order, and
 // sums run in order over e and p, so a row's result depends neither on the other rows nor on how work was

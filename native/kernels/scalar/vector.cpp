@@ -55,14 +55,21 @@ void split(const float* x_K, int count, std::uint16_t* high_K, std::uint16_t* lo
     }
 }
 
+inline float gelu_of(float x) {
+    const float a = std::min(std::abs(x), kGeluEnd);
+    float p = kGelu[0];
+    for (int j = 1; j <= kGeluDegree; ++j) p = std::fma(p, a, kGelu[j]);
+    const float square = p * p, fourth = square * square;
+    return std::max(x, 0.0f) - a / (fourth * fourth);
+}
+
 float gelu(const float* x, int count, float* y) {
-    for (int i = 0; i < count; ++i) {
-        const float a = std::min(std::abs(x[i]), kGeluEnd);
-        float p = kGelu[0];
-        for (int j = 1; j <= kGeluDegree; ++j) p = std::fma(p, a, kGelu[j]);
-        const float square = p * p, fourth = square * square;
-        y[i] = std::max(x[i], 0.0f) - a / (fourth * fourth);
-    }
+    for (int i = 0; i < count; ++i) y[i] = gelu_of(x[i]);
+    return largest(y, count);
+}
+
+float geglu(const float* gate, const float* up, int count, float* y) {
+    for (int i = 0; i < count; ++i) y[i] = gelu_of(gate[i]) * up[i];
     return largest(y, count);
 }
 

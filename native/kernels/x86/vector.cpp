@@ -163,6 +163,17 @@ float gelu(const float* x, int count, float* y) {
     return std::max(largest_of(found), scalar::gelu(x + i, count - i, y + i));
 }
 
+float geglu(const float* gate, const float* up, int count, float* y) {
+    __m256 found = _mm256_setzero_ps();
+    int i = 0;
+    for (; i + kWidth <= count; i += kWidth) {
+        const __m256 result = _mm256_mul_ps(gelu_of(_mm256_loadu_ps(gate + i)), _mm256_loadu_ps(up + i));
+        _mm256_storeu_ps(y + i, result);
+        found = _mm256_max_ps(magnitude(result), found);
+    }
+    return std::max(largest_of(found), scalar::geglu(gate + i, up + i, count - i, y + i));
+}
+
 float swiglu(const float* gate, const float* up, int count, float* y) {
     __m256 found = _mm256_setzero_ps();
     int i = 0;
@@ -293,6 +304,18 @@ float gelu(const float* x, int count, float* y) {
         const __m512 result = gelu_of(_mm512_maskz_loadu_ps(mask, x + i));
         _mm512_mask_storeu_ps(y + i, mask, result);
         found = _mm512_max_ps(_mm512_abs_ps(result), found);
+    }
+    return _mm512_reduce_max_ps(found);
+}
+
+float geglu(const float* gate, const float* up, int count, float* y) {
+    __m512 found = _mm512_setzero_ps();
+    for (int i = 0; i < count; i += kLanes) {
+        const __mmask16 mask = first_lanes(count - i);
+        const __m512 gelu = gelu_of(_mm512_maskz_loadu_ps(mask, gate + i));
+        const __m512 product = _mm512_mul_ps(gelu, _mm512_maskz_loadu_ps(mask, up + i));
+        _mm512_mask_storeu_ps(y + i, mask, product);
+        found = _mm512_max_ps(_mm512_abs_ps(product), found);
     }
     return _mm512_reduce_max_ps(found);
 }

@@ -2,9 +2,8 @@
 
 A `Block` lists its linears in groups that share an input, says which norm or linear produces that input, and
 where the norms are; `Anatomy` is the blocks between an embedding and a head. Checkpoint shapes, the walk
-through a layer, smoothing, the memory estimate, the packed file, synthetic models, `inspect`, `verify` and
-the native engine are all driven by it, and none of them knows a family's name. A family (one file in
-`families/`) makes this value from a `config.json`.
+through a layer, smoothing, the packed file, synthetic models, `inspect` and the native engine are all driven
+by it, and none of them knows a family's name. A family (a file in `families/`) makes it of a `config.json`.
 
 Names of tensors are Hugging Face's. Within a block they are relative to it: `self_attn.q_proj`.
 
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from gossamer.architecture.rope import Rope
 
 if TYPE_CHECKING:
-    from gossamer.architecture.postnorm import Added
+    from gossamer.architecture.encoder import Added
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"  # a decoder's
 
@@ -45,16 +44,17 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """Of `width` numbers: "rms", or "layer" with a bias; its factor is weight + `offset` (Gemma: 1)."""
+    """Of `width` numbers: "rms" or "layer"; its factor is weight + `offset` (Gemma: 1)."""
 
     name: str
     width: int
     offset: float = 0.0
     kind: Literal["rms", "layer"] = "rms"
+    bias: bool = False
 
     def vectors(self) -> dict[str, int]:
-        """Name and length of its weight, and of its bias."""
-        return {f"{self.name}.{it}": self.width for it in ("weight", "bias")[: 1 + (self.kind == "layer")]}
+        """Name and length of its weight, and of its bias where it has one."""
+        return {f"{self.name}.{it}": self.width for it in ("weight", "bias")[: 1 + self.bias]}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Attention:
 
     `rope` is None where positions are not encoded; `window` is how many positions a token sees, itself
     included (None: all before it); `softcap` squashes scores to that magnitude (None: not at all). Where it
-    is not `causal`, a token sees those behind it as well, as in an encoder.
+    is not `causal`, it sees what is behind it as well, as in an encoder: of a window as much as before it.
     """
 
     num_heads: int
@@ -97,10 +97,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """`kind` "swiglu": down(silu(gate(x)) * up(x)), "gelu": down(gelu(up(x))); `num_experts` of a router."""
+    """`kind`: down(silu(gate(x)) * up(x)), the same with gelu, or down(gelu(up(x))); a router's experts."""
 
     width: int
-    kind: Literal["swiglu", "gelu"] = "swiglu"
+    kind: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     num_experts: int = 0
 
 
@@ -108,7 +108,7 @@ class FeedForward:
 class Block:
     """One layer: attention, then feed-forward, each added to the hidden states.
 
-    `order`: whether the norm of a sublayer is applied to its input ("pre"), or to that sum ("post").
+    `order`: whether the norm of a sublayer, if it has one, is applied to its input ("pre"), or to that sum.
     `fused`: name of a matrix in files -> the roles of the linears that are its rows, in their order.
     """
 
@@ -135,12 +135,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A whole model: embedding, blocks, a last norm, and a head (the embedding itself where they are tied).
+    """A whole model: embedding, blocks, maybe a last norm, a head (the embedding itself where they are tied).
 
     `model_type` is transformers' word for the family, `task` what its head is for. `embedding_scale`
-    multiplies the embedded tokens, `logit_softcap` squashes the logits. An encoder has neither `final_norm`
-    nor `head`; `added` goes to what it embeds. No stage computes with tensors `beside` all these; files may
-    lack `optional` ones, and nothing reads those whose names match `ignored`.
+    multiplies the embedded tokens, `logit_softcap` squashes the logits. An encoder has no `head`; `added`
+    goes to what it embeds. No stage computes with tensors `beside` all these; files may lack `optional` ones,
+    and nothing reads those whose names match `ignored`.
     """
 
     model_type: str

@@ -5,53 +5,12 @@ h = norm(h + down(gelu(up(h))))
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from gossamer.architecture.anatomy import (
-    Anatomy,
-    Attention,
-    Block,
-    FeedForward,
-    Group,
-    Linear,
-    Norm,
-    Role,
-    Task,
-)
+from gossamer.architecture.anatomy import Anatomy, Attention, Block, FeedForward, Group, Linear, Norm, Role
 from gossamer.architecture.config import Config
+from gossamer.architecture.encoder import Added
 from gossamer.errors import CheckpointError
-
-TASKS: dict[str, Task] = {
-    "Model": "embedding",
-    "ForMaskedLM": "masked",
-    "ForSequenceClassification": "sequence",
-    "ForTokenClassification": "tokens",
-    "ForQuestionAnswering": "spans",
-}
-ENDINGS = tuple(TASKS)  # of the names of classes
-
-
-@dataclass(frozen=True)
-class Added:
-    """What is added to embedded tokens: rows of `positions` from `offset` on, and of `types`; then a `norm`.
-
-    `positions` and `types` are names of tables with so many rows.
-    """
-
-    positions: str
-    num_positions: int
-    offset: int
-    types: str
-    num_types: int
-    norm: Norm
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors and their shapes."""
-        width = self.norm.width
-        tables = {self.positions: (self.num_positions, width), self.types: (self.num_types, width)}
-        vectors = {name: (size,) for name, size in self.norm.vectors().items()}
-        return {f"{name}.weight": shape for name, shape in tables.items()} | vectors
 
 
 def block(config: Config) -> Block:
@@ -75,8 +34,8 @@ def block(config: Config) -> Block:
     return Block(
         groups=groups,
         norms={
-            "attention": Norm("attention.output.LayerNorm", D, kind="layer"),
-            "feed_forward": Norm("output.LayerNorm", D, kind="layer"),
+            "attention": Norm("attention.output.LayerNorm", D, kind="layer", bias=True),
+            "feed_forward": Norm("output.LayerNorm", D, kind="layer", bias=True),
         },
         attention=Attention(num_heads, num_heads, D // num_heads, rope=None, causal=False),
         feed_forward=FeedForward(F, "gelu"),
@@ -85,36 +44,6 @@ def block(config: Config) -> Block:
 
 
 _QKV: dict[Role, str] = {"q": "query", "k": "key", "v": "value"}
-
-
-def ending(config: Config) -> str:
-    """Which of `ENDINGS` the model's class has; `Model` where the configuration names no class."""
-    (name,) = config.get("architectures") or ["Model"]
-    return next(it for it in ENDINGS if name.endswith(it))
-
-
-def labels(config: Config) -> list[str]:
-    """Names of the classes of a head, by their numbers; transformers' two where there are none."""
-    found = config.get("id2label")
-    if not found:
-        return [f"LABEL_{index}" for index in range(config.size("num_labels", 2))]
-    numbers = [str(index) for index in range(len(found))]
-    if not isinstance(found, Mapping) or {*found} != {*numbers}:
-        raise CheckpointError(
-            f"{config.source}: id2label is {found!r:.80}; expected a name for each number from 0 on"
-        )
-    return [str(found[number]) for number in numbers]
-
-
-def plain_head(config: Config, ending: str) -> dict[str, tuple[int, ...]]:
-    """The matrix and bias that make scores of labels, or of a span's two ends; nothing for other tasks."""
-    name = {
-        "ForSequenceClassification": "classifier", "ForTokenClassification": "classifier",
-        "ForQuestionAnswering": "qa_outputs",
-    }.get(ending)  # fmt: skip
-    num_labels = 2 if name == "qa_outputs" else len(labels(config))
-    shapes = {f"{name}.weight": (num_labels, config.size("hidden_size")), f"{name}.bias": (num_labels,)}
-    return shapes if name else {}
 
 
 def model(
@@ -149,7 +78,7 @@ def model(
         offset=offset,
         types=f"{embeddings}.token_type_embeddings",
         num_types=config.size("type_vocab_size"),
-        norm=Norm(f"{embeddings}.LayerNorm", hidden_size, kind="layer"),
+        norm=Norm(f"{embeddings}.LayerNorm", hidden_size, kind="layer", bias=True),
     )
     bos = config.token_ids("bos_token_id")
     return Anatomy(

@@ -40,16 +40,22 @@ def layer_windows(config: Config) -> list[int | None]:
     if types is None and window is not None:
         first = 0 if config.get("max_window_layers") == 0 else config.size("max_window_layers")
         return [window if layer >= first else None for layer in range(num_layers)]
-    types = [FULL] * num_layers if types is None else types
-    if not isinstance(types, list) or any(found not in (FULL, SLIDING) for found in types):
-        raise UnsupportedError(
-            f"{config.source}: found layer_types = {types!a:.200}; supported: a list of {FULL} and {SLIDING}"
-        )
-    if len(types) != num_layers:
-        raise CheckpointError(f"{config.source}: {len(types)} layer_types of {num_layers} layers")
+    types = [FULL] * num_layers if types is None else named_types(config)
     if window is None and SLIDING in types:
         raise CheckpointError(
             f"{config.source}: found {SLIDING} in layer_types without a window; expected use_sliding_window "
             "= true and a sliding_window"
         )
     return [window if found == SLIDING else None for found in types]
+
+
+def named_types(config: Config) -> list[str]:
+    """`layer_types`, one for each layer."""
+    types, num_layers = config.get("layer_types"), config.num_layers()
+    if not isinstance(types, list) or any(found not in (FULL, SLIDING) for found in types):
+        raise UnsupportedError(
+            f"{config.source}: found layer_types = {types!a:.200}; supported: a list of {FULL} and {SLIDING}"
+        )
+    if len(types) != num_layers:
+        raise CheckpointError(f"{config.source}: {len(types)} layer_types of {num_layers} layers")
+    return types

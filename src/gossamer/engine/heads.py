@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from gossamer.architecture.anatomy import Anatomy, Task
 from gossamer.architecture.config import Config
-from gossamer.architecture.postnorm import labels
+from gossamer.architecture.encoder import labels
 from gossamer.errors import UnsupportedError
 from gossamer.packed.reader import Packed
 

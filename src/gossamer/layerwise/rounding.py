@@ -161,6 +161,8 @@ def fold(block: Block, group: Group, scale_K: Tensor, source: Checkpoint) -> Ten
     if group.fold == "norm":
         dtype = TORCH_DTYPE[source.dtype(f"{block.prefix}{group.producer}.weight")]
         weight.data, scale_K = divide_norm(weight.data, scale_K, dtype)
+        if isinstance(bias := getattr(producer, "bias", None), nn.Parameter):
+            bias.data /= scale_K
         return scale_K
     scale_N = value_rows(scale_K, *kv_heads(block)) if group.fold == "value rows" else scale_K
     weight.data /= scale_N[:, None]

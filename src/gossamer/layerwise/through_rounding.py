@@ -72,8 +72,9 @@ def as_read_by_head(source: Checkpoint) -> Tensor:
     directions of which the head takes little notice, and what it reads is what counts in the end.
     """
     anatomy = source.architecture
-    if anatomy.final_norm is None:  # an encoder: its hidden states are what is wanted of it
+    if anatomy.is_encoder:  # its hidden states are what is wanted of it
         return torch.eye(anatomy.hidden_size)
+    assert anatomy.final_norm is not None
     w_VD = tensor(source, f"{anatomy.logits}.weight").float()
     w_VD *= tensor(source, f"{anatomy.final_norm.name}.weight").float()
     gram_DD = (w_VD.T @ w_VD).double()

@@ -4,7 +4,7 @@ So stages see the same roles in every family: they change, prune, round and trai
 masks, hooks and names are those of the linear. `checkpoint/fused.py` does the same for files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +46,11 @@ def unfuse(layer: nn.Module, block: Block) -> None:
 
 
 def join(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's weights under the names that files have for them."""
+    """A model's weights and biases under the names that files have for them."""
     state = dict(state)
     for stored, parts in _joined(model):
-        state[f"{stored}.weight"] = torch.cat([state.pop(f"{part}.weight") for part in parts])
+        for kind in _kinds(state, parts):
+            state[f"{stored}.{kind}"] = torch.cat([state.pop(f"{part}.{kind}") for part in parts])
     return state
 
 
@@ -57,10 +58,15 @@ def part(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undo `join`."""
     state, shapes = dict(state), model.state_dict()
     for stored, parts in _joined(model):
-        rows = [len(shapes[f"{name}.weight"]) for name in parts]
-        tensors = state.pop(f"{stored}.weight").split(rows)
-        state |= {f"{name}.weight": tensor for name, tensor in zip(parts, tensors, strict=True)}
+        for kind in _kinds(shapes, parts):
+            rows = [len(shapes[f"{name}.{kind}"]) for name in parts]
+            tensors = state.pop(f"{stored}.{kind}").split(rows)
+            state |= {f"{name}.{kind}": tensor for name, tensor in zip(parts, tensors, strict=True)}
     return state
+
+
+def _kinds(state: Mapping[str, Tensor], parts: list[str]) -> list[str]:
+    return [kind for kind in ("weight", "bias") if f"{parts[0]}.{kind}" in state]
 
 
 def _joined(model: nn.Module) -> Iterator[tuple[str, list[str]]]:

@@ -5,7 +5,7 @@ import math
 import mmap
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -324,33 +324,50 @@ def _head(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> str:
 
 
 def native_encoder_config(anatomy: Anatomy, matrices: Mapping[str, StoredMatrix]) -> dict[str, Any]:
-    """What `_native.Encoder` wants to know of an encoder; norms are named without `.weight` and `.bias`."""
+    """What `_native.Encoder` wants to know of an encoder; norms are named without `.weight` and `.bias`.
+
+    An empty name is a table or a norm that the model does not have.
+    """
     assert anatomy.added is not None
-    heads, added = anatomy.attention, anatomy.added
+    heads, added, first = anatomy.attention, anatomy.added, anatomy.blocks[0]
+    ropes = list(dict.fromkeys(it.attention.rope for it in anatomy.blocks if it.attention.rope is not None))
     return {
         "hidden_size": anatomy.hidden_size,
         "vocab_size": anatomy.vocab_size,
         "num_heads": heads.num_heads,
         "head_dim": heads.head_dim,
-        "intermediate_size": anatomy.blocks[0].feed_forward.width,
-        "num_positions": added.num_positions,
+        "intermediate_size": first.feed_forward.width,
+        "num_positions": added.num_positions or anatomy.max_position_embeddings,
         "first_position": added.offset,
         "num_types": added.num_types,
         "norm_eps": anatomy.norm_eps,
+        "norm_first": first.order == "pre",
+        "norm_bias": added.norm.bias,
+        "gated": first.feed_forward.kind == "geglu",
         "embedding": anatomy.embedding,
-        "positions": f"{added.positions}.weight",
-        "types": f"{added.types}.weight",
+        "positions": f"{added.positions}.weight" if added.positions else "",
+        "types": f"{added.types}.weight" if added.types else "",
         "norm": added.norm.name,
-        "blocks": [_native_post_block(anatomy.prefix(i), block) for i, block in enumerate(anatomy.blocks)],
+        "final_norm": anatomy.final_norm.name if anatomy.final_norm else "",
+        "ropes": [
+            {"inverse_frequencies": inverse_frequencies(it, heads.head_dim), "scale": rotary_scale(it)}
+            for it in ropes
+        ],
+        "blocks": [
+            _native_encoder_block(anatomy.prefix(i), block, ropes) for i, block in enumerate(anatomy.blocks)
+        ],
         "linears": {name: asdict(matrix) for name, matrix in matrices.items()},
     }
 
 
-def _native_post_block(prefix: str, block: Block) -> dict[str, Any]:
-    """Which tensor is what in one block of an encoder."""
+def _native_encoder_block(prefix: str, block: Block, ropes: Sequence[Rope]) -> dict[str, Any]:
+    """Which tensor is what in one block of an encoder, and how its tokens see one another."""
+    norms = {place: f"{prefix}{norm.name}" for place, norm in block.norms.items()}
     return _affine(prefix, block) | {
-        "attention_norm": f"{prefix}{block.norms['attention'].name}",
-        "feed_forward_norm": f"{prefix}{block.norms['feed_forward'].name}",
+        "attention_norm": norms.get("attention", ""),
+        "feed_forward_norm": norms["feed_forward"],
+        "rope": ropes.index(block.attention.rope) if block.attention.rope else -1,
+        "window": block.attention.window or 0,
     }
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from gossamer.architecture.anatomy import Task
 from gossamer.architecture.config import Config
-from gossamer.architecture.postnorm import labels
+from gossamer.architecture.encoder import labels
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.data.supervised import read_highest_score
 from gossamer.data.tables import BadRows

@@ -58,7 +58,7 @@ class SquareHead:
                 "the Trainer the model itself, without a wrapper (merge adapters into it first)"
             )
         self.teacher.prepare(model, trainer.args.device)
-        decoder: nn.Module = model.get_decoder()
+        decoder: nn.Module = model.base_model
         self._count_tokens(trainer)
         compute_loss = trainer.compute_loss
 
@@ -154,9 +154,11 @@ class Distillation:
     temperature: float
     own_weight: float
 
-    def at_the_head(self, kept_BT: Tensor) -> HeadTeacher | None:
-        """What it makes of the kept tokens [B, T], if that is learned."""
-        return self.teacher.at_the_head(kept_BT, self.temperature) if "kl" in self.parts else None
+    def at_the_head(self, kept_BT: Tensor, means_of: Tensor | None = None) -> HeadTeacher | None:
+        """What it makes of the kept tokens [B, T], or of their texts' means, if that is learned."""
+        if "kl" not in self.parts:
+            return None
+        return self.teacher.at_the_head(kept_BT, self.temperature, means_of)
 
 
 def _token_mask(inputs: Mapping[str, Any]) -> Tensor | None:

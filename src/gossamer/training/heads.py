@@ -41,6 +41,8 @@ def head_of(model: PreTrainedModel) -> Head:
     if hasattr(whole, "lm_head") and not isinstance(whole.lm_head, nn.Linear):
         head = whole.lm_head
         return Head(lambda hidden_ND: head.layer_norm(gelu(head.dense(hidden_ND))), head.decoder)
+    if hasattr(whole, "head"):
+        return Head(whole.head, whole.decoder if hasattr(whole, "decoder") else whole.classifier)
     if not hasattr(whole, "classifier"):
         return Head(nn.Identity(), whole.get_output_embeddings())
     if not isinstance(whole.classifier, nn.Linear):

@@ -18,7 +18,7 @@ from gossamer.training.distillation import Distillation
 from gossamer.training.heads import head_of
 from gossamer.training.objective import Loss
 from gossamer.training.rows import IGNORED, Rows
-from gossamer.training.text_rows import PADDING, begins, encoder_inputs, text_batch, types
+from gossamer.training.text_rows import PADDING, begins, encoder_inputs, states_at, text_batch, types
 
 MASKED, BY_MASK, BY_RANDOM = 0.15, 0.8, 0.1  # of the tokens, and of those that are masked (BERT's shares)
 
@@ -31,8 +31,12 @@ class Classes:
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, end_id: int | None = None) -> None:
         """end_id: what ends a text, behind which there may be another that belongs to it."""
         self.end_id = end_id
-        self.over_vocabulary: Any = getattr(model, "cls", None) or getattr(model, "lm_head", None)
-        self.anatomy, self.head = anatomy, head_of(model)
+        self.anatomy, self.head, of_texts = anatomy, head_of(model), anatomy.task == "sequence"
+        heads: list[Any] = [getattr(model, name, None) for name in ("cls", "lm_head", "head")]
+        self.of_all_tokens = None if of_texts else next(filter(None, heads), None)
+        self.of_means = of_texts and getattr(model.config, "classifier_pooling", "") == "mean"
+        if self.of_means:  # its own head, which nobody reads, would take its mean by another mask
+            model.config.classifier_pooling = "cls"
 
     def batch(self, rows: Rows, indices: list[int]) -> dict[str, Tensor]:
         batch = text_batch(rows, indices)
@@ -42,12 +46,13 @@ class Classes:
         return {**batch, "types": types(batch, self.end_id)}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], learned: Distillation | None) -> Loss:
-        with _of_one_token(self.over_vocabulary):
+        with _of_one_token(self.of_all_tokens):
             outputs = model(**encoder_inputs(self.anatomy, batch), output_hidden_states=True)
         kept_BT = batch["labels"] != IGNORED
-        teacher = None if learned is None else learned.at_the_head(kept_BT)
+        means_of = batch["texts"] if self.of_means else None
+        teacher = None if learned is None else learned.at_the_head(kept_BT, means_of)
         weight = 1.0 if learned is None else learned.own_weight
-        hidden_ND = outputs.hidden_states[-1][kept_BT]
+        hidden_ND = states_at(outputs.hidden_states[-1], kept_BT, means_of)
         total, own = self.head.loss(hidden_ND, batch["labels"][kept_BT], teacher, weight)
         return Loss(total, own, outputs)
 
@@ -84,7 +89,7 @@ class MaskedTokens(Classes):
 
 @contextmanager
 def _of_one_token(head: nn.Module | None) -> Iterator[None]:
-    """A head over the vocabulary computes the first token alone: `Head.loss` does what there is to do."""
+    """A head of every token computes the first alone: `Head.loss` does what there is to do."""
     if head is None:
         yield
         return

@@ -203,7 +203,8 @@ def _layer_bytes(model: PreTrainedModel, row_length: int, precision: str) -> int
         if model.config._attn_implementation == SHORT_ROWS:
             masks = (2 * heads.num_heads + 1) * row_length
         width = anatomy.blocks[0].feed_forward.width
-        return (32 if wide else 24) * anatomy.hidden_size + (8 if wide else 4) * width + masks
+        gated = 2 if anatomy.blocks[0].feed_forward.kind == "geglu" else 1
+        return (32 if wide else 24) * anatomy.hidden_size + gated * (8 if wide else 4) * width + masks
     query, key_value = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
     num_bytes = (16 if adapters(model) else 32) * anatomy.hidden_size + 8 * query
     num_bytes += (8 if wide else 4) * key_value + (16 if wide else 8) * anatomy.blocks[0].feed_forward.width

@@ -204,7 +204,7 @@ def _shard(model: PreTrainedModel) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of the model's decoder, or encoder, in their order."""
-    trunk: Any = model.get_decoder()
+    trunk: Any = model.base_model
     layers = trunk.encoder.layer if hasattr(trunk, "encoder") else trunk.layers
     assert isinstance(layers, nn.ModuleList)
     return layers

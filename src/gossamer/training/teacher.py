@@ -15,6 +15,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import ConfigError
 from gossamer.training.head_loss import HeadTeacher, TeacherLogits
 from gossamer.training.heads import head_of
+from gossamer.training.text_rows import states_at
 
 # The files that tokenizers are in, the surest first, and those that belong to them.
 _TOKENIZERS = {
@@ -44,7 +45,7 @@ class TeacherStates(Protocol):
         """The hidden states [B, T, D] after each of `layers`."""
         ...
 
-    def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
+    def at_the_head(self, kept_BT: Tensor, temperature: float, means_of: Tensor | None = None) -> HeadTeacher:
         """What its head makes of the kept tokens [B, T]."""
         ...
 
@@ -84,8 +85,8 @@ class LiveTeacher:
     def states(self) -> tuple[Tensor, ...]:
         return tuple(_on(self._students, state) for state in self._computed())
 
-    def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
-        hidden_ND = self._computed()[-1][_on(self._own, kept_BT)]
+    def at_the_head(self, kept_BT: Tensor, temperature: float, means_of: Tensor | None = None) -> HeadTeacher:
+        hidden_ND = states_at(self._computed()[-1], _on(self._own, kept_BT), _on(self._own, means_of))
         head = head_of(self.model)
 
         @torch.no_grad()
@@ -103,7 +104,7 @@ class LiveTeacher:
         """The hidden states where the teacher is."""
         if self._states is None:
             inputs = {name: _on(self._own, value) for name, value in self._inputs.items()}
-            decoder = self.model.get_decoder()
+            decoder = self.model.base_model
             with self._autocast():
                 outputs = decoder(**inputs, output_hidden_states=True, use_cache=False)
             self._states = tuple(outputs.hidden_states)[1:]
@@ -120,7 +121,9 @@ class LiveTeacher:
 
 
 def _on(device: torch.device | None, value: Any) -> Any:
-    """A tensor on a device, if one is given; anything else is returned as it is."""
+    """A tensor, or those of a dictionary, on a device, if one is given; anything else is as it is."""
+    if isinstance(value, dict):
+        return {key: _on(device, it) for key, it in value.items()}
     return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
 

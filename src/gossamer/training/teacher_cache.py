@@ -144,7 +144,7 @@ class CachedTeacher:
         names = [name for name, _, _ in self.wanted.files() if name.startswith("hidden")]
         return [self._values(name).view(torch.bfloat16) for name in names]
 
-    def at_the_head(self, kept_BT: Tensor, temperature: float) -> HeadTeacher:
+    def at_the_head(self, kept_BT: Tensor, temperature: float, means_of: Tensor | None = None) -> HeadTeacher:
         ids_BTK, log_p_BTK = (self._values(name) for name in ("top-ids.i32", "top-logprobs.f16"))
         return TopTokens(ids_BTK[kept_BT].long(), log_p_BTK[kept_BT], temperature)
 

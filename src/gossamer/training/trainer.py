@@ -206,7 +206,7 @@ def _take_back(model: PreTrainedModel, parallel: Parallel) -> None:
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
     """Leave what tokens are looked up in as it is, and in an encoder positions, types and their norm."""
-    trunk: Any = model.get_decoder()
+    trunk: Any = model.base_model
     frozen: nn.Module = getattr(trunk, "embeddings", None) or model.get_input_embeddings()
     frozen.requires_grad_(False)
 

@@ -18,7 +18,7 @@ from gossamer.tokens.pooling import Pooling
 from gossamer.training.distillation import Distillation
 from gossamer.training.objective import Loss
 from gossamer.training.rows import Rows
-from gossamer.training.text_rows import PADDING, begins, encoder_inputs, one_label_a_text, text_batch
+from gossamer.training.text_rows import encoder_inputs, one_label_a_text, text_batch, text_vectors
 
 COSINE_WEIGHT = 4.0
 
@@ -51,18 +51,3 @@ class TextVectors:
         distance = (1 - cosine_similarity(ours_ND, theirs_ND)).sum()
         total = self.weight * self.anatomy.num_layers * distance
         return Loss(total, torch.zeros_like(total), outputs)
-
-
-def text_vectors(hidden_BTD: Tensor, texts_BT: Tensor, mode: str) -> Tensor:
-    """The vectors of the texts [N, D], float32, not normalized, by `Pooling.mode`."""
-    if mode == "cls":
-        return hidden_BTD[begins(texts_BT)].float()
-    there_BT = texts_BT != PADDING
-    tokens_MD, texts_M = hidden_BTD[there_BT].float(), texts_BT[there_BT]
-    num_texts = int(begins(texts_BT).sum())
-    sums_ND = tokens_MD.new_zeros(num_texts, tokens_MD.shape[1])
-    if mode == "max":
-        index_MD = texts_M[:, None].expand_as(tokens_MD)
-        return sums_ND.scatter_reduce(0, index_MD, tokens_MD, "amax", include_self=False)
-    counts_N = torch.bincount(texts_M, minlength=num_texts)
-    return sums_ND.index_add(0, texts_M, tokens_MD) / counts_N[:, None]

@@ -50,6 +50,8 @@ def new_model(
     """
     settings = model_config(anatomy, config)
     settings.dtype = dtype
+    if anatomy.is_encoder:
+        settings.attention_dropout = 0.0
     model = CLASSES[anatomy.task].from_config(settings)
     nn.Module.to(model, dtype)
     for layer, block in zip(decoder_layers(model), anatomy.blocks, strict=True):

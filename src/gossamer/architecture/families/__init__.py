@@ -36,7 +36,7 @@ def _refuse_what_nothing_runs(anatomy: Anatomy, source: str) -> None:
     heads = {(found.num_heads, found.num_kv_heads, found.head_dim) for found in attentions}
     problems = {
         "capped attention scores": any(found.softcap is not None for found in attentions),
-        "several kinds of rope": len({found.rope for found in attentions} - {None}) > 1,
+        "several kinds of rope": len({it.rope for it in attentions if it.causal} - {None}) > 1,
         "other heads in some layers": len(heads) > 1,
         "another feed-forward width in some layers": len({block.feed_forward.width for block in blocks}) > 1,
         "experts": any(block.feed_forward.num_experts for block in blocks),

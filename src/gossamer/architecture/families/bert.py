@@ -1,10 +1,10 @@
 """BERT: words, positions and types are added, then blocks with a norm after each sublayer."""
 
-from gossamer.architecture import postnorm
+from gossamer.architecture import encoder, postnorm
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.architecture.config import Config
 
-ENDINGS = postnorm.ENDINGS
+ENDINGS = encoder.ENDINGS
 SUMMARY = "BertModel"
 TRANSFORM = "cls.predictions.transform"
 
@@ -12,10 +12,10 @@ TRANSFORM = "cls.predictions.transform"
 def anatomy(config: Config) -> Anatomy:
     """Every block alike; the first position has row 0."""
     config = config.with_defaults(vocab_size=30522, max_position_embeddings=512, type_vocab_size=2)
-    D, ending = config.size("hidden_size"), postnorm.ending(config)
+    D, ending = config.size("hidden_size"), encoder.ending(config)
     prefix = "bert." if ending.startswith("For") else ""
     pooler = {f"{prefix}pooler.dense.weight": (D, D), f"{prefix}pooler.dense.bias": (D,)}
-    beside, optional = postnorm.plain_head(config, ending), {}
+    beside, optional = encoder.plain_head(config, ending), {}
     ignored = rf"{prefix}embeddings\.position_ids|cls\.seq_relationship\..*"
     if ending == "ForMaskedLM":
         beside = {
@@ -31,6 +31,6 @@ def anatomy(config: Config) -> Anatomy:
     else:
         ignored += r"|bert\.pooler\..*"
     return postnorm.model(
-        config, "bert", prefix, offset=0, task=postnorm.TASKS[ending], beside=beside, optional=optional,
+        config, "bert", prefix, offset=0, task=encoder.TASKS[ending], beside=beside, optional=optional,
         ignored=ignored,
     )  # fmt: skip
