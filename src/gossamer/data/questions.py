@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gossamer.data.labelled import IGNORED
 from gossamer.data.tables import TABLES, BadRows, table_rows, text_of
 from gossamer.errors import ConfigError
+from gossamer.tokens.texts import Texts
 
 NESTED = ".json"
+FIRST, LAST = 1, 2  # marks of tokens, added up where an answer is one token
+STRIDE = 128  # tokens that two windows of a context share, as in transformers' recipe for SQuAD
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,22 @@ def read_questions(path: Path, bad: BadRows | None = None) -> list[Question]:
     ConfigError for a file that is none, and for a row that is none or whose answers are not where it says,
     unless `bad` lets it pass.
     """
-    if not path.is_file() or not path.name.endswith((*TABLES, NESTED)):
-        raise ConfigError(f"{path}: expected a file of questions, {', '.join((*TABLES, NESTED))}")
-    return list(questions_of(_nested(path) if path.name.endswith(NESTED) else table_rows(path, bad), bad))
-
-
-def questions_of(
-    rows: Iterator[tuple[str, dict[str, Any]]], bad: BadRows | None = None
-) -> Iterator[Question]:
-    """The question of each row; errors as those of `read_questions`."""
-    for where, row in rows:
+    found: list[Question] = []
+    for where, row in question_rows(path, bad):
         try:
-            yield question_of(row, where)
+            found.append(question_of(row, where))
         except ConfigError as error:
             if bad is None:
                 raise
             bad.leave_out(error)
+    return found
+
+
+def question_rows(path: Path, bad: BadRows | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file, each with its place for messages; errors as those of `read_questions`."""
+    if not path.is_file() or not path.name.endswith((*TABLES, NESTED)):
+        raise ConfigError(f"{path}: expected a file of questions, {', '.join((*TABLES, NESTED))}")
+    return _nested(path) if path.name.endswith(NESTED) else table_rows(path, bad)
 
 
 def question_of(row: Mapping[str, Any], where: str) -> Question:
@@ -68,6 +72,25 @@ def question_of(row: Mapping[str, Any], where: str) -> Question:
     return Question(
         str(row.get("id") or where), question, context, [it for it, _ in answers], [at for _, at in answers]
     )
+
+
+def marked_windows(question: Question, texts: Texts) -> Iterator[tuple[list[int], list[int]]]:
+    """Tokens and marks of the question with each window of its context.
+
+    A window that has all of the first answer marks its `FIRST` and its `LAST` token, any other the text's
+    first token as both. Tokens without a mark have -100.
+    """
+    begin = question.starts[0] if question.answers else 0
+    end = begin + len(question.answers[0]) if question.answers else 0
+    for window in texts.encode_windows(question.question, question.context, STRIDE):
+        spans = [(at, *window.offsets[at]) for at, text in enumerate(window.sequence_ids) if text == 1]
+        inside = [span for span in spans if span[2] > begin and span[1] < end]
+        first = last = 0
+        if inside and spans[0][1] <= begin and end <= spans[-1][2]:
+            first, last = inside[0][0], inside[-1][0]
+        marks = [IGNORED] * len(window.ids)
+        marks[first], marks[last] = (FIRST, LAST) if first < last else (FIRST + LAST, FIRST + LAST)
+        yield window.ids, marks
 
 
 def _answers(found: object, where: str) -> list[tuple[str, int]]:

@@ -21,6 +21,7 @@ from gossamer.data.labelled import (
     scored_pair,
 )
 from gossamer.data.mixture import Mixture, pieces
+from gossamer.data.questions import marked_windows, question_of, question_rows
 from gossamer.data.sources import documents, parse_weight
 from gossamer.data.tables import BadRows, text_of
 from gossamer.errors import ConfigError
@@ -29,7 +30,7 @@ from gossamer.tokens.tokenizer import Tokenizer
 
 DEFAULT_DOCTESTS = 20_000
 LABELLED = {"classification": labelled_text, "tokens": labelled_tokens, "sts": scored_pair}
-Format = Literal["chat", "instruct", "prompt-completion", "text", "classification", "tokens", "sts"]
+Format = Literal["chat", "instruct", "prompt-completion", "text", "classification", "tokens", "sts", "qa"]
 
 
 def supervised_examples(
@@ -51,7 +52,8 @@ def supervised_examples(
     prompt-completion  {"prompt", "completion"}
     text               {"text"} or {"content"}, or a document of a source of `pretrain`; all is learned
 
-    `classification` and `tokens`, whose labels are of `classes`, and `sts` are in `labelled.py`.
+    `classification` and `tokens`, whose labels are of `classes`, and `sts` are in `labelled.py`; `qa`, whose
+    questions may be several examples, is in `questions.py`.
     """
     bad = bad or BadRows()
     if format == "chat":  # what the model lacks is no row's fault
@@ -59,30 +61,42 @@ def supervised_examples(
             tokenizer.check_template()
         except ConfigError as error:
             raise ConfigError(f"--format chat: {error}") from error
-    elif format not in LABELLED:
+    elif format not in (*LABELLED, "qa"):
         tokenizer.required_eos()
-    texts = Texts(tokenizer, max_length) if format in LABELLED else None
+    texts = Texts(tokenizer, max_length) if format in (*LABELLED, "qa") else None
     for where, row in _supervised_rows(source, format, bad, offline):
         try:
+            if texts is not None:  # which cuts them
+                yield from _of_encoders(row, format, texts, classes, where)
+                continue
             if format == "chat":
                 ids, labels = _chat_example(row, tokenizer, where)
-            elif texts is not None:
-                ids, labels = LABELLED[format](row, texts, classes, where)
             else:
                 prompt, answer = _prompt_and_answer(row, format, where)
                 ids, labels = _answer_example(prompt, answer, tokenizer)
         except ConfigError as error:
             bad.leave_out(error)
             continue
-        if texts is not None:  # which cuts them
-            yield ids, labels
-        elif any(label != IGNORED for label in labels[:max_length]):
+        if any(label != IGNORED for label in labels[:max_length]):
             bad.num_shortened += len(ids) > max_length
             yield ids[:max_length], labels[:max_length]
         elif any(label != IGNORED for label in labels):
             bad.num_cut_off += 1
         else:
             bad.num_without_answer += 1
+
+
+def _of_encoders(
+    row: dict[str, Any], format: Format, texts: Texts, classes: Sequence[str], where: str
+) -> list[tuple[list[int], list[int]]]:
+    """The example of a row, or those of a question."""
+    if format != "qa":
+        return [LABELLED[format](row, texts, classes, where)]
+    question = question_of(row, where)
+    try:
+        return list(marked_windows(question, texts))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def read_classes(sources: Sequence[str], format: Format, bad: BadRows, offline: bool = False) -> list[str]:
@@ -145,6 +159,9 @@ def _supervised_rows(
         yield from hub_rows(source, offline=offline)
         return
     path = Path(source)
+    if format == "qa":
+        yield from question_rows(path, bad)
+        return
     if not path.is_file() or not path.name.endswith(endings(format)):
         also = "".join(f", {ending}" for ending in ENDINGS.get(format, ()))
         raise ConfigError(

@@ -43,7 +43,8 @@ class Finetune(TrainingOptions):
         "prompt-completion",
         help="the fields of an example; text: of any source that pretrain takes, and all of it is learned; "
         "classification (text, text2?, label) and tokens (tokens, labels): of an encoder with such a head, "
-        "or a new one; sts (sentence1, sentence2, score): of an embedding model",
+        "or a new one; sts (sentence1, sentence2, score): of an embedding model; qa (question, context, "
+        "answers, or SQuAD's .json): of one that marks answers",
     )
     new_head: bool = option(
         False,

@@ -20,6 +20,7 @@ from gossamer.training.objective import NextToken, Objective
 from gossamer.training.options import TrainingOptions
 from gossamer.training.pairs import PairScores
 from gossamer.training.parallel import from_first
+from gossamer.training.spans import Spans
 from gossamer.training.vectors import COSINE_WEIGHT, TextVectors
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ FORMATS: dict[Task, str] = {
     "sequence": "classification",
     "tokens": "tokens",
     "embedding": "sts",
+    "spans": "qa",
 }  # an encoder's examples
 FOR_DECODERS = "prompt-completion, chat, instruct or text"
 
@@ -89,6 +91,13 @@ def finetuning(job: "Finetune", source: Checkpoint) -> Callable[[PreTrainedModel
     if job.format == "sts":
         return _pairs(job, source)
     end_id = marks(Tokenizer.open(source.path))[1]
+    if job.format == "qa":
+        if job.distill in ("kl", "both"):
+            raise UnsupportedError(
+                f"--distill {job.distill}: of answers no logits are learned yet; supported: --distill "
+                "squarehead and none"
+            )
+        return Spans(anatomy, end_id)
     return lambda model: Classes(model, anatomy, end_id)
 
 

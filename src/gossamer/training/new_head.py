@@ -65,18 +65,19 @@ def with_suiting_head(job: "Finetune", source: Checkpoint, progress: Progress) -
     if not anatomy.is_encoder or (anatomy.task == task and not job.new_head):
         return source
     refuse_quantized(source)
-    names = from_first(
-        lambda: read_classes(job.dataset, job.format, BadRows(job.skip_bad_rows), offline=job.offline)
-    )
-    said = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    names, what = [], "both ends of answers"
+    if task != "spans":
+        bad = BadRows(job.skip_bad_rows)
+        names = from_first(lambda: read_classes(job.dataset, job.format, bad, offline=job.offline))
+        what = f"{len(names)} classes ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
     why = "--new-head" if anatomy.task == task else f"{source.path} is for {anatomy.task}"
-    note = f"a new head of random weights for {len(names)} classes ({said}): {why}"
+    note = f"a new head of random weights for {what}: {why}"
     progress(Event("finetune", note, lasting=True))
     return with_new_head(source, task, names, job.seed)
 
 
 def with_new_head(source: Checkpoint, task: Task, names: Sequence[str], seed: int) -> Checkpoint:
-    """The body of `source` under a head for `task`, with classes of these names.
+    """The body of `source` under a head for `task`, with classes of these names (none of `spans`).
 
     A pooler that the head reads is kept where the files have one, though the parent's class may not read it.
     All other weights are as transformers makes them by `seed`, in the dtype of the embedding.
@@ -111,12 +112,15 @@ def leave_out_what_another_head_made(directory: Path) -> None:
 
 def _config(source: Checkpoint, task: Task, names: Sequence[str]) -> dict[str, Any]:
     kind = CLASSES[task]._model_mapping[type(model_config(source.architecture, source.config))]
-    left_out = {"num_labels", "problem_type", "sentence_transformers"}
+    left_out = {"num_labels", "problem_type", "sentence_transformers", "id2label", "label2id"}
+    classes = {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
     return {
         **{key: value for key, value in source.config.items() if key not in left_out},
         "architectures": [kind.__name__],
-        "id2label": {str(number): name for number, name in enumerate(names)},
-        "label2id": {name: number for number, name in enumerate(names)},
+        **(classes if names else {}),
     }
 
 

@@ -1,0 +1,137 @@
+"""`finetune` of heads that mark answers: against transformers, in windows, and with new heads."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from encoders import save_encoder
+from gossamer.data.questions import FIRST, LAST, Question, marked_windows
+from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.stages.finetune import Finetune, finetune
+from gossamer.tokens.texts import Texts
+from gossamer.tokens.tokenizer import Tokenizer
+
+NAMES = ["BertForQuestionAnswering", "RobertaForQuestionAnswering"]
+
+
+def questions(count: int, seed: int = 0, length: int = 12) -> list[dict[str, Any]]:
+    """The question is a letter; the answer is that and the one behind it, where it is in the context."""
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(count):
+        words = generator.permutation([*"abcdefghijklmnop"])[:length].tolist()
+        asked = str(generator.choice([*"abcdefghijklmnop"]))
+        answers: dict[str, Any] = {"text": [], "answer_start": []}
+        if asked in words[:-1]:
+            at = words.index(asked)
+            answers = {"text": [f"{asked} {words[at + 1]}"], "answer_start": [2 * at]}
+        found.append({"question": asked, "context": " ".join(words), "answers": answers})
+    return found
+
+
+def prepared(folder: Path, kind: str, count: int, **changes: Any) -> Finetune:
+    save_encoder(folder / "model", kind)
+    rows = "".join(json.dumps(row) + "\n" for row in questions(count))
+    (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+    settings: dict[str, Any] = {
+        "dataset": (str(folder / "rows.jsonl"),),
+        "format": "qa",
+        "distill": "none",
+        "num_train_epochs": 1,
+        "batch_tokens": 10**5,
+        "learning_rate": 3e-3,
+        "precision": "f32",
+        "report_to": "none",
+    }
+    return Finetune(str(folder / "model"), str(folder / "out"), **settings | changes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_transformers_own(tmp_path: Path, name: str) -> None:
+    job = prepared(tmp_path, name, 30)
+    model = getattr(transformers, name).from_pretrained(tmp_path / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    losses = []
+    for row in questions(30):
+        given = tokenizer(row["question"], row["context"], return_tensors="pt", return_token_type_ids=True)
+        ends = [0, 0]
+        for start, text in zip(row["answers"]["answer_start"], row["answers"]["text"], strict=True):
+            ends = [given.char_to_token(at, sequence_index=1) for at in (start, start + len(text) - 1)]
+        positions = {"start_positions": torch.tensor(ends[:1]), "end_positions": torch.tensor(ends[1:])}
+        with torch.no_grad():
+            losses.append(float(model(**given, **positions).loss))
+    assert finetune(job).losses == (pytest.approx(np.mean(losses), rel=1e-4),)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "RobertaForMaskedLM", "BertForQuestionAnswering"])
+def test_it_learns_to_mark_answers(tmp_path: Path, kind: str) -> None:
+    job, said = prepared(tmp_path, kind, 400, batch_tokens=512, num_train_epochs=14), []
+    result = finetune(job, lambda event: said.append(event.message))
+    assert result.loss_last < 0.8 * result.loss_first
+    assert any("a new head of random weights for both ends" in it for it in said) == (kind not in NAMES)
+    _, info = transformers.AutoModelForQuestionAnswering.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_squads_json_teaches_a_model_that_had_three_classes(tmp_path: Path) -> None:
+    save_encoder(tmp_path / "three", "BertForTokenClassification", num_labels=3)
+    job = prepared(tmp_path, "BertModel", 10)
+    listed = [
+        {
+            **row,
+            "answers": [
+                {"text": text, "answer_start": at}
+                for text, at in zip(*(row["answers"][it] for it in ("text", "answer_start")), strict=True)
+            ],
+        }
+        for row in questions(10)
+    ]
+    paragraphs = [{"context": row["context"], "qas": [row]} for row in listed]
+    (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}), encoding="utf-8")
+    finetune(replace(job, model=str(tmp_path / "three"), dataset=(str(tmp_path / "squad.json"),)))
+    model = transformers.BertForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert model.qa_outputs.weight.shape == (2, 24)
+
+
+def test_windows_mark_the_answer_where_they_have_all_of_it(tmp_path: Path) -> None:
+    save_encoder(tmp_path)
+    tokenizer, words = Tokenizer.open(tmp_path), [*"abcdefghijklmnop"]
+    question = Question("1", "z", " ".join(words), ["i j"], [16])
+    found = list(marked_windows(question, Texts(tokenizer, 12)))
+    assert len(found) > 2 and sum(marks[0] == FIRST + LAST for _, marks in found) >= 1
+    for ids, marks in found:
+        context = [chr(ord("a") + it - 5) for it in ids[3:-1]]
+        marked = [at for at, mark in enumerate(marks) if mark > 0]
+        if {"i", "j"} <= {*context}:
+            first = 3 + context.index("i")
+            assert marked == [first, first + 1] and marks[first : first + 2] == [FIRST, LAST]
+        else:
+            assert marked == [0] and marks[0] == FIRST + LAST
+    unanswerable = replace(question, answers=[], starts=[])
+    assert all(marks[0] == FIRST + LAST for _, marks in marked_windows(unanswerable, Texts(tokenizer, 12)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"distill": "kl", "teacher": "dense"}, UnsupportedError, "no logits are learned yet"),
+        ({"max_length": 5}, ConfigError, r"rows.jsonl:1: the question has \d+ tokens; expected at most"),
+    ],
+    ids=str,
+)
+def test_what_does_not_suit(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    job = prepared(tmp_path, NAMES[0], 2)
+    row = {"question": "a b c", "context": "a", "answers": {"text": [], "answer_start": []}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(error, match=says):
+        finetune(replace(job, **changes))
