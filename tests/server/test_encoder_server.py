@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from encoders import save_encoder
 from gossamer.checkpoint.directory import Checkpoint
@@ -214,6 +215,42 @@ def test_too_long_texts_are_cut_where_that_is_asked(vectors: Running) -> None:
     np.testing.assert_array_equal(
         np.asarray(one.embedding, np.float32), Encoder(vectors.path, 1).encode(LONG)
     )
+
+
+def test_metrics_count_requests_texts_and_tokens(tmp_path: Path, chat_server: Running) -> None:
+    for running in served(tmp_path / "model", "BertModel"):
+        post(running, "/v1/embeddings", model=running.name, input=TEXTS)
+        post(running, "/embed", inputs=LONG)
+        post(running, "/nowhere/else")
+        found = sample(running)
+        assert found['gossamer_requests_total{route="/v1/embeddings",status="200"}'] == 1
+        assert found['gossamer_requests_total{route="/embed",status="413"}'] == 1
+        assert found['gossamer_requests_total{route="other",status="404"}'] == 1
+        rows = Encoder(running.path, 1).token_ids(TEXTS)
+        assert found["gossamer_texts_total"] == len(rows)
+        assert found["gossamer_prompt_tokens_total"] == sum(len(row.ids) for row in rows)
+        assert found["gossamer_queue"] == 0
+        assert found['gossamer_request_seconds_bucket{le="+Inf",route="/v1/embeddings"}'] == 1
+        assert found['gossamer_request_seconds_sum{route="/v1/embeddings"}'] > 0
+    before = sample(chat_server)
+    asked: dict[str, Any] = {"model": chat_server.name, "prompt": ["one", "two"], "max_tokens": 3}
+    usage = chat_server.client.completions.create(**asked, temperature=0).usage
+    assert usage is not None and [*chat_server.client.completions.create(**asked, temperature=0, stream=True)]
+    after = sample(chat_server)
+    for name, number in (("prompt", usage.prompt_tokens), ("generated", usage.completion_tokens)):
+        name = f"gossamer_{name}_tokens_total"
+        assert after[name] - before[name] == 2 * number > 0
+    assert after["gossamer_texts_total"] - before["gossamer_texts_total"] == 4
+
+
+def sample(running: Running) -> dict[str, float]:
+    """What Prometheus would read."""
+    text = httpx.get(f"{running.url}/metrics").raise_for_status().text
+    found = {}
+    for it in (it for family in text_string_to_metric_families(text) for it in family.samples):
+        labels = ",".join(f'{name}="{value}"' for name, value in sorted(it.labels.items()))
+        found[f"{it.name}{{{labels}}}" if labels else it.name] = it.value
+    return found
 
 
 def test_a_client_that_leaves_is_forgotten(vectors: Running) -> None:

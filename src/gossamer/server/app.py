@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from gossamer.engine import OpenModel, Request
+from gossamer.engine import Generation, OpenModel, Request
 from gossamer.server.answers import Answer, ChatAnswer, CompletionAnswer, Json, usage
 from gossamer.server.served import CLIENT_CLOSED_REQUEST, Served, as_json
 from gossamer.server.wire import (
@@ -89,8 +89,15 @@ class Api(Served):
             events = self._events(answer, requests, include_usage=body.include_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=NO_CACHE)
         if await self._finished(http, requests):
-            return as_json(answer.whole([request.result() for request in requests]))
+            return as_json(answer.whole(self._results(requests)))
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    def _results(self, requests: Sequence[Request]) -> list[Generation]:
+        """What the finished requests generated, which is counted."""
+        results = [request.result() for request in requests]
+        generated = sum(len(it.token_ids) for it in results)
+        self._metrics.computed(len(results), sum(it.num_prompt_tokens for it in results), generated)
+        return results
 
     async def _events(
         self, answer: Answer, requests: Sequence[Request], *, include_usage: bool
@@ -104,8 +111,9 @@ class Api(Served):
                 async for index, piece in pieces:
                     for chunk in answer.chunks(index, piece):
                         yield _event(chunk | no_usage)
+            results = self._results(requests)
             if include_usage:
-                yield _event(answer.closing(usage([request.result() for request in requests])))
+                yield _event(answer.closing(usage(results)))
         except RequestError as error:
             yield _event(error_body(str(error), kind="server_error", code=error.code))
         yield b"data: [DONE]\n\n"

@@ -242,6 +242,7 @@ class EncoderApi(Served):
         request = EncoderRequest(await run_in_threadpool(prepare))
         if not await self._finished(http, [request]):
             raise ClientGone
+        self._metrics.computed(len(request.rows), request.num_tokens)
         return request
 
     def _check_lengths(self, rows: Sequence[TokenIds], field: str, cut: bool) -> None:

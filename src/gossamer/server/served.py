@@ -1,4 +1,4 @@
-"""What every server of a model has: its routes' frame, its name, its errors, and /v1/models and /health."""
+"""What every server of a model has: its routes' frame, its name, its errors, what tells of it."""
 
 import asyncio
 import time
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gossamer.errors import ConfigError
+from gossamer.server.metrics import Measured, Metrics
 from gossamer.server.wire import RequestError, error_body
 from gossamer.server.worker import Asked, Worker
 
@@ -33,7 +34,7 @@ class Served:
     def __init__(self, worker: Worker, name: str, allowed_origins: Sequence[str]) -> None:
         """`allowed_origins`: web pages that browsers let in."""
         self._worker, self._name, self._allowed_origins = worker, name, allowed_origins
-        self._created = int(time.time())
+        self._created, self._metrics = int(time.time()), Metrics(lambda: worker.num_requests)
 
     def routes(self) -> list[Route]:
         """Those of this kind of model alone."""
@@ -52,6 +53,7 @@ class Served:
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.model, methods=["GET"]),
             Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self._metrics.show, methods=["GET"]),
             *(Route(path, self.refuse, methods=["POST"]) for path in self.not_served),
         ]
         handlers = {
@@ -60,6 +62,7 @@ class Served:
             HTTPException: _refuse_http,
             Exception: _fail,
         }
+        measured = Middleware(Measured, metrics=self._metrics, paths=[route.path for route in routes])
         cors = Middleware(
             CORSMiddleware, allow_origins=self._allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
@@ -67,7 +70,7 @@ class Served:
             routes=routes,
             exception_handlers=handlers,
             lifespan=lifespan,
-            middleware=[cors] if self._allowed_origins else [],
+            middleware=[measured, *([cors] if self._allowed_origins else [])],
         )
 
     async def models(self, http: HttpRequest) -> Response:
