@@ -18,6 +18,7 @@ KINDS = {
     "BertForQuestionAnswering": {},
     "RobertaForQuestionAnswering": ROBERTA,
     "XLMRobertaForQuestionAnswering": ROBERTA,
+    "ModernBertForQuestionAnswering": {},
 }
 QUESTION = "who is a b"
 

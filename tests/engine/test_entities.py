@@ -67,6 +67,7 @@ KINDS = {
     "BertForTokenClassification": ("pieces", {}),
     "RobertaForTokenClassification": ("bytes", ROBERTA),
     "XLMRobertaForTokenClassification": ("unigram", ROBERTA),
+    "ModernBertForTokenClassification": ("bytes", {"classifier_bias": True, "norm_bias": True}),
 }
 
 

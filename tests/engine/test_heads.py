@@ -18,6 +18,7 @@ KINDS = {
     "BertForSequenceClassification": {},
     "RobertaForSequenceClassification": ROBERTA,
     "XLMRobertaForSequenceClassification": ROBERTA,
+    "ModernBertForSequenceClassification": {},
 }
 
 

@@ -22,7 +22,7 @@ HEADS = [task for task in TASKS if task not in ("Model", "ForMaskedLM")]
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "ModernBert"])
 def test_a_directory_and_its_file_agree_with_torch(family: str, task: str, tmp_path: Path) -> None:
     save_encoder(tmp_path, family + task, **(ROBERTA if family == "Roberta" else {}))
     found = [(it.name, it.detail.partition(" of ")[0]) for it in verify(Verify(str(tmp_path))).checks]

@@ -264,7 +264,7 @@ class Encoder:
 
     def pooled(self, rows: Sequence[TokenIds], batch_size: int | None = None) -> Floats:
         """float32 [N, D]: what the pooling makes of each row, of whatever length, or what the head takes."""
-        mode: PoolingMode = self.pooling.mode if self.head is None else "cls"
+        mode: PoolingMode = self.pooling.mode if self.head is None else self.head.pooling
         parts = [self._native.encode(*_joined(part), mode) for part in _batches(rows, batch_size)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
 

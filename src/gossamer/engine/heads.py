@@ -7,13 +7,16 @@ from typing import Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer import _native
 from gossamer.architecture.anatomy import Anatomy, Task
 from gossamer.architecture.config import Config
 from gossamer.architecture.encoder import labels
 from gossamer.errors import UnsupportedError
 from gossamer.packed.reader import Packed
+from gossamer.tokens.pooling import PoolingMode
 
 Floats = NDArray[np.float32]
+MODERN_DENSE, MODERN_NORM = "head.dense", "head.norm"  # of ModernBERT
 
 SERVED: dict[Task, str] = {
     "embedding": "makes vectors of texts (Encoder.encode, rerank)",
@@ -32,16 +35,50 @@ class Label(TypedDict):
 
 
 @dataclass(frozen=True)
+class Dense:
+    """tanh(h @ w + bias), or where there is a norm, as in ModernBERT, that of gelu(h @ w + bias)."""
+
+    w_DD: Floats
+    bias_D: Floats
+    norm_D: Floats | None
+    norm_bias_D: Floats
+    eps: float
+
+    @classmethod
+    def open(cls, packed: Packed, name: str, norm: str) -> Self:
+        """From the tensors of these names, of which a bias and the norm may be missing."""
+        anatomy = packed.architecture
+
+        def vector(name: str) -> Floats:
+            zeros = np.zeros(anatomy.hidden_size, np.float32)
+            return packed.vector(name) if name in anatomy.beside else zeros
+
+        norm_D = packed.vector(f"{norm}.weight") if f"{norm}.weight" in anatomy.beside else None
+        w_DD, bias_D = packed.vector(f"{name}.weight"), vector(f"{name}.bias")
+        return cls(w_DD, bias_D, norm_D, vector(f"{norm}.bias"), anatomy.norm_eps)
+
+    def __call__(self, states_ND: Floats) -> Floats:
+        """float32 [N, D] of as many hidden states."""
+        x_ND = states_ND @ self.w_DD.T + self.bias_D
+        if self.norm_D is None:
+            return np.tanh(x_ND)
+        level = _native.isa()
+        return _native.layernorm(
+            level, _native.gelu(level, x_ND)[0], self.norm_D, self.norm_bias_D, self.eps
+        )[0]
+
+
+@dataclass(frozen=True)
 class SequenceHead:
-    """tanh(h @ dense + bias), then a score for each of L labels: BERT's pooler and classifier, or RoBERTa's.
+    """`dense` of a text's vector, as `pooling` makes it, then a score for each of L labels.
 
     `labels` have probabilities that sum to 1, or, where `are_independent`, one of their own each.
     """
 
     labels: Sequence[str]
     are_independent: bool
-    dense_DD: Floats
-    dense_bias_D: Floats
+    pooling: PoolingMode
+    dense: Dense
     out_LD: Floats
     out_bias_L: Floats
 
@@ -57,20 +94,17 @@ class SequenceHead:
         return cls(
             labels=names,
             are_independent=len(names) == 1 or config.get("problem_type") == "multi_label_classification",
-            dense_DD=packed.vector(f"{dense}.weight"),
-            dense_bias_D=packed.vector(f"{dense}.bias"),
+            pooling="mean" if config.get("classifier_pooling") == "mean" else "cls",
+            dense=Dense.open(packed, dense, MODERN_NORM),
             out_LD=packed.vector(f"{out}.weight"),
             out_bias_L=packed.vector(f"{out}.bias"),
         )
 
-    def scores(self, first_ND: Floats) -> Floats:
-        """float32 [N, L] before softmax or sigmoid, of the first tokens' hidden states."""
+    def scores(self, vectors_ND: Floats) -> Floats:
+        """float32 [N, L] before softmax or sigmoid, of texts' vectors."""
         # row by row: NumPy's products of several rows at once depend on how many there are
-        rows = [
-            np.tanh(self.dense_DD @ h_D + self.dense_bias_D) @ self.out_LD.T + self.out_bias_L
-            for h_D in first_ND
-        ]
-        return np.stack(rows) if rows else np.empty((0, len(self.labels)), np.float32)
+        rows = [self.dense(h_D[None]) @ self.out_LD.T + self.out_bias_L for h_D in vectors_ND]
+        return np.concatenate(rows) if rows else np.empty((0, len(self.labels)), np.float32)
 
     def probabilities(self, scores_NL: Floats) -> Floats:
         """float32 [N, L]: sigmoids where labels are independent, else a softmax."""
@@ -89,24 +123,32 @@ class SequenceHead:
 
 @dataclass(frozen=True)
 class TokenHead:
-    """h @ out + bias of each token: a score for each of L labels, or for being an answer's start and end."""
+    """h @ out + bias of each token: a score for each of L labels, or for being an answer's start and end.
+
+    h is what `dense` makes of hidden states where the family has such a thing.
+    """
 
     labels: Sequence[str]
+    dense: Dense | None
     out_LD: Floats
     out_bias_L: Floats
 
     @classmethod
     def open(cls, packed: Packed) -> Self | None:
         """The head in the file, None where its task is another; FormatError for NaN or infinite weights."""
-        if (task := packed.architecture.task) not in ("tokens", "spans"):
+        anatomy = packed.architecture
+        if (task := anatomy.task) not in ("tokens", "spans"):
             return None
-        out = "classifier" if task == "tokens" else "qa_outputs"
+        out = "classifier" if "classifier.weight" in anatomy.beside else "qa_outputs"
         names = labels(Config(packed.config, str(packed.path))) if task == "tokens" else ["start", "end"]
-        return cls(names, packed.vector(f"{out}.weight"), packed.vector(f"{out}.bias"))
+        is_modern = f"{MODERN_DENSE}.weight" in anatomy.beside
+        dense = Dense.open(packed, MODERN_DENSE, MODERN_NORM) if is_modern else None
+        return cls(names, dense, packed.vector(f"{out}.weight"), packed.vector(f"{out}.bias"))
 
     def scores(self, states_TD: Floats) -> Floats:
         """float32 [T, L] before softmax, of one text's tokens."""
-        return states_TD @ self.out_LD.T + self.out_bias_L
+        features_TD = states_TD if self.dense is None else self.dense(states_TD)
+        return features_TD @ self.out_LD.T + self.out_bias_L
 
     def likeliest(self, scores_NL: Floats) -> list[Label]:
         """Of each of N tokens the likeliest label with its probability."""
@@ -118,6 +160,8 @@ def _names(anatomy: Anatomy) -> tuple[str, str]:
     """The head's first linear and its second, as the family names them."""
     if "classifier.out_proj.weight" in anatomy.beside:
         return "classifier.dense", "classifier.out_proj"
+    if f"{MODERN_DENSE}.weight" in anatomy.beside:
+        return MODERN_DENSE, "classifier"
     pooler = next(name for name in anatomy.beside if name.endswith("pooler.dense.weight"))
     return pooler.removesuffix(".weight"), "classifier"
 
