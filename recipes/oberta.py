@@ -6,7 +6,8 @@
 Upstream: three epochs, zeros from 70 to 90% by a cubic, a learning rate of 12 cycles, the dense model's
 logits alone (hardness 1, temperature 5.5). Each task: its dense teacher, eight epochs beside it at 1.5e-4
 with zeros fixed and the embeddings frozen, INT8, pack, evaluate. `--also-free`: once more with embeddings
-that are trained, which the paper advises against. Rows have the fields of GLUE, IMDB and CoNLL's data sets.
+that are trained, which the paper advises against. Rows have the fields of GLUE, SQuAD,
+IMDB and CoNLL's data sets.
 """
 
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ def tagged(row: Mapping[str, Any]) -> dict[str, Any]:
 TASKS = {
     task.name: task
     for task in (
+        EncoderTask("squad", "qa", "qa", dict),
+        EncoderTask("squad_v2", "qa", "qa", dict),
         EncoderTask("mnli", "classification", "classification", classes("premise", "hypothesis")),
         EncoderTask("qqp", "classification", "classification", classes("question1", "question2")),
         EncoderTask("sst2", "classification", "classification", classes("sentence")),

@@ -92,4 +92,4 @@ def test_the_plan_says_what_the_seven_tasks_take(given: list[str], tmp_path: Pat
         text=True,
         check=False,
     )
-    assert wrong.returncode == 2 and "one of mnli" in wrong.stderr
+    assert wrong.returncode == 2 and "one of squad" in wrong.stderr

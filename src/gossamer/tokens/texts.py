@@ -69,30 +69,6 @@ class Texts:
         document = document.replace('"add_prefix_space":false', '"add_prefix_space":true')
         return tokenizers.Tokenizer.from_str(document)
 
-    def encode_windows(self, question: str, context: str, stride: int) -> list[tokenizers.Encoding]:
-        """A question with each window of its context, two of which share `stride` tokens.
-
-        They share half a window at most. ConfigError for a question that leaves no room.
-        """
-        first, second = (
-            self._whole.encode(valid_text(it), add_special_tokens=False) for it in (question, context)
-        )
-        room = self.max_length - self._whole.num_special_tokens_to_add(is_pair=True) - len(first)
-        if room < 1:
-            raise ConfigError(
-                f"the question has {len(first)} tokens; expected at most {len(first) + room - 1}, so that "
-                f"one of {self.max_length} is left for the text that it asks of"
-            )
-        second.truncate(room, stride=min(stride, room // 2))
-        return [self._whole.post_process(first, it) for it in (second, *second.overflowing)]
-
-    @cached_property
-    def _whole(self) -> tokenizers.Tokenizer:
-        """The tokenizer without a limit."""
-        built = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        built.no_truncation()
-        return built
-
 
 def marks(tokenizer: Encoder) -> list[int]:
     """What begins and what ends a text, such as [CLS] and [SEP]; ConfigError where it is anything else."""
