@@ -206,6 +206,32 @@ def test_a_header_that_contradicts_itself_is_refused(
         Packed.open(join(tmp_path / "damaged.goss", header, data))
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda it: change(it, version="5"), "version 5 with a modernbert, which takes version 6"),
+        (lambda it: set_config(it, norm_bias=True), "lacks tensor 'embeddings.norm.bias'"),
+        (lambda it: set_config(it, mlp_bias=True), "lacks tensor 'layers.0.mlp.Wo.bias'"),
+        (lambda it: set_config(it, layer_types=["full_attention"]), "1 layer_types of 4 layers"),
+        (lambda it: set_config(it, num_attention_heads=5), "does not divide by 5 heads"),
+        (lambda it: set_config(it, intermediate_size=57), "gate_proj is 56 x 24; the config says 57"),
+        (lambda it: set_config(it, local_attention=1.5), "local_attention is 1.5"),
+        (
+            lambda it: set_config(it, rope_parameters={"full_attention": {"rope_theta": -1}}),
+            "rope_theta is -1",
+        ),
+        (lambda it: set_config(it, architectures=["ModernBertForMaskedLM"]), "disagree about"),
+    ],
+)  # fmt: skip
+def test_a_header_that_contradicts_a_modernbert_is_refused(
+    damage: Callable[[Header], None], message: str, tmp_path: Path
+) -> None:
+    header, data = split(packed_encoder(tmp_path, "ModernBertModel").path)
+    damage(header)
+    with pytest.raises(FormatError, match=message):
+        Packed.open(join(tmp_path / "damaged.goss", header, data))
+
+
 def test_a_decoder_says_nothing_of_pooling(tmp_path: Path) -> None:
     header, data = split(FILES / "v1-floats.goss")
     change(header, pooling="{}")

@@ -34,6 +34,8 @@ HEADS = {
     ("RobertaForMaskedLM", "classification"): "RobertaForSequenceClassification",
     ("BertForSequenceClassification", "tokens"): "BertForTokenClassification",
     ("BertForTokenClassification", "classification"): "BertForSequenceClassification",
+    ("ModernBertForMaskedLM", "classification"): "ModernBertForSequenceClassification",
+    ("ModernBertModel", "tokens"): "ModernBertForTokenClassification",
 }
 
 
@@ -59,7 +61,7 @@ def prepared(folder: Path, kind: str, format: str, **changes: Any) -> Finetune:
     tensors = load_file(folder / "model" / "model.safetensors")
     torch.manual_seed(0)
     for name, weight in tensors.items():
-        if ".layer." in name and weight.dim() == 2:
+        if ".layer" in f".{name}" and weight.dim() == 2:
             tensors[name] = weight * (torch.rand(weight.shape) < 0.5)
     save_file(tensors, folder / "model" / "model.safetensors", {"format": "pt"})
     settings: dict[str, Any] = {
