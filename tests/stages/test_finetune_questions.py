@@ -18,7 +18,7 @@ from gossamer.stages.finetune import Finetune, finetune
 from gossamer.tokens.texts import Texts
 from gossamer.tokens.tokenizer import Tokenizer
 
-NAMES = ["BertForQuestionAnswering", "RobertaForQuestionAnswering"]
+NAMES = ["BertForQuestionAnswering", "RobertaForQuestionAnswering", "ModernBertForQuestionAnswering"]
 
 
 def questions(count: int, seed: int = 0, length: int = 12) -> list[dict[str, Any]]:
@@ -69,7 +69,9 @@ def test_the_loss_is_transformers_own(tmp_path: Path, name: str) -> None:
     assert finetune(job).losses == (pytest.approx(np.mean(losses), rel=1e-4),)
 
 
-@pytest.mark.parametrize("kind", ["BertModel", "RobertaForMaskedLM", "BertForQuestionAnswering"])
+@pytest.mark.parametrize(
+    "kind", ["BertModel", "RobertaForMaskedLM", "BertForQuestionAnswering", "ModernBertModel"]
+)
 def test_it_learns_to_mark_answers(tmp_path: Path, kind: str) -> None:
     job, said = prepared(tmp_path, kind, 400, batch_tokens=512, num_train_epochs=14), []
     result = finetune(job, lambda event: said.append(event.message))
@@ -79,6 +81,14 @@ def test_it_learns_to_mark_answers(tmp_path: Path, kind: str) -> None:
         tmp_path / "out", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_are_learned_of_a_teacher_that_is_the_model_itself(tmp_path: Path, name: str) -> None:
+    """Whose layers differ in nothing before the first step, so that the loss is that of the labels."""
+    job = prepared(tmp_path, name, 30)
+    taught = replace(job, teacher=str(tmp_path / "model"), distill="squarehead", overwrite=True)
+    assert finetune(taught).losses[0] == pytest.approx(finetune(replace(job, overwrite=True)).losses[0])
 
 
 def test_squads_json_teaches_a_model_that_had_three_classes(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class SquareHead:
         return loss
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if len(args) == 1 and hasattr(module, "encoder"):  # an encoder's tokens come by position
+        if len(args) == 1 and hasattr(module, "embeddings"):  # an encoder's tokens come by position
             args, kwargs = (), {**kwargs, "input_ids": args[0]}
         if args or kwargs.get("input_ids") is None:
             raise UnsupportedError(
