@@ -11,6 +11,7 @@ is the sum over its weights of what each is worth by itself.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gossamer.compress.hessian import fix_rows
 from gossamer.compress.sparsegpt import smallest
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 
 
 class Pattern(Protocol):
@@ -116,6 +117,18 @@ class Blocks:
         worth = saliency_NK.masked_fill(zeros_NK, 0.0).reshape(*empty.shape, self.size).sum(2)
         chosen = smallest(worth.masked_fill(empty, -1.0), num_blocks)
         return chosen.repeat_interleave(self.size, 1) | zeros_NK
+
+
+def check_fits(
+    pattern: Pattern, text: str, names: Sequence[str], shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Raise UnsupportedError for a matrix [N, K] of `names` whose rows `text` does not divide."""
+    for name, width in ((it, shapes[f"{it}.weight"][1]) for it in names):
+        if width % pattern.size:
+            raise UnsupportedError(
+                f"{name} has {width} inputs, of which --pattern {text} makes no whole groups; "
+                f"supported: an M that divides {width}"
+            )
 
 
 def parse_pattern(text: str) -> Pattern | None:

@@ -24,11 +24,11 @@ from gossamer.compress.budget import (
 )
 from gossamer.compress.hessian import inverse_factor, moments
 from gossamer.compress.magnitude import magnitude
-from gossamer.compress.pattern import parse_pattern
+from gossamer.compress.pattern import check_fits, parse_pattern
 from gossamer.compress.sparsegpt import sparsegpt
 from gossamer.compress.target import token_error
 from gossamer.compress.wanda import wanda
-from gossamer.errors import CalibrationError, ConfigError, UnsupportedError
+from gossamer.errors import CalibrationError, ConfigError
 from gossamer.job.report import Event, Progress, Table
 from gossamer.layerwise.options import PruneOptions
 from gossamer.layerwise.scores import input_norms
@@ -57,13 +57,7 @@ def check_budget(source: Checkpoint, job: PruneOptions) -> None:
             f"--pattern {job.pattern} fixes the sparsity at {fixed:g}, and --sparsity is "
             f"{job.sparsity:g}; give --sparsity {fixed:g}, or another pattern"
         )
-    for name in source.linears:
-        width = source.architecture.tensor_shapes[f"{name}.weight"][1]
-        if width % pattern.size:
-            raise UnsupportedError(
-                f"{name} has {width} inputs, of which --pattern {job.pattern} makes no whole groups; "
-                f"supported: an M that divides {width}"
-            )
+    check_fits(pattern, job.pattern, source.linears, source.architecture.tensor_shapes)
 
 
 def measured_shares(

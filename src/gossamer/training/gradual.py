@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.magnitude import magnitude
-from gossamer.compress.pattern import Blocks, Pattern, parse_pattern
+from gossamer.compress.pattern import Blocks, Pattern, check_fits, parse_pattern
 from gossamer.errors import ConfigError
 from gossamer.training.masks import MaskCallback, MaskedWeight, decoder_linears, local, paired
 from gossamer.training.parallel import shard_like
@@ -112,7 +112,8 @@ class CubicSchedule:
 def pattern_of(text: str | None, source: Checkpoint) -> Pattern | None:
     """How the zeros that a schedule makes lie: as `text` says, else in blocks as far as the model's do.
 
-    Raises ConfigError for a pattern that fixes its share of zeros, or that does not fit a matrix.
+    Raises ConfigError for a pattern that fixes its share of zeros, UnsupportedError for one that does not fit
+    a matrix.
     """
     if text is None:
         return next((Blocks(size) for size in BLOCKS if _all_in_blocks(source, size)), None)
@@ -122,15 +123,8 @@ def pattern_of(text: str | None, source: Checkpoint) -> Pattern | None:
             f"--pattern {text} fixes the share of zeros, which --prune-schedule lets rise; expected "
             "unstructured, or 1xM such as 1x4"
         )
-    if pattern is None:
-        return None
-    for name in source.linears:
-        width = source.architecture.tensor_shapes[f"{name}.weight"][1]
-        if width % pattern.size:
-            raise ConfigError(
-                f"{name} has {width} inputs, of which --pattern {text} makes no whole blocks; expected an M "
-                f"that divides {width}"
-            )
+    if pattern is not None:
+        check_fits(pattern, text, source.linears, source.architecture.tensor_shapes)
     return pattern
 
 
