@@ -144,6 +144,24 @@ def test_files_that_are_no_encoders_with_a_tokenizer_are_refused(directory: Path
         gossamer.LLM(directory)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("deberta-v2", "DebertaV2Model"), ("mpnet", "MPNetModel"), ("mpnet", "MPNetForMaskedLM")],
+)
+def test_encoders_of_other_kinds_are_refused_by_name(kind: str, name: str, tmp_path: Path) -> None:
+    save_encoder(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_bytes()) | {"model_type": kind, "architectures": [name]}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UnsupportedError, match=rf"{name}.*BertModel"):
+        Encoder(tmp_path)
+
+
+def test_ten_thousand_texts_are_those_one_by_one(encoder: Encoder) -> None:
+    few = encoder.encode(TEXTS)
+    np.testing.assert_array_equal(encoder.encode(TEXTS * 2000), np.tile(few, (2000, 1)))
+
+
 def test_it_takes_neither_torch_nor_transformers(directory: Path, encoder: Encoder) -> None:
     program = (
         "import sys, gossamer; "

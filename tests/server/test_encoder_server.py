@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import huggingface_hub
 import numpy as np
 import openai
 import pytest
+from huggingface_hub import InferenceClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from encoders import save_encoder
@@ -160,6 +162,19 @@ def test_what_is_served_is_told(vectors: Running, labels: Running, ranks: Runnin
     assert httpx.get(f"{vectors.url}/health").json() == {"status": "ok", "requests": 0}
 
 
+def test_hugging_faces_client_reads_the_tei_routes(
+    vectors: Running, labels: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its methods post {"inputs"} to the address they are given; of classification it reads batches alone."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # or it asks no server at all
+    found = InferenceClient(f"{vectors.url}/embed", timeout=60).feature_extraction(TEXTS, truncate=True)
+    expected_ND = Encoder(vectors.path, 1).encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected_ND, rtol=0, atol=1e-6)
+    one: Any = [["a b"]]
+    [best, *_] = InferenceClient(f"{labels.url}/predict", timeout=60).text_classification(one)
+    assert [best.label, best.score] == [*Encoder(labels.path, 1).classify(["a b"])[0][0].values()]
+
+
 def test_routes_of_other_models_say_what_is_served(
     vectors: Running, labels: Running, chat_server: Running
 ) -> None:
@@ -194,6 +209,8 @@ def test_routes_of_other_models_say_what_is_served(
         ("/embed", {"inputs": LONG}, 413, "more than 20 tokens"),
         ("/embed", {"inputs": "a", "prompt_name": "title"}, 400, "this model's prompts: query"),
         ("/embed", {"input": "a"}, 422, "will not do"),
+        ("/embed", {"inputs": []}, 400, "inputs must be a text"),
+        ("/embed", {"inputs": ["a"] * 10_000}, 413, "inputs has 10000 texts; expected 1 to 2048"),
         ("/rerank", {"query": LONG, "texts": ["a"]}, 413, "text 0 of query has more than 20"),
         ("/rerank", {"query": "a", "texts": ["a", LONG]}, 413, "text 1 of texts has more than 20"),
     ],

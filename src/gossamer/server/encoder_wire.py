@@ -70,6 +70,7 @@ class TeiRerankRequest(TeiFields, forbid_unknown_fields=True, kw_only=True):
 
 
 class TeiPredictRequest(TeiFields, forbid_unknown_fields=True, kw_only=True):
+    parameters: dict[str, None] = {}  # as huggingface_hub's client sends them, none of which may be set
     inputs: Inputs
     raw_scores: bool = False
 

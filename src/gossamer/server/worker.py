@@ -76,6 +76,7 @@ class Worker:
         self._orders: deque[Callable[[], None]] = deque()
         self._submissions: set[Submission[Any]] = set()
         self._stopping = False
+        self._num_requests = 0
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gossamer-engine")
         self._future: Future[None] | None = None
 
@@ -100,7 +101,7 @@ class Worker:
     @property
     def num_requests(self) -> int:
         """Requests under way or waiting (asked in the event loop, the only one to change it)."""
-        return sum(len(submission.requests) for submission in self._submissions)
+        return self._num_requests
 
     async def pieces(self, requests: Sequence[Asked[PieceT]]) -> AsyncGenerator[tuple[int, PieceT], None]:
         """(index of the request, piece) as they come, until all are finished.
@@ -135,12 +136,14 @@ class Worker:
         with self._wake:
             self.check_room(len(submission.requests))
             self._submissions.add(submission)
+            self._num_requests += len(submission.requests)
             self._orders.append(lambda: self._add(submission))
             self._wake.notify()
 
     def _withdraw(self, submission: Submission[Any]) -> None:
         with self._wake:
-            self._submissions.discard(submission)
+            self._submissions.remove(submission)
+            self._num_requests -= len(submission.requests)
             self._orders.append(lambda: self._drop(submission))
             self._wake.notify()
 
