@@ -24,7 +24,7 @@ from gossamer.architecture.windows import FULL, SLIDING, named_types
 from gossamer.errors import CheckpointError, UnsupportedError
 
 ENDINGS = encoder.ENDINGS
-SUMMARY = "ModernBertModel (rope default)"
+SUMMARY = "ModernBertModel"
 FUSED: Mapping[str, tuple[Role, ...]] = {"attn.Wqkv": ("q", "k", "v"), "mlp.Wi": ("gate", "up")}
 POOLINGS = ("cls", "mean")
 THETAS = {FULL: ("global_rope_theta", 160_000.0), SLIDING: ("local_rope_theta", 10_000.0)}

@@ -6,7 +6,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.architecture.windows import blocks_by_window
 
-SUMMARY = "Qwen3ForCausalLM (dense, no biases)"
+SUMMARY = "Qwen3ForCausalLM (no biases)"
 
 
 def anatomy(config: Config) -> Anatomy:

@@ -6,7 +6,7 @@ from gossamer.architecture.config import Config
 from gossamer.architecture.rope import Rope
 from gossamer.errors import CheckpointError
 
-SUMMARY = "SmolLM3ForCausalLM (no sliding window)"
+SUMMARY = "SmolLM3ForCausalLM (no windows)"
 
 
 def anatomy(config: Config) -> Anatomy:
