@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from one_task import examples_by_task
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.cli import ProgressBars
-from gossamer.errors import ConfigError
 from gossamer.runs.compress import Step
-from gossamer.runs.encoder_recipe import EncoderSizes, EncoderTask, evaluation
+from gossamer.runs.encoder_recipe import EncoderSizes, EncoderTask, evaluation, transferred
 from gossamer.runs.recipe import Files, command, examples_of, run
 from gossamer.stages.finetune import Finetune
 from gossamer.stages.pretrain import Pretrain
@@ -62,15 +62,7 @@ def sizes_of(given: argparse.Namespace, sizes: EncoderSizes) -> EncoderSizes:
 
 def examples(given: argparse.Namespace, tasks: Mapping[str, EncoderTask]) -> dict[str, Files]:
     """`TASK=TRAIN,TEST` of each, as the stages read them; as they are given for a dry run."""
-    found: dict[str, Files] = {}
-    for each in given.examples:
-        name, equals, files = each.partition("=")
-        train, comma, test = files.partition(",")
-        if name not in tasks or not equals or not comma:
-            raise ConfigError(
-                f"--examples {each}: expected TASK=TRAIN,TEST with TASK one of {', '.join(tasks)}"
-            )
-        found[name] = Files(Path(train), Path(test))
+    found = examples_by_task(given.examples, tasks)
     if given.dry_run:
         return found
     folder = given.output_dir.with_name(f"{given.output_dir.name}-examples")
@@ -88,6 +80,22 @@ class Arm:
 
     def evaluations(self) -> list[Step]:
         return [evaluation(self.task, it, self.test, it.with_suffix(".json")) for it in self.models]
+
+
+def transfers(
+    given: argparse.Namespace, task: EncoderTask, files: Files, sizes: EncoderSizes, sparse: Path, kind: str,
+    said: str, calibration: Sequence[str], freeze: str = "embeddings",
+) -> tuple[list[Step], Arm]:  # fmt: skip
+    """A transfer of each seed beside the task's teacher, in folders named by `kind`, and their line."""
+    steps, models = list[Step](), list[Path]()
+    for seed in given.seeds:
+        folder = given.output_dir / task.name / f"{kind}-{seed}"
+        teacher = folder.with_name("teacher")
+        steps += transferred(
+            task, sparse, teacher, folder, calibration, files, sizes, seed=seed, freeze=freeze
+        )
+        models.append(folder / "model.goss")
+    return steps, Arm(task, f"{sizes.sparsity:.0%} zeros, INT8, {said}", models, files.test)
 
 
 def plan_or_run(given: argparse.Namespace, steps: Sequence[Step], arms: Sequence[Arm]) -> None:

@@ -10,35 +10,18 @@ Finished steps are skipped. On several machines, which see the same files, give 
 time and cost, from our own measured rates, scaled, or from `--tokens-per-s`.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import arithmetic
 import chat
 import coding
 import instruction
 import summarization
-from one_task import fail, parser, plan_or_run, sizes_of
+from one_task import examples_by_task, fail, parser, plan_or_run, sizes_of
 
-from gossamer.errors import ConfigError, GossamerError
-from gossamer.runs.recipe import Files, examples_of, finetuned, pruned
+from gossamer.errors import GossamerError
+from gossamer.runs.recipe import examples_of, finetuned, pruned
 
 TASKS = {module.TASK.name: module.TASK for module in (arithmetic, chat, coding, instruction, summarization)}
 SPARSITY = 0.7
-
-
-def examples_by_task(given: Sequence[str]) -> dict[str, Files]:
-    """`TASK=TRAIN,TEST` of each."""
-    found: dict[str, Files] = {}
-    for each in given:
-        name, equals, files = each.partition("=")
-        train, comma, test = files.partition(",")
-        if name not in TASKS or not equals or not comma:
-            raise ConfigError(
-                f"--examples {each}: expected TASK=TRAIN,TEST with TASK one of {', '.join(TASKS)}"
-            )
-        found[name] = Files(Path(train), Path(test))
-    return found
 
 
 def main() -> None:
@@ -48,7 +31,7 @@ def main() -> None:
     output = given.output_dir
     try:
         sizes = sizes_of(given, SPARSITY)
-        files = examples_by_task(given.examples)
+        files = examples_by_task(given.examples, TASKS)
         if not given.dry_run:
             folder = output.with_name(f"{output.name}-examples")
             files = {name: examples_of(TASKS[name], each, folder / name) for name, each in files.items()}

@@ -13,12 +13,12 @@ IMDB and CoNLL's data sets.
 from collections.abc import Mapping
 from typing import Any
 
-from encoder_program import Arm, examples, parser, plan_or_run, sizes_of
+from encoder_program import Arm, examples, parser, plan_or_run, sizes_of, transfers
 from one_task import fail
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import GossamerError
-from gossamer.runs.encoder_recipe import EncoderSizes, EncoderTask, dense_teacher, transferred, upstream
+from gossamer.runs.encoder_recipe import EncoderSizes, EncoderTask, dense_teacher, upstream
 
 CONLL = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")  # by number
 
@@ -70,13 +70,10 @@ def main() -> None:
             steps.append(dense_teacher(task, given.model, files, teacher, sizes))
             arms.append(Arm(task, "dense", [teacher], files.test))
             for freeze in ("embeddings", "nothing") if given.also_free else ("embeddings",):
-                made = [output / name / f"{freeze}-{seed}" for seed in given.seeds]
-                for folder, seed in zip(made, given.seeds, strict=True):
-                    steps += transferred(
-                        task, pruned, teacher, folder, calibration, files, sizes, seed=seed, freeze=freeze
-                    )
-                said = f"{sizes.sparsity:.0%} zeros, INT8, {freeze} frozen"
-                arms.append(Arm(task, said, [folder / "model.goss" for folder in made], files.test))
+                said = f"{freeze} frozen"
+                some, arm = transfers(given, task, files, sizes, pruned, freeze, said, calibration, freeze)
+                steps += some
+                arms.append(arm)
         plan_or_run(given, steps, arms)
     except (GossamerError, OSError) as error:
         fail(options, error)

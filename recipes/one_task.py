@@ -1,14 +1,14 @@
 """What the programs of the paper's tasks share: their command line, and what they print."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from plan import Plan
 
 from gossamer.cli import ProgressBars
-from gossamer.errors import GossamerError
+from gossamer.errors import ConfigError, GossamerError
 from gossamer.runs.compress import Step
 from gossamer.runs.recipe import (
     Files,
@@ -81,6 +81,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def fail(options: argparse.ArgumentParser, error: Exception) -> NoReturn:
     """End with the codes of the command line: 2 for what was asked, 1 for what the system lacks."""
     options.exit(1 if isinstance(error, OSError) else 2, f"{options.prog}: {error}\n")
+
+
+def examples_by_task(given: Sequence[str], tasks: Collection[str]) -> dict[str, Files]:
+    """`TASK=TRAIN,TEST` of each; ConfigError for anything else, and for another task."""
+    found: dict[str, Files] = {}
+    for each in given:
+        name, equals, files = each.partition("=")
+        train, comma, test = files.partition(",")
+        if name not in tasks or not equals or not comma:
+            raise ConfigError(
+                f"--examples {each}: expected TASK=TRAIN,TEST with TASK one of {', '.join(tasks)}"
+            )
+        found[name] = Files(Path(train), Path(test))
+    return found
 
 
 def sizes_of(given: argparse.Namespace, sparsity: float) -> Sizes:

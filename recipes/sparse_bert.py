@@ -11,7 +11,7 @@ shows what the field's text gave. Rows are CoNLL's columns, or `tokens` and `lab
 from collections.abc import Mapping
 from typing import Any
 
-from encoder_program import Arm, examples, parser, plan_or_run, sizes_of
+from encoder_program import Arm, examples, parser, plan_or_run, sizes_of, transfers
 from one_task import fail
 
 from gossamer.checkpoint.directory import Checkpoint
@@ -21,7 +21,6 @@ from gossamer.runs.encoder_recipe import (
     EncoderTask,
     continued,
     dense_teacher,
-    transferred,
     upstream,
 )
 
@@ -55,11 +54,9 @@ def main() -> None:
             steps.append(dense_teacher(task, given.model, files, teacher, sizes))
             arms.append(Arm(task, "dense", [teacher], files.test))
             for kind, model in sparse.items():
-                made = [output / name / f"{kind}-{seed}" for seed in given.seeds]
-                for folder, seed in zip(made, given.seeds, strict=True):
-                    steps += transferred(task, model, teacher, folder, calibration, files, sizes, seed=seed)
-                said = f"{sizes.sparsity:.0%} zeros, INT8, {kind}"
-                arms.append(Arm(task, said, [folder / "model.goss" for folder in made], files.test))
+                some, arm = transfers(given, task, files, sizes, model, kind, kind, calibration)
+                steps += some
+                arms.append(arm)
         plan_or_run(given, steps, arms)
     except (GossamerError, OSError) as error:
         fail(options, error)
