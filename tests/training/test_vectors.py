@@ -195,7 +195,7 @@ def test_zeros_rise_one_by_one_where_they_are_asked_to(place: Path, tmp_path: Pa
         ({"cosine_weight": -1.0}, ConfigError, "--cosine-weight is -1"),
         ({"pattern": "1x4"}, ConfigError, "--pattern 1x4 .* --prune-schedule; give both"),
         ({"pattern": "2:4", "prune_schedule": "cubic:0.8"}, ConfigError, "--pattern 2:4 fixes the share"),
-        ({"pattern": "1x5", "prune_schedule": "cubic:0.8"}, ConfigError, "24 inputs, .*--pattern 1x5"),
+        ({"pattern": "1x5", "prune_schedule": "cubic:0.8"}, UnsupportedError, "24 inputs, .*--pattern 1x5"),
     ],
     ids=str,
 )
