@@ -40,7 +40,7 @@ class EncoderScheduler:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._waiting: list[EncoderRequest] = []
+        self._waiting: dict[EncoderRequest, None] = {}  # in the order in which they came
 
     @property
     def idle(self) -> bool:
@@ -49,12 +49,11 @@ class EncoderScheduler:
 
     def add(self, request: EncoderRequest) -> None:
         """Queue a request of at least one row."""
-        self._waiting.append(request)
+        self._waiting[request] = None
 
     def drop(self, request: EncoderRequest) -> None:
         """Forget a request that nobody waits for any more."""
-        if request in self._waiting:
-            self._waiting.remove(request)
+        self._waiting.pop(request, None)
 
     def step(self) -> None:
         """Compute what fits of the texts, at least one; requests that are then whole leave."""

@@ -1,5 +1,6 @@
 """The verb `serve`: one packed model, a decoder or an encoder, behind HTTP until Ctrl-C."""
 
+import gc
 import re
 import socket
 from dataclasses import dataclass, fields
@@ -75,10 +76,13 @@ def serve(job: Serve, progress: Progress = quiet) -> ServeResult:
                 timeout_graceful_shutdown=GRACE_S,
             )
         )
+        gc.collect()
+        gc.freeze()  # else what stays for good is looked through again and again: a sixth of a request
         worker.start(on_end=lambda: setattr(server, "should_exit", True))
         try:
             server.run(sockets=[listener])
         finally:
+            gc.unfreeze()
             worker.stop()
     return ServeResult(url, name)
 

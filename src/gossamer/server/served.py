@@ -21,6 +21,7 @@ from gossamer.server.metrics import Measured, Metrics
 from gossamer.server.wire import RequestError, error_body
 from gossamer.server.worker import Asked, Worker
 
+SOON_S = 0.25
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it: the client has gone
 
 
@@ -102,17 +103,23 @@ class Served:
             )
 
     async def _finished(self, http: HttpRequest, requests: Sequence[Asked[Any]]) -> bool:
-        """Wait for all requests; False when the client went away first (they are dropped)."""
+        """Wait for all requests; False when the client went away first (they are dropped).
+
+        Who goes away within `SOON_S` is not noticed before that: most answers are there by then.
+        """
         work = asyncio.ensure_future(self._drain(requests))
-        gone = asyncio.ensure_future(_disconnect(http))
+        gone = None
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not (await asyncio.wait({work}, timeout=SOON_S))[0]:
+                gone = asyncio.ensure_future(_disconnect(http))
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 await work
             return work.done()
         finally:
             work.cancel()
-            gone.cancel()
+            if gone is not None:
+                gone.cancel()
 
     async def _drain(self, requests: Sequence[Asked[Any]]) -> None:
         async with aclosing(self._worker.pieces(requests)) as pieces:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any, Generic, Protocol, TypeVar
@@ -41,23 +41,24 @@ class Steps(Protocol):
 
 
 class Submission(Generic[PieceT]):
-    """The requests of one HTTP call: the engine thread puts (index, piece), the event loop takes them."""
+    """The requests of one HTTP call, and their pieces as they reach the event loop."""
 
     def __init__(self, requests: Sequence[Asked[PieceT]]) -> None:
         self.requests = tuple(requests)
-        self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[int, PieceT] | None] = asyncio.Queue()
 
-    def put(self, item: tuple[int, PieceT] | None) -> None:
-        """From any thread: a piece, or None when the engine stops before the requests are done."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+    def taken(self) -> list[tuple[int, PieceT]]:
+        """From the engine thread: (index of the request, piece) of all that came since the last time."""
+        return [
+            (index, request.pieces.popleft())
+            for index, request in enumerate(self.requests)
+            for _ in range(len(request.pieces))
+        ]
 
-    def put_new_pieces(self) -> None:
-        """From the engine thread: all that came since the last time."""
-        for index, request in enumerate(self.requests):
-            while request.pieces:
-                self.put((index, request.pieces.popleft()))
+    def put(self, items: Iterable[tuple[int, PieceT] | None]) -> None:
+        """From the event loop: pieces, or None when the engine stopped before the requests were done."""
+        for item in items:
+            self._pieces.put_nowait(item)
 
     async def get(self) -> tuple[int, PieceT]:
         """From the event loop: the next piece."""
@@ -77,6 +78,7 @@ class Worker:
         self._submissions: set[Submission[Any]] = set()
         self._stopping = False
         self._num_requests = 0
+        self._loop: asyncio.AbstractEventLoop | None = None  # which requests come from
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="gossamer-engine")
         self._future: Future[None] | None = None
 
@@ -135,6 +137,7 @@ class Worker:
     def _submit(self, submission: Submission[Any]) -> None:
         with self._wake:
             self.check_room(len(submission.requests))
+            self._loop = asyncio.get_running_loop()
             self._submissions.add(submission)
             self._num_requests += len(submission.requests)
             self._orders.append(lambda: self._add(submission))
@@ -151,16 +154,26 @@ class Worker:
         """The engine thread."""
         try:
             while self._carry_out_orders():
-                self._scheduler.step()
+                if not self._scheduler.idle:
+                    self._scheduler.step()
                 with self._wake:
                     submissions = tuple(self._submissions)
-                for submission in submissions:
-                    submission.put_new_pieces()
+                self._hand_over([(it, it.taken()) for it in submissions])
         finally:
             with self._wake:
                 self._stopping = True
-                for submission in self._submissions:
-                    submission.put(None)
+                self._hand_over([(it, [None]) for it in self._submissions])
+
+    def _hand_over(self, taken: Sequence[tuple[Submission[Any], Sequence[Any]]]) -> None:
+        """Wake the event loop once for all that a step brought."""
+        arrivals = [(submission, items) for submission, items in taken if items]
+
+        def put() -> None:
+            for submission, items in arrivals:
+                submission.put(items)
+
+        if arrivals and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(put)
 
     def _carry_out_orders(self) -> bool:
         """Do what was ordered, waiting while there is nothing to do; False when it is time to stop."""
@@ -174,7 +187,6 @@ class Worker:
     def _add(self, submission: Submission[Any]) -> None:
         for request in submission.requests:
             self._scheduler.add(request)
-        submission.put_new_pieces()
 
     def _drop(self, submission: Submission[Any]) -> None:
         for request in submission.requests:
