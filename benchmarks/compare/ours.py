@@ -17,20 +17,30 @@ from gossamer.tools.bench import Bench, bench
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.wide import num_weights, stack
 
+UNSTRUCTURED = "unstructured"
 MAX_TOKENS = 256  # that the engine passes through a layer at once
 
 
-def who(values: Values, sparsity: float, threads: int) -> Row:
+def who(values: Values, sparsity: float, pattern: str, threads: int) -> Row:
     about = {"peer": "gossamer", "version": version("gossamer"), "isa": _native.isa()}
-    return about | {"what": f"{values}, {sparsity:.0%} zeros", "threads": threads}
+    zeros = f"{sparsity:.0%} zeros" + f" in {pattern}" * (pattern != UNSTRUCTURED)
+    return about | {"what": f"{values}, {zeros}", "threads": threads}
 
 
 def measure(
-    shape: Shape, values: Values, sparsity: float, threads: int, repeats: int, prompt: int, new: int
+    shape: Shape,
+    values: Values,
+    sparsity: float,
+    pattern: str,
+    threads: int,
+    repeats: int,
+    prompt: int,
+    new: int,
 ) -> Iterator[Row]:
     """Two rows as llama-bench has them: a prompt, and decoding from an almost empty context."""
-    job = Bench(shape=shape, values=(values,), sparsity=(sparsity,), threads=threads, repeats=repeats)
-    row = who(values, sparsity, threads) | {"shape": shape, "repeats": repeats}
+    job = Bench(shape=shape, values=(values,), sparsity=(sparsity,), pattern=pattern)
+    job = replace(job, threads=threads, repeats=repeats)
+    row = who(values, sparsity, pattern, threads) | {"shape": shape, "repeats": repeats}
     found = bench(replace(job, prompt=(prompt,), new=1)).row
     about = {"tokens": prompt, "weight_bytes": found.step_bytes - found.kv_bytes}
     yield row | about | {"tokens_per_s": found.prompt_tokens_per_s}
@@ -57,7 +67,7 @@ def ours_stack(
         passes = [model.time_linears(repeats + 2, block)[2:] for block in blocks]
         seconds = [sum(times) for times in zip(*passes, strict=True)]
         middle = median(seconds)
-        yield who(values, sparsity, threads) | {
+        yield who(values, sparsity, UNSTRUCTURED, threads) | {
             "shape": NAME,
             "tokens": count,
             "num_weights": weights,
@@ -76,12 +86,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=CONFIGS, default="tinyllama-1.1b")
     parser.add_argument("--values", choices=get_args(Values), default="i8")
     parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--pattern", choices=(UNSTRUCTURED, "1x4"), default=UNSTRUCTURED, help="of a model")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     job = parser.parse_args()
     about = {"threads": job.threads, "repeats": job.repeats}
     if job.part == "model":
-        print_rows(measure(job.shape, job.values, job.sparsity, prompt=job.prompt, new=job.new, **about))
+        kind = (job.shape, job.values, job.sparsity, job.pattern)
+        print_rows(measure(*kind, prompt=job.prompt, new=job.new, **about))
     else:
         print_rows(ours_stack(job.values, job.sparsity, job.tokens, **about))
 

@@ -40,10 +40,10 @@ def commands(job: argparse.Namespace) -> list[Command]:
             continue
         shape = ["--shape", job.shape, "--prompt", str(job.prompt), "--new", str(job.new)]
         whole = peer == "llama.cpp"
-        for values, sparsity in job.ours if whole else job.ours_stack:
+        for values, sparsity, pattern in job.ours if whole else job.ours_stack:
             part = ["model", *shape] if whole else ["stack", "--tokens", *map(str, job.tokens)]
             words = [sys.executable, str(HERE / "ours.py"), *part, "--values", values]
-            found.append([*words, "--sparsity", sparsity, *about])
+            found.append([*words, "--sparsity", sparsity, "--pattern", pattern, *about])
         interpreter = Path(sys.executable) if whole else python(peer, job.root)
         special = [*shape, "--root", str(job.root)] if whole else ["--tokens", *map(str, job.tokens)]
         found.append([str(interpreter), str(SCRIPTS[peer]), *special, *about])
@@ -86,10 +86,10 @@ def compare(job: argparse.Namespace) -> tuple[list[dict], int]:
     return found, failures
 
 
-def pack(text: str) -> tuple[str, str]:
-    """`i8:0.7` as value type and sparsity."""
-    values, _, sparsity = text.partition(":")
-    return values, sparsity or "0"
+def pack(text: str) -> tuple[str, str, str]:
+    """`i8:0.7:1x4` as value type, sparsity and pattern."""
+    values, sparsity, pattern, *_ = *text.split(":"), "", ""
+    return values, sparsity or "0", pattern or "unstructured"
 
 
 def options() -> argparse.ArgumentParser:
@@ -106,8 +106,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="rows of the stack's input")
-    parser.add_argument("--ours", type=pack, nargs="+", default=[("i8", "0.7"), ("i4", "0.7")])
-    parser.add_argument("--ours-stack", type=pack, nargs="+", default=[("i8", "0.7"), ("i8", "0")])
+    parser.add_argument("--ours", type=pack, nargs="+", default=[pack("i8:0.7"), pack("i4:0.7")])
+    parser.add_argument("--ours-stack", type=pack, nargs="+", default=[pack("i8:0.7"), pack("i8")])
     parser.add_argument("--no-record", dest="record", action="store_false", help="print rows, keep none")
     return parser
 

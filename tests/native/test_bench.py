@@ -132,6 +132,15 @@ def test_a_sweep_gives_a_row_for_each_combination(small_shape: Path) -> None:
     assert len(list(small_shape.glob("*.goss"))) == 4
 
 
+def test_zeros_in_blocks_are_stored_as_blocks(small_shape: Path) -> None:
+    job = dataclasses.replace(QUICK, shape="tinyllama-1.1b", layers=1, sparsity=(0.8,), pattern="1x4", new=2)
+    row = bench(job).row
+    packed = Packed.open(Path(row.file))
+    assert {packed.matrices[name].storage for name in packed.decoder} == {"blocks"}
+    assert packed.sparsity(packed.decoder) == pytest.approx(0.8, abs=0.01)
+    assert row.prompt_tokens_per_s > 0
+
+
 def test_the_command_prints_an_object_a_row_or_markdown(
     small_shape: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +182,7 @@ def senseless() -> dict[str, tuple[Bench, str]]:
         "a plot of another kind": (changed(shape, plot="x.pdf"), "x.pdf"),
         "a plot nowhere": (changed(shape, plot="/nowhere/x.png"), "directory that exists"),
         "a sparsity of a file": (Bench(model="x.goss", sparsity=(0.5,)), "sparsity needs --shape"),
+        "a pattern of a file": (Bench(model="x.goss", pattern="1x4"), "pattern needs --shape"),
         "a baseline of a file": (Bench(model="x.goss", baseline=True), "baseline needs --shape"),
     }
 

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,8 @@ from gossamer.packed.values import NUMBER_TYPES
 
 BASELINE_BYTES = 600e6  # of dense float32 layers, to compare with: more than any cache holds
 PLOT_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
+OF_SHAPES = ("layers", "sparsity", "pattern", "values", "baseline", "plot", "keep")
+TOGETHER = {"unstructured": 1, "1x4": 4}  # weights of a row that are zero or not as one
 MEMORY_SHARE = 0.8  # of what is available that a model may take
 
 
@@ -47,6 +49,9 @@ class Bench(EngineOptions):
     sparsity: tuple[float, ...] = option(
         (),
         help="fractions of zeros in its decoder linears, a row each (0.7; with --plot 0 0.5 0.6 0.7 0.8 0.9)",
+    )
+    pattern: Literal["unstructured", "1x4"] = option(
+        "unstructured", help="of its zeros; 1x4: four neighbours of a row at once, which prompts of i8 skip"
     )
     values: tuple[Literal["f32", "bf16", "i8", "i4"], ...] = option(
         (), help="its value types, a row each (i8); i8 and i4 store the head in int8"
@@ -103,9 +108,9 @@ def check(job: Bench) -> None:
         if not 0 <= sparsity < 1:
             raise ConfigError(f"--sparsity is {sparsity}; expected at least 0 and below 1")
     if job.shape is None:
-        for name in ("layers", "sparsity", "values", "baseline", "plot", "keep"):
-            if getattr(job, name):
-                raise ConfigError(f"--{name} needs --shape: it describes synthetic models")
+        for field in fields(Bench):
+            if field.name in OF_SHAPES and getattr(job, field.name) != field.default:
+                raise ConfigError(f"--{field.name} needs --shape: it describes synthetic models")
     if job.plot is not None:
         check_plot(job, Path(job.plot))
 
@@ -160,7 +165,7 @@ def recipes(job: Bench) -> list[Recipe]:
     assert job.shape is not None
     sparsities = job.sparsity or (PLOT_SPARSITIES if job.plot else (0.7,))
     made = [
-        Recipe.of(job.shape, values, sparsity, job.layers)
+        replace(Recipe.of(job.shape, values, sparsity, job.layers), together=TOGETHER[job.pattern])
         for values in dict.fromkeys(job.values or ("i8",))
         for sparsity in dict.fromkeys(sparsities)
     ]
