@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Modules are compiled to byte code at their first use: most of those of torch and transformers have none.
 PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
-CPP := $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
+CPP := $(shell find native src -name '*.cpp' -o -name '*.hpp' -o -name '*.cuh' 2>/dev/null)
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test tests check format torture wheel clean

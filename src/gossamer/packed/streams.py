@@ -159,6 +159,25 @@ def decode(
     return decode_by(weights, kind, num, stream, offsets, rows, columns, source)
 
 
+def split(
+    values: str, stream: np.ndarray, offsets: np.ndarray, rows: int, columns: int, source: str = "stream"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The masks (uint8 [P, V, mask bytes]) and the weights' bytes (uint8, panel after panel) of a stream."""
+    kind, num, panels = NUMBER_TYPES[values], num_vectors(values, columns), -(-rows // PANEL_ROWS)
+    _check_offsets(stream, offsets, rows, source)
+    bounds = offsets[: panels + 1].astype(np.int64)
+    packed = stream[: bounds[-1]]
+    masks = _walk(kind, packed, bounds, num, source).reshape(panels, -1, GROUP_VECTORS, kind.mask_bytes)
+    counts = np.bitwise_count(masks).sum(axis=3, dtype=np.int64)
+    lengths = np.empty((*counts.shape[:2], 2), np.int64)  # of each group its masks and its weights
+    lengths[..., 0] = kind.mask_bytes * np.diff(
+        np.minimum(np.arange(counts.shape[1] + 1) * GROUP_VECTORS, num)
+    )
+    lengths[..., 1] = _value_bytes(kind, counts)
+    is_weight = np.repeat(np.arange(lengths.size) % 2 == 1, lengths.ravel())
+    return masks.reshape(panels, -1, kind.mask_bytes)[:, :num], packed[is_weight]
+
+
 def decode_by(
     weights: Callable[[np.ndarray, int, str], np.ndarray],
     kind: NumberType,

@@ -1,0 +1,141 @@
+"""How a sparse INT8 matrix and its inputs lie in a GPU's memory: what the kernels are tested against.
+
+A vector of a .goss panel, 16 rows x 4 inputs with a mask bit each, is a column of the fragment that the
+instruction `mma.m16n8k32` takes of its first matrix: so the masks and the weights of a stream are moved
+apart, and no byte of them changes. A step is 32 vectors, 128 inputs: what a warp does between two waits. For
+each step `starts` says where its weights begin; 32 bits for 2,048 weights.
+
+Shapes: N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs, T tokens in tiles of 8.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.errors import UnsupportedError
+from gossamer.packed import streams
+from gossamer.packed.panels import from_vectors, round_up
+from gossamer.packed.values import PANEL_ROWS
+
+STEP_VECTORS = 32
+STEP_INPUTS = 128
+TILE_TOKENS = 8
+BLOCK_BYTES = 16  # that a copy moves at once, from a multiple of 16 bytes
+MOST_BYTES = (1 << 32) - 1 - BLOCK_BYTES  # that `starts` can count
+
+
+@dataclass(frozen=True)
+class SparseMatrix:
+    """masks uint64 [P, S, 32], zeros past the last vector; values uint8, vector after vector.
+
+    `values` has 0 to 15 bytes of zeros more, up to a whole block. `starts`, uint32 [P S + 1], says where each
+    step's weights begin, and where the last one's end.
+    """
+
+    rows: int
+    columns: int
+    masks: NDArray[np.uint64]
+    values: NDArray[np.uint8]
+    starts: NDArray[np.uint32]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes on the device, without its scales."""
+        return self.masks.nbytes + self.values.nbytes + self.starts.nbytes
+
+
+def from_stream(
+    stream: NDArray[np.uint8], offsets: NDArray[np.uint64], rows: int, columns: int, source: str = "stream"
+) -> SparseMatrix:
+    """The matrix of a .goss `i8` stream; FormatError as `streams.decode`'s for one that is damaged.
+
+    UnsupportedError where `starts` cannot count the weights.
+    """
+    masks_PV8, values = streams.split("i8", stream, offsets, rows, columns, source)
+    panels, num, _ = masks_PV8.shape
+    masks = np.zeros((panels, round_up(num, STEP_VECTORS)), np.uint64)
+    masks[:, :num] = np.ascontiguousarray(masks_PV8).view("<u8")[..., 0]
+    return _matrix(rows, columns, masks.reshape(panels, -1, STEP_VECTORS), values)
+
+
+def from_weights(w_NK: NDArray[np.int8]) -> SparseMatrix:
+    """The matrix of weights int8 [N, K]."""
+    return from_stream(*streams.encode("i8", w_NK), *w_NK.shape)
+
+
+def weights(matrix: SparseMatrix) -> NDArray[np.int8]:
+    """int8 [N, K]; FormatError where there are weights beyond it."""
+    bits = np.unpackbits(matrix.masks.view(np.uint8), bitorder="little").astype(np.bool_)
+    vectors = np.zeros(bits.size, np.int8)
+    vectors[bits] = matrix.values[: matrix.starts[-1]].view(np.int8)
+    shape = (len(matrix.masks), -1, PANEL_ROWS, STEP_INPUTS // STEP_VECTORS)
+    return from_vectors(vectors.reshape(shape), matrix.rows, matrix.columns, "matrix")
+
+
+def concatenated(matrices: Sequence[SparseMatrix]) -> SparseMatrix:
+    """Matrices of the same inputs under one another, as q, k and v are; whole panels but for the last."""
+    rows, columns = sum(it.rows for it in matrices), matrices[0].columns
+    if any(it.columns != columns for it in matrices) or any(it.rows % PANEL_ROWS for it in matrices[:-1]):
+        found = ", ".join(f"{it.rows} x {it.columns}" for it in matrices)
+        raise UnsupportedError(
+            f"matrices of {found} do not make one; supported: the same inputs, outputs in {PANEL_ROWS}s"
+        )
+    values = np.concatenate([it.values[: it.starts[-1]] for it in matrices])
+    return _matrix(rows, columns, np.concatenate([it.masks for it in matrices]), values)
+
+
+def outputs_of(matrix: SparseMatrix, begin: int, end: int) -> SparseMatrix:
+    """Outputs begin .. end of it, both multiples of 16 (or the end the last): a run of panels."""
+    _check_border("outputs", begin, end, PANEL_ROWS, matrix.rows)
+    first, last = begin // PANEL_ROWS, -(-end // PANEL_ROWS)
+    steps = matrix.masks.shape[1]
+    values = matrix.values[matrix.starts[first * steps] : matrix.starts[last * steps]]
+    return _matrix(end - begin, matrix.columns, matrix.masks[first:last], values)
+
+
+def inputs_of(matrix: SparseMatrix, begin: int, end: int) -> SparseMatrix:
+    """Inputs begin .. end of it, both multiples of 128 (or the end the last): runs of steps."""
+    _check_border("inputs", begin, end, STEP_INPUTS, matrix.columns)
+    first, last = begin // STEP_INPUTS, -(-end // STEP_INPUTS)
+    panels, steps = matrix.masks.shape[:2]
+    starts = matrix.starts.astype(np.int64)
+    kept = np.zeros((panels, steps), np.bool_)
+    kept[:, first:last] = True
+    values = matrix.values[: starts[-1]][np.repeat(kept.ravel(), np.diff(starts))]
+    return _matrix(matrix.rows, end - begin, np.ascontiguousarray(matrix.masks[:, first:last]), values)
+
+
+def fragments(x_TK: NDArray[np.int8]) -> NDArray[np.uint32]:
+    """uint32 [S, tiles, 4, 32, 2]: inputs int8 [T, K] as the lanes take them.
+
+    Of each step and tile of 8 tokens four products; of each product two words a lane. Lane 4 g + t has of
+    token g the inputs 4 t .. 4 t + 3 in the first word, and those 16 further on in the second.
+    """
+    (tokens, inputs), lanes = x_TK.shape, STEP_VECTORS
+    tiles, steps = -(-tokens // TILE_TOKENS), -(-inputs // STEP_INPUTS)
+    whole = np.zeros((tiles * TILE_TOKENS, steps * STEP_INPUTS), np.int8)
+    whole[:tokens, :inputs] = x_TK
+    tile_g_step_product_half_t = whole.reshape(tiles, TILE_TOKENS, steps, 4, 2, 4, 4)
+    ordered = np.ascontiguousarray(tile_g_step_product_half_t.transpose(2, 0, 3, 1, 5, 4, 6))
+    return ordered.view(np.uint32).reshape(steps, tiles, 4, lanes, 2)
+
+
+def _matrix(rows: int, columns: int, masks: NDArray[np.uint64], values: NDArray[np.uint8]) -> SparseMatrix:
+    counts = np.bitwise_count(masks).sum(axis=2, dtype=np.int64).ravel()
+    if counts.sum() > MOST_BYTES:
+        raise UnsupportedError(
+            f"a matrix of {rows} x {columns} has {counts.sum():,} weights; supported on a GPU: {MOST_BYTES:,}"
+        )
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
+    whole = np.zeros(round_up(values.size, BLOCK_BYTES), np.uint8)
+    whole[: values.size] = values
+    return SparseMatrix(rows, columns, masks, whole, starts)
+
+
+def _check_border(what: str, begin: int, end: int, multiple: int, size: int) -> None:
+    if begin % multiple or (end % multiple and end != size) or not 0 <= begin < end <= size:
+        raise UnsupportedError(
+            f"{what} {begin} to {end} of {size} are no whole pieces; supported: multiples of {multiple}"
+        )

@@ -1,0 +1,89 @@
+"""What NVIDIA's compiler makes of the kernels, without a GPU: no spills, and no more instructions."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gpu.emulated import KERNELS
+from once import once
+
+NVCC = "nvcc"
+MOST_REGISTERS = {1: 48, 2: 48, 4: 64, 8: 72}  # by tiles of tokens: 48 leave room for 10 blocks of 4 warps
+# Architecture -> instructions of a step of one tile, one round of its copies among them. They decide on cards
+# with fast memory, so that more of them have to be meant.
+STEP = {80: 336, 86: 326, 89: 326, 90: 320, 100: 314, 120: 309}
+SOURCE = '#include "sparse_i8.cuh"\n#include "activations.cuh"\n'
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which(NVCC) is None, reason=f"no {NVCC} to compile the GPU's kernels with"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(scope="module", params=STEP, ids=lambda it: f"sm_{it}")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with kernels.cubin and said.txt, what the assembler says of each kernel."""
+
+    def build(folder: Path) -> None:
+        source = folder / "kernels.cu"
+        source.write_text(SOURCE)
+        options = ["-std=c++17", f"-arch=sm_{request.param}", "-cubin", "-Xptxas", "-v", f"-I{KERNELS}"]
+        command = [NVCC, *options, "-o", str(folder / "kernels.cubin"), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (folder / "said.txt").write_text(done.stderr)
+
+    return once(tmp_path_factory, f"sm_{request.param}", build)
+
+
+def test_nothing_is_spilled_and_registers_leave_room(compiled: Path) -> None:
+    said = (compiled / "said.txt").read_text()
+    found = re.findall(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        said,
+        re.DOTALL,
+    )
+    names = {name for name, *_ in found}
+    assert names == {"round_inputs", "scale_sums"} | {f"sparse_i8_{tiles}" for tiles in MOST_REGISTERS}
+    for name, stores, loads, registers in found:
+        assert (int(stores), int(loads)) == (0, 0), name
+        if name.startswith("sparse_i8_"):
+            assert int(registers) <= MOST_REGISTERS[int(name.rpartition("_")[2])], name
+
+
+def test_a_step_takes_no_more_instructions(compiled: Path) -> None:
+    if (tool := disassembler()) is None:
+        pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
+    command = [str(tool), "-c", str(compiled / "kernels.cubin")]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    steps = [it for name, it in loops(text) if name == "sparse_i8_1" and it["IMMA"] and it["LDGSTS"]]
+    assert steps and {it["IMMA"] for it in steps} == {4}
+    assert max(it.total() for it in steps) <= STEP[int(compiled.name.removeprefix("sm_"))], steps
+
+
+def disassembler() -> Path | None:
+    packaged = [*Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvdisasm")]
+    found = str(packaged[0]) if packaged else shutil.which("nvdisasm")
+    return None if found is None else Path(found)
+
+
+def loops(text: str) -> Iterator[tuple[str, Counter[str]]]:
+    """(kernel, how often each instruction is in a loop of it), of what nvdisasm writes."""
+    for part in re.split(r"\.section\s+\.text\.", text)[1:]:
+        labels, code = dict[str, int](), list[str]()
+        for line in part.splitlines():
+            if label := re.match(r"\s*(\.L_x?_?\d+):", line):
+                labels[label[1]] = len(code)
+            elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+                code.append(instruction[1])
+        for index, instruction in enumerate(code):
+            jump = re.search(r"BRA.*`\((\.L_x?_?\d+)\)", instruction)
+            if jump and labels.get(jump[1], index + 1) <= index:
+                words = [re.sub(r"^@!?U?P\w+\s+", "", it) for it in code[labels[jump[1]] : index + 1]]
+                yield part.split(",")[0], Counter(re.split(r"[.\s]", it)[0] for it in words)
