@@ -69,7 +69,7 @@ def compare(job: argparse.Namespace) -> tuple[list[dict], int]:
         row = {"run": run, "round": number} | row
         found.append(row)
         if job.record:
-            write_row("compare", row)
+            write_row(job.rows, row)
         else:
             print(json.dumps(row), flush=True)
 
@@ -108,6 +108,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="rows of the stack's input")
     parser.add_argument("--ours", type=pack, nargs="+", default=[pack("i8:0.7"), pack("i4:0.7")])
     parser.add_argument("--ours-stack", type=pack, nargs="+", default=[pack("i8:0.7"), pack("i8")])
+    parser.add_argument("--rows", default="compare", help="file of docs/results that rows go to")
     parser.add_argument("--no-record", dest="record", action="store_false", help="print rows, keep none")
     return parser
 
