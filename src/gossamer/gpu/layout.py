@@ -23,7 +23,7 @@ STEP_VECTORS = 32
 STEP_INPUTS = 128
 TILE_TOKENS = 8
 BLOCK_BYTES = 16  # that a copy moves at once, from a multiple of 16 bytes
-MOST_BYTES = (1 << 32) - 1 - BLOCK_BYTES  # that `starts` can count
+MOST_WEIGHTS = (1 << 31) - 1  # that are not zero, as torch's int32 counts them
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,14 @@ def inputs_of(matrix: SparseMatrix, begin: int, end: int) -> SparseMatrix:
     return _matrix(matrix.rows, end - begin, np.ascontiguousarray(matrix.masks[:, first:last]), values)
 
 
+def check_number(rows: int, columns: int, number: int) -> None:
+    """UnsupportedError where a matrix has more weights than `starts` can count."""
+    if number > MOST_WEIGHTS:
+        raise UnsupportedError(
+            f"a matrix of {rows} x {columns} has {number:,} weights; supported on a GPU: {MOST_WEIGHTS:,}"
+        )
+
+
 def fragments(x_TK: NDArray[np.int8]) -> NDArray[np.uint32]:
     """uint32 [S, tiles, 4, 32, 2]: inputs int8 [T, K] as the lanes take them.
 
@@ -124,10 +132,7 @@ def fragments(x_TK: NDArray[np.int8]) -> NDArray[np.uint32]:
 
 def _matrix(rows: int, columns: int, masks: NDArray[np.uint64], values: NDArray[np.uint8]) -> SparseMatrix:
     counts = np.bitwise_count(masks).sum(axis=2, dtype=np.int64).ravel()
-    if counts.sum() > MOST_BYTES:
-        raise UnsupportedError(
-            f"a matrix of {rows} x {columns} has {counts.sum():,} weights; supported on a GPU: {MOST_BYTES:,}"
-        )
+    check_number(rows, columns, int(counts.sum()))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
     whole = np.zeros(round_up(values.size, BLOCK_BYTES), np.uint8)
     whole[: values.size] = values

@@ -1,0 +1,36 @@
+"""Weights packed by torch are what the specification makes of them, to the byte."""
+
+import numpy as np
+import pytest
+import torch
+
+from gossamer.errors import UnsupportedError
+from gossamer.gpu import layout, packing
+from gpu.test_layout import random_weights
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(16, 128), (1, 1), (40, 300), (100, 1000), (33, 129)], ids=str)
+@pytest.mark.parametrize("at_once", [packing.CHUNK_WEIGHTS, 1], ids=["whole", "by panels"])
+def test_it_packs_as_the_specification_says(
+    shape: tuple[int, int], zeros: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "CHUNK_WEIGHTS", at_once)
+    w_NK = random_weights(*shape, zeros=zeros)
+    expected, found = layout.from_weights(w_NK), packing.pack(torch.from_numpy(w_NK))
+    assert (found.rows, found.columns) == shape and found.num_bytes == expected.num_bytes
+    assert np.array_equal(found.masks.numpy().view(np.uint64), expected.masks)
+    assert np.array_equal(found.values.numpy(), expected.values)
+    assert np.array_equal(found.starts.numpy().view(np.uint32), expected.starts)
+
+
+def test_a_transposed_matrix_is_packed_as_it_is_seen() -> None:
+    w_KN = torch.from_numpy(random_weights(300, 40))
+    expected = packing.pack(w_KN.T.contiguous())
+    assert torch.equal(packing.pack(w_KN.T).values, expected.values)
+
+
+def test_more_weights_than_can_be_counted_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "MOST_WEIGHTS", 10)
+    with pytest.raises(UnsupportedError, match=r"16 x 128 has 2,048 weights.*: 10"):
+        packing.pack(torch.ones(16, 128, dtype=torch.int8))
