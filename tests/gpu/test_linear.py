@@ -1,0 +1,84 @@
+"""The operator by its definition: the bits of the format, and what torch asks of an operator."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gossamer.errors import UnsupportedError
+from gossamer.gpu.linear import SparseLinear, unpacked
+from gossamer.gpu.packing import pack
+from gpu.test_layout import random_weights
+from native.reference import rounded
+
+
+def linear_of(rows: int, columns: int, *, bias: bool = False) -> tuple[SparseLinear, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    w_NK, scales_N = random_weights(rows, columns), rng.uniform(0.001, 0.1, rows).astype(np.float32)
+    bias_N = torch.arange(rows, dtype=torch.float32) if bias else None
+    return (
+        SparseLinear.from_weight(torch.from_numpy(w_NK), torch.from_numpy(scales_N), bias_N),
+        w_NK,
+        scales_N,
+    )
+
+
+@pytest.mark.parametrize("shape", [(16, 128), (40, 300), (1, 1)], ids=str)
+def test_weights_are_unpacked_as_they_were(shape: tuple[int, int]) -> None:
+    w_NK = torch.from_numpy(random_weights(*shape))
+    assert torch.equal(unpacked(pack(w_NK)), w_NK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_have_the_bits_of_the_format(dtype: torch.dtype) -> None:
+    linear, w_NK, scales_N = linear_of(40, 300)
+    x = (torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(1)) * 30).to(dtype)
+    q_TK, scale_T1 = rounded(x.float().numpy().reshape(10, 300))
+    sums_TN = (q_TK.astype(np.float64) @ w_NK.T.astype(np.float64)).astype(np.float32)
+    expected = torch.from_numpy(sums_TN * (scale_T1 * scales_N)).to(dtype)
+    assert torch.equal(linear(x), expected.view(2, 5, 40))
+
+
+def test_zeros_and_biases() -> None:
+    linear, _, _ = linear_of(40, 300, bias=True)
+    assert torch.equal(linear(torch.zeros(3, 300)), torch.arange(40.0).expand(3, 40))
+    assert linear(torch.zeros(0, 300)).shape == (0, 40)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_torch_finds_nothing_wrong_with_the_operator(tokens: int) -> None:
+    """Its schema, its fake form for `torch.compile`, and that it changes nothing that it is given."""
+    linear, _, _ = linear_of(40, 300)
+    buffers = (linear.masks, linear.values, linear.starts, linear.scales)
+    given = (torch.randn(tokens, 300), *buffers, 40, 300)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    found = torch.library.opcheck(torch.ops.gossamer.sparse_linear.default, given, test_utils=checks)
+    assert set(found.values()) == {"SUCCESS"}
+
+
+def test_it_is_saved_and_loaded_as_other_modules_are(tmp_path: Path) -> None:
+    linear, w_NK, _ = linear_of(40, 300, bias=True)
+    torch.save(linear.state_dict(), tmp_path / "state.pt")
+    other = SparseLinear.from_weight(torch.from_numpy(-w_NK), torch.ones(40), torch.zeros(40))
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    x = torch.randn(3, 300)
+    assert torch.equal(other(x), linear(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "says"),
+    [
+        (torch.zeros(2, 300, dtype=torch.float16), "inputs of torch.float16; supported: bfloat16"),
+        (torch.zeros(2, 299), "found 299 inputs; supported: 300"),
+    ],
+    ids=["float16", "299 inputs"],
+)
+def test_inputs_that_do_not_fit_are_refused(x: torch.Tensor, says: str) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        linear_of(40, 300)[0](x)
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="one for each of 16 outputs"):
+        SparseLinear.from_weight(torch.zeros(16, 4, dtype=torch.int8), torch.ones(4))
