@@ -15,6 +15,7 @@ from encoders import save_encoder
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.evaluation.encoder_tasks import correlation, ndcg, read_encoder_tasks
 from gossamer.evaluation.encoders import TorchEncoder
+from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz"]
@@ -136,6 +137,27 @@ def test_classification_counts_the_likeliest_label(tmp_path: Path, backend: Any)
     job = Evaluate(str(path), dataset=str(file), kind="classification", backend=backend, threads=1)
     result = evaluate(job)
     assert result.accuracy == {"it.jsonl": 0.75}
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_what_is_cut_is_counted_also_from_the_cache(tmp_path: Path, model: Path, backend: Any) -> None:
+    write_pairs(tmp_path / "it.tsv")
+    (tmp_path / "it.tsv").open("a").write(f"3\ta\t{'b ' * 70}\n")
+    for _ in range(2):
+        events: list[Event] = []
+        job = Evaluate(str(model), dataset=str(tmp_path / "it.tsv"), kind="sts", backend=backend, threads=1)
+        evaluate(job, events.append)
+        notes = [it.message for it in events if it.lasting]
+        assert notes == [f"it.tsv: cut 1 texts that are longer than the limit of {model}"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_vectors_of_a_head_s_are_refused(tmp_path: Path, backend: Any) -> None:
+    save_encoder(tmp_path / "model", "BertForSequenceClassification")
+    write_pairs(tmp_path / "it.tsv")
+    job = Evaluate(str(tmp_path / "model"), dataset=str(tmp_path / "it.tsv"), kind="sts", backend=backend)
+    with pytest.raises(UnsupportedError, match=r"scores whole texts.*cannot encode"):
+        evaluate(job)
 
 
 def test_prompts_are_put_before_texts(tmp_path: Path) -> None:
