@@ -43,7 +43,9 @@ def test_the_copy_asks_for_2_mb_pages() -> None:
     assert buffer.size == 8 << 20 and buffer.ctypes.data % HUGE_PAGE == 0
     buffer[:] = 1
     maps = Path("/proc/self/smaps").read_text()
-    for start, end, flags in re.findall(r"^(\w+)-(\w+) .*?^VmFlags: ([^\n]*)", maps, re.MULTILINE | re.DOTALL):
+    for start, end, flags in re.findall(
+        r"^(\w+)-(\w+) .*?^VmFlags: ([^\n]*)", maps, re.MULTILINE | re.DOTALL
+    ):
         if int(start, 16) <= buffer.ctypes.data < int(end, 16):
             assert "hg" in flags.split() or machine.huge_pages() == "never"  # madvise(MADV_HUGEPAGE)
             return
