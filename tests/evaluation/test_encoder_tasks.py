@@ -179,7 +179,7 @@ def test_prompts_are_put_before_texts(tmp_path: Path) -> None:
         ("sts", "it.tsv", "", "0 pairs with one score"),
         ("sts", "it.jsonl", '{"sentence1": "a", "sentence2": "b", "score": "1"}', "score is '1'; expected"),
         ("sts", "it.xml", "", "expected a file of"),
-        ("classification", "it.xml", "a\t1", "expected a file of"),
+        ("classification", "it.xml", "a\t1", "found another kind of file; expected a file of"),
         (
             "classification",
             "it.jsonl",
@@ -195,6 +195,13 @@ def test_other_files_are_refused(tmp_path: Path, kind: Any, name: str, content: 
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=words):
         read_encoder_tasks(tmp_path / name, kind, 0)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"it.tsv, for --kind sts: found no such file; expected a file of"):
+        read_encoder_tasks(tmp_path / "it.tsv", "sts", 0)
+    with pytest.raises(ConfigError, match="found a folder without them; expected a file of"):
+        read_encoder_tasks(tmp_path, "sts", 0)
 
 
 def test_unknown_labels_and_other_heads_are_refused(tmp_path: Path, model: Path) -> None:
