@@ -60,6 +60,7 @@ def test_a_line_of_other_columns_costs_its_sentence(tmp_path: Path) -> None:
     [
         (b"text\tlabel\na\t1\nb\n", r"it.tsv:3: found 1 columns; expected 2"),
         (b"a\t1\tb\t2\n", r"it.tsv:1: found 4 columns; expected 2"),
+        (b"text\tidx\tlabel\na\t1\n", r"it.tsv:2: found 2 columns; expected 3.*has: text, another, label"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
@@ -67,3 +68,16 @@ def test_lines_that_are_no_labelled_texts(tmp_path: Path, content: bytes, says: 
     (tmp_path / "it.tsv").write_bytes(content)
     with pytest.raises(ConfigError, match=says):
         list(example_rows(tmp_path / "it.tsv", "classification"))
+
+
+def test_only_line_feeds_end_rows(tmp_path: Path) -> None:
+    """Texts may have what Python takes for line ends as well, and a quoted field a line end."""
+    wanted = [{"text": "a\x85b\u2028c", "label": "x"}, {"text": "d\ne", "label": "y"}]
+    assert read(tmp_path, "it.csv", "classification", 'text,label\na\x85b\u2028c,x\n"d\ne",y\n') == wanted
+    pairs = [{"sentence1": "a\x85b", "sentence2": "c", "score": 1.0}]
+    assert read(tmp_path, "it.tsv", "sts", "1\ta\x85b\tc\n\n") == pairs
+
+
+def test_a_quote_that_is_not_closed_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"it.csv:\d+: not a row of CSV .*expected fields between commas"):
+        read(tmp_path, "it.csv", "classification", 'text,label\n"' + "a\n" * 70_000)

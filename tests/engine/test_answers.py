@@ -103,4 +103,7 @@ def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
         encoder.answer("a", " ")
     with pytest.raises(ConfigError, match="expected texts"):
         encoder.answer("a", 3)  # type: ignore[arg-type]
+    for asked in (["ab"], [("a", "b", "c")], "ab", [3]):
+        with pytest.raises(ConfigError, match=r"found .*expected .*pairs"):
+            encoder.answers(asked)  # type: ignore[arg-type]
     assert encoder.answers([]) == []

@@ -124,6 +124,8 @@ def test_the_files_say_whether_vectors_have_length_1(directory: Path, tmp_path: 
         (["a", 3], {}, "found 3 among the sentences"),
         (["a"], {"batch_size": 0}, "batch_size is 0"),
         ([b"a"], {}, "found b'a' among"),
+        (5, {}, "found 5; expected a text, or a list of texts"),
+        (["a"], {"prompt": 5}, "found 5 among the sentences"),
     ],
 )
 def test_what_is_no_text_is_refused(
@@ -131,6 +133,23 @@ def test_what_is_no_text_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         encoder.encode(sentences, **options)
+
+
+def test_what_is_too_long_is_refused_where_it_may_not_be_cut(encoder: Encoder) -> None:
+    says = "found 1 of 5 texts, the first of them number 3 from 0 on, of more than 20 tokens.*truncate=True"
+    with pytest.raises(ConfigError, match=says):
+        encoder.encode(TEXTS, truncate=False)
+    with pytest.raises(ConfigError, match=says):
+        encoder.rerank(TEXTS[0], TEXTS[1:], truncate=False)
+    before = encoder.num_cut
+    np.testing.assert_array_equal(encoder.encode(TEXTS[:3], truncate=False), encoder.encode(TEXTS)[:3])
+    assert encoder.num_cut == before + 1
+
+
+def test_documents_are_several(encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match="found 'b c'; expected a list of documents"):
+        encoder.rerank("a", "b c")
+    assert encoder.rerank("a", iter(["b", "c"])) == encoder.rerank("a", ["b", "c"])  # type: ignore[arg-type]
 
 
 def test_files_that_are_no_encoders_with_a_tokenizer_are_refused(directory: Path) -> None:

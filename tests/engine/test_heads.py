@@ -92,6 +92,12 @@ def test_what_a_head_is_not_for_is_refused(tmp_path: Path) -> None:
             UnsupportedError, match=r"labels each token \(Encoder.tag.*cannot (encode|classify)"
         ):
             ask(["a"])
-    for texts in ("a", [3], [("a", 3)]):
+    for texts in ("a", [3], [("a", 3)], [("a",)], [("a", "b", "c")]):
         with pytest.raises(ConfigError, match=r"found .*expected"):
             sequence.classify(texts)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="1 of 2 texts, the first of them number 1 from 0 on"):
+        sequence.classify(["a", "a b " * 100], truncate=False)
+    with pytest.raises(ConfigError, match="1 of 2 texts, the first of them number 1 from 0 on"):
+        tokens.tag(["a", ["a", "b"] * 100], truncate=False)
+    with pytest.raises(ConfigError, match="expected a list of lists of words"):
+        tokens.label_words("")

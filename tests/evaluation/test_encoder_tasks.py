@@ -15,6 +15,7 @@ from encoders import save_encoder
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.evaluation.encoder_tasks import correlation, ndcg, read_encoder_tasks
 from gossamer.evaluation.encoders import TorchEncoder
+from gossamer.job.report import Event
 from gossamer.stages.evaluate import Evaluate, evaluate
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz"]
@@ -138,6 +139,27 @@ def test_classification_counts_the_likeliest_label(tmp_path: Path, backend: Any)
     assert result.accuracy == {"it.jsonl": 0.75}
 
 
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_what_is_cut_is_counted_also_from_the_cache(tmp_path: Path, model: Path, backend: Any) -> None:
+    write_pairs(tmp_path / "it.tsv")
+    (tmp_path / "it.tsv").open("a").write(f"3\ta\t{'b ' * 70}\n")
+    for _ in range(2):
+        events: list[Event] = []
+        job = Evaluate(str(model), dataset=str(tmp_path / "it.tsv"), kind="sts", backend=backend, threads=1)
+        evaluate(job, events.append)
+        notes = [it.message for it in events if it.lasting]
+        assert notes == [f"it.tsv: cut 1 texts that are longer than the limit of {model}"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "engine"])
+def test_vectors_of_a_head_s_are_refused(tmp_path: Path, backend: Any) -> None:
+    save_encoder(tmp_path / "model", "BertForSequenceClassification")
+    write_pairs(tmp_path / "it.tsv")
+    job = Evaluate(str(tmp_path / "model"), dataset=str(tmp_path / "it.tsv"), kind="sts", backend=backend)
+    with pytest.raises(UnsupportedError, match=r"scores whole texts.*cannot encode"):
+        evaluate(job)
+
+
 def test_prompts_are_put_before_texts(tmp_path: Path) -> None:
     save_encoder(tmp_path)
     (tmp_path / "modules.json").write_text("[]", encoding="utf-8")
@@ -157,7 +179,7 @@ def test_prompts_are_put_before_texts(tmp_path: Path) -> None:
         ("sts", "it.tsv", "", "0 pairs with one score"),
         ("sts", "it.jsonl", '{"sentence1": "a", "sentence2": "b", "score": "1"}', "score is '1'; expected"),
         ("sts", "it.xml", "", "expected a file of"),
-        ("classification", "it.xml", "a\t1", "expected a file of"),
+        ("classification", "it.xml", "a\t1", "found another kind of file; expected a file of"),
         (
             "classification",
             "it.jsonl",
@@ -173,6 +195,13 @@ def test_other_files_are_refused(tmp_path: Path, kind: Any, name: str, content: 
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=words):
         read_encoder_tasks(tmp_path / name, kind, 0)
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"it.tsv, for --kind sts: found no such file; expected a file of"):
+        read_encoder_tasks(tmp_path / "it.tsv", "sts", 0)
+    with pytest.raises(ConfigError, match="found a folder without them; expected a file of"):
+        read_encoder_tasks(tmp_path, "sts", 0)
 
 
 def test_unknown_labels_and_other_heads_are_refused(tmp_path: Path, model: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gossamer
 from encoders import round_to_int8, save_encoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM
@@ -239,3 +240,13 @@ def test_a_decoder_says_nothing_of_pooling(tmp_path: Path) -> None:
         Packed.open(join(tmp_path / "pooled.goss", header, data))
     with pytest.raises(UnsupportedError, match=r"v1-floats\.goss: a llama, a decoder.*gossamer\.LLM"):
         Packed.open(FILES / "v1-floats.goss").native_encoder_config()
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"],
+)
+def test_the_call_that_pack_tells_of_is_one_that_the_model_has(task: str, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "model", f"Bert{task}")
+    told = pack(Pack(str(tmp_path / "model"), str(tmp_path / "model.goss"))).closing[-1]
+    eval(told.removeprefix("Use it: "), {"gossamer": gossamer})

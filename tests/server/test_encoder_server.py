@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from encoders import save_encoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import Encoder
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.server.serve import Serve, serve
 
@@ -182,11 +182,17 @@ def test_routes_of_other_models_say_what_is_served(
         vectors.client.chat.completions.create(model=vectors.name, messages=[])
     with pytest.raises(openai.NotFoundError, match="a decoder, which continues texts; it has /v1/chat"):
         chat_server.client.embeddings.create(model=chat_server.name, input="a")
-    with pytest.raises(openai.NotFoundError, match=r"scores whole texts.*cannot encode"):
+    with pytest.raises(
+        openai.NotFoundError,
+        match=r"/v1/embeddings is not served here: .*scores whole.*cannot encode. /v1/classify, /predict",
+    ):
         labels.client.embeddings.create(model=labels.name, input="a")
+    with pytest.raises(openai.NotFoundError, match="continues no text; /v1/classify, /predict ask it"):
+        labels.client.chat.completions.create(model=labels.name, messages=[])
     for path, body in (("/embed", {"inputs": "a"}), ("/rerank", {"query": "a", "texts": ["b"]})):
         answer = post(labels, path, **body)
         assert (answer.status_code, answer.json()["error_type"]) == (404, "Backend")
+        assert "/v1/classify, /predict ask it" in answer.json()["error"]
     assert post(vectors, "/predict", inputs="a").status_code == 404
     assert post(vectors, "/v1/classify", model=vectors.name, input="a").status_code == 404
 
@@ -290,3 +296,10 @@ def test_options_of_decoders_are_refused(tmp_path: Path, option: dict[str, Any])
     flag = next(iter(option)).replace("_", "-")
     with pytest.raises(ConfigError, match=f"--{flag} is for decoders; found .*, an encoder"):
         serve(Serve(str(tmp_path / "model"), port=0, **option))
+
+
+@pytest.mark.parametrize("name", ["BertForTokenClassification", "BertForQuestionAnswering"])
+def test_a_model_that_no_route_asks_is_refused(tmp_path: Path, name: str) -> None:
+    save_encoder(tmp_path / "model", name)
+    with pytest.raises(UnsupportedError, match=r"Encoder\..*cannot be served: no route asks for that"):
+        serve(Serve(str(tmp_path / "model"), port=0))

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from encoders import save_encoder
 from gossamer.checkpoint.directory import Checkpoint
+from gossamer.data.supervised import supervised_examples
+from gossamer.data.tables import BadRows
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.job.report import Event
 from gossamer.stages.finetune import Finetune, finetune
@@ -168,6 +170,24 @@ def test_long_texts_are_cut_the_longer_one_first(tmp_path: Path) -> None:
         assert Texts(tokenizer, 5).encode([first])[0].ids == wanted
         words = Texts(tokenizer, 5).encode_words(first.split())
         assert (words.ids, words.word_ids[:2]) == (wanted, [None, 0])
+
+
+@pytest.mark.parametrize(
+    ("format", "long"),
+    [
+        ("classification", {"text": "a " * 9, "label": 0}),
+        ("tokens", {"tokens": ["a"] * 9, "labels": [0] * 9}),
+        ("sts", {"sentence1": "a " * 9, "sentence2": "b " * 9, "score": 1}),
+    ],
+)
+def test_rows_that_are_cut_are_counted(tmp_path: Path, format: Any, long: dict[str, Any]) -> None:
+    save_encoder(tmp_path / "model")
+    short = {name: value[:1] if isinstance(value, str | list) else value for name, value in long.items()}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (short, long, short, long)))
+    given = (str(file), format, Tokenizer.open(tmp_path / "model"), 6, bad := BadRows())
+    assert len([*supervised_examples(*given, classes=["A", "B"])]) == 4
+    assert bad.num_shortened == 2
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,11 @@ def test_files_are_read_and_lengths_capped(directory: Path) -> None:
         ({"modules": ("Transformer", "Pooling", "Dense")}, UnsupportedError, "found a module Dense"),
         ({"modules": {"type": 1}}, CheckpointError, "not a list of modules"),
         ({"modules": [3]}, CheckpointError, "not a list of modules"),
-        ({"pooling": OLD | {"pooling_mode_mean_tokens": True}}, UnsupportedError, "pooling by mean, cls"),
+        (
+            {"pooling": OLD | {"pooling_mode_mean_tokens": True}},
+            UnsupportedError,
+            "by mean, cls; expected one of mean, cls, max",
+        ),
         ({"pooling": {"pooling_mode_lasttoken": True}}, UnsupportedError, "pooling_mode_lasttoken"),
         ({"length": {"max_seq_length": "long"}}, CheckpointError, "maximum length 'long'"),
         ({"length": {"max_seq_length": 0}}, CheckpointError, "maximum length 0"),

@@ -50,7 +50,7 @@ def test_every_text_gets_its_vector(
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(file.read_bytes())))
         file = Path("-")
     events: list[Event] = []
-    result = embed(Embed(model, str(file), str(output), threads=1), events.append)
+    result = embed(Embed(model, str(file), str(output), truncate=True, threads=1), events.append)
     encoder = Encoder(model, 1)
     np.testing.assert_array_equal(np.load(output), encoder.encode(TEXTS * 60))
     num_tokens = 60 * sum(len(row.ids) for row in encoder.token_ids(TEXTS))
@@ -63,7 +63,17 @@ def test_prompts_lengths_and_what_is_there_already(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, output = write(tmp_path / "texts.txt", TEXTS), tmp_path / "x.npy"
-    words = ["embed", model, str(file), "-o", str(output), "--prompt-name", "query", "--normalize"]
+    words = [
+        "embed",
+        model,
+        str(file),
+        "-o",
+        str(output),
+        "--prompt-name",
+        "query",
+        "--normalize",
+        "--truncate",
+    ]
     assert cli.call([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["result"]["texts"] == len(TEXTS)
     expected_ND = Encoder(model).encode(TEXTS, prompt_name="query", normalize_embeddings=True)
@@ -93,6 +103,16 @@ def test_files_without_texts_are_refused(
     assert not (tmp_path / "x.npy").exists()
 
 
+def test_texts_that_are_too_long_are_refused_before_any_is_computed(model: str, tmp_path: Path) -> None:
+    file, events = write(tmp_path / "texts.txt", TEXTS * 60), list[Event]()
+    with pytest.raises(
+        ConfigError, match=r"60 of 300 texts, the first of them number 5, of more.*--truncate"
+    ):
+        embed(Embed(model, str(file), str(tmp_path / "x.npy"), threads=1), events.append)
+    assert not [it for it in events if it.stage == "embed"]
+    assert [*tmp_path.iterdir()] == [file]
+
+
 def test_an_interrupted_run_leaves_nothing(model: str, tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
         if event.stage == "embed":
@@ -100,5 +120,5 @@ def test_an_interrupted_run_leaves_nothing(model: str, tmp_path: Path) -> None:
 
     file = write(tmp_path / "texts.txt", TEXTS)
     with pytest.raises(KeyboardInterrupt):
-        embed(Embed(model, str(file), str(tmp_path / "x.npy"), threads=1), interrupt)
+        embed(Embed(model, str(file), str(tmp_path / "x.npy"), truncate=True, threads=1), interrupt)
     assert [*tmp_path.iterdir()] == [file]

@@ -8,6 +8,7 @@ sts             .tsv, .csv            a score and two texts between tabs, or STS
 """
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,7 @@ def endings(format: str) -> tuple[str, ...]:
 def _texts(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any] | ConfigError]]:
     lines = text.split("\n")
     if path.name.endswith(".csv") and "\t" not in lines[0]:
-        reader = csv.reader(text.splitlines(keepends=True))
-        found = ((reader.line_num, row) for row in reader)
+        found = _csv_rows(text, path)
     else:
         found = ((number, line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1))
     names: list[str] = []
@@ -70,10 +70,32 @@ def _texts(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any] | Config
                 continue
             names = ["text", "text2", "label"] if len(columns) == 3 else ["text", "label"]
         if len(columns) != len(names):
-            yield where, ConfigError(f"{where}: found {len(columns)} columns; expected {len(names)}")
+            wanted = ", ".join(name or "another" for name in names)
+            yield (
+                where,
+                ConfigError(
+                    f"{where}: found {len(columns)} columns; expected {len(names)}, as line 1 has: {wanted}"
+                ),
+            )
             continue
         row = {name: column for name, column in zip(names, columns, strict=True) if name}
         yield where, {**row, "label": int(row["label"]) if row["label"].isdecimal() else row["label"]}
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows, which may have line ends between quotes, each with the number of its last line.
+
+    ConfigError for one that is too long, as where a quote is not closed: the rest is then no rows.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ConfigError(
+            f"{path}:{reader.line_num}: not a row of CSV ({error}); expected fields between commas, and a "
+            'quote, ", at both ends of a field that has commas, quotes or line ends'
+        ) from error
 
 
 def _sentences(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any] | ConfigError]]:
@@ -103,8 +125,10 @@ def _sentences(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any] | Co
 
 
 def _pairs(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any] | ConfigError]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         where, columns = f"{path}:{number}", line.split("\t")
+        if not line.strip():
+            continue
         columns = columns[4:] if len(columns) >= 7 else columns
         try:
             yield (

@@ -67,7 +67,10 @@ def supervised_examples(
     for where, row in _supervised_rows(source, format, bad, offline):
         try:
             if texts is not None:  # which cuts them
-                yield from _of_encoders(row, format, texts, classes, where)
+                num_cut = texts.num_cut
+                found = _of_encoders(row, format, texts, classes, where)
+                bad.num_shortened += texts.num_cut > num_cut
+                yield from found
                 continue
             if format == "chat":
                 ids, labels = _chat_example(row, tokenizer, where)

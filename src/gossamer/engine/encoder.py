@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from gossamer import _native
 from gossamer.engine.answers import MAX_ANSWER_LEN, STRIDE, Answer, Windows
 from gossamer.engine.entities import Entity, Words
-from gossamer.engine.heads import Label, SequenceHead, TokenHead, cannot, sigmoid
+from gossamer.engine.heads import OF_VECTORS, Label, SequenceHead, TokenHead, cannot, sigmoid
 from gossamer.engine.model import num_threads_of, tokenizer_of
 from gossamer.errors import ConfigError
 from gossamer.job.report import Progress, quiet
@@ -23,6 +24,7 @@ _OF_DOCUMENTS = ("document", "passage", "corpus")  # names of prompts, as senten
 _CALL_TOKENS = 16384  # that one native call gets, between which Ctrl-C is heard
 
 Floats = NDArray[np.float32]
+Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
@@ -73,50 +75,54 @@ class Encoder:
         *,
         convert_to_numpy: bool = True,
         normalize_embeddings: bool = False,
+        truncate: bool = True,
     ) -> Floats | list[Floats]:
         """float32 [N, D], a vector of each text, or [D] of a single one; as sentence-transformers' `encode`.
 
         `prompt`, or the model's own of the name `prompt_name`, goes before each text. What is longer than
-        the model's `max_length` is cut. At most `batch_size` texts are given to the engine at once: this
-        changes no vector. The model's files, or `normalize_embeddings`, say whether vectors have length 1.
-        Without `convert_to_numpy` they come as a list. UnsupportedError of a model whose head makes of texts
-        something else.
+        the model's `max_length` is cut, or a ConfigError without `truncate`. At most `batch_size` texts are
+        given to the engine at once: this changes no vector. The model's files, or `normalize_embeddings`, say
+        whether vectors have length 1. Without `convert_to_numpy` they come as a list. UnsupportedError of a
+        model whose head makes of texts something else.
         """
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
         before = self.prompt_of(prompt_name) if prompt is None else prompt
-        texts = [sentences] if isinstance(sentences, str) else list(sentences)
-        _refuse_what_is_no_text(texts)
-        rows = self.token_ids([before + text for text in texts])
+        texts = (
+            [sentences] if isinstance(sentences, str) else _listed(sentences, "a text, or a list of texts")
+        )
+        _refuse_what_is_no_text([before, *texts])
+        rows = self.token_ids([before + text for text in texts], truncate=truncate)
         vectors_ND = self.vectors(rows, normalize=normalize_embeddings, batch_size=batch_size)
         if isinstance(sentences, str):
             return vectors_ND[0]
         return vectors_ND if convert_to_numpy else list(vectors_ND)
 
-    def classify(self, texts: Sequence[Text]) -> list[list[Label]]:
+    def classify(self, texts: Sequence[Text], *, truncate: bool = True) -> list[list[Label]]:
         """Of each text, or pair of texts, all labels with their probabilities, the likeliest first.
 
-        What is longer than the model's `max_length` is cut, of a pair the longer text first. UnsupportedError
-        of a model without a head for whole texts.
+        What is longer than the model's `max_length` is cut, of a pair the longer text first, or a ConfigError
+        without `truncate`. UnsupportedError of a model without a head for whole texts.
         """
         head = self.classifier()
-        _refuse_one_text(texts, "a list of texts or of pairs")
-        _refuse_what_is_no_text([part for it in texts for part in (it if isinstance(it, tuple) else (it,))])
-        scores_NL = head.scores(self.pooled(self.token_ids(texts)))
+        texts = _listed(texts, "a list of texts or of pairs")
+        _refuse_what_is_no_pair([it for it in texts if not isinstance(it, str)])
+        scores_NL = head.scores(self.pooled(self.token_ids(texts, truncate=truncate)))
         return head.named(head.probabilities(scores_NL))
 
-    def tag(self, texts: Sequence[str | Sequence[str]]) -> list[list[Entity]]:
+    def tag(self, texts: Sequence[str | Sequence[str]], *, truncate: bool = True) -> list[list[Entity]]:
         """The entities of each text, in order, as transformers' pipeline finds them by "first".
 
         A word has its first token's label, and words are grouped by their labels as `spans` says. Words are
         the tokenizer's, of byte-level ones too, where transformers takes what stands between spaces. A text
         may be a list of words: then these are labelled, and `start` and `end` count in the text that they
-        make with a space between each two. What is longer than the model's `max_length` is cut.
-        UnsupportedError of a model without a head for tokens.
+        make with a space between each two. What is longer than the model's `max_length` is cut, or a
+        ConfigError without `truncate`. UnsupportedError of a model without a head for tokens.
         """
         self.tagger()
-        _refuse_one_text(texts, "a list of texts, or of lists of words")
-        found = [self._words(text) for text in texts]
+        found = [self._words(text) for text in _listed(texts, "a list of texts, or of lists of words")]
+        if not truncate:
+            self._refuse_cut([it.is_cut for it in found])
         return [it.entities(labels) for it, labels in zip(found, self._labels(found), strict=True)]
 
     def label_words(self, texts: Sequence[Sequence[str]]) -> list[list[Label | None]]:
@@ -125,9 +131,8 @@ class Encoder:
         None where the model sees nothing of a word, as behind its `max_length`. UnsupportedError as of `tag`.
         """
         self.tagger()
-        for words in texts:
-            _refuse_one_text(words, "a list of words")
-        return self._labels([self._words(words) for words in texts])
+        listed = [_listed(words, "a list of words") for words in _listed(texts, "a list of lists of words")]
+        return self._labels([self._words(words) for words in listed])
 
     def answer(
         self, question: str, context: str, *, max_answer_len: int = MAX_ANSWER_LEN, stride: int = STRIDE
@@ -155,34 +160,40 @@ class Encoder:
             raise ConfigError(
                 f"max_answer_len is {max_answer_len} and stride {stride}; expected at least 1, and 0"
             )
-        _refuse_what_is_no_text([text for pair in asked for text in pair])
+        asked = _listed(asked, "a list of pairs, each a question and its context")
+        _refuse_what_is_no_pair(asked)
         found = [Windows.of(*pair, self._texts, stride) for pair in asked]
         scores = self._token_scores([self._row(window) for it in found for window in it.encoded])
         return [it.best([next(scores) for _ in it.encoded], max_answer_len) for it in found]
 
-    def rerank(self, query: str, documents: Sequence[str], *, raw_scores: bool = False) -> list[float]:
+    def rerank(
+        self, query: str, documents: Sequence[str], *, raw_scores: bool = False, truncate: bool = True
+    ) -> list[float]:
         """How well each document answers the query, in their order.
 
         A head of one label is given both as a pair, and its score becomes one of 0 to 1, unless `raw_scores`.
         A model that makes vectors compares them: cosines, with its prompts "query", and "document" or
-        "passage", where it has them. UnsupportedError of other models.
+        "passage", where it has them. What is longer than the model's `max_length` is cut, or a ConfigError
+        without `truncate`. UnsupportedError of other models.
         """
-        vectors_ND = self.pooled(self.rerank_rows(query, documents))
+        vectors_ND = self.pooled(self.rerank_rows(query, documents, truncate=truncate))
         return self.rerank_scores(vectors_ND, raw_scores=raw_scores)
 
-    def rerank_rows(self, query: str, documents: Sequence[str]) -> list[TokenIds]:
+    def rerank_rows(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[TokenIds]:
         """What `pooled` takes for `rerank_scores`: the pairs, or the query and the documents."""
+        documents = _listed(documents, "a list of documents")
         _refuse_what_is_no_text([query, *documents])
         if self.head is not None:
             if len(self.head.labels) != 1:
                 what = f"rerank, which takes one label: it has {len(self.head.labels)}; use classify"
                 raise cannot(what, self.architecture, self.path)
-            return self.token_ids([(query, document) for document in documents])
+            return self.token_ids([(query, document) for document in documents], truncate=truncate)
         self.check_vectors("rerank")
         prompts = self.pooling.prompts
         of_query = self.prompt_of("query" if "query" in prompts else None)
         before = self.prompt_of(next((name for name in _OF_DOCUMENTS if name in prompts), None))
-        return self.token_ids([of_query + query, *(before + document for document in documents)])
+        texts = [of_query + query, *(before + document for document in documents)]
+        return self.token_ids(texts, truncate=truncate)
 
     def rerank_scores(self, vectors_ND: Floats, *, raw_scores: bool = False) -> list[float]:
         """The documents' scores, from what `pooled` made of `rerank_rows`."""
@@ -194,7 +205,7 @@ class Encoder:
 
     def check_vectors(self, method: str) -> None:
         """UnsupportedError of a model whose vectors, trained for its head, are none of texts' meanings."""
-        if self.architecture.task not in ("embedding", "masked"):
+        if self.architecture.task not in OF_VECTORS:
             raise cannot(method, self.architecture, self.path)
 
     def classifier(self) -> SequenceHead:
@@ -213,9 +224,9 @@ class Encoder:
         if isinstance(text, str):
             [encoded] = self._texts.encode([text])
             return Words.seen_in(text, encoded)
-        _refuse_one_text(text, "a text, or a list of words")
-        _refuse_what_is_no_text(text)
-        return Words.given(text, self._texts.encode_words(text))
+        words = _listed(text, "a text, or a list of words")
+        _refuse_what_is_no_text(words)
+        return Words.given(words, self._texts.encode_words(words))
 
     def _labels(self, texts: Sequence[Words]) -> list[list[Label | None]]:
         """The likeliest label of each word's first token."""
@@ -242,9 +253,23 @@ class Encoder:
         states_TD = self._native.hidden_states(*_joined(rows))
         return np.split(states_TD, np.cumsum([len(row.ids) for row in rows])[:-1])
 
-    def token_ids(self, texts: Sequence[Text]) -> list[TokenIds]:
-        """Of each text, or pair of texts, what `pooled` takes; cut at the model's `max_length`."""
-        return [self._row(it) for it in self._texts.encode(texts)]
+    def token_ids(self, texts: Sequence[Text], *, truncate: bool = True) -> list[TokenIds]:
+        """Of each text, or pair of texts, what `pooled` takes; cut at the model's `max_length`.
+
+        Without `truncate` a text that is longer is a ConfigError.
+        """
+        rows = [self._row(it) for it in self._texts.encode(texts)]
+        if not truncate:
+            self._refuse_cut([row.is_cut for row in rows])
+        return rows
+
+    def _refuse_cut(self, are_cut: Sequence[bool]) -> None:
+        if any(are_cut):
+            raise ConfigError(
+                f"found {sum(are_cut)} of {len(are_cut)} texts, the first of them number "
+                f"{are_cut.index(True)} from 0 on, of more than {self.pooling.max_length} tokens, this "
+                "model's limit; shorten them, or have them cut by truncate=True"
+            )
 
     def _row(self, encoded: tokenizers.Encoding) -> TokenIds:
         num_types = self.architecture.added.num_types if self.architecture.added else 1
@@ -267,6 +292,11 @@ class Encoder:
         mode: PoolingMode = self.pooling.mode if self.head is None else self.head.pooling
         parts = [self._native.encode(*_joined(part), mode) for part in _batches(rows, batch_size)]
         return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
+
+    @property
+    def num_cut(self) -> int:
+        """Texts, or pairs, so far that were longer than the model's `max_length`."""
+        return self._texts.num_cut
 
     @property
     def dimension(self) -> int:
@@ -292,10 +322,17 @@ def _refuse_what_is_no_text(texts: Sequence[str]) -> None:
         raise ConfigError(f"found {other!r:.80} among the sentences; expected texts")
 
 
-def _refuse_one_text(texts: object, expected: str) -> None:
-    """A text alone is a sequence as well: of its letters."""
+def _refuse_what_is_no_pair(pairs: Sequence[object]) -> None:
+    for it in pairs:
+        if not (isinstance(it, tuple) and len(it) == 2 and all(isinstance(part, str) for part in it)):
+            raise ConfigError(f"found {it!r:.80} among the texts; expected texts, or pairs (text, text)")
+
+
+def _listed(texts: Iterable[Given], expected: str) -> list[Given]:
+    """All that are given; ConfigError for a text alone, which is a sequence as well: of its letters."""
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ConfigError(f"found {texts!r:.80}; expected {expected}")
+    return list(texts)
 
 
 def _batches(rows: Sequence[TokenIds], most: int | None) -> Iterator[Sequence[TokenIds]]:

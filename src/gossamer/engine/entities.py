@@ -23,12 +23,16 @@ class Entity(TypedDict):
 
 @dataclass(frozen=True)
 class Words:
-    """A text's token ids; of each word its first token, if the model sees one, and its place in the text."""
+    """A text's token ids; of each word its first token, if the model sees one, and its place in the text.
+
+    `is_cut`: the text was longer than its tokens say.
+    """
 
     text: str
     ids: Sequence[int]
     firsts: Sequence[int | None]
     places: Sequence[tuple[int, int]]
+    is_cut: bool
 
     @classmethod
     def seen_in(cls, text: str, encoded: tokenizers.Encoding) -> Self:
@@ -46,7 +50,8 @@ class Words:
             before = word
         places = [without_blanks(text, *place) for place in places]  # which SentencePiece's tokens have
         seen = [index for index, (start, end) in enumerate(places) if start < end]
-        return cls(text, encoded.ids, [firsts[it] for it in seen], [places[it] for it in seen])
+        is_cut = bool(encoded.overflowing)
+        return cls(text, encoded.ids, [firsts[it] for it in seen], [places[it] for it in seen], is_cut)
 
     @classmethod
     def given(cls, words: Sequence[str], encoded: tokenizers.Encoding) -> Self:
@@ -57,7 +62,8 @@ class Words:
         for word in words:
             places.append((start, start + len(word)))
             start += len(word) + 1
-        return cls(" ".join(words), encoded.ids, [first.get(index) for index in range(len(words))], places)
+        firsts = [first.get(index) for index in range(len(words))]
+        return cls(" ".join(words), encoded.ids, firsts, places, bool(encoded.overflowing))
 
     def entities(self, labels: Sequence[Label | None]) -> list[Entity]:
         """The spans of the labelled words; those without a label are in none."""

@@ -25,6 +25,7 @@ SERVED: dict[Task, str] = {
     "tokens": "labels each token (Encoder.tag, label_words)",
     "spans": "marks answers to questions in texts (Encoder.answer)",
 }
+OF_VECTORS = ("embedding", "masked")  # tasks of models whose vectors are of texts' meanings
 
 
 class Label(TypedDict):

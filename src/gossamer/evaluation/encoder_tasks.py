@@ -94,8 +94,10 @@ def read_encoder_tasks(path: Path, kind: EncoderKind, limit: int) -> dict[str, E
     known = (*TABLES, NESTED) if kind == "qa" else endings(kind)
     files = sorted(it for it in path.iterdir() if it.name.endswith(known)) if path.is_dir() else [path]
     if not files or not all(it.is_file() and it.name.endswith(known) for it in files):
+        found = "a folder without them" if path.is_dir() else "another kind of file"
         raise ConfigError(
-            f"{path}, for --kind {kind}: expected a file of {', '.join(known)}, or a folder of them"
+            f"{path}, for --kind {kind}: found {found if path.exists() else 'no such file'}; "
+            f"expected a file of {', '.join(known)}, or a folder of them"
         )
     read: dict[str, Callable[[Path, int], EncoderTask]] = {
         "sts": _pairs,

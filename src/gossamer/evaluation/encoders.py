@@ -11,6 +11,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import Encoder
 from gossamer.engine.answers import MAX_ANSWER_LEN, STRIDE, Answer, Windows
 from gossamer.engine.entities import OUTSIDE
+from gossamer.engine.heads import OF_VECTORS, cannot
 from gossamer.errors import UnsupportedError
 from gossamer.evaluation.backends import without_bars
 from gossamer.tokens import encoder as tokens
@@ -47,6 +48,11 @@ class EncoderBackend(Protocol):
     @property
     def labels(self) -> list[str]:
         """The labels' names."""
+        ...
+
+    @property
+    def num_cut(self) -> int:
+        """Texts, or pairs, so far that were longer than the model's limit, and lost their ends."""
         ...
 
 
@@ -86,6 +92,10 @@ class EngineEncoder:
     def labels(self) -> list[str]:
         return list((self._encoder.token_head or self._encoder.classifier()).labels)
 
+    @property
+    def num_cut(self) -> int:
+        return self._encoder.num_cut
+
 
 class TorchEncoder:
     """transformers' model in float32, on the GPU if there is one; batches are padded."""
@@ -100,7 +110,7 @@ class TorchEncoder:
                 f"{source.path}: a {source.architecture.model_type} is no encoder; --kind sts, retrieval, "
                 "classification, tokens and qa measure those"
             )
-        self.task = source.architecture.task
+        self.task, self._source = source.architecture.task, source
         self._pooling = Pooling.open(source.path, source.architecture)
         self._texts = Texts(tokens.Encoder.open(source.path), self._pooling.max_length)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,6 +123,8 @@ class TorchEncoder:
     def vectors(self, texts: Sequence[str], prompt: str | None = None) -> NDArray[np.float32]:
         import torch
 
+        if self.task not in OF_VECTORS:
+            raise cannot("encode", self._source.architecture, self._source.path)
         before = self._pooling.prompts.get(prompt or self._pooling.default_prompt or "", "")
 
         def pooled(batch: dict[str, Any]) -> Any:
@@ -151,6 +163,10 @@ class TorchEncoder:
         rows = [(it.ids, it.type_ids) for each in windows for it in each.encoded]
         scores = (it[: len(ids)] for it, (ids, _) in zip(self._batches(rows, ends), rows, strict=True))
         return [each.best([next(scores) for _ in each.encoded], MAX_ANSWER_LEN) for each in windows]
+
+    @property
+    def num_cut(self) -> int:
+        return self._texts.num_cut
 
     def _rows(self, texts: Sequence[Text]) -> list[Row]:
         return [(it.ids, it.type_ids) for it in self._texts.encode(texts)]

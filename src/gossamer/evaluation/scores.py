@@ -33,7 +33,7 @@ class Scores:
 
     Where a task finds answers by several filters, a metric is named `metric,filter`, as the harness does.
     If the primary metric is one of LOG_LIKELIHOODS, `samples` are log p of examples and `weights` their
-    lengths, in tokens, words or bytes.
+    lengths, in tokens, words or bytes. `num_cut` texts were longer than the model's limit.
     """
 
     metrics: dict[str, float]
@@ -41,6 +41,7 @@ class Scores:
     samples: tuple[float, ...]
     num_examples: int
     weights: tuple[float, ...] = ()
+    num_cut: int = 0
 
     @property
     def value(self) -> float:

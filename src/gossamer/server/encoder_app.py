@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from gossamer.engine.encoder import Encoder, Floats, TokenIds, of_length_1
 from gossamer.engine.encoder_scheduler import STEP_TOKENS, EncoderRequest
+from gossamer.engine.heads import OF_VECTORS
 from gossamer.errors import ConfigError, UnsupportedError
 from gossamer.server.app import CHAT_ROUTES
 from gossamer.server.encoder_wire import (
@@ -60,20 +61,21 @@ class EncoderApi(Served):
     """The handlers, with the encoder they ask."""
 
     not_served = CHAT_ROUTES
-    serves = "an encoder, which continues no text; /v1/embeddings, /v1/rerank or /v1/classify ask it"
 
     def __init__(self, encoder: Encoder, worker: Worker, name: str, allowed_origins: Sequence[str]) -> None:
         super().__init__(worker, name, allowed_origins)
         self._encoder = encoder
+        self._asked_by = f"{', '.join(asked_by(encoder))} ask it"
+        self.serves = f"an encoder, which continues no text; {self._asked_by}"
 
     def routes(self) -> list[Route]:
         posts: dict[str, Handler] = {
-            "/v1/embeddings": _answered(self.embeddings),
-            "/v1/rerank": _answered(self.rerank),
-            "/v1/classify": _answered(self.classify),
+            "/v1/embeddings": self._answered(self.embeddings),
+            "/v1/rerank": self._answered(self.rerank),
+            "/v1/classify": self._answered(self.classify),
             "/rerank": self.rerank_of_either_shape,
-            "/embed": _answered_as_tei(self.tei_embed),
-            "/predict": _answered_as_tei(self.tei_predict),
+            "/embed": self._answered_as_tei(self.tei_embed),
+            "/predict": self._answered_as_tei(self.tei_predict),
         }
         routes = [Route(path, handler, methods=["POST"]) for path, handler in posts.items()]
         return [*routes, Route("/info", self.info, methods=["GET"])]
@@ -134,7 +136,8 @@ class EncoderApi(Served):
         """text-embeddings-inference's has `texts`, Cohere's and Jina's `documents`."""
         body = await http.body()
         is_tei = b'"texts"' in body and b'"documents"' not in body
-        return await (_answered_as_tei(self.tei_rerank) if is_tei else _answered(self.rerank))(http)
+        answer = self._answered_as_tei(self.tei_rerank) if is_tei else self._answered(self.rerank)
+        return await answer(http)
 
     async def tei_rerank(self, http: HttpRequest) -> Any:
         body = parsed(TeiRerankRequest, await http.body(), HTTPStatus.UNPROCESSABLE_ENTITY)
@@ -269,41 +272,51 @@ class EncoderApi(Served):
         identity = f"{kind}-{uuid.uuid4().hex}"
         return {"id": identity, "object": "list", "created": int(time.time()), "model": self._name}
 
+    def _answered(self, handler: Handler) -> Handler:
+        """The route of a handler that returns plain data."""
+
+        async def route(http: HttpRequest) -> Response:
+            try:
+                return as_json(await handler(http))
+            except ClientGone:
+                return Response(status_code=CLIENT_CLOSED_REQUEST)
+            except UnsupportedError as error:
+                message = f"{http.url.path} is not served here: {error}. {self._asked_by}."
+                raise RequestError(message, code="not_served", status=HTTPStatus.NOT_FOUND) from error
+
+        return route
+
+    def _answered_as_tei(self, handler: Handler) -> Handler:
+        """The same with errors as text-embeddings-inference has them, whose word for too long is 413."""
+
+        async def route(http: HttpRequest) -> Response:
+            try:
+                return await self._answered(handler)(http)
+            except RequestError as error:
+                too_long = error.code == "context_length_exceeded"
+                status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if too_long else error.status
+                message = str(error)
+            except ConfigError as error:
+                status, message = HTTPStatus.BAD_REQUEST, str(error)
+            return as_json({"error": message, "error_type": TEI_ERRORS.get(status, "Backend")}, status)
+
+        return route
+
 
 async def _aside(http: HttpRequest, work: Callable[[], Answer]) -> Answer:
     """What `work` for a request returns, done in a thread where it could keep other requests waiting."""
     return work() if len(await http.body()) <= SHORT_BODY else await run_in_threadpool(work)
 
 
-def _answered(handler: Handler) -> Handler:
-    """The route of a handler that returns plain data."""
-
-    async def route(http: HttpRequest) -> Response:
-        try:
-            return as_json(await handler(http))
-        except ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        except UnsupportedError as error:
-            raise RequestError(str(error), code="not_served", status=HTTPStatus.NOT_FOUND) from error
-
-    return route
-
-
-def _answered_as_tei(handler: Handler) -> Handler:
-    """The same with errors as text-embeddings-inference has them, whose word for too long is 413."""
-
-    async def route(http: HttpRequest) -> Response:
-        try:
-            return await _answered(handler)(http)
-        except RequestError as error:
-            too_long = error.code == "context_length_exceeded"
-            status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE if too_long else error.status
-            message = str(error)
-        except ConfigError as error:
-            status, message = HTTPStatus.BAD_REQUEST, str(error)
-        return as_json({"error": message, "error_type": TEI_ERRORS.get(status, "Backend")}, status)
-
-    return route
+def asked_by(encoder: Encoder) -> tuple[str, ...]:
+    """The routes that a model answers, by what its head is for: none, where no API asks for that."""
+    task = encoder.architecture.task
+    ranks = ("/v1/rerank", "/rerank")
+    if task in OF_VECTORS:
+        return ("/v1/embeddings", "/embed", *ranks)
+    if task == "sequence":
+        return (*(ranks if len(encoder.classifier().labels) == 1 else ()), "/v1/classify", "/predict")
+    return ()
 
 
 def _check_number(number: int, field: str) -> None:

@@ -10,12 +10,13 @@ import uvicorn
 
 from gossamer.engine import Encoder, GenerationOptions, OpenModel, Scheduler
 from gossamer.engine.encoder_scheduler import EncoderScheduler
+from gossamer.engine.heads import cannot
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, quiet
 from gossamer.packed.cache import open_packed
 from gossamer.server.app import Api
-from gossamer.server.encoder_app import EncoderApi
+from gossamer.server.encoder_app import EncoderApi, asked_by
 from gossamer.server.served import Served
 from gossamer.server.worker import Worker
 
@@ -100,6 +101,8 @@ def _open_encoder(job: Serve, path: Path, name: str, progress: Progress) -> tupl
         flag = given[0].replace("_", "-")
         raise ConfigError(f"--{flag} is for decoders; found {path}, an encoder: leave it out")
     encoder = Encoder(path, job.threads, progress=progress)
+    if not asked_by(encoder):
+        raise cannot("be served: no route asks for that", encoder.architecture, path)
     worker = Worker(EncoderScheduler(encoder), job.max_queue)
     return worker, EncoderApi(encoder, worker, name, job.allowed_origins)
 

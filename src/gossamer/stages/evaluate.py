@@ -332,6 +332,9 @@ def measure(
         measured = partial(_of_encoder, model, task, encoder_task, job, progress)
         found = kept.of({**how, "examples": repr(encoder_task)}, f"{model}: {task}", measured)
         figures.scores[task] = _scores(found)
+        if num_cut := figures.scores[task].num_cut:
+            note = f"{task}: cut {num_cut:,} texts that are longer than the limit of {model}"
+            progress(Event("evaluate", note, lasting=True))
     for task in asked.harness:
         name = task if isinstance(task, str) else task.name
         options = {
@@ -374,7 +377,8 @@ def _of_encoder(
     model: str, name: str, task: EncoderTask, job: Evaluate, progress: Progress
 ) -> dict[str, Any]:
     progress(Event("evaluate", name))
-    return asdict(task.measure(open_encoder(model, job.backend, job.threads, offline=job.offline)))
+    backend = open_encoder(model, job.backend, job.threads, offline=job.offline)
+    return {**asdict(task.measure(backend)), "num_cut": backend.num_cut}
 
 
 def _of_harness(

@@ -26,6 +26,13 @@ from gossamer.packed.reader import Packed, table_of_parts
 from gossamer.packed.writer import Purpose
 
 NO_HEAD = "none"  # an encoder's
+_CALLS = {  # of an Encoder, by its task
+    "embedding": "encode(['Once upon a time'])",
+    "masked": "encode(['Once upon a time'])",
+    "sequence": "classify(['Once upon a time'])",
+    "tokens": "tag(['Once upon a time'])",
+    "spans": "answer('When was it?', 'Once upon a time.')",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class RoundedPart:
 
 @dataclass(frozen=True)
 class PackResult(Result):
-    """`bits_per_weight` and `sparsity` are of the decoder's linears.
+    """`bits_per_weight` and `sparsity` are of the decoder's linears, `task` is what an encoder's head is for.
 
     `left_out` are files beside the model, such as a licence as PDF, that cannot be carried in the file.
     `purpose_for_nothing`: whether it was asked for quick prompts where they do not skip zeros.
@@ -104,6 +111,7 @@ class PackResult(Result):
     sparsity: float
     bits_per_weight: float
     head: str
+    task: str
     dense_for_speed: bool
     purpose_for_nothing: bool
     seconds: float
@@ -134,7 +142,7 @@ class PackResult(Result):
     def closing(self) -> tuple[str, ...]:
         """What to know about what was rounded, and the next command."""
         if self.head == NO_HEAD:
-            run = f"Use it: gossamer.Encoder({self.output_file!r}).encode(['Once upon a time'])"
+            run = f"Use it: gossamer.Encoder({self.output_file!r}).{_CALLS[self.task]}"
         else:
             run = f"Run it: gossamer run {self.output_file} 'Once upon a time'"
         lines = []
@@ -175,6 +183,7 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
         sparsity=packed.sparsity(packed.decoder),
         bits_per_weight=packed.bits_per_weight(packed.decoder),
         head=_head(packed),
+        task=packed.architecture.task,
         dense_for_speed=packing.dense_for_speed,
         purpose_for_nothing=job.purpose != "decode" and not prompts_skip_zeros(),
         seconds=time.monotonic() - start,

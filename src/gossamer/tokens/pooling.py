@@ -121,6 +121,6 @@ def _mode(file: Path) -> str:
     modes = [_MODES.get(key, key) for key in chosen] or [found.get("pooling_mode", "mean")]
     if len(modes) != 1 or modes[0] not in _MODES.values():
         raise UnsupportedError(
-            f"{file}: found pooling by {', '.join(map(str, modes))}; supported: mean, cls, max"
+            f"{file}: found pooling by {', '.join(map(str, modes))}; expected one of mean, cls, max"
         )
     return modes[0]

@@ -14,7 +14,8 @@ Text = str | tuple[str, str]
 class Texts:
     """Encodes texts of at most `max_length` tokens, special ones included; longer ones lose their ends.
 
-    Of a pair the longer text is cut first, as transformers' "longest_first" does.
+    Of a pair the longer text is cut first, as transformers' "longest_first" does. `num_cut` counts the texts,
+    or pairs, that were cut.
     """
 
     def __init__(self, tokenizer: Encoder, max_length: int) -> None:
@@ -24,19 +25,20 @@ class Texts:
                 f"at most {max_length} tokens a text; expected more than {num_added}, its marks"
             )
         self._tokenizer.enable_truncation(max_length, strategy="longest_first")
-        self.max_length = max_length
+        self.max_length, self.num_cut = max_length, 0
 
     def encode(self, texts: Sequence[Text]) -> list[tokenizers.Encoding]:
         """Of each text its `ids`, `type_ids`, `offsets` and `word_ids`, as the library has them."""
         given = [valid_text(it) if isinstance(it, str) else (*map(valid_text, it),) for it in texts]
-        return self._tokenizer.encode_batch(given)
+        return self._counted(self._tokenizer.encode_batch(given))
 
     def encode_words(self, words: Sequence[str]) -> tokenizers.Encoding:
         """Of a text that is cut into words already; `word_ids` say which of them a token is of.
 
         Byte-level tokenizers and SentencePiece's read a space before every word, also before the first.
         """
-        return self._of_words.encode([*map(valid_text, words)], is_pretokenized=True)
+        [encoded] = self._counted([self._of_words.encode([*map(valid_text, words)], is_pretokenized=True)])
+        return encoded
 
     def encode_windows(self, question: str, context: str, stride: int) -> list[tokenizers.Encoding]:
         """A question with each window of its context, two of which share `stride` tokens.
@@ -50,10 +52,14 @@ class Texts:
         if room < 1:
             raise ConfigError(
                 f"the question has {len(first)} tokens; expected at most {len(first) + room - 1}, so that "
-                f"one of {self.max_length} is left for the text that it asks of"
+                f"one of {self.max_length} is left for the text that it asks of: {question!r:.60}"
             )
         second.truncate(room, stride=min(stride, room // 2))
         return [self._whole.post_process(first, it) for it in (second, *second.overflowing)]
+
+    def _counted(self, encoded: list[tokenizers.Encoding]) -> list[tokenizers.Encoding]:
+        self.num_cut += sum(bool(it.overflowing) for it in encoded)
+        return encoded
 
     @cached_property
     def _whole(self) -> tokenizers.Tokenizer:

@@ -34,13 +34,17 @@ class Embed(ThreadOptions):
         None, help="which of the model's prompts goes before each text (default: the model's own choice)"
     )
     normalize: bool = option(False, help="to length 1, also where the model's files do not ask for it")
+    truncate: bool = option(
+        False,
+        help="texts beyond the model's limit lose their ends, and are counted, instead of ending the run",
+    )
     overwrite: bool = option(False, help="replace the output file")
     offline: bool = option(False, help="never touch the network")
 
 
 @dataclass(frozen=True)
 class EmbedResult(Result):
-    """What was written; texts longer than the model's limit were cut."""
+    """What was written; `cut` texts were longer than the model's limit."""
 
     output_file: str
     texts: int
@@ -53,7 +57,8 @@ class EmbedResult(Result):
 def embed(job: Embed, progress: Progress = quiet) -> EmbedResult:
     """Make the vectors; the output gets its name once it is whole.
 
-    ConfigError for a file without texts, and for an output that exists and may not be replaced.
+    ConfigError for a file without texts, for texts that are too long unless `truncate`, and for an output
+    that exists and may not be replaced.
     """
     output = Path(job.output_file)
     refuse_existing(output, job.overwrite)
@@ -61,13 +66,30 @@ def embed(job: Embed, progress: Progress = quiet) -> EmbedResult:
     encoder = Encoder(job.model, job.threads, offline=job.offline, progress=progress)
     encoder.check_vectors("embed")
     before = encoder.prompt_of(job.prompt_name)
+    texts = [before + text for text in texts]
+    if not job.truncate:
+        _check_lengths(encoder, texts, job.file)
     partial = output.with_name(output.name + ".partial")
     try:
-        num_tokens, num_cut, rate = _write(partial, encoder, [before + text for text in texts], job, progress)
+        num_tokens, num_cut, rate = _write(partial, encoder, texts, job, progress)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
     return EmbedResult(str(output), len(texts), num_cut, encoder.dimension, num_tokens, rate)
+
+
+def _check_lengths(encoder: Encoder, texts: list[str], file: str) -> None:
+    """ConfigError for texts that are too long, before any is computed."""
+    too_long: list[int] = []
+    for first in range(0, len(texts), STEP_TEXTS):
+        rows = encoder.token_ids(texts[first : first + STEP_TEXTS])
+        too_long += [number for number, row in enumerate(rows, first + 1) if row.is_cut]
+    if too_long:
+        raise ConfigError(
+            f"{file}: found {len(too_long):,} of {len(texts):,} texts, the first of them number "
+            f"{too_long[0]:,}, of more than {encoder.pooling.max_length} tokens, this model's limit; shorten "
+            "them, or have them cut by --truncate"
+        )
 
 
 def _write(
