@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, pstdev
-from typing import get_args
+from typing import Literal, get_args
 
 from stack import NAME, Row, options, print_rows
 
@@ -17,7 +17,8 @@ from gossamer.tools.bench import Bench, bench
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.wide import num_weights, stack
 
-UNSTRUCTURED = "unstructured"
+Pattern = Literal["unstructured", "1x4"]
+UNSTRUCTURED: Pattern = "unstructured"
 MAX_TOKENS = 256  # that the engine passes through a layer at once
 
 
@@ -31,7 +32,7 @@ def measure(
     shape: Shape,
     values: Values,
     sparsity: float,
-    pattern: str,
+    pattern: Pattern,
     threads: int,
     repeats: int,
     prompt: int,
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=CONFIGS, default="tinyllama-1.1b")
     parser.add_argument("--values", choices=get_args(Values), default="i8")
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--pattern", choices=(UNSTRUCTURED, "1x4"), default=UNSTRUCTURED, help="of a model")
+    parser.add_argument("--pattern", choices=get_args(Pattern), default=UNSTRUCTURED, help="of a model")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new", type=int, default=64)
     job = parser.parse_args()

@@ -276,7 +276,25 @@ def sample(running: Running) -> dict[str, float]:
     return found
 
 
+def test_a_path_that_is_none_is_told_those_there_are(vectors: Running) -> None:
+    answer = httpx.get(f"{vectors.url}/v1/nonsense")
+    assert answer.status_code == 404
+    message = answer.json()["error"]["message"]
+    assert message.startswith("GET /v1/nonsense: Not Found. This server has /v1/embeddings, /v1/rerank, ")
+    assert "chat" not in message
+
+
+def answered(running: Running) -> float:
+    """Requests for vectors that have come to an end, whoever waited for it."""
+    return sum(
+        number
+        for name, number in sample(running).items()
+        if name.startswith("gossamer_requests_total{") and "/v1/embeddings" in name
+    )
+
+
 def test_a_client_that_leaves_is_forgotten(vectors: Running) -> None:
+    before = answered(vectors)
     body = json.dumps({"model": vectors.name, "input": [LONG[:35]] * 2048}).encode()
     host, port = vectors.url.removeprefix("http://").split(":")
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -284,8 +302,9 @@ def test_a_client_that_leaves_is_forgotten(vectors: Running) -> None:
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + body)
     give_up = time.monotonic() + 60
-    while httpx.get(f"{vectors.url}/health").json()["requests"] and time.monotonic() < give_up:
+    while answered(vectors) < before + 8 and time.monotonic() < give_up:
         time.sleep(0.05)
+    assert answered(vectors) == before + 8
     assert httpx.get(f"{vectors.url}/health").json()["requests"] == 0
     assert post(vectors, "/v1/embeddings", model=vectors.name, input="a").status_code == 200
 

@@ -50,17 +50,13 @@ class Served:
             yield
 
         routes = [
-            *self.routes(),
-            Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
-            Route("/health", self.health, methods=["GET"]),
-            Route("/metrics", self._metrics.show, methods=["GET"]),
+            *self._own_routes(),
             *(Route(path, self.refuse, methods=["POST"]) for path in self.not_served),
         ]
         handlers = {
             RequestError: _refuse,
             ConfigError: _refuse_config,
-            HTTPException: _refuse_http,
+            HTTPException: self._refuse_http,
             Exception: _fail,
         }
         measured = Middleware(Measured, metrics=self._metrics, paths=[route.path for route in routes])
@@ -73,6 +69,15 @@ class Served:
             lifespan=lifespan,
             middleware=[measured, *([cors] if self._allowed_origins else [])],
         )
+
+    def _own_routes(self) -> list[Route]:
+        return [
+            *self.routes(),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.model, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self._metrics.show, methods=["GET"]),
+        ]
 
     async def models(self, http: HttpRequest) -> Response:
         return as_json({"object": "list", "data": [self._description()]})
@@ -89,6 +94,14 @@ class Served:
     async def refuse(self, http: HttpRequest) -> Response:
         message = f"{http.url.path} is not served here: {self._name!r} is {self.serves}."
         raise RequestError(message, code="not_served", status=HTTPStatus.NOT_FOUND)
+
+    async def _refuse_http(self, http: HttpRequest, error: Exception) -> Response:
+        """What the framework refuses; of a path that is none, which ones there are."""
+        assert isinstance(error, HTTPException)
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            message += f". This server has {', '.join(route.path for route in self._own_routes())}."
+        return as_json(error_body(message, kind="invalid_request_error"), error.status_code)
 
     def _description(self) -> dict[str, Any]:
         return {"id": self._name, "object": "model", "created": self._created, "owned_by": "gossamer"}
@@ -145,12 +158,6 @@ async def _refuse(http: HttpRequest, error: Exception) -> Response:
 
 async def _refuse_config(http: HttpRequest, error: Exception) -> Response:
     return as_json(error_body(str(error), kind="invalid_request_error"), HTTPStatus.BAD_REQUEST)
-
-
-async def _refuse_http(http: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = f"{http.method} {http.url.path}: {error.detail}"
-    return as_json(error_body(message, kind="invalid_request_error"), error.status_code)
 
 
 async def _fail(http: HttpRequest, error: Exception) -> Response:
