@@ -138,6 +138,29 @@ def test_ranks_are_the_engine_s(kind: str, request: pytest.FixtureRequest) -> No
     assert [it["score"] for it in raw] == sorted(expected, reverse=True)
 
 
+def test_scores_of_pairs_are_cosines(vectors: Running) -> None:
+    a_ND = Encoder(vectors.path, 1).encode(TEXTS, normalize_embeddings=True)
+    b_ND = np.roll(a_ND, 1, axis=0)
+    rolled = [TEXTS[-1], *TEXTS[:-1]]
+    for path, first, second, expected_N in (
+        ("/v1/score", TEXTS, rolled, (a_ND * b_ND).sum(axis=1)),
+        ("/score", TEXTS[0], TEXTS, a_ND @ a_ND[0]),
+        ("/v1/score", TEXTS[0], TEXTS[1], [a_ND[0] @ a_ND[1]]),
+    ):
+        found = post(vectors, path, model=vectors.name, text_1=first, text_2=second).json()
+        assert [it["index"] for it in found["data"]] == list(range(len(expected_N)))
+        np.testing.assert_allclose([it["score"] for it in found["data"]], expected_N, atol=1e-6)
+        assert found["usage"]["total_tokens"] > 0
+
+
+def test_scores_of_pairs_are_the_head_s(ranks: Running) -> None:
+    encoder = Encoder(ranks.path, 1)
+    found = post(ranks, "/v1/score", model=ranks.name, text_1=TEXTS[0], text_2=TEXTS).json()["data"]
+    assert [it["score"] for it in found] == encoder.rerank(TEXTS[0], TEXTS)
+    found = post(ranks, "/v1/score", model=ranks.name, text_1=["a b", "c"], text_2=["d", "e"]).json()["data"]
+    assert [it["score"] for it in found] == [*encoder.rerank("a b", ["d"]), *encoder.rerank("c", ["e"])]
+
+
 def test_labels_are_the_engine_s(labels: Running) -> None:
     encoder = Encoder(labels.path, 1)
     expected = encoder.classify(TEXTS)
@@ -217,6 +240,9 @@ def test_routes_of_other_models_say_what_is_served(
         ("/embed", {"input": "a"}, 422, "will not do"),
         ("/embed", {"inputs": []}, 400, "inputs must be a text"),
         ("/embed", {"inputs": ["a"] * 10_000}, 413, "inputs has 10000 texts; expected 1 to 2048"),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, 400, "text_1 has 2 texts and text_2 1"),
+        ("/v1/score", {"text_1": "a", "text_2": []}, 400, "text_2 has 0 texts"),
+        ("/v1/score", {"text_1": "a", "text_2": ["b", LONG]}, 400, "text 1 of text_2 has more than 20"),
         ("/rerank", {"query": LONG, "texts": ["a"]}, 413, "text 0 of query has more than 20"),
         ("/rerank", {"query": "a", "texts": ["a", LONG]}, 413, "text 1 of texts has more than 20"),
     ],

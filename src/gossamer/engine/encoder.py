@@ -177,31 +177,43 @@ class Encoder:
         without `truncate`. UnsupportedError of other models.
         """
         vectors_ND = self.pooled(self.rerank_rows(query, documents, truncate=truncate))
-        return self.rerank_scores(vectors_ND, raw_scores=raw_scores)
+        return self.pair_scores(vectors_ND, raw_scores=raw_scores)
 
     def rerank_rows(self, query: str, documents: Sequence[str], *, truncate: bool = True) -> list[TokenIds]:
-        """What `pooled` takes for `rerank_scores`: the pairs, or the query and the documents."""
+        """What `pooled` takes for `pair_scores` of one query: the pairs, or the query and the documents."""
         documents = _listed(documents, "a list of documents")
         _refuse_what_is_no_text([query, *documents])
-        if self.head is not None:
-            if len(self.head.labels) != 1:
-                what = f"rerank, which takes one label: it has {len(self.head.labels)}; use classify"
-                raise cannot(what, self.architecture, self.path)
-            return self.token_ids([(query, document) for document in documents], truncate=truncate)
-        self.check_vectors("rerank")
-        prompts = self.pooling.prompts
-        of_query = self.prompt_of("query" if "query" in prompts else None)
-        before = self.prompt_of(next((name for name in _OF_DOCUMENTS if name in prompts), None))
-        texts = [of_query + query, *(before + document for document in documents)]
-        return self.token_ids(texts, truncate=truncate)
+        if self.head is None:
+            self.check_vectors("rerank")
+            prompts = self.pooling.prompts
+            query = self.prompt_of("query" if "query" in prompts else None) + query
+            before = self.prompt_of(next((name for name in _OF_DOCUMENTS if name in prompts), None))
+            documents = [before + document for document in documents]
+        return self.pair_rows([query], documents, truncate=truncate)
 
-    def rerank_scores(self, vectors_ND: Floats, *, raw_scores: bool = False) -> list[float]:
-        """The documents' scores, from what `pooled` made of `rerank_rows`."""
+    def pair_rows(
+        self, first: Sequence[str], second: Sequence[str], *, truncate: bool = True
+    ) -> list[TokenIds]:
+        """What `pooled` takes for `pair_scores`: pairs, or the first texts and then the second ones.
+
+        There are as many of both, or one first text for all. UnsupportedError of models that rank nothing.
+        """
+        if self.head is None:
+            self.check_vectors("rerank")
+            return self.token_ids([*first, *second], truncate=truncate)
+        if len(self.head.labels) != 1:
+            what = f"rerank, which takes one label: it has {len(self.head.labels)}; use classify"
+            raise cannot(what, self.architecture, self.path)
+        whole = [*first] * len(second) if len(first) == 1 else first
+        return self.token_ids([*zip(whole, second, strict=True)], truncate=truncate)
+
+    def pair_scores(self, vectors_ND: Floats, num_first: int = 1, *, raw_scores: bool = False) -> list[float]:
+        """The pairs' scores, from what `pooled` made of `pair_rows` that had so many first texts."""
         if self.head is not None:
             scores_N = self.head.scores(vectors_ND)[:, 0]
             return (scores_N if raw_scores else sigmoid(scores_N)).tolist()
-        query_D, *_ = vectors_ND = of_length_1(vectors_ND)
-        return (vectors_ND[1:] * query_D).sum(axis=1).tolist()
+        vectors_ND = of_length_1(vectors_ND)
+        return (vectors_ND[num_first:] * vectors_ND[:num_first]).sum(axis=1).tolist()
 
     def check_vectors(self, method: str) -> None:
         """UnsupportedError of a model whose vectors, trained for its head, are none of texts' meanings."""

@@ -1,8 +1,8 @@
 """The routes of an encoder: vectors, labels and ranks of texts, as three APIs ask for them.
 
-OpenAI's /v1/embeddings, and vLLM's /v1/classify; Cohere's and Jina's /v1/rerank, also at /rerank; and
-text-embeddings-inference's /embed, /rerank (with `texts`), /predict and /info, whose errors have a shape of
-their own. What a model's head is not for answers 404.
+OpenAI's /v1/embeddings; vLLM's /v1/classify and /v1/score, also at /score; Cohere's and Jina's /v1/rerank,
+also at /rerank; and text-embeddings-inference's /embed, /rerank (with `texts`), /predict and /info, whose
+errors have a shape of their own. What a model's head is not for answers 404.
 """
 
 import base64
@@ -30,6 +30,7 @@ from gossamer.server.encoder_wire import (
     ClassifyRequest,
     EmbeddingsRequest,
     RerankRequest,
+    ScoreRequest,
     TeiEmbedRequest,
     TeiPredictRequest,
     TeiRerankRequest,
@@ -73,6 +74,8 @@ class EncoderApi(Served):
             "/v1/embeddings": self._answered(self.embeddings),
             "/v1/rerank": self._answered(self.rerank),
             "/v1/classify": self._answered(self.classify),
+            "/v1/score": self._answered(self.score),
+            "/score": self._answered(self.score),
             "/rerank": self.rerank_of_either_shape,
             "/embed": self._answered_as_tei(self.tei_embed),
             "/predict": self._answered_as_tei(self.tei_predict),
@@ -116,6 +119,27 @@ class EncoderApi(Served):
             for index, p_L in enumerate(p_NL)
         ]
         return self._object("classify") | {"data": data, "usage": _usage(request)}
+
+    async def score(self, http: HttpRequest) -> Any:
+        body = parsed(ScoreRequest, await http.body())
+        self._check_name(body.model)
+        first, second = body.texts()
+        cut = body.truncate_prompt_tokens is not None
+
+        def prepare() -> list[TokenIds]:
+            _check_number(len(second), "text_2")
+            rows = self._encoder.pair_rows(first, second)
+            num_apart = len(rows) - len(
+                second
+            )  # where vectors are compared, first texts have rows of their own
+            self._check_lengths(rows[:num_apart], "text_1", cut)
+            self._check_lengths(rows[num_apart:], "text_2", cut)
+            return rows
+
+        request = await self._computed(http, prepare)
+        scores_N = await _aside(http, lambda: self._encoder.pair_scores(request.result(), len(first)))
+        data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores_N)]
+        return self._object("score") | {"data": data, "usage": _usage(request)}
 
     async def rerank(self, http: HttpRequest) -> Any:
         body = parsed(RerankRequest, await http.body())
@@ -202,7 +226,7 @@ class EncoderApi(Served):
             return rows
 
         request = await self._computed(http, prepare)
-        scores = partial(self._encoder.rerank_scores, request.result(), raw_scores=raw)
+        scores = partial(self._encoder.pair_scores, request.result(), raw_scores=raw)
         return request, await _aside(http, scores)
 
     def _rows(
@@ -311,7 +335,7 @@ async def _aside(http: HttpRequest, work: Callable[[], Answer]) -> Answer:
 def asked_by(encoder: Encoder) -> tuple[str, ...]:
     """The routes that a model answers, by what its head is for: none, where no API asks for that."""
     task = encoder.architecture.task
-    ranks = ("/v1/rerank", "/rerank")
+    ranks = ("/v1/rerank", "/rerank", "/v1/score", "/score")
     if task in OF_VECTORS:
         return ("/v1/embeddings", "/embed", *ranks)
     if task == "sequence":

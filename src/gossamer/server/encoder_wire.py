@@ -32,6 +32,26 @@ class ClassifyRequest(OpenAIFields, forbid_unknown_fields=True, kw_only=True):
     pass
 
 
+class ScoreRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """vLLM's: one text beside each of several, or as many beside as many."""
+
+    model: str
+    text_1: str | list[str]
+    text_2: str | list[str]
+    truncate_prompt_tokens: Literal[-1] | None = None
+    user: Any = None
+
+    def texts(self) -> tuple[list[str], list[str]]:
+        """RequestError where they make no pairs."""
+        first, second = ([it] if isinstance(it, str) else it for it in (self.text_1, self.text_2))
+        if len(first) not in (1, len(second)):
+            raise RequestError(
+                f"text_1 has {len(first)} texts and text_2 {len(second)}; expected one text_1, or as many.",
+                param="text_1",
+            )
+        return first, second
+
+
 class Document(Struct, forbid_unknown_fields=True):
     text: str
 
