@@ -124,20 +124,12 @@ class EncoderApi(Served):
         body = parsed(ScoreRequest, await http.body())
         self._check_name(body.model)
         first, second = body.texts()
-        cut = body.truncate_prompt_tokens is not None
-
-        def prepare() -> list[TokenIds]:
-            _check_number(len(second), "text_2")
-            rows = self._encoder.pair_rows(first, second)
-            num_apart = len(rows) - len(
-                second
-            )  # where vectors are compared, first texts have rows of their own
-            self._check_lengths(rows[:num_apart], "text_1", cut)
-            self._check_lengths(rows[num_apart:], "text_2", cut)
-            return rows
-
-        request = await self._computed(http, prepare)
-        scores_N = await _aside(http, lambda: self._encoder.pair_scores(request.result(), len(first)))
+        request, scores_N = await self._scored(
+            http,
+            lambda: self._encoder.pair_rows(first, second),
+            {"text_1": len(first), "text_2": len(second)},
+            cut=body.truncate_prompt_tokens is not None,
+        )
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores_N)]
         return self._object("score") | {"data": data, "usage": _usage(request)}
 
@@ -217,16 +209,32 @@ class EncoderApi(Served):
     async def _reranked(
         self, http: HttpRequest, query: str, texts: list[str], field: str, *, cut: bool, raw: bool
     ) -> tuple[EncoderRequest, list[float]]:
+        numbers = {"query": 1, field: len(texts)}
+        make = partial(self._encoder.rerank_rows, query, texts)
+        return await self._scored(http, make, numbers, cut=cut, raw=raw)
+
+    async def _scored(
+        self,
+        http: HttpRequest,
+        make: Callable[[], list[TokenIds]],
+        numbers: dict[str, int],
+        *,
+        cut: bool,
+        raw: bool = False,
+    ) -> tuple[EncoderRequest, list[float]]:
+        """The scores of the pairs whose rows `make` makes of `numbers`: two fields, each with its texts."""
+        (first, num_first), (second, num_second) = numbers.items()
+
         def prepare() -> list[TokenIds]:
-            _check_number(len(texts), field)
-            rows = self._encoder.rerank_rows(query, texts)
-            first = len(rows) - len(texts)  # where vectors are compared, the query is a row of its own
-            self._check_lengths(rows[:first], "query", cut)
-            self._check_lengths(rows[first:], field, cut)
+            _check_number(num_second, second)
+            rows = make()
+            apart = len(rows) - num_second  # where vectors are compared, first texts have rows of their own
+            self._check_lengths(rows[:apart], first, cut)
+            self._check_lengths(rows[apart:], second, cut)
             return rows
 
         request = await self._computed(http, prepare)
-        scores = partial(self._encoder.pair_scores, request.result(), raw_scores=raw)
+        scores = partial(self._encoder.pair_scores, request.result(), num_first, raw_scores=raw)
         return request, await _aside(http, scores)
 
     def _rows(
