@@ -224,8 +224,6 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     return chosen;
 }
 
-inline void add_global(int32_t* to, int32_t value) { *to += value; }
-
 inline uint32_t bits_of(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -243,24 +241,52 @@ inline float multiply(float a, float b) { return a * b; }
 inline float to_float(int32_t value) { return static_cast<float>(value); }
 inline int32_t round_to_even(float value) { return static_cast<int32_t>(std::nearbyintf(value)); }
 
-// m16n8k32 of signed bytes. Of a [16 x 32] word r of lane 4 g + t has row g + 8 (r mod 2), inputs 4 t + 16 (r
-// / 2) and on; of b [32 x 8] word r has input 4 t + 16 r and on of column g; of c [16 x 8] number i has row g
-// + 8 (i / 2) and column 2 t + i mod 2.
-inline void multiply_add(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const int g = thread_index() % 32 / 4, t = thread_index() % 4;
-    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+namespace emulation {
+
+// The words of a product's fragments, six a lane, from all lanes of the warp.
+struct Fragments {
     uint32_t words[6][32];
+};
+
+inline Fragments exchanged(const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    Fragments all;
     for (int word = 0; word < 6; ++word) {
-        const int turn = emulation::exchange_in_warp(mine[word]);
-        for (int lane = 0; lane < 32; ++lane) words[word][lane] = emulation::given(lane, turn);
+        const int turn = exchange_in_warp(mine[word]);
+        for (int lane = 0; lane < 32; ++lane) all.words[word][lane] = given(lane, turn);
     }
-    const auto byte = [](uint32_t word, int index) { return static_cast<int8_t>(word >> 8 * index); };
+    return all;
+}
+
+// c [16 x 8] += a b, both fragments of words that hold `per_word` inputs. Of a, word r of lane 4 g + t has
+// row g
+// + 8 (r mod 2) and the inputs of word t of half r / 2; of b, word r has those of half r, column g; of c,
+// number i has row g + 8 (i / 2) and column 2 t + i mod 2.
+template <class Number, class OfWord>
+void add_products(Number (&c)[4], const Fragments& all, int per_word, OfWord of_word) {
+    const int g = thread_index() % 32 / 4, t = thread_index() % 4;
     for (int number = 0; number < 4; ++number) {
         const int row = g + 8 * (number / 2), column = 2 * t + number % 2;
-        for (int k = 0; k < 32; ++k) {
-            const int lane_t = k % 16 / 4;
-            const uint32_t weights = words[row / 8 + 2 * (k / 16)][row % 8 * 4 + lane_t];
-            c[number] += byte(weights, k % 4) * byte(words[4 + k / 16][column * 4 + lane_t], k % 4);
+        for (int half = 0; half < 2; ++half) {
+            for (int word = 0; word < 4; ++word) {
+                const uint32_t weights = all.words[row / 8 + 2 * half][row % 8 * 4 + word];
+                const uint32_t inputs = all.words[4 + half][column * 4 + word];
+                for (int k = 0; k < per_word; ++k) c[number] += of_word(weights, k) * of_word(inputs, k);
+            }
         }
     }
+}
+
+}  // namespace emulation
+
+// m16n8k32 of signed bytes.
+inline void multiply_add(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const auto byte = [](uint32_t word, int index) { return static_cast<int8_t>(word >> 8 * index); };
+    emulation::add_products(c, emulation::exchanged(a, b0, b1), 4, byte);
+}
+
+// m16n8k16 of bfloat16.
+inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const auto number = [](uint32_t word, int index) { return float_of(word >> 16 * index << 16); };
+    emulation::add_products(c, emulation::exchanged(a, b0, b1), 2, number);
 }

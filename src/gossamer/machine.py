@@ -15,6 +15,11 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MEMORY_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
+def cache_directory() -> Path:
+    """Where this program keeps what it can make again: GOSSAMER_CACHE, or ~/.cache/gossamer."""
+    return Path(os.environ.get("GOSSAMER_CACHE") or Path.home() / ".cache" / "gossamer")
+
+
 @dataclass(frozen=True)
 class Cores:
     """Processors this process may use: `logical` ones, `physical` cores, a container's `quota` of CPUs."""

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from gossamer.gpu.compiler import ROOTS
+from gossamer.gpu.kernels import all_kernels
 from gpu.emulated import KERNELS
 from once import once
 
 NVCC = "nvcc"
 MOST_REGISTERS = {1: 48, 2: 48, 4: 64, 8: 72}  # by tiles of tokens: 48 leave room for 10 blocks of 4 warps
-# Architecture -> instructions of a step of one tile, one round of its copies among them. They decide on cards
-# with fast memory, so that more of them have to be meant.
-STEP = {80: 336, 86: 326, 89: 326, 90: 320, 100: 314, 120: 309}
-SOURCE = '#include "sparse_i8.cuh"\n#include "activations.cuh"\n'
+# Architecture -> instructions of a step of one tile, a round of its copies among them: INT8, bfloat16. They
+# decide on cards with fast memory, so that more of them have to be meant.
+STEP = {80: (326, 433), 86: (327, 434), 89: (327, 434), 90: (319, 427), 100: (313, 424), 120: (309, 419)}
+SOURCE = "".join(f'#include "{it}"\n' for it in ROOTS)
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(NVCC) is None, reason=f"no {NVCC} to compile the GPU's kernels with"),
@@ -49,11 +51,10 @@ def test_nothing_is_spilled_and_registers_leave_room(compiled: Path) -> None:
         said,
         re.DOTALL,
     )
-    names = {name for name, *_ in found}
-    assert names == {"round_inputs", "scale_sums"} | {f"sparse_i8_{tiles}" for tiles in MOST_REGISTERS}
+    assert {name for name, *_ in found} == {it.name for it in all_kernels()}
     for name, stores, loads, registers in found:
         assert (int(stores), int(loads)) == (0, 0), name
-        if name.startswith("sparse_i8_"):
+        if name.startswith("sparse_"):
             assert int(registers) <= MOST_REGISTERS[int(name.rpartition("_")[2])], name
 
 
@@ -62,9 +63,14 @@ def test_a_step_takes_no_more_instructions(compiled: Path) -> None:
         pytest.skip("no nvdisasm: pip install nvidia-cuda-nvdisasm")
     command = [str(tool), "-c", str(compiled / "kernels.cubin")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    steps = [it for name, it in loops(text) if name == "sparse_i8_1" and it["IMMA"] and it["LDGSTS"]]
-    assert steps and {it["IMMA"] for it in steps} == {4}
-    assert max(it.total() for it in steps) <= STEP[int(compiled.name.removeprefix("sm_"))], steps
+    found = [(name, it) for name, it in loops(text) if it["LDGSTS"]]
+    most = STEP[int(compiled.name.removeprefix("sm_"))]
+    for kernel, product, products, limit in zip(
+        ("sparse_i8_1", "sparse_bf16_1"), ("IMMA", "HMMA"), (4, 8), most, strict=True
+    ):
+        steps = [it for name, it in found if name == kernel and it[product]]
+        assert steps and {it[product] for it in steps} == {products}
+        assert max(it.total() for it in steps) <= limit, steps
 
 
 def disassembler() -> Path | None:

@@ -50,8 +50,8 @@ def test_zeros_and_biases() -> None:
 def test_torch_finds_nothing_wrong_with_the_operator(tokens: int) -> None:
     """Its schema, its fake form for `torch.compile`, and that it changes nothing that it is given."""
     linear, _, _ = linear_of(40, 300)
-    buffers = (linear.masks, linear.values, linear.starts, linear.scales)
-    given = (torch.randn(tokens, 300), *buffers, 40, 300)
+    held = (linear.masks, linear.values, linear.starts, linear.scales, linear.dense)
+    given = (torch.randn(tokens, 300), *held, 40, 300)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(torch.ops.gossamer.sparse_linear.default, given, test_utils=checks)
     assert set(found.values()) == {"SUCCESS"}
@@ -82,3 +82,42 @@ def test_inputs_that_do_not_fit_are_refused(x: torch.Tensor, says: str) -> None:
 def test_scales_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="one for each of 16 outputs"):
         SparseLinear.from_weight(torch.zeros(16, 4, dtype=torch.int8), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("weights", "scales", "says"),
+    [
+        (torch.float32, None, "weights of torch.float32 without scales; supported: int8 with"),
+        (torch.int8, None, "weights of torch.int8 without scales"),
+        (torch.bfloat16, torch.ones(16), "weights of torch.bfloat16 with scales"),
+    ],
+    ids=["float32", "int8 alone", "bfloat16 with scales"],
+)
+def test_weights_that_do_not_fit_are_refused(
+    weights: torch.dtype, scales: torch.Tensor | None, says: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        SparseLinear.from_weight(torch.zeros(16, 4, dtype=weights), scales)
+
+
+def test_bfloat16_is_added_in_float32() -> None:
+    w_NK = (torch.from_numpy(random_weights(40, 300)) / 50).bfloat16()
+    linear = SparseLinear.from_weight(w_NK)
+    x = torch.randn(2, 5, 300, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(linear(x), (x.float() @ w_NK.float().T).bfloat16())
+    with pytest.raises(UnsupportedError, match=r"inputs of torch.float32; supported: bfloat16$"):
+        linear(x.float())
+
+
+@pytest.mark.parametrize(("zeros", "keep", "is_dense"), [(0.3, False, True), (0.7, True, False)])
+def test_too_few_zeros_stay_dense_and_others_where_it_is_asked(
+    zeros: float, keep: bool, is_dense: bool
+) -> None:
+    w_NK = torch.from_numpy(random_weights(48, 384, zeros=zeros))
+    linear = SparseLinear.from_weight(w_NK, torch.ones(48), keep_dense=keep)
+    assert linear.is_dense == is_dense and f"dense={is_dense}" in repr(linear)
+    assert linear.dense is not None and torch.equal(linear.dense, w_NK)
+    packed_bytes = 0 if is_dense else pack(w_NK).num_bytes
+    assert linear.num_bytes == w_NK.numel() + packed_bytes
+    x = torch.randn(3, 384)
+    assert torch.equal(linear(x), SparseLinear(pack(w_NK), None, (48, 384), torch.ones(48))(x))

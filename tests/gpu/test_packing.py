@@ -11,16 +11,19 @@ from gpu.test_layout import random_weights
 
 @pytest.mark.parametrize("zeros", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("shape", [(16, 128), (1, 1), (40, 300), (100, 1000), (33, 129)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=["i8", "bf16"])
 @pytest.mark.parametrize("at_once", [packing.CHUNK_WEIGHTS, 1], ids=["whole", "by panels"])
 def test_it_packs_as_the_specification_says(
-    shape: tuple[int, int], zeros: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], zeros: float, at_once: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "CHUNK_WEIGHTS", at_once)
     w_NK = random_weights(*shape, zeros=zeros)
-    expected, found = layout.from_weights(w_NK), packing.pack(torch.from_numpy(w_NK))
+    given = torch.from_numpy(w_NK).to(dtype)
+    values = w_NK if dtype == torch.int8 else given.view(torch.int16).numpy().view(np.uint16)
+    expected, found = layout.from_weights(values), packing.pack(given)
     assert (found.rows, found.columns) == shape and found.num_bytes == expected.num_bytes
     assert np.array_equal(found.masks.numpy().view(np.uint64), expected.masks)
-    assert np.array_equal(found.values.numpy(), expected.values)
+    assert np.array_equal(found.values.view(torch.int8).numpy(), expected.values.view(np.int8))
     assert np.array_equal(found.starts.numpy().view(np.uint32), expected.starts)
 
 

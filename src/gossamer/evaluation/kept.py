@@ -12,7 +12,7 @@ from typing import Any
 import gossamer
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.job.report import Event, Progress
-from gossamer.packed.cache import cache_directory
+from gossamer.machine import cache_directory
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model")  # of a directory: configurations, tokenizer, chat template
 

@@ -1,9 +1,10 @@
-"""How a sparse INT8 matrix and its inputs lie in a GPU's memory: what the kernels are tested against.
+"""How a sparse matrix and its inputs lie in a GPU's memory: what the kernels are tested against.
 
-A vector of a .goss panel, 16 rows x 4 inputs with a mask bit each, is a column of the fragment that the
-instruction `mma.m16n8k32` takes of its first matrix: so the masks and the weights of a stream are moved
-apart, and no byte of them changes. A step is 32 vectors, 128 inputs: what a warp does between two waits. For
-each step `starts` says where its weights begin; 32 bits for 2,048 weights.
+A vector of a .goss panel of INT8, 16 rows x 4 inputs with a mask bit each, is a column of the fragment that
+the instruction `mma.m16n8k32` takes of its first matrix: so the masks and the weights of a stream are moved
+apart, and no byte of them changes. bfloat16, which has 16 rows x 2 inputs in a .goss file, lies here as INT8
+does. A step is 32 vectors, 128 inputs: what a warp does between two waits. For each step `starts` says where
+its weights begin; 32 bits for 2,048 weights.
 
 Shapes: N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs, T tokens in tiles of 8.
 """
@@ -26,18 +27,21 @@ BLOCK_BYTES = 16  # that a copy moves at once, from a multiple of 16 bytes
 MOST_WEIGHTS = (1 << 31) - 1  # that are not zero, as torch's int32 counts them
 
 
+Values = NDArray[np.int8 | np.uint16]
+
+
 @dataclass(frozen=True)
 class SparseMatrix:
-    """masks uint64 [P, S, 32], zeros past the last vector; values uint8, vector after vector.
+    """masks uint64 [P, S, 32], zeros past the end; values int8 or (bfloat16) uint16, vector by vector.
 
-    `values` has 0 to 15 bytes of zeros more, up to a whole block. `starts`, uint32 [P S + 1], says where each
+    `values` has zeros more, up to a whole block of 16 bytes. `starts`, uint32 [P S + 1], says where each
     step's weights begin, and where the last one's end.
     """
 
     rows: int
     columns: int
     masks: NDArray[np.uint64]
-    values: NDArray[np.uint8]
+    values: Values
     starts: NDArray[np.uint32]
 
     @property
@@ -57,19 +61,28 @@ def from_stream(
     panels, num, _ = masks_PV8.shape
     masks = np.zeros((panels, round_up(num, STEP_VECTORS)), np.uint64)
     masks[:, :num] = np.ascontiguousarray(masks_PV8).view("<u8")[..., 0]
-    return _matrix(rows, columns, masks.reshape(panels, -1, STEP_VECTORS), values)
+    return _matrix(rows, columns, masks.reshape(panels, -1, STEP_VECTORS), values.view(np.int8))
 
 
-def from_weights(w_NK: NDArray[np.int8]) -> SparseMatrix:
-    """The matrix of weights int8 [N, K]."""
-    return from_stream(*streams.encode("i8", w_NK), *w_NK.shape)
+def from_weights(w_NK: Values) -> SparseMatrix:
+    """The matrix of weights int8 [N, K], or the bits of bfloat16 in uint16, whose -0 is a zero as 0 is."""
+    if w_NK.dtype == np.int8:
+        return from_stream(*streams.encode("i8", w_NK), *w_NK.shape)
+    rows, columns = w_NK.shape
+    whole = np.zeros((round_up(rows, PANEL_ROWS), round_up(columns, STEP_INPUTS)), np.uint16)
+    whole[:rows, :columns] = w_NK
+    inputs = STEP_INPUTS // STEP_VECTORS
+    vectors = whole.reshape(-1, PANEL_ROWS, whole.shape[1] // inputs, inputs).swapaxes(1, 2)
+    live = vectors.reshape(*vectors.shape[:2], -1) & 0x7FFF != 0
+    masks = np.packbits(live, axis=2, bitorder="little").view("<u8").reshape(len(whole) // PANEL_ROWS, -1, 32)
+    return _matrix(rows, columns, masks, vectors.reshape(live.shape)[live])
 
 
-def weights(matrix: SparseMatrix) -> NDArray[np.int8]:
-    """int8 [N, K]; FormatError where there are weights beyond it."""
+def weights(matrix: SparseMatrix) -> Values:
+    """int8, or bits of bfloat16, [N, K]; FormatError where there are weights beyond it."""
     bits = np.unpackbits(matrix.masks.view(np.uint8), bitorder="little").astype(np.bool_)
-    vectors = np.zeros(bits.size, np.int8)
-    vectors[bits] = matrix.values[: matrix.starts[-1]].view(np.int8)
+    vectors = np.zeros(bits.size, matrix.values.dtype)
+    vectors[bits] = matrix.values[: matrix.starts[-1]]
     shape = (len(matrix.masks), -1, PANEL_ROWS, STEP_INPUTS // STEP_VECTORS)
     return from_vectors(vectors.reshape(shape), matrix.rows, matrix.columns, "matrix")
 
@@ -115,26 +128,30 @@ def check_number(rows: int, columns: int, number: int) -> None:
         )
 
 
-def fragments(x_TK: NDArray[np.int8]) -> NDArray[np.uint32]:
-    """uint32 [S, tiles, 4, 32, 2]: inputs int8 [T, K] as the lanes take them.
+def fragments(x_TK: Values) -> NDArray[np.uint32]:
+    """uint32 [S, tiles, products, 32, 2]: inputs int8, or bits of bfloat16, [T, K] as the lanes take them.
 
-    Of each step and tile of 8 tokens four products; of each product two words a lane. Lane 4 g + t has of
-    token g the inputs 4 t .. 4 t + 3 in the first word, and those 16 further on in the second.
+    Of each step and tile of 8 tokens four products (eight of bfloat16); of each product two words a lane.
+    Lane 4 g + t has of token g, of INT8, the inputs 4 t .. 4 t + 3 in the first word, and those 16 further on
+    in the second; of bfloat16 the inputs 4 t .. 4 t + 3 in both.
     """
-    (tokens, inputs), lanes = x_TK.shape, STEP_VECTORS
+    tokens, inputs = x_TK.shape
     tiles, steps = -(-tokens // TILE_TOKENS), -(-inputs // STEP_INPUTS)
-    whole = np.zeros((tiles * TILE_TOKENS, steps * STEP_INPUTS), np.int8)
+    whole = np.zeros((tiles * TILE_TOKENS, steps * STEP_INPUTS), x_TK.dtype)
     whole[:tokens, :inputs] = x_TK
-    tile_g_step_product_half_t = whole.reshape(tiles, TILE_TOKENS, steps, 4, 2, 4, 4)
-    ordered = np.ascontiguousarray(tile_g_step_product_half_t.transpose(2, 0, 3, 1, 5, 4, 6))
-    return ordered.view(np.uint32).reshape(steps, tiles, 4, lanes, 2)
+    if x_TK.dtype == np.int8:
+        tile_g_step_product_half_t = whole.reshape(tiles, TILE_TOKENS, steps, 4, 2, 4, 4)
+        ordered = tile_g_step_product_half_t.transpose(2, 0, 3, 1, 5, 4, 6)
+    else:
+        ordered = whole.reshape(tiles, TILE_TOKENS, steps, 8, 4, 4).transpose(2, 0, 3, 1, 4, 5)
+    return np.ascontiguousarray(ordered).view(np.uint32).reshape(steps, tiles, -1, STEP_VECTORS, 2)
 
 
-def _matrix(rows: int, columns: int, masks: NDArray[np.uint64], values: NDArray[np.uint8]) -> SparseMatrix:
+def _matrix(rows: int, columns: int, masks: NDArray[np.uint64], values: Values) -> SparseMatrix:
     counts = np.bitwise_count(masks).sum(axis=2, dtype=np.int64).ravel()
     check_number(rows, columns, int(counts.sum()))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
-    whole = np.zeros(round_up(values.size, BLOCK_BYTES), np.uint8)
+    whole = np.zeros(round_up(values.size, BLOCK_BYTES // values.itemsize), values.dtype)
     whole[: values.size] = values
     return SparseMatrix(rows, columns, masks, whole, starts)
 

@@ -1,8 +1,9 @@
 """The operator `gossamer::sparse_linear` of torch, and the module that calls it.
 
-y = (q_x . q_w) x (scale_x scale_w), as docs/format.md has it: tokens are rounded to INT8 with a scale each,
-sums are exact, so that every device gives the same bits in float32. On a CPU it is computed by its
-definition, which is slow and is there for tests: what runs models on CPUs is gossamer's engine.
+Of INT8 weights y = (q_x . q_w) x (scale_x scale_w), as docs/format.md has it: tokens are rounded to INT8 with
+a scale each, sums are exact, so that every device gives the same bits in float32. Of bfloat16 weights sums
+are float32. On a CPU it is computed by its definition, which is slow and is there for tests: what runs models
+on CPUs is gossamer's engine.
 
 Shapes: T tokens, N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs.
 """
@@ -11,34 +12,75 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
+from gossamer.gpu import products
+from gossamer.gpu.driver import gpu
 from gossamer.gpu.layout import STEP_INPUTS
-from gossamer.gpu.packing import PackedWeights, pack
+from gossamer.gpu.packing import PackedWeights, pack, padded
 from gossamer.packed.values import PANEL_ROWS
 
 SCALE_OF_ZEROS = 2.0**-23
-FLOATS = (torch.float32, torch.bfloat16)
+LEAST_ZEROS = 0.45  # below which the masks' bits and the expanding cost what the zeros save
 
 
 @torch.library.custom_op("gossamer::sparse_linear", mutates_args=(), device_types="cpu")
 def sparse_linear(
-    x: Tensor, masks: Tensor, values: Tensor, starts: Tensor, scales: Tensor, rows: int, columns: int
+    x: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scales: Tensor | None,
+    dense: Tensor | None,
+    rows: int,
+    columns: int,
 ) -> Tensor:
-    """y [..., N] of x [..., K], both bfloat16 or both float32.
+    """y [..., N] of x [..., K], both bfloat16 or, of INT8 weights, both float32.
 
-    masks, values, starts: as `PackedWeights`. scales float32 [N].
+    masks, values, starts: as `PackedWeights`, or all empty. dense: the weights [P x 16, S x 128], for many
+    tokens, or for all where they are not packed. scales: float32 [N], of INT8 weights.
     """
-    w_NK = unpacked(PackedWeights(rows, columns, masks, values, starts))
-    q_TK, scale_T1 = rounded(x.reshape(-1, columns).float())
-    exact_TN = q_TK.double() @ w_NK.double().T  # whole numbers below 2^53
-    y_TN = exact_TN.float() * (scale_T1 * scales)
+    if dense is None:
+        w_NK = unpacked(PackedWeights(rows, columns, masks, values, starts))
+    else:
+        w_NK = dense[:rows, :columns]
+    x_TK = x.reshape(-1, columns).float()
+    if scales is None:
+        y_TN = x_TK @ w_NK.float().T
+    else:
+        q_TK, scale_T1 = rounded(x_TK)
+        exact_TN = q_TK.double() @ w_NK.double().T  # whole numbers below 2^53
+        y_TN = exact_TN.float() * (scale_T1 * scales)
     return y_TN.to(x.dtype).view(*x.shape[:-1], rows)
 
 
 @sparse_linear.register_fake
 def _(
-    x: Tensor, masks: Tensor, values: Tensor, starts: Tensor, scales: Tensor, rows: int, columns: int
+    x: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scales: Tensor | None,
+    dense: Tensor | None,
+    rows: int,
+    columns: int,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
+
+
+@sparse_linear.register_kernel("cuda")
+def _on_gpu(
+    x: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    scales: Tensor | None,
+    dense: Tensor | None,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    x_TK = x.reshape(-1, columns).contiguous()
+    packed = PackedWeights(rows, columns, masks, values, starts) if masks.numel() else None
+    y_TN = products.product(gpu(x.get_device()), x_TK, packed, dense, scales, rows)
+    return y_TN.view(*x.shape[:-1], rows)
 
 
 def rounded(x_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,50 +91,98 @@ def rounded(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(packed: PackedWeights) -> Tensor:
-    """int8 [N, K]: what was packed."""
+    """int8 or bfloat16 [N, K]: what was packed."""
     panels, steps, lanes = packed.masks.shape
     places = torch.arange(8, device=packed.masks.device)
     bits = packed.masks.view(torch.uint8).unsqueeze(-1) >> places & 1
-    vectors = torch.zeros(bits.numel(), dtype=torch.int8, device=bits.device)
-    vectors[bits.flatten().bool()] = packed.values[: int(packed.starts[-1])].view(torch.int8)
+    vectors = packed.values.new_zeros(bits.numel())
+    vectors[bits.flatten().bool()] = packed.values[: int(packed.starts[-1])]
     inputs = STEP_INPUTS // lanes
     whole = vectors.view(panels, steps * lanes, PANEL_ROWS, inputs).transpose(1, 2)
     return whole.reshape(panels * PANEL_ROWS, -1)[: packed.rows, : packed.columns].contiguous()
 
 
 class SparseLinear(nn.Module):
-    """A linear of INT8 weights without its zeros: on the device 3.4 bits a weight where 70% are zero."""
+    """A linear without its zeros: at 70% of them 3.4 bits a weight of INT8, 5.8 of bfloat16.
 
-    def __init__(self, packed: PackedWeights, scales_N: Tensor, bias_N: Tensor | None = None) -> None:
-        """UnsupportedError unless `scales_N` is one float32 for each output."""
+    Fewer zeros than `LEAST_ZEROS` are not worth it: such weights stay dense (`is_dense`). `keep_dense` holds
+    them twice, for prompts at a dense product's speed.
+    """
+
+    masks: Tensor
+    values: Tensor
+    starts: Tensor
+    dense: Tensor | None
+    scales: Tensor | None
+
+    def __init__(
+        self,
+        packed: PackedWeights | None,
+        dense: Tensor | None,
+        shape: tuple[int, int],
+        scales_N: Tensor | None = None,
+        bias_N: Tensor | None = None,
+    ) -> None:
+        """Of weights packed, dense ([P x 16, S x 128]) or both; UnsupportedError for other scales than N."""
         super().__init__()
-        if scales_N.shape != (packed.rows,):
+        self.out_features, self.in_features = shape
+        if scales_N is not None and scales_N.shape != shape[:1]:
             raise UnsupportedError(
-                f"found scales {tuple(scales_N.shape)}; supported: one for each of {packed.rows} outputs"
+                f"found scales {tuple(scales_N.shape)}; supported: one for each of {shape[0]} outputs"
             )
-        self.in_features, self.out_features = packed.columns, packed.rows
-        self.register_buffer("masks", packed.masks)
-        self.register_buffer("values", packed.values)
-        self.register_buffer("starts", packed.starts)
-        self.register_buffer("scales", scales_N.float())
+        nothing = torch.empty(0, dtype=torch.int64)
+        self.register_buffer("masks", nothing if packed is None else packed.masks)
+        self.register_buffer("values", nothing if packed is None else packed.values)
+        self.register_buffer("starts", nothing if packed is None else packed.starts)
+        self.register_buffer("dense", dense)
+        self.register_buffer("scales", None if scales_N is None else scales_N.float())
         self.bias = None if bias_N is None else nn.Parameter(bias_N, requires_grad=False)
 
     @classmethod
-    def from_weight(cls, w_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None = None) -> "SparseLinear":
-        """Of weights int8 [N, K], packed on the device where they lie."""
-        return cls(pack(w_NK), scales_N, bias_N)
+    def from_weight(
+        cls,
+        w_NK: Tensor,
+        scales_N: Tensor | None = None,
+        bias_N: Tensor | None = None,
+        *,
+        keep_dense: bool = False,
+    ) -> "SparseLinear":
+        """Of weights int8 [N, K] with scales, or bfloat16 without, packed on the device where they lie."""
+        if w_NK.dtype != (torch.bfloat16 if scales_N is None else torch.int8):
+            raise UnsupportedError(
+                f"found weights of {w_NK.dtype} {'without' if scales_N is None else 'with'} scales; "
+                "supported: int8 with a scale for each output, bfloat16 without"
+            )
+        is_sparse = int(torch.count_nonzero(w_NK)) <= (1 - LEAST_ZEROS) * w_NK.numel()
+        packed = pack(w_NK) if is_sparse else None
+        dense = padded(w_NK) if keep_dense or not is_sparse else None
+        rows, columns = w_NK.shape
+        return cls(packed, dense, (rows, columns), scales_N, bias_N)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its weights had too few zeros to leave them out."""
+        return self.masks.numel() == 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What its weights take on the device, without scales and bias."""
+        held = (self.masks, self.values, self.starts, self.dense)
+        return sum(it.nbytes for it in held if it is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] of x [..., K], bfloat16 or float32; UnsupportedError for other types."""
-        if x.dtype not in FLOATS:
-            raise UnsupportedError(f"found inputs of {x.dtype}; supported: bfloat16 and float32")
+        """y [..., N] of x [..., K], bfloat16 or (INT8) float32; UnsupportedError for other types."""
+        takes = (torch.bfloat16,) if self.scales is None else (torch.bfloat16, torch.float32)
+        if x.dtype not in takes:
+            names = " and ".join(str(it).removeprefix("torch.") for it in takes)
+            raise UnsupportedError(f"found inputs of {x.dtype}; supported: {names}")
         if x.shape[-1] != self.in_features:
             raise UnsupportedError(f"found {x.shape[-1]} inputs; supported: {self.in_features}")
-        buffers = (self.masks, self.values, self.starts, self.scales)
-        y = torch.ops.gossamer.sparse_linear(x, *buffers, self.out_features, self.in_features)
+        held = (self.masks, self.values, self.starts, self.scales, self.dense)
+        y = torch.ops.gossamer.sparse_linear(x, *held, self.out_features, self.in_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """As other linears say it."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}"
+        return f"{sizes}, bias={self.bias is not None}, dense={self.is_dense}"

@@ -13,8 +13,8 @@ import numpy as np
 from gossamer.architecture.anatomy import EMBEDDING, HEAD, Anatomy
 from gossamer.architecture.families import read_anatomy
 from gossamer.job.report import Event, Progress, quiet
+from gossamer.machine import cache_directory
 from gossamer.packed import blocks, panels, streams
-from gossamer.packed.cache import cache_directory
 from gossamer.packed.header import StoredMatrix, matrix_shapes, vector_sizes
 from gossamer.packed.reader import native_config
 from gossamer.packed.values import NUMBER_TYPES, PANEL_ROWS, Values

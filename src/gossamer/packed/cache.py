@@ -3,22 +3,17 @@
 import fcntl
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import FormatError
 from gossamer.job.report import Event, Progress, quiet
+from gossamer.machine import cache_directory
 from gossamer.packed.from_checkpoint import expands_int8_fast, pack_checkpoint, packed_companions
 from gossamer.packed.reader import Packed
 
 _LAYOUT = 4  # grows when the same directory is stored otherwise than before: files in the cache are made anew
-
-
-def cache_directory() -> Path:
-    """Where packed files are kept: GOSSAMER_CACHE, or ~/.cache/gossamer."""
-    return Path(os.environ.get("GOSSAMER_CACHE") or Path.home() / ".cache" / "gossamer")
 
 
 def open_packed(path: str | Path, progress: Progress = quiet, *, offline: bool = False) -> Packed:

@@ -13,12 +13,12 @@ from gossamer.engine import EngineOptions, KvCacheDtype, cached_type, native_mod
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
-from gossamer.machine import available_memory_bytes, default_threads
+from gossamer.machine import available_memory_bytes, cache_directory, default_threads
 from gossamer.measure.readers import Readers
 from gossamer.measure.report import BenchResult, BenchRow
 from gossamer.measure.rounds import Baseline, Setting, Subject, measure
 from gossamer.measure.synthetic import CONFIGS, Recipe, Shape, synthetic_file
-from gossamer.packed.cache import cache_directory, open_packed
+from gossamer.packed.cache import open_packed
 from gossamer.packed.reader import Packed
 from gossamer.packed.values import NUMBER_TYPES
 

@@ -96,7 +96,6 @@ GOSSAMER_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t sel
     return __byte_perm(low, high, selector);
 }
 
-GOSSAMER_DEVICE void add_global(int32_t* to, int32_t value) { atomicAdd(to, value); }
 GOSSAMER_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 GOSSAMER_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 GOSSAMER_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
@@ -110,6 +109,15 @@ GOSSAMER_DEVICE void multiply_add(int32_t (&c)[4], const uint32_t (&a)[4], uint3
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
         "%1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of bfloat16: c [16 x 8] += a [16 x 16] b [16 x 8], fragments of m16n8k16.
+GOSSAMER_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

@@ -1,0 +1,136 @@
+"""The kernels of `cuda/` as machine code of a GPU, by NVRTC, the compiler that torch's CUDA wheels bring.
+
+It takes a second, once for each kind of GPU and each version of the kernels: what it makes is kept in the
+cache.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gossamer.errors import EngineError, UnsupportedError
+from gossamer.machine import cache_directory
+
+SOURCES = Path(__file__).with_name("cuda")
+ROOTS = ("activations.cuh", "expand.cuh", "sparse_product.cuh")
+LEAST = (8, 0)  # copies to shared memory that do not wait
+LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+
+
+def cubin(capability: tuple[int, int]) -> bytes:
+    """Machine code for a GPU of this compute capability, from the cache or made and kept there.
+
+    UnsupportedError where the GPU is too old, NVRTC is not there, or does not know the GPU.
+    """
+    if capability < LEAST:
+        raise UnsupportedError(
+            f"found a GPU of compute capability {_dotted(capability)}; supported: {_dotted(LEAST)} and later "
+            "(A100, A10, L4, H100 and their like)"
+        )
+    nvrtc = Nvrtc()
+    architecture = nvrtc.architecture(capability)
+    texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
+    key = hashlib.sha256(repr((texts, architecture, nvrtc.version)).encode()).hexdigest()[:32]
+    kept = cache_directory() / "gpu" / f"{architecture}-{key}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    made = nvrtc.compile(texts, architecture)
+    _keep(kept, made)
+    return made
+
+
+class Nvrtc:
+    """NVIDIA's compiler as a library."""
+
+    def __init__(self) -> None:
+        """UnsupportedError where it cannot be found."""
+        self._library = _library()
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        self.version = (major.value, minor.value)
+
+    def architecture(self, capability: tuple[int, int]) -> str:
+        """Such as sm_90: the newest that it knows whose code the GPU can run, that of its own generation."""
+        number = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(number))
+        known = (ctypes.c_int * number.value)()
+        self._call("nvrtcGetSupportedArchs", known)
+        major, minor = capability
+        fitting = [it for it in known if it // 10 == major and it % 10 <= minor]
+        if not fitting:
+            raise UnsupportedError(
+                f"NVRTC {_dotted(self.version)} does not know GPUs of compute capability "
+                f"{_dotted(capability)}; it knows {', '.join(map(str, known))}. A torch for a newer CUDA "
+                "brings a newer one"
+            )
+        return f"sm_{max(fitting)}"
+
+    def compile(self, texts: dict[str, str], architecture: str) -> bytes:
+        """Machine code of the kernels in these files, by name; EngineError with what it says against them."""
+        source = "".join(f'#include "{name}"\n' for name in ROOTS)
+        names = (ctypes.c_char_p * len(texts))(*(it.encode() for it in texts))
+        contents = (ctypes.c_char_p * len(texts))(*(it.encode() for it in texts.values()))
+        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"-default-device"]
+        with self._program(source.encode(), len(texts), contents, names) as program:
+            given = (ctypes.c_char_p * len(options))(*options)
+            if self._library.nvrtcCompileProgram(program, len(options), given):
+                log = self._bytes("nvrtcGetProgramLog", program).decode(errors="replace")
+                raise EngineError(f"NVRTC does not compile the kernels for {architecture}: {log}")
+            return self._bytes("nvrtcGetCUBIN", program)
+
+    @contextlib.contextmanager
+    def _program(self, *arguments: object) -> Iterator[ctypes.c_void_p]:
+        program, (source, number, contents, names) = ctypes.c_void_p(), arguments
+        by_address = ctypes.byref(program)
+        self._call("nvrtcCreateProgram", by_address, source, b"kernels.cu", number, contents, names)
+        try:
+            yield program
+        finally:
+            self._call("nvrtcDestroyProgram", by_address)
+
+    def _bytes(self, function: str, program: ctypes.c_void_p) -> bytes:
+        size = ctypes.c_size_t()
+        self._call(f"{function}Size", program, ctypes.byref(size))
+        room = ctypes.create_string_buffer(size.value)
+        self._call(function, program, room)
+        return room.raw
+
+    def _call(self, function: str, *arguments: object) -> None:
+        if code := getattr(self._library, function)(*arguments):
+            self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+            said = self._library.nvrtcGetErrorString(code).decode()
+            raise EngineError(f"NVRTC's {function} failed: {said}")
+
+
+def _library() -> ctypes.CDLL:
+    """As torch has loaded it, as the system finds it, or out of the packages that torch's wheels bring."""
+    for name in LIBRARIES:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(name)
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    for path in sorted(packages.glob("*/lib/libnvrtc.so.*"), reverse=True):
+        with contextlib.suppress(OSError):
+            for part in path.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path))
+    raise UnsupportedError(
+        f"NVRTC, which compiles the GPU's kernels, was not found ({', '.join(LIBRARIES)}); torch's wheels "
+        "for CUDA bring it, and `pip install nvidia-cuda-nvrtc` does"
+    )
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Under its name only when it is whole; a cache that cannot be written costs a second the next time."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
+            part.write(content)
+        Path(part.name).replace(path)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
