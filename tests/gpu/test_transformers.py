@@ -1,0 +1,185 @@
+"""transformers' models with sparse linears, by the operator's definition for CPUs: the same tokens."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Phi3Config
+
+import gossamer.gpu
+from encoders import round_to_int8, save_encoder
+from gossamer.checkpoint.directory import Checkpoint
+from gossamer.checkpoint.schemes import W4A8
+from gossamer.engine.llm import LLM
+from gossamer.errors import EngineError, UnsupportedError
+from gossamer.gpu import GossamerConfig, SparseLinear
+from gossamer.packed.from_checkpoint import Types, pack_checkpoint
+from llamas import save_random, save_tiny
+
+
+def sparse_bf16(place: Path, zeros: float = 0.7) -> Path:
+    """A random Llama in bfloat16, so many of its layers' weights zero."""
+    save_tiny("bf16", place)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+    random = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            parameter.data[torch.rand(parameter.shape, generator=random) < zeros] = 0
+    model.save_pretrained(place)
+    return place
+
+
+def load(place: Path, config: GossamerConfig | None = None, **how: Any) -> Any:
+    config = GossamerConfig() if config is None else config
+    return AutoModelForCausalLM.from_pretrained(place, quantization_config=config, **how)
+
+
+def sparse_linears(model: nn.Module) -> list[SparseLinear]:
+    return [it for it in model.modules() if isinstance(it, SparseLinear)]
+
+
+def tokens_of(model: Any, ids: torch.Tensor, number: int = 200) -> list[int]:
+    model.generation_config.eos_token_id = None
+    made = model.generate(ids, max_new_tokens=number, do_sample=False)
+    return made[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_a_bfloat16_model_is_the_same_model(keep_dense: bool, tmp_path: Path) -> None:
+    place = sparse_bf16(tmp_path / "model")
+    dense = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16)
+    sparse = load(place, GossamerConfig(keep_dense=keep_dense), dtype=torch.bfloat16)
+    found = sparse_linears(sparse)
+    assert len(found) == 14 and not any(it.is_dense for it in found)
+    assert all((it.dense is not None) == keep_dense for it in found)
+    assert isinstance(sparse.lm_head, nn.Linear) and not isinstance(sparse.lm_head, SparseLinear)
+    ids = torch.tensor([[0, 5, 77, 200, 31]])
+    with torch.no_grad():
+        expected, logits = dense(ids).logits, sparse(ids).logits
+    assert (logits - expected).abs().max() <= 2**-6 * expected.abs().max()
+    assert tokens_of(sparse, ids) == tokens_of(dense, ids)
+
+
+def test_a_w8a8_model_has_the_engines_logits_and_tokens(tmp_path: Path) -> None:
+    place = round_to_int8(save_tiny("llama2", tmp_path / "model"), 0.7)
+    sparse = load(place, dtype=torch.float32)
+    assert len(sparse_linears(sparse)) == 14 and sparse.lm_head.weight.dtype == torch.float32
+    pack_checkpoint(Checkpoint.open(place), tmp_path / "model.goss", types=Types(head="keep"))
+    engine = LLM(tmp_path / "model.goss", 1, kv_cache_dtype="f32")
+    ids = [0, 5, 77, 200, 31]
+    with torch.no_grad():
+        logits = sparse(torch.tensor([ids])).logits[0].numpy()
+    expected = engine.logits(ids)
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    made = list(ids)
+    for _ in range(200):
+        made.append(int(engine.logits(made)[-1].argmax()))
+    assert tokens_of(sparse, torch.tensor([ids])) == made[len(ids) :]
+
+
+def test_linears_that_a_w8a8_directory_leaves_out_stay_floats(tmp_path: Path) -> None:
+    place = round_to_int8(save_tiny("llama2", tmp_path / "model"), 0.7)
+    config = json.loads((place / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["lm_head", r"re:.*self_attn\.k_proj"]
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"layers.0.self_attn.k_proj: found weights of torch.float32"):
+        load(place, dtype=torch.float32)
+
+
+def test_phi3s_fused_linears_and_an_encoders_are_packed(tmp_path: Path) -> None:
+    config = Phi3Config(
+        vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    save_random(config, tmp_path / "phi3", torch.bfloat16)
+    names = {it for it, module in load(tmp_path / "phi3").named_modules() if isinstance(module, SparseLinear)}
+    assert {it.rpartition(".")[2] for it in names} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+
+    save_encoder(tmp_path / "bert", "BertModel")
+    round_to_int8(tmp_path / "bert", 0.6)
+    bert = AutoModel.from_pretrained(
+        tmp_path / "bert", quantization_config=GossamerConfig(), dtype=torch.float32
+    )
+    assert len(sparse_linears(bert)) == 6 * bert.config.num_hidden_layers
+    assert isinstance(bert.pooler.dense, nn.Linear)
+
+
+def test_a_model_without_zeros_stays_dense_and_says_so(
+    tiny_llama: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(tiny_llama("bf16"), dtype=torch.bfloat16)
+    assert all(it.is_dense for it in sparse_linears(model))
+    assert "14 of 14 linears have fewer than 45% zeros and stay dense: nothing is gained" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_floats_are_refused(dtype: torch.dtype, tiny_llama: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match=rf"q_proj: found weights of {dtype}; supported: bfloat16 "):
+        load(tiny_llama("bf16"), dtype=dtype)
+
+
+def test_another_family_is_refused(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    }
+    save_random(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=12), tmp_path)
+    with pytest.raises(UnsupportedError, match="found architecture Gemma2ForCausalLM"):
+        load(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (W4A8.config([]), "quantized as W4A8; supported on GPUs: W8A8, and models in bfloat16"),
+        ({"quant_method": "gptq", "bits": 4}, r"GPTQ \(4 bits\)"),
+    ],
+    ids=["W4A8", "GPTQ"],
+)
+def test_another_quantization_is_refused(found: dict[str, Any], says: str, tmp_path: Path) -> None:
+    place = save_tiny("bf16", tmp_path / "model")
+    config = json.loads((place / "config.json").read_text()) | {"quantization_config": found}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=says):
+        load(place)
+
+
+def test_memory_that_ends_is_said_with_what_is_needed(
+    tiny_llama: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SparseLinear, "from_weight", full)
+    with pytest.raises(EngineError, match=r"memory ended while .*q_proj was packed.* GB more"):
+        load(tiny_llama("bf16"), dtype=torch.bfloat16)
+
+
+def test_a_device_map_that_mixes_is_refused(tiny_llama: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedError, match="device_map with cpu, disk; supported: GPUs alone"):
+        load(tiny_llama("bf16"), device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_w8a8_without_our_config_is_loaded_as_before(tmp_path: Path) -> None:
+    place = round_to_int8(save_tiny("llama2", tmp_path / "model"), 0.7)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    assert not sparse_linears(model)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    assert model(torch.tensor([tokenizer.encode("a")])).logits.isfinite().all()
+
+
+def test_importing_it_loads_neither_torch_nor_transformers() -> None:
+    """vLLM does so in each of its processes."""
+    code = "import sys, gossamer.gpu; sys.exit(bool(sys.modules.keys() & {'torch', 'transformers'}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        getattr(gossamer.gpu, "nothing")  # noqa: B009
