@@ -2,11 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from encoders import round_to_int8, save_encoder
+from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, EngineError
 from gossamer.packed.cache import open_packed
+from gossamer.packed.from_checkpoint import Types, pack_checkpoint
+from gossamer.packed.reader import Packed
+from gossamer.tools import agreement
 from gossamer.tools.agreement import backends
 from gossamer.tools.verify import Verify, verify
 
@@ -37,6 +42,18 @@ def test_an_int8_encoder_agrees_with_torch_whose_inputs_are_rounded(tmp_path: Pa
     packed = open_packed(tmp_path)
     checks = verify(Verify(str(packed.path))).checks
     assert [it.name for it in checks][-2:] == ["backends agree"] * 2
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_sparse_linears_as_on_a_gpu_agree(sparsity: float, tmp_path: Path) -> None:
+    """By the operator's definition for CPUs; `verify` asks a GPU where there is one."""
+    save_encoder(tmp_path, "BertForTokenClassification")
+    round_to_int8(tmp_path, sparsity)
+    pack_checkpoint(Checkpoint.open(tmp_path), tmp_path / "model.goss", Types(embedding="keep"))
+    packed, ids = Packed.open(tmp_path / "model.goss"), [2, 7, 11, 5, 3]
+    found = agreement._sparse_numbers(tmp_path, packed, ids, "cpu")
+    for name, expected in agreement._encoder_numbers(packed, ids).items():
+        assert np.linalg.norm(found[name] - expected) <= 1e-4 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", ["BertModel", "RobertaForQuestionAnswering"])

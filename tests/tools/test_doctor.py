@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ def test_the_facts_are_those_of_the_system() -> None:
     shown = {row[0]: row[1] for row in result.tables()[0].rows}
     assert shown["kernels"].startswith(result.isa)
     assert shown["threads used"] == str(result.num_threads)
+    if not Path("/proc/driver/nvidia").exists():
+        assert shown["GPU"] == "none: CUDA's driver (libcuda.so.1) was not found"
 
 
 def test_the_read_rate_is_of_the_order_of_a_plain_sum() -> None:

@@ -60,6 +60,9 @@ def backends(packed: Packed, directory: Path | None) -> Iterator[Check]:
     readings = {"backends agree": lambda: torch_found}
     if directory is not None:
         readings["transformers agrees"] = lambda: _transformers_numbers(directory, packed, ids)
+        if _has_gpu():
+            readings["the GPU agrees"] = lambda: _sparse_numbers(directory, packed, ids)
+            tolerance = max(tolerance, INT8_TOLERANCE)  # inputs and outputs of its linears are bfloat16
     for name, read in readings.items():
         for what, expected in read().items():
             error = distance(found[what], expected)
@@ -103,15 +106,35 @@ def _median_error(found_TV: np.ndarray, expected_TV: np.ndarray) -> float:
     return float(np.median([_relative_error(found_V, expected_V) for found_V, expected_V in pairs]))
 
 
-def _transformers_numbers(directory: Path, packed: Packed, ids: list[int]) -> Numbers:
-    """float32, of the directory as transformers reads it, without any code of ours."""
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _sparse_numbers(directory: Path, packed: Packed, ids: list[int], device: str = "cuda") -> Numbers:
+    """Of the directory with sparse linears (gossamer.gpu): bfloat16, or INT8 with the rest in float32."""
+    import torch
+
+    from gossamer.gpu import GossamerConfig
+
+    is_int8 = "quantization_config" in read_json(directory / "config.json")
+    dtype = torch.float32 if is_int8 else torch.bfloat16
+    how = {"quantization_config": GossamerConfig(), "device_map": device}
+    return _transformers_numbers(directory, packed, ids, dtype, **how)
+
+
+def _transformers_numbers(
+    directory: Path, packed: Packed, ids: list[int], dtype: Any = None, **how: Any
+) -> Numbers:
+    """Of the directory as transformers reads it, in float32 and without any code of ours unless told how."""
     import torch
     import transformers
 
     names = read_json(directory / "config.json").get("architectures") or ["AutoModel"]
     is_encoder = packed.architecture.is_encoder
     kind: Any = getattr(transformers, names[0] if is_encoder else "AutoModelForCausalLM")
-    model = kind.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    model = kind.from_pretrained(directory, dtype=dtype or torch.float32, local_files_only=True, **how)
     return _numbers(model.eval(), packed, ids)
 
 
@@ -147,13 +170,14 @@ def _numbers(model: Any, packed: Packed, ids: list[int]) -> Numbers:
     import torch
 
     with torch.no_grad():
-        found = model(torch.tensor([ids]), output_hidden_states=True)
+        found = model(torch.tensor([ids], device=model.device), output_hidden_states=True)
     task = packed.architecture.task
     if not packed.architecture.is_encoder:
-        return {LOGITS: found.logits[0].numpy()}
-    numbers = {STATES: found.hidden_states[-1][0].numpy()}
+        numbers = {LOGITS: found.logits[0]}
+    else:
+        numbers = {STATES: found.hidden_states[-1][0]}
     if task in ("sequence", "tokens"):
-        numbers[SCORES] = found.logits.reshape(-1, found.logits.shape[-1]).numpy()
+        numbers[SCORES] = found.logits.reshape(-1, found.logits.shape[-1])
     if task == "spans":
-        numbers[SCORES] = torch.stack([found.start_logits[0], found.end_logits[0]], 1).numpy()
-    return numbers
+        numbers[SCORES] = torch.stack([found.start_logits[0], found.end_logits[0]], 1)
+    return {name: it.float().cpu().numpy() for name, it in numbers.items()}

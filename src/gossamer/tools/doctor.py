@@ -8,6 +8,7 @@ import numpy as np
 
 from gossamer import _native, machine
 from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.gpu.found import found_gpus
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.measure.readers import Readers
@@ -90,6 +91,7 @@ class DoctorResult(Result):
     huge_pages: str
     read_1_thread_gb_per_s: float
     read_all_threads_gb_per_s: float
+    gpus: tuple[str, ...]
     packages: dict[str, str]
     closing: tuple[str, ...]
 
@@ -112,6 +114,7 @@ class DoctorResult(Result):
             ("reads, 1 thread", f"{self.read_1_thread_gb_per_s:.1f} GB/s"),
             (f"reads, {self.num_threads} threads", f"{self.read_all_threads_gb_per_s:.1f} GB/s"),
             ("at most, 10^9 weights INT8, 70% zeros", f"{bound:.0f} tokens/s"),
+            *(("GPU", it) for it in self.gpus),
             *((name, version) for name, version in self.packages.items()),
         ]
         return [Table("", ("", ""), rows)]
@@ -140,6 +143,7 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
         huge_pages=machine.huge_pages(),
         read_1_thread_gb_per_s=one / 1e9,
         read_all_threads_gb_per_s=all_threads / 1e9,
+        gpus=tuple(found_gpus()),
         packages=packages,
         closing=tuple(_advice(best, num_threads, one, all_threads, packages)),
     )

@@ -1,0 +1,336 @@
+"""Sparse products on a GPU: right, how fast, and in a model of 8 B weights. Needs torch, NumPy, this source.
+
+    PYTHONPATH=src python benchmarks/gpu.py correct|kernels|whole [--out FILE.jsonl]
+
+Three runs of at most eight minutes each. Rows go to FILE, one measurement each, with the card's name. What
+we expect is PREDICTIONS, written before any of it ran on a GPU: bounds of memory, shared memory and counted
+instructions. On a CPU (`--device cpu --tiny`) the same program runs by the operator's definition, so that it
+is known to run; its times mean nothing there.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from gossamer.gpu.linear import SparseLinear
+
+# Card -> over cuBLAS bfloat16 at 70% zeros and 1 to 16 tokens, of bfloat16 and of INT8 weights; and INT8 over
+# the better dense INT8 or FP8. Cards with slow memory are bound by it, the others by instructions.
+PREDICTIONS = {
+    "H100": {"bf16": (1.8, 2.2), "i8": (2.6, 3.2), "i8 over dense": (1.3, 1.8)},
+    "H200": {"bf16": (1.3, 1.5), "i8": (1.8, 2.2), "i8 over dense": (0.9, 1.3)},
+    "A100": {"bf16": (2.0, 2.4), "i8": (2.8, 3.4), "i8 over dense": (1.4, 1.7)},
+    "L4": {"bf16": (2.5, 2.76), "i8": (4.2, 4.7), "i8 over dense": (2.1, 2.35)},
+}
+SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (12288, 5376)]  # of 8 B models, as fused
+ZEROS = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 256]
+ROTATION_BYTES = 200e6  # of distinct weights: four times the L2 cache of an H100
+LAUNCHES, REPEATS = 20, 30
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a decoder; those of Llama-3.1-8B."""
+
+    hidden: int = 4096
+    intermediate: int = 14336
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 8
+    vocabulary: int = 128256
+    cached: int = 512  # tokens before the one that is decoded
+
+
+class Measured:
+    """The device, what a time on it is, and where rows go."""
+
+    def __init__(self, device: str, out: Path | None, *, tiny: bool) -> None:
+        self.device, self.tiny, self._out = torch.device(device), tiny, out
+        self.on_gpu = self.device.type == "cuda"
+        self.card = torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU"
+
+    def row(self, **found: Any) -> None:
+        line = json.dumps({"card": self.card, "torch": torch.__version__, **found})
+        print(line, flush=True)
+        if self._out is not None:
+            with self._out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def seconds(self, functions: list[Callable[[], Any]]) -> float:
+        """Of one of them: the median of repeats of a CUDA graph in which each is launched in turns."""
+        launches = len(functions) if self.tiny else max(LAUNCHES, len(functions))
+        turns = [functions[index % len(functions)] for index in range(launches)]
+        repeats = 2 if self.tiny else REPEATS
+        if not self.on_gpu:
+            return statistics.median(_clock(turns) for _ in range(repeats)) / launches
+        for function in functions:
+            function()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for function in turns:
+                function()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        for _ in range(repeats + 3):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(times[3:]) / launches
+
+    def random(self, *shape: int, seed: int = 0) -> Tensor:
+        random = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(*shape, generator=random, device=self.device)
+
+
+def _clock(functions: list[Callable[[], Any]]) -> float:
+    begin = time.perf_counter()
+    for function in functions:
+        function()
+    return time.perf_counter() - begin
+
+
+def weights(at: Measured, rows: int, columns: int, zeros: float, seed: int) -> Tensor:
+    """float32 [N, K], so many of them zero."""
+    w_NK = at.random(rows, columns, seed=seed)
+    random = torch.Generator(at.device).manual_seed(seed + 1)
+    return w_NK.masked_fill_(torch.rand(rows, columns, generator=random, device=at.device) < zeros, 0)
+
+
+def int8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights int8 [N, K] and float32 scales [N]."""
+    scales_N = w_NK.abs().amax(1).clamp(min=1e-8) / 127
+    return (w_NK / scales_N[:, None]).round().to(torch.int8), scales_N
+
+
+# ---------------------------------------------------------------------------------------------------- correct
+
+
+def correct(at: Measured) -> None:
+    """40 shapes, in memory that is full of what is no number; the sanitizer; what the card can do."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # noqa: B010
+    shapes = [
+        (rows, columns, zeros, tokens)
+        for rows, columns in [(16, 128), (40, 300), (1, 1), (4096, 4096), (1000, 14336)]
+        for zeros, tokens in [
+            (0, 1),
+            (0.5, 7),
+            (0.7, 16),
+            (0.7, 64),
+            (0.7, 100),
+            (0.7, 300),
+            (0.9, 33),
+            (1, 5),
+        ]
+    ]
+    for rows, columns, zeros, tokens in shapes[:24] if at.tiny else shapes:
+        w_NK, x_TK = weights(at, rows, columns, zeros, 1), at.random(tokens, columns, seed=3)
+        q_NK, scales_N = int8(w_NK)
+        sparse, on_cpu = (
+            SparseLinear.from_weight(q_NK.to(it), scales_N.to(it)) for it in (at.device, torch.device("cpu"))
+        )
+        bits = torch.equal(sparse(x_TK).cpu(), on_cpu(x_TK.cpu()))
+        bf16 = w_NK.bfloat16()
+        y_TN, exact_TN = (
+            SparseLinear.from_weight(bf16)(x_TK.bfloat16()),
+            x_TK.bfloat16().double() @ bf16.double().T,
+        )
+        allowed_TN = 2**-8 * exact_TN.abs() + 1e-5 * (x_TK.double().abs() @ bf16.double().abs().T) + 1e-12
+        error = float(((y_TN.double() - exact_TN).abs() / allowed_TN).max())
+        at.row(run="correct", shape=[rows, columns], zeros=zeros, tokens=tokens, i8_bits_equal=bits,
+               bf16_error_over_allowed=error, right=bits and error <= 1)  # fmt: skip
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
+    torch.use_deterministic_algorithms(False)
+    if at.on_gpu:
+        sanitizer(at)
+        ceilings(at)
+
+
+def sanitizer(at: Measured) -> None:
+    """NVIDIA's checks of memory and of races, of two small products."""
+    if (tool := shutil.which("compute-sanitizer")) is None:
+        at.row(run="sanitizer", found="compute-sanitizer is not on this machine")
+        return
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "small"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        at.row(run="sanitizer", check=check, exit_code=done.returncode, said=done.stdout.splitlines()[-1:])
+
+
+def small(at: Measured) -> None:
+    """What the sanitizer watches."""
+    for tokens in (5, 300):
+        q_NK, scales_N = int8(weights(at, 64, 1024, 0.7, 1))
+        SparseLinear.from_weight(q_NK, scales_N)(at.random(tokens, 1024))
+        SparseLinear.from_weight(q_NK.bfloat16())(at.random(tokens, 1024).bfloat16())
+
+
+def ceilings(at: Measured) -> None:
+    """How fast the card reads, and copies."""
+    big = torch.ones(1 << 30, dtype=torch.int8, device=at.device)
+    words = big.view(torch.int64)
+    at.row(run="ceilings", read_gb_per_s=big.nbytes / at.seconds([words.sum]) / 1e9)
+    at.row(run="ceilings", copy_gb_per_s=2 * big.nbytes / at.seconds([big.clone]) / 1e9)
+
+
+# ---------------------------------------------------------------------------------------------------- kernels
+
+
+def kernels(at: Measured) -> None:
+    """Each shape by zeros and tokens, beside dense products of the same run."""
+    shapes = [(48, 512)] if at.tiny else SHAPES
+    for rows, columns in shapes:
+        dense = {
+            (name, tokens): at.seconds(made)
+            for tokens in (TOKENS[:2] if at.tiny else TOKENS)
+            for name, made in dense_products(at, rows, columns, tokens)
+        }
+        for (name, tokens), seconds in dense.items():
+            row(at, rows, columns, name, 0.0, tokens, seconds, {})
+        for zeros in ZEROS[3:4] if at.tiny else ZEROS:
+            for name in ("i8", "bf16"):
+                layers = sparse_layers(at, rows, columns, name, zeros)
+                for tokens in TOKENS[:2] if at.tiny else TOKENS:
+                    x_TK = at.random(tokens, columns).bfloat16()
+                    seconds = at.seconds([lambda it=it, x=x_TK: it(x) for it in layers])
+                    over = {key: time / seconds for (key, of), time in dense.items() if of == tokens}
+                    row(at, rows, columns, name, zeros, tokens, seconds, over,
+                        is_dense=layers[0].is_dense,
+                        bits_a_weight=8 * layers[0].num_bytes / (rows * columns))  # fmt: skip
+    for name, found in PREDICTIONS.items():
+        if name in at.card:
+            at.row(run="kernels", predicted=found)
+
+
+def row(
+    at: Measured, rows: int, columns: int, name: str, zeros: float, tokens: int, seconds: float,
+    over: dict[str, float], **more: Any,
+) -> None:  # fmt: skip
+    at.row(run="kernels", shape=[rows, columns], weights=name, zeros=zeros, tokens=tokens,
+           microseconds=1e6 * seconds, over=over, **more)  # fmt: skip
+
+
+def sparse_layers(at: Measured, rows: int, columns: int, name: str, zeros: float) -> list[SparseLinear]:
+    """As many as are more than the caches hold; with few zeros they are dense, as the operator has it."""
+    made = list[SparseLinear]()
+    while not made or (not at.tiny and sum(it.num_bytes for it in made) < ROTATION_BYTES):
+        w_NK = weights(at, rows, columns, zeros, 10 * len(made))
+        given = int8(w_NK) if name == "i8" else (w_NK.bfloat16(),)
+        made.append(SparseLinear.from_weight(*given))
+    return made
+
+
+def dense_products(
+    at: Measured, rows: int, columns: int, tokens: int
+) -> Iterator[tuple[str, list[Callable[[], Any]]]]:
+    """bfloat16; INT8 and FP8 without the rounding of inputs, as others quote them."""
+    number = 1 if at.tiny else int(ROTATION_BYTES // (rows * columns)) + 1
+    x_TK, bf16 = at.random(tokens, columns).bfloat16(), [
+        at.random(rows, columns, seed=it).bfloat16() for it in range(number)
+    ]  # fmt: skip
+    yield "dense bf16", [lambda w=w: linear(x_TK, w) for w in bf16]
+    q_TK = x_TK.clamp(-100, 100).to(torch.int8)
+    q_TK = torch.cat([q_TK, q_TK.new_zeros(max(0, 32 - tokens), columns)])
+    integers = [w.clamp(-100, 100).to(torch.int8).T for w in bf16]
+    yield "dense i8", [lambda w=w: torch.ops.aten._int_mm(q_TK, w) for w in integers]
+    if not at.on_gpu or torch.cuda.get_device_capability(at.device) < (8, 9):
+        return
+    one = torch.ones((), device=at.device)
+    f8_TK = torch.cat([x_TK, x_TK.new_zeros(-tokens % 16, columns)]).to(torch.float8_e4m3fn)
+    floats = [w.to(torch.float8_e4m3fn).T for w in bf16]
+    how: dict[str, Any] = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+    yield "dense fp8", [lambda w=w: torch.ops.aten._scaled_mm(f8_TK, w, **how) for w in floats]
+
+
+# ------------------------------------------------------------------------------------------------------ whole
+
+
+class Decoder:
+    """A decoder of random weights that computes one token of each sequence behind a cache of random ones."""
+
+    def __init__(self, at: Measured, model: Model, name: str) -> None:
+        """`name`: dense bf16, bf16 or i8 (both with 70% zeros)."""
+        self.at, self.model, self.name = at, model, name
+        width = model.hidden // model.heads
+        kv = model.kv_heads * width
+        sizes = [(model.hidden + 2 * kv, model.hidden), (model.hidden, model.hidden),
+                 (2 * model.intermediate, model.hidden), (model.hidden, model.intermediate)]  # fmt: skip
+        self.layers = [[self._linear(*it, seed) for it in sizes] for seed in range(model.layers)]
+        self.head = at.random(model.vocabulary, model.hidden).bfloat16() / model.hidden**0.5
+        self.ones = torch.ones(model.hidden, device=at.device, dtype=torch.bfloat16)
+
+    def _linear(self, rows: int, columns: int, seed: int) -> Callable[[Tensor], Tensor]:
+        w_NK = weights(self.at, rows, columns, 0.0 if self.name == "dense bf16" else 0.7, seed) / columns**0.5
+        if self.name == "i8":
+            return SparseLinear.from_weight(*int8(w_NK))
+        bf16 = w_NK.bfloat16()
+        return SparseLinear.from_weight(bf16) if self.name == "bf16" else lambda x: linear(x, bf16)
+
+    def caches(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        model = self.model
+        shape = (batch, model.kv_heads, model.cached, model.hidden // model.heads)
+        return [
+            (self.at.random(*shape).bfloat16(), self.at.random(*shape).bfloat16())
+            for _ in range(model.layers)
+        ]
+
+    def step(self, x_BD: Tensor, caches: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Logits [B, V]; positions are left unrotated, which costs little beside the products."""
+        model, width = self.model, self.model.hidden // self.model.heads
+        for (qkv, o, gate_up, down), (keys, values) in zip(self.layers, caches, strict=True):
+            found = qkv(rms_norm(x_BD, (model.hidden,), self.ones)).view(len(x_BD), -1, 1, width)
+            q = found[:, : model.heads]
+            seen = scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+            x_BD = x_BD + o(seen.reshape(len(x_BD), -1))
+            gate, up = gate_up(rms_norm(x_BD, (model.hidden,), self.ones)).chunk(2, dim=-1)
+            x_BD = x_BD + down(silu(gate) * up)
+        return linear(rms_norm(x_BD, (model.hidden,), self.ones), self.head)
+
+
+def whole(at: Measured) -> None:
+    """Tokens a second and memory of a decoder of 8 B weights, at 1, 8 and 16 sequences."""
+    model = Model(64, 128, 2, 4, 2, 256, 16) if at.tiny else Model()
+    for name in ("dense bf16", "bf16", "i8"):
+        decode(at, Decoder(at, model, name))
+
+
+@torch.no_grad()
+def decode(at: Measured, decoder: Decoder) -> None:
+    held = torch.cuda.memory_allocated(at.device) if at.on_gpu else 0
+    for batch in (1, 8, 16):
+        caches, x_BD = decoder.caches(batch), at.random(batch, decoder.model.hidden).bfloat16()
+        seconds = at.seconds([lambda x=x_BD, kept=caches: decoder.step(x, kept)])
+        at.row(run="whole", weights=decoder.name, batch=batch, tokens_per_second=batch / seconds,
+               bytes_held=held)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", choices=["correct", "kernels", "whole", "small"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes and few repeats, to see that it runs"
+    )
+    given = parser.parse_args()
+    run = {"correct": correct, "kernels": kernels, "whole": whole, "small": small}[given.run]
+    run(Measured(given.device, given.out, tiny=given.tiny))
+
+
+if __name__ == "__main__":
+    main()
