@@ -9,10 +9,13 @@
 namespace gossamer {
 namespace {
 
+// When a level is used: where the machine has it, where GOSSAMER_ISA names it besides, or in tests alone.
+enum class Use { always, by_name, emulated };
+
 struct Level {
     const char* name;
     Isa builds_on;
-    bool emulated = false;
+    Use use = Use::always;
 };
 
 // In the order of Isa.
@@ -20,16 +23,18 @@ constexpr Level kLevels[kNumIsas] = {
     {"scalar", Isa::scalar},
     {"avx2", Isa::scalar},
     {"avx512", Isa::avx2},
-    {"amx", Isa::avx512},
-    {"amx-emulated", Isa::avx512, true},
+    {"avx512-bf16", Isa::avx512, Use::by_name},  // its rounding is for whoever runs it to accept
+    {"amx", Isa::avx512_bf16},
+    {"amx-emulated", Isa::avx512, Use::emulated},
 };
 
 constexpr const Level& level_of(Isa level) { return kLevels[int(level)]; }
+constexpr bool emulated(const Level& level) { return level.use == Use::emulated; }
 
 [[noreturn]] void refuse(std::string_view name) {
     std::string expected;
     for (const Level& level : kLevels) {
-        if (!level.emulated) expected += (expected.empty() ? "" : ", ") + std::string(level.name);
+        if (!emulated(level)) expected += (expected.empty() ? "" : ", ") + std::string(level.name);
     }
     throw ConfigError("found instruction set '" + std::string(name) + "' (GOSSAMER_ISA); expected one of " +
                       expected);
@@ -41,24 +46,33 @@ bool includes(Isa level, Isa other) {
     return level == other;
 }
 
-Isa decide() {
+struct Decided {
+    Isa reached, used;  // the best level under the cap, and the one in use
+};
+
+Decided decide() {
     Isa level = best_isa();
     const char* name = std::getenv("GOSSAMER_ISA");
-    if (name == nullptr || *name == '\0') return level;
-    const Isa cap = parse_isa(name);
-    if (level_of(cap).emulated) refuse(name);
+    const bool capped = name != nullptr && *name != '\0';
+    const Isa cap = capped ? parse_isa(name) : level;
+    if (emulated(level_of(cap))) refuse(name);
     while (!includes(cap, level)) level = builds_on(level);
-    return level;
+    const bool chosen = level_of(level).use == Use::always || (capped && cap == level);
+    return {level, chosen ? level : builds_on(level)};
+}
+
+const Decided& decided() {
+    static const Decided once = decide();
+    return once;
 }
 
 }  // namespace
 
-Isa isa() {
-    static const Isa decided = decide();
-    return decided;
-}
+Isa isa() { return decided().used; }
 
-bool runs(Isa level) { return includes(isa(), level_of(level).emulated ? builds_on(level) : level); }
+bool runs(Isa level) {
+    return includes(decided().reached, emulated(level_of(level)) ? builds_on(level) : level);
+}
 
 Isa builds_on(Isa level) { return level_of(level).builds_on; }
 

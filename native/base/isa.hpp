@@ -6,7 +6,9 @@
 //   scalar        plain C++
 //   avx2          on scalar: AVX2, FMA, BMI 1 and 2, POPCNT
 //   avx512        on avx2: F, DQ, BW, VL, VBMI, VBMI2, VNNI
-//   amx           on avx512: tiles of int8 and of bfloat16, and the system's permission to use them
+//   avx512-bf16   on avx512: BF16. It rounds the inputs of bfloat16 weights, and is chosen only where
+//                 GOSSAMER_ISA names it.
+//   amx           on avx512-bf16: tiles of int8 and of bfloat16, and the system's permission to use them
 //   amx-emulated  on avx512: the kernels of amx with their tiles computed by plain C++. It is never chosen,
 //                 and serves tests on machines without tiles.
 #pragma once
@@ -15,11 +17,12 @@
 
 namespace gossamer {
 
-enum class Isa { scalar, avx2, avx512, amx, amx_emulated };
-constexpr int kNumIsas = 5;
+enum class Isa { scalar, avx2, avx512, avx512_bf16, amx, amx_emulated };
+constexpr int kNumIsas = 6;
 
 // The level in use: the best of this machine, capped by GOSSAMER_ISA: the best one that the machine's level
-// and the cap have in common. It is decided once; ConfigError when GOSSAMER_ISA names no level.
+// and the cap have in common, of those that need not be named. It is decided once; ConfigError when
+// GOSSAMER_ISA names no level.
 Isa isa();
 
 // Whether this machine, capped by GOSSAMER_ISA, runs the kernels of a level.

@@ -18,9 +18,9 @@ struct Registers {
     unsigned a = 0, b = 0, c = 0, d = 0;
 };
 
-Registers cpuid(unsigned leaf) {
+Registers cpuid(unsigned leaf, unsigned subleaf = 0) {
     Registers found;
-    if (!__get_cpuid_count(leaf, 0, &found.a, &found.b, &found.c, &found.d)) return {};
+    if (!__get_cpuid_count(leaf, subleaf, &found.a, &found.b, &found.c, &found.d)) return {};
     return found;
 }
 
@@ -48,7 +48,9 @@ Isa best_isa() {
     const bool avx512 = all(extended.b, {16, 17, 30, 31}) && all(extended.c, {1, 6, 11});
     if (!saves(0xE6) || !avx512) return Isa::avx2;
     const bool amx = saves(0x60000) && all(extended.d, {22, 24, 25});  // BF16, TILE, INT8
-    return amx && may_use_tiles() ? Isa::amx : Isa::avx512;
+    const bool bf16 = all(cpuid(7, 1).a, {5});
+    if (bf16 && amx && may_use_tiles()) return Isa::amx;
+    return bf16 ? Isa::avx512_bf16 : Isa::avx512;
 }
 
 void pause_spinning() { _mm_pause(); }

@@ -150,8 +150,8 @@ struct Activations {
     const std::uint8_t* q = nullptr;        // for i8 and i4 weights: q + 128
     const std::uint8_t* q_block = nullptr;  // the same of up to 16 tokens as [K / 4][token][4]: one stream
     const float* scale = nullptr;           // [T] of q
-    const std::uint16_t* high = nullptr;    // x = high + low, both bf16, for bf16 weights on the matrix unit
-    const std::uint16_t* low = nullptr;
+    const std::uint16_t* high = nullptr;    // for bf16 weights by bf16 products: the nearest bf16, and (amx)
+    const std::uint16_t* low = nullptr;     // that of what it leaves out
 
     static constexpr int kBlockTokens = 16;
 

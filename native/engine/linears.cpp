@@ -23,7 +23,8 @@ Group::Group(std::vector<Affine> group, bool paired_rows, int num_threads, bool 
     for (const auto& [w, bias] : matrices) {
         kernels.push_back(&find_matmul(w.storage, w.values, isa()));
         (is_integer(w.values) ? needs_i8 : needs_f32) = true;
-        needs_split = needs_split || (w.values == Values::bf16 && kernels.back()->isa == Isa::amx);
+        const Isa by = kernels.back()->isa;
+        needs_split = needs_split || (w.values == Values::bf16 && (by == Isa::avx512_bf16 || by == Isa::amx));
         total += w.panel_bytes(0, w.num_panels());
     }
     for (std::size_t i = 0; i < split; ++i) {

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-_Isa = Literal["scalar", "avx2", "avx512", "amx", "amx-emulated"]
+_Isa = Literal["scalar", "avx2", "avx512", "avx512-bf16", "amx", "amx-emulated"]
 _Tensors = Mapping[str, tuple[str, tuple[int, ...], int, int]]
 
 class _Kernel(TypedDict):

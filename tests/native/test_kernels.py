@@ -87,6 +87,14 @@ def exact_sums(w_NK: np.ndarray, x_TK: np.ndarray) -> np.ndarray:
     return (q_TK.astype(np.int64) - 128) @ w_NK.T.astype(np.int64)
 
 
+def multiplied(isa: str, values: str, x_TK: np.ndarray) -> np.ndarray:
+    """The inputs that float weights meet at a level: avx512-bf16 rounds those of more than 4 tokens."""
+    if (isa, values) != ("avx512-bf16", "bf16") or len(x_TK) <= 4:
+        return x_TK
+    high_TK, _ = _native.split("scalar", x_TK)
+    return to_float32(high_TK, "BF16")
+
+
 def test_levels_that_this_machine_lacks() -> None:
     """Says in the summary what the tests below leave out."""
     if missing := [level for level in LEVELS if level not in RUNNABLE]:
@@ -113,6 +121,7 @@ def test_product_equals_numpy(
             np.testing.assert_array_equal(y_TN, sums_TN.astype(np.float32) * (x_scale_T1 * asked.scale_N))
         else:
             unit = 2.0**-16 if isa.startswith("amx") and values == "bf16" else np.sqrt(shape[1]) * 2.0**-22
+            x_TK = multiplied(isa, values, x_TK)
             bound_TN = unit * (np.abs(x_TK) @ np.abs(asked.w_NK.T))
             assert (np.abs(y_TN - x_TK @ asked.w_NK.T) <= bound_TN).all()
 
@@ -130,6 +139,11 @@ def test_random_products_equal_the_specification(seed: int) -> None:
         found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
         if isa.startswith("amx") and values == "bf16":
             assert (np.abs(found_TN - expected_TN) <= 2.0**-15 * (np.abs(x_TK) @ np.abs(asked.w_NK.T))).all()
+        elif isa == "avx512-bf16" and values == "bf16":
+            rounded_TK = multiplied(isa, values, x_TK)
+            expected = _native.matmul("scalar", **asked.matrix.arguments, x_TK=rounded_TK)
+            bound_TN = np.sqrt(shape[1]) * 2.0**-22 * (np.abs(rounded_TK) @ np.abs(asked.w_NK.T))
+            assert (np.abs(found_TN - expected) <= bound_TN).all()
         else:
             np.testing.assert_array_equal(found_TN, expected_TN)
 
@@ -137,7 +151,7 @@ def test_random_products_equal_the_specification(seed: int) -> None:
 @pytest.mark.parametrize(("values", "storage"), CELLS, ids="-".join)
 @pytest.mark.parametrize("tokens", [1, 7, 70, 300])
 def test_sums_are_the_same_bits_on_every_level(values: str, storage: str, tokens: int) -> None:
-    """Integer sums everywhere; floats too, in one order of fused operations, but for the matrix unit."""
+    """Integer sums everywhere; floats too, in one order of fused operations, but for bfloat16 products."""
     rng = np.random.default_rng(tokens)
     asked = problem(values, storage, (50, 1037), 0.6, rng)
     x_TK = rng.standard_normal((tokens, 1037)).astype(np.float32)
@@ -151,7 +165,7 @@ def test_sums_are_the_same_bits_on_every_level(values: str, storage: str, tokens
         _native.matmul("scalar", **asked.matrix.arguments, x_TK=x_TK[t : t + 1]) for t in range(tokens)
     ]
     for isa in RUNNABLE:
-        if isa == "amx" and values == "bf16" and tokens > 4:
+        if isa in ("amx", "avx512-bf16") and values == "bf16" and tokens > 4:
             continue
         found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
         np.testing.assert_array_equal(found_TN, np.concatenate(rows_TN))
@@ -165,9 +179,47 @@ def test_many_rows_and_tokens_that_skip_zeros_have_the_same_bits(values: str) ->
     x_TK = rng.standard_normal((90, 421)).astype(np.float32)
     expected_TN = _native.matmul("scalar", **asked.matrix.arguments, x_TK=x_TK)
     for isa in RUNNABLE:
-        if isa != "amx" or values != "bf16":
+        if isa not in ("amx", "avx512-bf16") or values != "bf16":
             found_TN = _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK)
             np.testing.assert_array_equal(found_TN, expected_TN)
+
+
+@pytest.mark.skipif("avx512-bf16" not in RUNNABLE, reason="no avx512-bf16 here")
+@pytest.mark.parametrize(("sparsity", "same"), [(0.6, False), (0.97, True)])
+def test_products_of_pairs_leave_many_zeros_to_those_that_skip_them(sparsity: float, same: bool) -> None:
+    rng = np.random.default_rng(4)
+    asked = problem("bf16", "sparse", (40, 515), sparsity, rng)
+    x_TK = rng.standard_normal((200, 515)).astype(np.float32)
+    found_TN, exact_TN = (
+        _native.matmul(isa, **asked.matrix.arguments, x_TK=x_TK) for isa in ("avx512-bf16", "avx512")
+    )
+    assert np.array_equal(found_TN, exact_TN) == same
+
+
+@pytest.mark.skipif("avx512-bf16" not in RUNNABLE, reason="no avx512-bf16 here")
+@pytest.mark.parametrize("storage", ["dense", "sparse"])
+def test_products_of_pairs_at_the_ends_of_bfloat16(storage: str) -> None:
+    """Infinity and what is no number stay so; halves round to even; what is below 2^-126 counts as zero."""
+    w_NK = np.full((17, 3), 0x3F80, np.uint16)  # 1
+    w_NK[1] = 0x0040  # 2^-127
+    matrix = make_matrix("bf16", storage, w_NK, np.ones(17))
+    x_TK = np.zeros((9, 3), np.float32)
+    x_TK[:7, 1] = np.inf, -np.inf, np.nan, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 2.0**-127, 3e38
+    x_TK[7] = np.finfo(np.float32).max, 0, np.inf
+    x_TK[8] = np.inf, -np.inf, 0
+    y_TN = _native.matmul("avx512-bf16", **matrix.arguments, x_TK=x_TK)
+    expected = [
+        np.inf,
+        -np.inf,
+        np.nan,
+        1,
+        1 + 2.0**-6,
+        0,
+        to_float32(np.array([0x7F62], np.uint16), "BF16")[0],
+    ]
+    np.testing.assert_array_equal(y_TN[:, 0], [*expected, np.inf, np.nan])
+    np.testing.assert_array_equal(y_TN[:, 2:], np.repeat(y_TN[:, :1], 15, axis=1))
+    np.testing.assert_array_equal(y_TN[3:7, 1], 0)
 
 
 @pytest.mark.parametrize("values", ["i8", "i4"])
@@ -298,7 +350,7 @@ def test_unknown_and_missing_levels_are_errors() -> None:
             _native.matmul(isa, **found.arguments, x_TK=x_TK)
 
 
-@pytest.mark.parametrize("cap", ["scalar", "avx2", "avx512", "avx9"])
+@pytest.mark.parametrize("cap", ["scalar", "avx2", "avx512", "avx512-bf16", "avx9"])
 def test_the_environment_caps_the_level(cap: str) -> None:
     code = "from gossamer import _native; print(_native.isa())"
     environment = os.environ | {"GOSSAMER_ISA": cap, "PYTHONPATH": os.pathsep.join(sys.path)}

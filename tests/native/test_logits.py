@@ -1,5 +1,8 @@
 """The float engine against transformers: logits to 1e-4 relative, 200 greedy tokens identical."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,18 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.packed.reader import Packed
 
+PROMPT_AND_TOKEN = """
+import sys
+import numpy as np
+from gossamer import _native
+from gossamer.packed.reader import Packed
+
+packed = Packed.open(sys.argv[1])
+model = _native.Model(packed.buffer, packed.native_tensors(), packed.native_config(), 2)
+ids_T = np.arange(37, dtype=np.int32)
+found = [model.forward([model.new_sequence(37)], [ids], True) for ids in (ids_T, ids_T[:1])]
+np.savez(sys.argv[2], isa=_native.isa(), prompt=found[0], token=found[1])
+"""
 VARIANTS = ("llama2", "llama3", "linear", "sharded", "bf16", "fp16")
 SHARED = ("stories260k", "stories3m")
 
@@ -58,3 +73,20 @@ def test_random_llamas_equal_transformers(
 @pytest.mark.parametrize("name", SHARED)
 def test_trained_models_equal_transformers(name: str, shared_data: Path, tmp_path: Path) -> None:
     compare(shared_data / "models" / name, tmp_path / "model.goss")
+
+
+@pytest.mark.skipif(not _native.levels()["avx512-bf16"], reason="no avx512-bf16 here")
+def test_rounded_inputs_are_asked_for_and_near(tiny_llama: Callable[[str], Path], tmp_path: Path) -> None:
+    """Prompts of bfloat16 weights as avx512 has them to 2%, and not to the bit; a single token to the bit."""
+    pack_checkpoint(Checkpoint.open(tiny_llama("bf16")), tmp_path / "model.goss")
+    found = {}
+    for isa in ("avx512", "avx512-bf16"):
+        arguments = [str(tmp_path / "model.goss"), str(tmp_path / f"{isa}.npz")]
+        environment = os.environ | {"GOSSAMER_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run([sys.executable, "-c", PROMPT_AND_TOKEN, *arguments], env=environment, check=True)
+        found[isa] = np.load(arguments[1])
+        assert found[isa]["isa"] == isa
+    exact, rounded = found["avx512"], found["avx512-bf16"]
+    np.testing.assert_array_equal(rounded["token"], exact["token"])
+    difference = np.abs(rounded["prompt"] - exact["prompt"]).max() / np.abs(exact["prompt"]).max()
+    assert 1e-4 < difference < 2e-2

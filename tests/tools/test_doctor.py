@@ -42,7 +42,7 @@ def test_the_read_rate_is_of_the_order_of_a_plain_sum() -> None:
 
 def test_every_level_is_there_or_lacks_what_linux_does_not_list() -> None:
     levels = {level.isa: level for level in doctor(Doctor(megabytes=1)).levels}
-    assert list(levels) == ["scalar", "avx2", "avx512", "amx"]
+    assert list(levels) == ["scalar", "avx2", "avx512", "avx512-bf16", "amx"]
     flags = machine.CPUINFO.read_text().split()
     for level in levels.values():
         assert not set(level.lacks) & set(flags)

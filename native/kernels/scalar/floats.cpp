@@ -8,8 +8,8 @@
 //   f32   (I = 1)   y = c0 + c1
 //   bf16  (I = 2)   y = (c0 + c1) + (c2 + c3)
 //
-// The order is the same on every level but amx, for any number of tokens and threads, and for dense and
-// sparse weights, since a product with 0 changes no sum.
+// The order is the same on every level but avx512-bf16 and amx, for any number of tokens and threads, and for
+// dense and sparse weights, since a product with 0 changes no sum.
 //
 // For one token the bound is memory: a dense vector has 64 bytes; at 70% zeros a sparse one has 21 (f32) or
 // 23 (bf16).

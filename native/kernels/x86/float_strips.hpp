@@ -28,13 +28,14 @@ struct FloatStrips {
     static constexpr int kFetched = 11;  // cache lines of 32 vectors at 70% zeros
 
     // Whether this takes less time than expanding zeros. On a Xeon, a weight that lives costs a token of a
-    // full tile 1.2 of what dense products cost, and closing up a weight as much as 18 tokens of those.
-    static bool pays(const Linear& w, int tokens) {
+    // full tile 1.2 of what dense products by multiply-adds cost, and closing up a weight as much as 18
+    // tokens of those; `dense` is what those cost that would run instead.
+    static bool pays(const Linear& w, int tokens, double dense = 1) {
         const double masks = double(w.num_panels()) * w.num_vectors() * bytes_per_mask(kValues);
         const double bytes = double(w.panel_bytes(0, w.num_panels())) - masks;
         const double live = bytes / bytes_per_value(kValues) / (double(w.padded_rows()) * w.columns);
         const double filled = double(round_up(std::size_t(tokens), kTileTokens)) / tokens;
-        return 1.2 * live * filled + 18.0 / tokens < 0.8;
+        return 1.2 * live * filled + 18.0 / tokens < 0.8 * dense;
     }
 
     static void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN,

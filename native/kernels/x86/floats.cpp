@@ -1,9 +1,15 @@
 // Products of float32 or bfloat16 weights by vectors and by tiles: see ../scalar/floats.cpp.
 //
-// A bf16 vector is widened by a shift and a mask (`vdpbf16ps` takes two cycles and rounds x). A chain for
-// each input of a pair of vectors hides the 4 cycles of a multiply-add. Above 4 tokens a run of vectors is
-// expanded once for blocks of tokens. `amx` (bf16): x is split into two bfloat16, x = high + low, a product
-// each: y to about 2^-16 of sum |w x|.
+// A bf16 vector is widened by a shift and a mask. A chain for each input of a pair of vectors hides the 4
+// cycles of a multiply-add. Above 4 tokens a run of vectors is expanded once for blocks of tokens. `amx`
+// (bf16): x is split into two bfloat16, x = high + low, a product each: y to about 2^-16 of sum |w x|.
+//
+// `avx512_bf16`: x is high alone, the nearest bfloat16 (halves to even): y to 2^-8 of sum |w x|. A row has
+// one chain, in which `vdpbf16ps` fuses the products of two inputs, the second one first, each rounded to
+// even; what is below 2^-126 counts as zero, as in tiles. A vector and a token take one instruction, where
+// multiply-adds are two, and products of low as well would be two again. AMD since Zen 4 runs as many
+// `vdpbf16ps` a cycle as multiply-adds, Intel a fourth. Few tokens, and zeros that are worth skipping, are
+// left to avx512, which rounds nothing.
 
 #include <algorithm>
 #include <bit>
@@ -290,6 +296,74 @@ GOSSAMER_MATMUL(bf16, dense)
 GOSSAMER_MATMUL(bf16, sparse)
 
 }  // namespace avx512
+GOSSAMER_END
+
+GOSSAMER_BEGIN_AVX512_BF16
+namespace avx512_bf16 {
+namespace {
+
+constexpr double kDense = 0.5;  // of what dense products by multiply-adds cost
+
+// Adds the products of `count` expanded vectors of R panels and T tokens to sums [R][token].
+template <int R, int T>
+void add_chunk(const std::uint8_t* const* weights, int count, const std::uint16_t* x, std::size_t stride,
+               __m512 (*sums)[kSuperBlock], int token) {
+    constexpr int kInputs = inputs_per_vector(Values::bf16);
+    __m512 acc[R][T];
+    const std::uint8_t* rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = weights[r];
+    unrolled<R * T>([&](auto i) { acc[i / T][i % T] = sums[i / T][token + i % T]; });
+    RowPointers<std::uint16_t, T> inputs(x, stride);
+    for (int v = 0; v < count; ++v, inputs.advance(kInputs)) {
+        __m512i vectors[R];
+        for (int r = 0; r < R; ++r) vectors[r] = _mm512_loadu_si512(rows[r] + std::size_t(v) * kVectorBytes);
+        unrolled<T>([&](auto t) {
+            std::int32_t pair;
+            std::memcpy(&pair, inputs.row(t), sizeof pair);
+            const __m512i both = _mm512_set1_epi32(pair);
+            for (int r = 0; r < R; ++r)
+                acc[r][t] = _mm512_dpbf16_ps(acc[r][t], (__m512bh)vectors[r], (__m512bh)both);
+        });
+    }
+    unrolled<R * T>([&](auto i) { sums[i / T][token + i % T] = acc[i / T][i % T]; });
+}
+
+// As many tokens as are left, T at a time.
+template <int R, int T>
+void add_tokens(const std::uint8_t* const* weights, int count, const std::uint16_t* x, std::size_t stride,
+                __m512 (*sums)[kSuperBlock], int token, int tokens) {
+    for (; token + T <= tokens; token += T)
+        add_chunk<R, T>(weights, count, x + token * stride, stride, sums, token);
+    if constexpr (T > 1) {
+        if (token < tokens) add_tokens<R, (T + 1) / 2>(weights, count, x, stride, sums, token, tokens);
+    }
+}
+
+// How expanded vectors meet many tokens: two inputs at a time, 24 sums in registers.
+struct PairUnit {
+    static constexpr int kFewTokens = 0, kVectors = kChunkVectors, kMultiple = 1, kChains = 1;
+
+    template <int R>
+    void add(const std::uint8_t* const* weights, int count, const Activations& x, int origin, int input,
+             __m512 (*sums)[kSuperBlock], int tokens) const {
+        add_tokens<R, 12>(weights, count, x.high + origin * x.stride + input, x.stride, sums, 0, tokens);
+    }
+};
+
+template <Values kValues, Storage kStorage>
+void matmul(const Linear& w, int begin, int end, const Activations& x, float* y_TN, std::size_t stride) {
+    const bool few = x.num_tokens <= avx512::VectorUnit<kValues>::kFewTokens;
+    if (few || (kStorage == Storage::sparse && avx512::FloatStrips<kValues>::pays(w, x.num_tokens, kDense)))
+        return avx512::matmul<kValues, kStorage>(w, begin, end, x, y_TN, stride);
+    avx512::matmul_on<kValues, kStorage>(PairUnit(), w, begin, end, x, y_TN, stride);
+}
+
+}  // namespace
+
+GOSSAMER_MATMUL(bf16, dense)
+GOSSAMER_MATMUL(bf16, sparse)
+
+}  // namespace avx512_bf16
 GOSSAMER_END
 
 GOSSAMER_BEGIN_AMX

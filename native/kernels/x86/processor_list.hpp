@@ -84,6 +84,9 @@ KERNEL(avx512, ProbeKernels, read, i8, dense, read)
 KERNEL(avx512, ProbeKernels, multiply_int8, i8, dense, multiply_int8)
 KERNEL(avx512, ProbeKernels, multiply_f32, f32, dense, multiply_f32)
 
+KERNEL(avx512_bf16, MatmulKernels, matmul, bf16, dense, matmul_bf16_dense)
+KERNEL(avx512_bf16, MatmulKernels, matmul, bf16, sparse, matmul_bf16_sparse)
+
 KERNEL(amx, MatmulKernels, matmul, bf16, dense, matmul_bf16_dense)
 KERNEL(amx, MatmulKernels, matmul, bf16, sparse, matmul_bf16_sparse)
 KERNEL(amx, MatmulKernels, matmul, i8, dense, matmul_i8_dense)

@@ -152,7 +152,7 @@ def expands_int8_fast() -> bool:
 
     AVX2 takes 20 cycles for 64 weights at any sparsity, a dense 64 bytes 5 (docs/results/kernels.jsonl).
     """
-    return _native.isa() in ("avx512", "amx")
+    return _native.levels()["avx512"]
 
 
 def prompts_skip_zeros() -> bool:
@@ -161,7 +161,7 @@ def prompts_skip_zeros() -> bool:
     A matrix unit multiplies dense tiles several times faster than vectors multiply what is left of them, and
     below AVX-512 blocks are expanded first.
     """
-    return _native.isa() == "avx512"
+    return _native.isa() in ("avx512", "avx512-bf16")
 
 
 def scheme_of(source: Checkpoint) -> Scheme | None:

@@ -7,7 +7,7 @@ from importlib import metadata
 import numpy as np
 
 from gossamer import _native, machine
-from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.errors import ConfigError
 from gossamer.gpu.found import found_gpus
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
@@ -21,19 +21,27 @@ LEVEL_FLAGS = {
         *("avx512f", "avx512dq", "avx512bw", "avx512vl"),
         *("avx512vbmi", "avx512_vbmi2", "avx512_vnni"),
     ),
+    "avx512-bf16": ("avx512_bf16",),
     "amx": ("amx_bf16", "amx_tile", "amx_int8"),
 }
 COSTS = {
     "avx2": "the plain loops of `scalar` run, many times slower at everything",
     "avx512": "zeros are expanded by table look-ups and INT8 is multiplied as 16-bit words: decoding is "
     "bound by instructions instead of memory, and prompts take several times as long",
+    "avx512-bf16": "GOSSAMER_ISA cannot ask for rounded inputs of bfloat16 weights",
     "amx": "prompts and large batches go through vector instructions, an eighth of the multiplications a "
     "cycle; decoding one sequence loses nothing",
+}
+NAMED = {  # levels that are chosen only where GOSSAMER_ISA names them
+    "avx512-bf16": "only if GOSSAMER_ISA names it: prompts round the inputs of bfloat16 weights, for half "
+    "the instructions (on AMD; slower on Intel)",
 }
 PROMPTS = {  # what zeros gain there, by level
     "scalar": "gain nothing from zeros",
     "avx2": "gain nothing from zeros: they are expanded first",
     "avx512": "of INT8 skip zeros that come in blocks of 4, or are many (pack --for prompts)",
+    "avx512-bf16": "of INT8 skip zeros that come in blocks of 4, or are many (pack --for prompts); "
+    "those of bfloat16 weights round inputs to bfloat16, and multiply two at a time",
     "amx": "run on dense tiles, which outrun what zeros would save: those save bytes, and time in decoding",
 }
 PACKAGES = (
@@ -67,6 +75,8 @@ class Level:
 
     @property
     def text(self) -> str:
+        if self.isa in NAMED and self.is_here:
+            return NAMED[self.isa]
         if self.int8_tops is not None:
             return f"yes; INT8 in registers {self.int8_tops:.3g} TOPS"
         if self.lacks:
@@ -128,7 +138,8 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
     progress(Event("doctor", f"reading {job.megabytes} MB of memory", 0, 1))
     one, all_threads = _read_rates(job.megabytes << 20, num_threads)
     levels = _levels(num_threads)
-    best = [level.isa for level in levels if level.is_here][-1]
+    usable = {*COSTS, "scalar"} - {*NAMED} | {_native.isa()}
+    best = [level.isa for level in levels if level.is_here and level.isa in usable][-1]
     progress(Event("doctor", "done", 1, 1))
     packages = {name: _version(name) for name in PACKAGES}
     return DoctorResult(
@@ -150,16 +161,20 @@ def doctor(job: Doctor, progress: Progress = quiet) -> DoctorResult:
 
 
 def _levels(num_threads: int) -> tuple[Level, ...]:
-    """Every level, the lowest first; what a level lacks, those above lack as well."""
-    found, lacks, flags = [], (), machine.cpu_flags()
+    """Every level, the lowest first; what a level lacks, those above lack as well.
+
+    One without INT8 kernels of its own runs those of the level below.
+    """
+    found, lacks, flags, peak = [], (), machine.cpu_flags(), None
+    own = {row["isa"] for row in _native.kernels() if row["family"] == "multiply_int8"}
     names = ("scalar", *LEVEL_FLAGS)
     for isa in names:
         lacks += tuple(flag for flag in LEVEL_FLAGS.get(isa, ()) if flag not in flags)
         capped = names.index(isa) > names.index(os.environ.get("GOSSAMER_ISA") or names[-1])
-        try:
-            peak = 2 * _native.int8_peak(isa, num_threads, 5) / 1e12
-        except UnsupportedError:
+        if not _native.levels()[isa]:
             peak = None
+        elif isa in own:
+            peak = 2 * _native.int8_peak(isa, num_threads, 5) / 1e12
         found.append(Level(isa, lacks, capped, peak))
     return tuple(found)
 
