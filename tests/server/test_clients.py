@@ -1,4 +1,4 @@
-"""An encoder's server as other clients see it: LangChain's, and huggingface_hub's of TEI's routes."""
+"""An encoder's server as other people's clients see it: LangChain's and huggingface_hub's."""
 
 import asyncio
 from typing import Any
