@@ -15,6 +15,7 @@ import gossamer
 from encoders import save_encoder
 from gossamer.engine import Encoder
 from gossamer.errors import ConfigError, FormatError, UnsupportedError
+from gossamer.job.report import Event
 from packed.make_files import FILES
 
 TEXTS = ["a b c", "d", "", "e f g h i j k l m n o p q r s t u v w x y z " * 4, "z y"]
@@ -85,6 +86,32 @@ def test_the_forms_of_the_answer(encoder: Encoder) -> None:
     assert encoder.hidden_states([]) == []
 
 
+def test_options_are_those_of_sentence_transformers(directory: Path, encoder: Encoder) -> None:
+    """In its order, and refused where they ask for anything else."""
+    whole_ND = encoder.encode(TEXTS)
+    given = (None, None, 2, False, "sentence_embedding", "float32", True, False, "cpu", False, 7)
+    np.testing.assert_array_equal(encoder.encode(TEXTS, *given), np.asarray(whole_ND)[:, :7])
+    short_ND = np.asarray(encoder.encode(TEXTS, truncate_dim=7, normalize_embeddings=True))
+    np.testing.assert_allclose(np.linalg.norm(short_ND, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(short_ND[0] / short_ND[0, 0], whole_ND[0][:7] / whole_ND[0][0], rtol=1e-5)
+    seen: list[Event] = []
+    watched = Encoder(directory, progress=seen.append)
+    seen.clear()
+    watched.encode(TEXTS, batch_size=2)
+    assert not seen
+    watched.encode(TEXTS, batch_size=2, show_progress_bar=True)
+    assert [(it.stage, it.done, it.total) for it in seen] == [("encode", it, 5) for it in (2, 4, 5)]
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"output_value": "token_embeddings"}, "output_value='token_embeddings' .hidden_states"),
+        ({"precision": "int8"}, "precision='int8'"),
+        ({"convert_to_tensor": True}, "convert_to_tensor=True .torch.from_numpy"),
+        ({"device": "cuda"}, "device='cuda'"),
+    ]
+    for options, says in refused:
+        with pytest.raises(UnsupportedError, match=f"encode has no {says}"):
+            encoder.encode(TEXTS, **options)
+
+
 def test_the_second_text_of_a_pair_is_of_another_type(directory: Path, encoder: Encoder) -> None:
     expected_TD = expected(directory, [2, 5, 6, 3, 7, 3], [0, 0, 0, 0, 1, 1])
     [found_TD] = encoder.hidden_states([("a b", "c")])
@@ -123,6 +150,7 @@ def test_the_files_say_whether_vectors_have_length_1(directory: Path, tmp_path: 
     [
         (["a", 3], {}, "found 3 among the sentences"),
         (["a"], {"batch_size": 0}, "batch_size is 0"),
+        (["a"], {"truncate_dim": 25}, "truncate_dim is 25; expected 1 to 24"),
         ([b"a"], {}, "found b'a' among"),
         (5, {}, "found 5; expected a text, or a list of texts"),
         (["a"], {"prompt": 5}, "found 5 among the sentences"),

@@ -122,6 +122,32 @@ def test_inspect_describes_it(bert: Packed) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "config", "facts"),
+    [
+        ("BertModel", {}, {"for": "vectors of texts, mean of their tokens", "reads": "at most 66 tokens"}),
+        ("ModernBertForMaskedLM", {}, {"for": "masked words; vectors by the mean of their tokens"}),
+        (
+            "BertForSequenceClassification",
+            {"num_labels": 3},
+            {"for": "classes of texts", "classes": "3: LABEL_0, LABEL_1, LABEL_2"},
+        ),
+        ("RobertaForQuestionAnswering", {"max_position_embeddings": 68}, {"for": "answers in texts"}),
+    ],
+)
+def test_inspect_says_what_an_encoder_is_for(
+    name: str, config: dict[str, Any], facts: dict[str, str], tmp_path: Path
+) -> None:
+    """Of a directory and of the file alike, and nowhere that it were a decoder."""
+    save_encoder(tmp_path / "model", name, **config)
+    pack(Pack(str(tmp_path / "model"), str(tmp_path / "model.goss")))
+    for path in ("model", "model.goss"):
+        told = dict(inspect(Inspect(str(tmp_path / path))).tables()[0].rows)
+        assert all(told[fact].startswith(says) for fact, says in facts.items())
+        assert ("classes" in told) == ("classes" in facts)
+        assert told["encoder zeros"] and not [it for it in told if "decoder" in it]
+
+
+@pytest.mark.parametrize(
     "use",
     [
         lambda path: LLM(path),

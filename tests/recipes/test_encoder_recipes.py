@@ -78,6 +78,17 @@ def test_a_sparse_general_model_goes_on_to_a_field_and_is_tuned_from_both(
     ]
 
 
+def test_answers_are_transferred_too(given: list[str], tmp_path: Path) -> None:
+    """Of SQuAD's rows as the hub has them, of which some have no answer."""
+    question = {"question": "Who met Bob ?", "context": LINES[0]}
+    answers = ({"text": ["Ada"], "answer_start": [0]}, {"text": [], "answer_start": []})
+    made = files(tmp_path, [question | {"answers": it} for it in answers * 4])
+    small = [*SMALL[:6], "--epochs", "1", *SMALL[-2:], "--lr-cycles", "1"]
+    table = program("oberta", *given, "--examples", f"squad_v2={made}", *small).splitlines()
+    found = [line.split(" | ")[1] for line in table if line.startswith("| squad_v2")]
+    assert found == ["dense", "90% zeros, INT8, embeddings frozen"]
+
+
 def test_the_plan_says_what_the_seven_tasks_take(given: list[str], tmp_path: Path) -> None:
     rows = [{"sentence": line, "label": index % 2} for index, line in enumerate(LINES)]
     made = files(tmp_path, rows)

@@ -1,4 +1,4 @@
-"""A real server process over a tiny chat model and, where it is, a real one."""
+"""Real server processes: over tiny models, of chats and encoders, and where it is, a real one."""
 
 import json
 import os
@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
+from encoders import save_encoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.packed.from_checkpoint import pack_checkpoint
 
@@ -20,6 +22,7 @@ TEMPLATE = (
     "{{ message.role }}: {{ message['content'] | trim }}\n{% endfor %}assistant:"
 )
 GENERATION_CONFIG = {"eos_token_id": 1, "do_sample": True, "temperature": 0.6, "top_k": 7, "top_p": None}
+LABELS = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
 SCRIPT = """
 import json, sys
 from gossamer.server import Serve, serve
@@ -106,3 +109,34 @@ def chat_server(packed: Callable[[str], Path]) -> Iterator[Running]:
     running = start(packed("chat"))
     yield running
     end(running)
+
+
+def served(directory: Path, name: str, **config: Any) -> Iterator[Running]:
+    """An encoder of the class `name` that reads 20 tokens of a text, and has a prompt."""
+    save_encoder(directory, name, **config)
+    modules = '[{"type": "sentence_transformers.models.Transformer", "path": ""}]'
+    (directory / "modules.json").write_text(modules, encoding="utf-8")
+    (directory / "sentence_bert_config.json").write_text('{"max_seq_length": 20}', encoding="utf-8")
+    prompts = '{"prompts": {"query": "q "}}'
+    (directory / "config_sentence_transformers.json").write_text(prompts, encoding="utf-8")
+    pack_checkpoint(Checkpoint.open(directory), directory / f"{directory.name}.goss")
+    running = start(directory / f"{directory.name}.goss")
+    yield running
+    end(running)
+
+
+@pytest.fixture(scope="session")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from served(tmp_path_factory.mktemp("served") / "vectors", "BertModel")
+
+
+@pytest.fixture(scope="session")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    path = tmp_path_factory.mktemp("served") / "labels"
+    yield from served(path, "BertForSequenceClassification", **LABELS)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    path = tmp_path_factory.mktemp("served") / "ranks"
+    yield from served(path, "BertForSequenceClassification", num_labels=1)

@@ -4,61 +4,25 @@ import base64
 import json
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import huggingface_hub
 import numpy as np
 import openai
 import pytest
-from huggingface_hub import InferenceClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from encoders import save_encoder
-from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import Encoder
 from gossamer.errors import ConfigError, UnsupportedError
-from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.server.serve import Serve, serve
 
-from .conftest import Running, end, start
+from .conftest import LABELS, Running, served
 
 TEXTS = ["a b c", "d", "e f g h i j", "z y", "é"]
 LONG = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
-LABELS = {"id2label": {0: "bad", 1: "fair", 2: "good"}, "label2id": {"bad": 0, "fair": 1, "good": 2}}
-
-
-def served(directory: Path, name: str, **config: Any) -> Iterator[Running]:
-    save_encoder(directory, name, **config)
-    modules = '[{"type": "sentence_transformers.models.Transformer", "path": ""}]'
-    (directory / "modules.json").write_text(modules, encoding="utf-8")
-    (directory / "sentence_bert_config.json").write_text('{"max_seq_length": 20}', encoding="utf-8")
-    prompts = '{"prompts": {"query": "q "}}'
-    (directory / "config_sentence_transformers.json").write_text(prompts, encoding="utf-8")
-    pack_checkpoint(Checkpoint.open(directory), directory / f"{directory.name}.goss")
-    running = start(directory / f"{directory.name}.goss")
-    yield running
-    end(running)
-
-
-@pytest.fixture(scope="module")
-def vectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    yield from served(tmp_path_factory.mktemp("served") / "vectors", "BertModel")
-
-
-@pytest.fixture(scope="module")
-def labels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    path = tmp_path_factory.mktemp("served") / "labels"
-    yield from served(path, "BertForSequenceClassification", **LABELS)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    path = tmp_path_factory.mktemp("served") / "ranks"
-    yield from served(path, "BertForSequenceClassification", num_labels=1)
 
 
 def post(running: Running, path: str, **body: Any) -> httpx.Response:
@@ -133,6 +97,8 @@ def test_ranks_are_the_engine_s(kind: str, request: pytest.FixtureRequest) -> No
         assert [it["document"]["text"] for it in few] == [TEXTS[index] for index in order[:2]]
     tei = post(running, "/rerank", query="a b", texts=TEXTS, return_text=True).json()
     assert tei == [{"index": i, "score": scores[i], "text": TEXTS[i]} for i in order]
+    if kind == "ranks":
+        assert post(running, "/", query="a b", texts=TEXTS, return_text=True).json() == tei
     raw = post(running, "/rerank", query="a b", texts=TEXTS, raw_scores=True).json()
     expected = Encoder(running.path, 1).rerank("a b", TEXTS, raw_scores=True)
     assert [it["score"] for it in raw] == sorted(expected, reverse=True)
@@ -185,19 +151,6 @@ def test_what_is_served_is_told(vectors: Running, labels: Running, ranks: Runnin
     assert httpx.get(f"{vectors.url}/health").json() == {"status": "ok", "requests": 0}
 
 
-def test_hugging_faces_client_reads_the_tei_routes(
-    vectors: Running, labels: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its methods post {"inputs"} to the address they are given; of classification it reads batches alone."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # or it asks no server at all
-    found = InferenceClient(f"{vectors.url}/embed", timeout=60).feature_extraction(TEXTS, truncate=True)
-    expected_ND = Encoder(vectors.path, 1).encode(TEXTS, normalize_embeddings=True)
-    np.testing.assert_allclose(found, expected_ND, rtol=0, atol=1e-6)
-    one: Any = [["a b"]]
-    [best, *_] = InferenceClient(f"{labels.url}/predict", timeout=60).text_classification(one)
-    assert [best.label, best.score] == [*Encoder(labels.path, 1).classify(["a b"])[0][0].values()]
-
-
 def test_routes_of_other_models_say_what_is_served(
     vectors: Running, labels: Running, chat_server: Running
 ) -> None:
@@ -205,6 +158,10 @@ def test_routes_of_other_models_say_what_is_served(
         vectors.client.chat.completions.create(model=vectors.name, messages=[])
     with pytest.raises(openai.NotFoundError, match="a decoder, which continues texts; it has /v1/chat"):
         chat_server.client.embeddings.create(model=chat_server.name, input="a")
+    for path in ("/v1/rerank", "/v1/classify", "/v1/score", "/score", "/embed", "/rerank", "/predict"):
+        answer = post(chat_server, path, model=chat_server.name)
+        assert answer.status_code == 404
+        assert "a decoder, which continues texts; it has /v1/chat" in answer.json()["error"]["message"]
     with pytest.raises(
         openai.NotFoundError,
         match=r"/v1/embeddings is not served here: .*scores whole.*cannot encode. /v1/classify, /predict",
@@ -224,8 +181,10 @@ def test_routes_of_other_models_say_what_is_served(
     ("path", "body", "status", "message"),
     [
         ("/v1/embeddings", {"input": LONG}, 400, "text 0 of input has more than 20 tokens"),
-        ("/v1/embeddings", {"input": [[2] * 21]}, 400, "text 0 of input has more than 20 tokens"),
+        ("/v1/embeddings", {"input": [[2] * 20 + [3]]}, 400, "text 0 of input has more than 20 tokens"),
         ("/v1/embeddings", {"input": [[40]]}, 400, "token ids beyond 0 .. 39"),
+        ("/v1/embeddings", {"input": [[2, 5, 3], [5, 3]]}, 400, "found 5 and 3 at the ends of list 1"),
+        ("/v1/embeddings", {"input": [2, 5]}, 400, "expected 2 and 3, which this model's tokenizer puts"),
         ("/v1/embeddings", {"input": []}, 400, "input must be a text"),
         ("/v1/embeddings", {"input": ["a", [2]]}, 400, "input must be a text"),
         ("/v1/embeddings", {"input": ["a"] * 2049}, 413, "input has 2049 texts; expected 1 to 2048"),
@@ -237,6 +196,8 @@ def test_routes_of_other_models_say_what_is_served(
         ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, 400, "top_n is 0"),
         ("/embed", {"inputs": LONG}, 413, "more than 20 tokens"),
         ("/embed", {"inputs": "a", "prompt_name": "title"}, 400, "this model's prompts: query"),
+        ("/embed", {"inputs": [[2, 3]], "prompt_name": "query"}, 400, "a prompt goes before texts"),
+        ("/embed", {"inputs": [[7]]}, 400, "found 7 and 7 at the ends of list 0 of inputs"),
         ("/embed", {"input": "a"}, 422, "will not do"),
         ("/embed", {"inputs": []}, 400, "inputs must be a text"),
         ("/embed", {"inputs": ["a"] * 10_000}, 413, "inputs has 10000 texts; expected 1 to 2048"),
@@ -260,22 +221,28 @@ def test_what_cannot_be_served_is_refused(
 
 def test_too_long_texts_are_cut_where_that_is_asked(vectors: Running) -> None:
     extra = {"truncate_prompt_tokens": -1}
-    [one] = vectors.client.embeddings.create(model=vectors.name, input=LONG, extra_body=extra).data
-    np.testing.assert_array_equal(
-        np.asarray(one.embedding, np.float32), Encoder(vectors.path, 1).encode(LONG)
-    )
+    encoder = Encoder(vectors.path, 1)
+    ids = encoder.tokenizer.encode(LONG)
+    assert len(ids) > 20
+    given: Any
+    for given in (LONG, ids):
+        [one] = vectors.client.embeddings.create(model=vectors.name, input=given, extra_body=extra).data
+        np.testing.assert_array_equal(np.asarray(one.embedding, np.float32), encoder.encode(LONG))
 
 
 def test_metrics_count_requests_texts_and_tokens(tmp_path: Path, chat_server: Running) -> None:
     for running in served(tmp_path / "model", "BertModel"):
         post(running, "/v1/embeddings", model=running.name, input=TEXTS)
         post(running, "/embed", inputs=LONG)
+        assert sample(running)["gossamer_texts_cut_total"] == 0
+        post(running, "/rerank", query="a", texts=["b", LONG, LONG], truncate=True)
         post(running, "/nowhere/else")
         found = sample(running)
         assert found['gossamer_requests_total{route="/v1/embeddings",status="200"}'] == 1
         assert found['gossamer_requests_total{route="/embed",status="413"}'] == 1
         assert found['gossamer_requests_total{route="other",status="404"}'] == 1
-        rows = Encoder(running.path, 1).token_ids(TEXTS)
+        rows = Encoder(running.path, 1).token_ids([*TEXTS, "q a", "b", LONG, LONG])
+        assert found["gossamer_texts_cut_total"] == 2
         assert found["gossamer_texts_total"] == len(rows)
         assert found["gossamer_prompt_tokens_total"] == sum(len(row.ids) for row in rows)
         assert found["gossamer_queue"] == 0

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn.functional import kl_div
 from transformers import AutoTokenizer
 
 from encoders import save_encoder
 from gossamer.data.questions import FIRST, LAST, Question, marked_windows
-from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.errors import ConfigError
 from gossamer.stages.finetune import Finetune, finetune
 from gossamer.tokens.texts import Texts
 from gossamer.tokens.tokenizer import Tokenizer
@@ -54,10 +55,14 @@ def prepared(folder: Path, kind: str, count: int, **changes: Any) -> Finetune:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_is_transformers_own(tmp_path: Path, name: str) -> None:
-    job = prepared(tmp_path, name, 30)
-    model = getattr(transformers, name).from_pretrained(tmp_path / "model").eval()
+    """Of each question alone: cross-entropy, and KL of a teacher's two ends at a temperature."""
+    job, t = prepared(tmp_path, name, 30), 5.5
+    save_encoder(tmp_path / "dense", name, seed=1, num_labels=2, id2label={0: "first", 1: "last"})
+    student, teacher = (
+        getattr(transformers, name).from_pretrained(tmp_path / it).eval() for it in ("model", "dense")
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    losses = []
+    losses, divergences = [], []
     for row in questions(30):
         given = tokenizer(row["question"], row["context"], return_tensors="pt", return_token_type_ids=True)
         ends = [0, 0]
@@ -65,8 +70,18 @@ def test_the_loss_is_transformers_own(tmp_path: Path, name: str) -> None:
             ends = [given.char_to_token(at, sequence_index=1) for at in (start, start + len(text) - 1)]
         positions = {"start_positions": torch.tensor(ends[:1]), "end_positions": torch.tensor(ends[1:])}
         with torch.no_grad():
-            losses.append(float(model(**given, **positions).loss))
+            ours, theirs = (model(**given, **positions) for model in (student, teacher))
+        losses.append(float(ours.loss))
+        both = [torch.cat([it.start_logits, it.end_logits]) / t for it in (ours, theirs)]
+        q, p = (it.log_softmax(-1) for it in both)
+        divergences.append(float(t**2 * kl_div(q, p, reduction="sum", log_target=True)) / 2)
     assert finetune(job).losses == (pytest.approx(np.mean(losses), rel=1e-4),)
+    hard: dict[str, Any] = {"distill": "kl", "distill_temperature": t, "teacher": str(tmp_path / "dense")}
+    alone = finetune(replace(job, overwrite=True, cross_entropy_weight=0.0, **hard))
+    assert alone.losses == (pytest.approx(np.mean(divergences), rel=1e-3),)
+    assert alone.cross_entropy_first == pytest.approx(np.mean(losses), rel=1e-4)
+    half = finetune(replace(job, overwrite=True, cross_entropy_weight=0.5, **hard))
+    assert half.losses == (pytest.approx(np.mean(divergences) + np.mean(losses) / 2, rel=1e-3),)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +96,15 @@ def test_it_learns_to_mark_answers(tmp_path: Path, kind: str) -> None:
         tmp_path / "out", output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+def test_answers_are_learned_of_a_teacher_alone(tmp_path: Path) -> None:
+    job = prepared(tmp_path, NAMES[0], 200, batch_tokens=512, num_train_epochs=10)
+    save_encoder(tmp_path / "dense", NAMES[0], seed=1)
+    taught: dict[str, Any] = {"teacher": str(tmp_path / "dense"), "distill": "kl"}
+    result = finetune(replace(job, cross_entropy_weight=0.0, **taught))
+    assert result.kl_first is not None and result.kl_last is not None
+    assert result.kl_last < 0.7 * result.kl_first
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,18 +154,23 @@ def test_windows_mark_the_answer_where_they_have_all_of_it(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "says"),
+    ("changes", "says"),
     [
-        ({"distill": "kl", "teacher": "dense"}, UnsupportedError, "no logits are learned yet"),
-        ({"max_length": 5}, ConfigError, r"rows.jsonl:1: the question has \d+ tokens; expected at most"),
+        (
+            {"distill": "kl", "teacher": "dense"},
+            "--distill kl: --teacher dense has a head for embedding; expected one for spans",
+        ),
+        ({"max_length": 5}, r"rows.jsonl:1: the question has \d+ tokens; expected at most"),
     ],
     ids=str,
 )
 def test_what_does_not_suit(
-    tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     job = prepared(tmp_path, NAMES[0], 2)
+    save_encoder(tmp_path / "dense", "BertModel")
     row = {"question": "a b c", "context": "a", "answers": {"text": [], "answer_start": []}}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
-    with pytest.raises(error, match=says):
+    with pytest.raises(ConfigError, match=says):
         finetune(replace(job, **changes))

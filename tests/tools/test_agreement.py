@@ -36,6 +36,13 @@ def test_a_directory_and_its_file_agree_with_torch(family: str, task: str, tmp_p
     assert found[-2 * len(numbers) :] == [(name, what) for name in names for what in numbers]
 
 
+def test_transformers_draws_no_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_encoder(tmp_path)
+    capfd.readouterr()
+    verify(Verify(str(tmp_path)))
+    assert "Loading" not in "".join(capfd.readouterr())
+
+
 def test_an_int8_encoder_agrees_with_torch_whose_inputs_are_rounded(tmp_path: Path) -> None:
     save_encoder(tmp_path, "BertForTokenClassification")
     round_to_int8(tmp_path, 0.5)

@@ -103,6 +103,14 @@ def test_files_without_texts_are_refused(
     assert not (tmp_path / "x.npy").exists()
 
 
+def test_a_folder_is_no_file_of_texts_and_is_made_for_the_output(model: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r": a folder; expected texts as \.txt"):
+        embed(Embed(model, str(tmp_path), str(tmp_path / "x.npy")))
+    file, output = write(tmp_path / "texts.txt", TEXTS[:2]), tmp_path / "new" / "x.npy"
+    embed(Embed(model, str(file), str(output), threads=1))
+    assert np.load(output).shape == (2, 24)
+
+
 def test_texts_that_are_too_long_are_refused_before_any_is_computed(model: str, tmp_path: Path) -> None:
     file, events = write(tmp_path / "texts.txt", TEXTS * 60), list[Event]()
     with pytest.raises(

@@ -16,11 +16,13 @@ import yaml
 from huggingface_hub import ModelCard
 
 from checkpoint.hub_server import CLOSED, GOOD_TOKEN, HubServer
+from encoders import round_to_int8, save_encoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, ConfigError, FormatError
 from gossamer.evaluation.kept import model_hash
 from gossamer.packed.from_checkpoint import pack_checkpoint
 from gossamer.stages.evaluate import Evaluate, evaluate
+from gossamer.stages.pack import Pack, pack
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
 from gossamer.tools.bench import Bench, bench
@@ -117,6 +119,31 @@ def test_the_card_tells_the_recipe_the_data_and_the_sizes(pruned: Path, text_fil
     assert card.count(f"| prune | text.txt | 1.0 |  | {of} |") == 2
     assert "base_model" not in card.split("---")[1]  # nobody knows it
     assert f"| bytes | {(pruned / 'model.safetensors').stat().st_size:,} |" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "pipeline", "tried"),
+    [
+        ("BertModel", {}, "sentence-similarity", "gossamer embed {} TEXTS.txt"),
+        ("ModernBertForMaskedLM", {}, "fill-mask", "gossamer.Encoder('{}').encode("),
+        ("BertForSequenceClassification", {}, "text-classification", "gossamer.Encoder('{}').classify("),
+        ("BertForSequenceClassification", {"num_labels": 1}, "text-ranking", "gossamer.Encoder('{}')."),
+        ("BertForTokenClassification", {}, "token-classification", "gossamer.Encoder('{}').tag("),
+    ],
+)
+def test_the_card_of_an_encoder(
+    name: str, config: dict[str, Any], pipeline: str, tried: str, tmp_path: Path
+) -> None:
+    """Of a dense INT8 one, some of whose weights are rounded to zero."""
+    save_encoder(tmp_path / "model", name, **config)
+    round_to_int8(tmp_path / "model")
+    pack(Pack(str(tmp_path / "model"), str(tmp_path / "model.goss")))
+    for path, called in (("model", "org/it"), ("model.goss", "model.goss")):
+        card = publish(Publish(str(tmp_path / path), "org/it", dry_run=True)).card
+        front = ModelCard(card).data
+        assert front.pipeline_tag == pipeline and "sparse" not in (front.tags or ())
+        assert tried.format(called) in card and "gossamer run" not in card
+        assert "they are stored as dense i8" in card and "decoder" not in card
 
 
 def test_results_become_a_model_index_with_their_errors(

@@ -165,6 +165,14 @@ def test_masked_pretraining_learns(saved: Path) -> None:
     assert result.loss_last < 0.6 * result.loss_first
 
 
+def test_logits_are_learned_of_the_same_head(saved: Path) -> None:
+    [name] = Checkpoint.open(saved / "model").config["architectures"]
+    save_encoder(saved / "headless", name.replace("ForMaskedLM", "Model"))
+    taught = {"teacher": str(saved / "headless"), "distill": "kl"}
+    with pytest.raises(ConfigError, match="has a head for embedding; expected one for masked"):
+        pretrain(job(saved, saved / "out", **taught))
+
+
 def test_a_tokenizer_that_hides_nothing(saved: Path) -> None:
     file = saved / "model" / "tokenizer_config.json"
     config = json.loads(file.read_text())

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
@@ -14,8 +14,8 @@ from gossamer.engine.answers import MAX_ANSWER_LEN, STRIDE, Answer, Windows
 from gossamer.engine.entities import Entity, Words
 from gossamer.engine.heads import OF_VECTORS, Label, SequenceHead, TokenHead, cannot, sigmoid
 from gossamer.engine.model import num_threads_of, tokenizer_of
-from gossamer.errors import ConfigError
-from gossamer.job.report import Progress, quiet
+from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.job.report import Event, Progress, quiet
 from gossamer.packed.cache import open_packed
 from gossamer.tokens.pooling import PoolingMode
 from gossamer.tokens.texts import Text, Texts
@@ -63,7 +63,7 @@ class Encoder:
         self.path, self.architecture, self.pooling = packed.path, packed.architecture, packed.pooling
         self.tokenizer = tokenizer_of(packed)
         self.head, self.token_head = SequenceHead.open(packed), TokenHead.open(packed)
-        self._texts = Texts(self.tokenizer, self.pooling.max_length)
+        self._texts, self._progress = Texts(self.tokenizer, self.pooling.max_length), progress
         self._native = _native.Encoder(packed.buffer, packed.native_tensors(), config, threads)
 
     def encode(
@@ -72,9 +72,15 @@ class Encoder:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
-        *,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
         convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | Sequence[str] | None = None,
         normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        *,
         truncate: bool = True,
     ) -> Floats | list[Floats]:
         """float32 [N, D], a vector of each text, or [D] of a single one; as sentence-transformers' `encode`.
@@ -82,18 +88,29 @@ class Encoder:
         `prompt`, or the model's own of the name `prompt_name`, goes before each text. What is longer than
         the model's `max_length` is cut, or a ConfigError without `truncate`. At most `batch_size` texts are
         given to the engine at once: this changes no vector. The model's files, or `normalize_embeddings`, say
-        whether vectors have length 1. Without `convert_to_numpy` they come as a list. UnsupportedError of a
-        model whose head makes of texts something else.
+        whether vectors have length 1; `truncate_dim` keeps their first numbers. Without `convert_to_numpy`
+        they come as a list. `show_progress_bar` tells the encoder's `progress` how many texts are done.
+        UnsupportedError of a model whose head makes of texts something else, and of other options'
+        values that mean anything but float32 vectors of texts, in NumPy, by the CPU.
         """
+        self._refuse_options(output_value, precision, convert_to_tensor, device)
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.dimension:
+            raise ConfigError(f"truncate_dim is {truncate_dim}; expected 1 to {self.dimension}")
         before = self.prompt_of(prompt_name) if prompt is None else prompt
         texts = (
             [sentences] if isinstance(sentences, str) else _listed(sentences, "a text, or a list of texts")
         )
         _refuse_what_is_no_text([before, *texts])
         rows = self.token_ids([before + text for text in texts], truncate=truncate)
-        vectors_ND = self.vectors(rows, normalize=normalize_embeddings, batch_size=batch_size)
+        progress = self._progress if show_progress_bar else quiet
+        vectors_ND = self.vectors(
+            rows, normalize=normalize_embeddings, batch_size=batch_size, progress=progress
+        )
+        if truncate_dim is not None:
+            vectors_ND = vectors_ND[:, :truncate_dim]
+            vectors_ND = of_length_1(vectors_ND) if normalize_embeddings else vectors_ND
         if isinstance(sentences, str):
             return vectors_ND[0]
         return vectors_ND if convert_to_numpy else list(vectors_ND)
@@ -232,6 +249,17 @@ class Encoder:
             raise cannot("tag", self.architecture, self.path)
         return self.token_head
 
+    def _refuse_options(self, value: str | None, precision: str, tensor: bool, device: Any) -> None:
+        """UnsupportedError for what sentence-transformers' `encode` takes and this one does not."""
+        problems = {
+            f"output_value={value!r} (hidden_states has those of tokens)": value != "sentence_embedding",
+            f"precision={precision!r} (vectors are float32)": precision != "float32",
+            "convert_to_tensor=True (torch.from_numpy makes a tensor of what comes)": tensor,
+            f"device={device!r} (this engine runs on CPUs)": device not in (None, "cpu"),
+        }
+        if found := [name for name, is_there in problems.items() if is_there]:
+            raise UnsupportedError(f"{self.path}: encode has no {', '.join(found)}; leave it out")
+
     def _words(self, text: str | Sequence[str]) -> Words:
         if isinstance(text, str):
             [encoded] = self._texts.encode([text])
@@ -289,21 +317,31 @@ class Encoder:
         return TokenIds(encoded.ids, types, bool(encoded.overflowing))
 
     def vectors(
-        self, rows: Sequence[TokenIds], *, normalize: bool = False, batch_size: int | None = None
+        self,
+        rows: Sequence[TokenIds],
+        *,
+        normalize: bool = False,
+        batch_size: int | None = None,
+        progress: Progress = quiet,
     ) -> Floats:
         """float32 [N, D]: the vector of each row; of length 1 where `normalize` or the model's files say so.
 
         UnsupportedError as of `encode`.
         """
         self.check_vectors("encode")
-        vectors_ND = self.pooled(rows, batch_size)
+        vectors_ND = self.pooled(rows, batch_size, progress)
         return of_length_1(vectors_ND) if normalize or self.pooling.normalize else vectors_ND
 
-    def pooled(self, rows: Sequence[TokenIds], batch_size: int | None = None) -> Floats:
+    def pooled(
+        self, rows: Sequence[TokenIds], batch_size: int | None = None, progress: Progress = quiet
+    ) -> Floats:
         """float32 [N, D]: what the pooling makes of each row, of whatever length, or what the head takes."""
         mode: PoolingMode = self.pooling.mode if self.head is None else self.head.pooling
-        parts = [self._native.encode(*_joined(part), mode) for part in _batches(rows, batch_size)]
-        return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
+        parts, done = [np.empty((0, self.dimension), np.float32)], 0
+        for part in _batches(rows, batch_size):
+            parts.append(self._native.encode(*_joined(part), mode))
+            progress(Event("encode", "texts", done := done + len(part), len(rows)))
+        return np.concatenate(parts)
 
     @property
     def num_cut(self) -> int:

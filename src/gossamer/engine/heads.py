@@ -25,6 +25,13 @@ SERVED: dict[Task, str] = {
     "tokens": "labels each token (Encoder.tag, label_words)",
     "spans": "marks answers to questions in texts (Encoder.answer)",
 }
+CALLS: dict[Task, str] = {  # of an Encoder, for people to try
+    "embedding": "encode(['Once upon a time'])",
+    "masked": "encode(['Once upon a time'])",
+    "sequence": "classify(['Once upon a time'])",
+    "tokens": "tag(['Once upon a time'])",
+    "spans": "answer('When was it?', 'Once upon a time.')",
+}
 OF_VECTORS = ("embedding", "masked")  # tasks of models whose vectors are of texts' meanings
 
 

@@ -130,7 +130,7 @@ class TorchBackend:
         if source.architecture.is_encoder:
             raise UnsupportedError(
                 f"{source.path}: a {source.architecture.model_type}, an encoder, which continues no text; "
-                "--kind sts, retrieval and classification measure it"
+                "--kind sts, retrieval, classification, tokens and qa measure those"
             )
         self.tokenizer = Tokenizer.open(source.path)
         self.context = source.architecture.max_position_embeddings

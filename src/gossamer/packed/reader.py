@@ -93,7 +93,8 @@ class Packed:
         if self.architecture.is_encoder:
             raise UnsupportedError(
                 f"{self.path}: a {self.architecture.model_type}, an encoder, which continues no text; "
-                "gossamer.Encoder makes vectors of texts with it"
+                "gossamer.Encoder, `embed` and `serve` work with it, and `evaluate --kind sts` (retrieval, "
+                "classification, tokens, qa) measures it"
             )
 
     @property

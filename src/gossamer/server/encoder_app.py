@@ -2,7 +2,11 @@
 
 OpenAI's /v1/embeddings; vLLM's /v1/classify and /v1/score, also at /score; Cohere's and Jina's /v1/rerank,
 also at /rerank; and text-embeddings-inference's /embed, /rerank (with `texts`), /predict and /info, whose
-errors have a shape of their own. What a model's head is not for answers 404.
+errors have a shape of their own; / is the one of them that the model is for. What a model's head is not for
+answers 404.
+
+Token ids in the place of a text are those of the model's own tokenizer, its special tokens among them.
+LangChain's OpenAIEmbeddings sends ids of OpenAI's, and texts with check_embedding_ctx_length=False.
 """
 
 import base64
@@ -45,6 +49,10 @@ from gossamer.tokens.texts import Text
 Answer = TypeVar("Answer")
 Handler = Callable[[HttpRequest], Any]
 SHORT_BODY = 4096  # bytes: some 0.3 ms of tokenizing, where a thread's turn takes 0.1
+OWN_IDS = (  # what a client is told whose ids are others
+    "Token ids are those of this model's own tokenizer. Send texts instead, as LangChain's OpenAIEmbeddings "
+    "does with check_embedding_ctx_length=False."
+)
 TEI_ERRORS = {  # status -> text-embeddings-inference's word
     HTTPStatus.BAD_REQUEST: "Validation",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "Validation",
@@ -79,6 +87,7 @@ class EncoderApi(Served):
             "/rerank": self.rerank_of_either_shape,
             "/embed": self._answered_as_tei(self.tei_embed),
             "/predict": self._answered_as_tei(self.tei_predict),
+            "/": self._answered_as_tei(self.tei_root),
         }
         routes = [Route(path, handler, methods=["POST"]) for path, handler in posts.items()]
         return [*routes, Route("/info", self.info, methods=["GET"])]
@@ -186,6 +195,13 @@ class EncoderApi(Served):
         found = head.named(scores_NL if body.raw_scores else head.probabilities(scores_NL))
         return found if several else found[0]
 
+    async def tei_root(self, http: HttpRequest) -> Any:
+        """What clients ask that know the server's address alone."""
+        head = self._encoder.head
+        if head is None:
+            return await self.tei_embed(http)
+        return await (self.tei_rerank(http) if len(head.labels) == 1 else self.tei_predict(http))
+
     async def info(self, http: HttpRequest) -> Response:
         head, pooling = self._encoder.head, self._encoder.pooling
         if head is None:
@@ -251,7 +267,10 @@ class EncoderApi(Served):
             self._encoder.check_vectors("encode")
         texts = [it for it in inputs if isinstance(it, str)]
         if not texts:
-            return self._given([it for it in inputs if isinstance(it, list)], field)
+            if prompt_name is not None:
+                message = f"found token ids in {field}, and a prompt_name; a prompt goes before texts."
+                raise RequestError(message, param="prompt_name")
+            return self._given([it for it in inputs if isinstance(it, list)], field, cut)
         before = self._encoder.prompt_of(prompt_name) if vectors else ""
         return self._encoded([before + text for text in texts], field, cut)
 
@@ -261,16 +280,22 @@ class EncoderApi(Served):
         self._check_lengths(rows, field, cut)
         return rows
 
-    def _given(self, lists: list[list[int]], field: str) -> list[TokenIds]:
+    def _given(self, lists: list[list[int]], field: str, cut: bool) -> list[TokenIds]:
         """Lists of token ids, which are taken as they are: with the special tokens that they have."""
         _check_number(len(lists), field)
         size, limit = self._encoder.architecture.vocab_size, self._encoder.pooling.max_length
+        marks = self._encoder.tokenizer.encode("")
         for index, ids in enumerate(lists):
-            if len(ids) > limit:
-                raise _too_long(field, index, limit)
             if not all(0 <= it < size for it in ids):
-                raise RequestError(f"{field} has token ids beyond 0 .. {size - 1}.", param=field)
-        return [TokenIds(ids, [0] * len(ids)) for ids in lists]
+                raise RequestError(f"{field} has token ids beyond 0 .. {size - 1}. {OWN_IDS}", param=field)
+            if len(marks) == 2 and [ids[0], ids[-1]] != marks:
+                ends = f"found {ids[0]} and {ids[-1]} at the ends of list {index} of {field}"
+                expected = "expected {} and {}, which this model's tokenizer puts there".format(*marks)
+                raise RequestError(f"{ends}; {expected}. {OWN_IDS}", param=field)
+        short = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in lists]
+        rows = [TokenIds(it, [0] * len(it), it is not ids) for it, ids in zip(short, lists, strict=True)]
+        self._check_lengths(rows, field, cut)
+        return rows
 
     async def _computed(self, http: HttpRequest, prepare: Callable[[], list[TokenIds]]) -> EncoderRequest:
         """The finished request; ClientGone where nobody waits for it any more."""
@@ -278,7 +303,8 @@ class EncoderApi(Served):
         request = EncoderRequest(await _aside(http, prepare))
         if not await self._finished(http, [request]):
             raise ClientGone
-        self._metrics.computed(len(request.rows), request.num_tokens)
+        num_cut = sum(row.is_cut for row in request.rows)
+        self._metrics.computed(len(request.rows), request.num_tokens, cut=num_cut)
         return request
 
     def _check_lengths(self, rows: Sequence[TokenIds], field: str, cut: bool) -> None:

@@ -33,15 +33,19 @@ class Metrics:
         )
         self._texts = Counter("gossamer_texts", "Texts or prompts computed", registry=self._registry)
         self._tokens = Counter("gossamer_prompt_tokens", "Their tokens", registry=self._registry)
+        self._cut = Counter(
+            "gossamer_texts_cut", "Texts that were too long, and lost their ends", registry=self._registry
+        )
         self._generated = Counter("gossamer_generated_tokens", "Tokens generated", registry=self._registry)
         queue = Gauge("gossamer_queue", "Requests under way or waiting", registry=self._registry)
         queue.set_function(queued)
 
-    def computed(self, texts: int, tokens: int, generated: int = 0) -> None:
-        """Count what an answer took."""
+    def computed(self, texts: int, tokens: int, generated: int = 0, cut: int = 0) -> None:
+        """Count what an answer took; of its texts, `cut` were too long."""
         self._texts.inc(texts)
         self._tokens.inc(tokens)
         self._generated.inc(generated)
+        self._cut.inc(cut)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""

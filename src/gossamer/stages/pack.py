@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gossamer.architecture.anatomy import Anatomy
+from gossamer.architecture.anatomy import Anatomy, Task
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.partial import refuse_existing
 from gossamer.checkpoint.provenance import text_files
+from gossamer.engine.heads import CALLS
 from gossamer.errors import ConfigError
 from gossamer.job.options import option
 from gossamer.job.processes import refuse_several
@@ -26,13 +27,6 @@ from gossamer.packed.reader import Packed, table_of_parts
 from gossamer.packed.writer import Purpose
 
 NO_HEAD = "none"  # an encoder's
-_CALLS = {  # of an Encoder, by its task
-    "embedding": "encode(['Once upon a time'])",
-    "masked": "encode(['Once upon a time'])",
-    "sequence": "classify(['Once upon a time'])",
-    "tokens": "tag(['Once upon a time'])",
-    "spans": "answer('When was it?', 'Once upon a time.')",
-}
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ class PackResult(Result):
     sparsity: float
     bits_per_weight: float
     head: str
-    task: str
+    task: Task
     dense_for_speed: bool
     purpose_for_nothing: bool
     seconds: float
@@ -142,7 +136,7 @@ class PackResult(Result):
     def closing(self) -> tuple[str, ...]:
         """What to know about what was rounded, and the next command."""
         if self.head == NO_HEAD:
-            run = f"Use it: gossamer.Encoder({self.output_file!r}).{_CALLS[self.task]}"
+            run = f"Use it: gossamer.Encoder({self.output_file!r}).{CALLS[self.task]}"
         else:
             run = f"Run it: gossamer run {self.output_file} 'Once upon a time'"
         lines = []

@@ -19,7 +19,7 @@ from gossamer.job.options import option
 from gossamer.job.processes import is_first
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.tokens.tokenizer import Tokenizer
-from gossamer.training.by_task import longest_text, pretraining
+from gossamer.training.by_task import check_teacher, longest_text, pretraining
 from gossamer.training.history import TrainingResult
 from gossamer.training.options import TrainingOptions, check_options
 from gossamer.training.parallel import from_first, in_every_process
@@ -57,6 +57,8 @@ def pretrain(job: Pretrain, progress: Progress = quiet) -> TrainingResult:
     check_start(job, source, length)
     job = replace(job, dataset=expand(job.dataset))
     directory = None if job.teacher is None else open_teacher(job.teacher, source, offline=job.offline)
+    if directory is not None:
+        check_teacher(job, source, directory)
     with derive_in_first(source, job, "pretrain", kept=f"{FOLDER}/{RECORD}") as target:
         rows = _rows(job, source, target, length, directory, progress)
         teacher = teacher_for(job, directory, rows, "pretrain", progress)

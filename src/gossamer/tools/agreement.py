@@ -13,6 +13,7 @@ from gossamer.architecture.config import read_json
 from gossamer.engine import LLM, Encoder
 from gossamer.engine.encoder import TokenIds
 from gossamer.errors import EngineError
+from gossamer.evaluation.backends import without_bars
 from gossamer.packed.header import vector_sizes
 from gossamer.packed.reader import Packed
 
@@ -134,7 +135,12 @@ def _transformers_numbers(
     names = read_json(directory / "config.json").get("architectures") or ["AutoModel"]
     is_encoder = packed.architecture.is_encoder
     kind: Any = getattr(transformers, names[0] if is_encoder else "AutoModelForCausalLM")
+<<<<<<< HEAD
     model = kind.from_pretrained(directory, dtype=dtype or torch.float32, local_files_only=True, **how)
+=======
+    with without_bars():
+        model = kind.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+>>>>>>> issue13
     return _numbers(model.eval(), packed, ids)
 
 

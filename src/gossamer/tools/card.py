@@ -13,12 +13,22 @@ from typing import Any
 
 import yaml
 
+from gossamer.architecture.anatomy import Task
+from gossamer.engine.heads import CALLS, OF_VECTORS
 from gossamer.evaluation.scores import is_share, primary
 from gossamer.tools.inspect import InspectResult, Matrix
 from gossamer.tools.local_paths import without_folders
 
 KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-LEAST_SPARSITY = 0.01  # dense weights have a zero here and there
+PIPELINES: dict[Task, tuple[str, str]] = {  # the hub's names of tasks
+    "generation": ("text-generation", "Text generation"),
+    "embedding": ("sentence-similarity", "Sentence similarity"),
+    "masked": ("fill-mask", "Fill mask"),
+    "sequence": ("text-classification", "Text classification"),
+    "tokens": ("token-classification", "Token classification"),
+    "spans": ("question-answering", "Question answering"),
+}
+LEAST_SPARSITY = 0.05  # dense weights have a zero here and there, of INT8 some 1 to 3%
 PLACES = ("model", "output_dir", "output")  # options that name files of this computer and no choice
 OF_THE_MACHINE = ("threads", "offline", "save_seconds", "report_to")
 
@@ -72,9 +82,9 @@ def front_matter(name: str, found: InspectResult, sources: Sources) -> dict[str,
             {re.split("[:@]", of)[1] for of in _names(sources.manifest) if of.startswith("hf:")}
         ),
         "library_name": "gossamer" if _is_packed(found) else "transformers",
-        "pipeline_tag": kept.get("pipeline_tag", "text-generation"),
+        "pipeline_tag": kept.get("pipeline_tag", _pipeline(found)[0]),
         "tags": _tags(found, sources.scheme),
-        "model-index": _model_index(name.split("/")[-1], sources.results),
+        "model-index": _model_index(name.split("/")[-1], _pipeline(found), sources.results),
     }
     return {key: value for key, value in front.items() if value}
 
@@ -96,7 +106,14 @@ def _own_card(found: InspectResult) -> Mapping[str, Any]:
     return front if isinstance(front, dict) else {}
 
 
-def _model_index(name: str, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _pipeline(found: InspectResult) -> tuple[str, str]:
+    ranks = found.task == "sequence" and len(found.labels) == 1
+    return ("text-ranking", "Text ranking") if ranks else PIPELINES[found.task]
+
+
+def _model_index(
+    name: str, pipeline: tuple[str, str], results: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """One entry for each task of each run; of a metric also its standard error, recovery and examples."""
     entries = []
     for result in results:
@@ -114,7 +131,7 @@ def _model_index(name: str, results: Sequence[Mapping[str, Any]]) -> list[dict[s
                 measured.append(
                     {"type": metric, "name": metric, "value": value, **({"args": args} if args else {})}
                 )
-            task_type = {"type": "text-generation", "name": "Text generation"}
+            task_type = dict(zip(("type", "name"), pipeline, strict=True))
             entries.append({"task": task_type, "dataset": {"type": task, "name": task}, "metrics": measured})
     return [{"name": name, "results": entries}] if entries else []
 
@@ -134,7 +151,7 @@ def _summary(found: InspectResult, sources: Sources) -> str:
     architecture = found.architecture
     of = f"`{sources.base_model}`" if sources.base_model else "a dense model"
     zeros = (
-        f"{found.sparsity:.1%} of its decoder's linear weights are zero"
+        f"{found.sparsity:.1%} of its {found.side}'s linear weights are zero"
         if found.sparsity > LEAST_SPARSITY
         else "dense"
     )
@@ -146,10 +163,17 @@ def _summary(found: InspectResult, sources: Sources) -> str:
 
 
 def _use(name: str, found: InspectResult) -> str:
-    if _is_packed(found):
-        file = Path(found.model).name
-        return f'    hf download {name} {file} --local-dir .\n    gossamer run {file} "Once upon a time"\n'
-    return f'    gossamer run {name} "Once upon a time"    # or transformers\' AutoModelForCausalLM\n'
+    """How to try it, as code."""
+    file = Path(found.model).name if _is_packed(found) else name
+    fetched = [f"hf download {name} {file} --local-dir ."] if _is_packed(found) else []
+    if found.task == "generation":
+        also = "" if _is_packed(found) else "    # or transformers' AutoModelForCausalLM"
+        lines = [*fetched, f'gossamer run {file} "Once upon a time"{also}']
+    else:
+        embed = [f"gossamer embed {file} TEXTS.txt -o VECTORS.npy"] if found.task in OF_VECTORS else []
+        call = f"import gossamer; print(gossamer.Encoder('{file}').{CALLS[found.task]})"
+        lines = [*fetched, *embed, f'python -c "{call}"']
+    return "".join(f"    {line}\n" for line in lines)
 
 
 def _facts(found: InspectResult, sources: Sources) -> list[tuple[str, ...]]:
@@ -163,14 +187,19 @@ def _facts(found: InspectResult, sources: Sources) -> list[tuple[str, ...]]:
         ("parameters", f"{found.num_parameters:,}"),
         ("nonzero parameters", f"{found.num_parameters - _num_zeros(found):,}"),
         ("bytes", f"{found.num_bytes:,}"),
-        ("zeros of the decoder's linears", f"{found.sparsity:.2%}"),
+        (f"zeros of the {found.side}'s linears", f"{found.sparsity:.2%}"),
         ("stored as", _stored(found)),
         ("scheme", sources.scheme or ""),
-        ("context", f"{found.architecture['max_position_embeddings']:,} tokens"),
+        ("context", f"{_context(found):,} tokens"),
         ("licence", found.license or "unknown"),
         ("seeds", ", ".join(seeds)),
     ]
     return [fact for fact in facts if fact[1]]
+
+
+def _context(found: InspectResult) -> int:
+    """Tokens of a text at most."""
+    return found.pooling.max_length if found.pooling else found.architecture["max_position_embeddings"]
 
 
 def _scores(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -261,20 +290,20 @@ def _steps(found: InspectResult, manifest: Mapping[str, Any]) -> Sequence[Mappin
     return manifest.get("lineage") or [{"stage": step.stage} for step in found.provenance]
 
 
-def _decoder(found: InspectResult) -> list[Matrix]:
-    return [matrix for matrix in found.matrices if ".layers." in matrix.name]
+def _of_layers(found: InspectResult) -> list[Matrix]:
+    return [matrix for matrix in found.matrices if matrix.is_in_a_layer]
 
 
 def _num_zeros(found: InspectResult) -> int:
-    return sum(matrix.num_weights - matrix.nonzeros for matrix in _decoder(found))
+    return sum(matrix.num_weights - matrix.nonzeros for matrix in _of_layers(found))
 
 
 def _types(found: InspectResult) -> list[str]:
-    return sorted({matrix.values for matrix in _decoder(found)})
+    return sorted({matrix.values for matrix in _of_layers(found)})
 
 
 def _stored(found: InspectResult) -> str:
-    return " and ".join(sorted({f"{matrix.storage} {matrix.values}" for matrix in _decoder(found)}))
+    return " and ".join(sorted({f"{matrix.storage} {matrix.values}" for matrix in _of_layers(found)}))
 
 
 def _is_packed(found: InspectResult) -> bool:

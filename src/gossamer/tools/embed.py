@@ -69,6 +69,7 @@ def embed(job: Embed, progress: Progress = quiet) -> EmbedResult:
     texts = [before + text for text in texts]
     if not job.truncate:
         _check_lengths(encoder, texts, job.file)
+    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(output.name + ".partial")
     try:
         num_tokens, num_cut, rate = _write(partial, encoder, texts, job, progress)
@@ -113,7 +114,8 @@ def _write(
 def _texts(file: str) -> list[str]:
     """All texts of the file, or of stdin; ConfigError where there are none, or a row has none."""
     if file != "-" and not Path(file).is_file():
-        raise ConfigError(f"{file}: no such file; expected texts as .txt, .jsonl, .jsonl.zst or .parquet")
+        found = "a folder" if Path(file).is_dir() else "no such file"
+        raise ConfigError(f"{file}: {found}; expected texts as .txt, .jsonl, .jsonl.zst or .parquet")
     if file.endswith(TABLES):
         texts = [text_of(row, where, "text", "content", blank=True) for where, row in table_rows(Path(file))]
     elif file == "-" or file.endswith(".txt"):

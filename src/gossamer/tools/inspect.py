@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gossamer.architecture.anatomy import Anatomy
+from gossamer.architecture.anatomy import Anatomy, Task
+from gossamer.architecture.config import Config
+from gossamer.architecture.encoder import labels
 from gossamer.architecture.rope import Rope
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.provenance import Provenance, Step, read_provenance
@@ -17,6 +19,16 @@ from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, Result, Table, quiet
 from gossamer.packed.header import matrix_shapes
 from gossamer.packed.reader import Packed, table_of_parts
+from gossamer.tokens.pooling import Pooling
+
+_LAYER = re.compile(r"\blayers?\.\d+\b")
+_FOR: dict[Task, str] = {
+    "embedding": "vectors of texts",
+    "masked": "masked words",
+    "sequence": "classes of texts",
+    "tokens": "classes of words",
+    "spans": "answers in texts",
+}  # an encoder
 
 
 @dataclass(frozen=True)
@@ -44,8 +56,12 @@ class Matrix:
     @property
     def layer(self) -> str:
         """The part of the model it belongs to: `embed_tokens`, `layers.3` or `layer.3`, `lm_head`."""
-        found = re.search(r"\blayers?\.\d+\b", self.name)
+        found = _LAYER.search(self.name)
         return found[0] if found else self.name.split(".")[-1]
+
+    @property
+    def is_in_a_layer(self) -> bool:
+        return _LAYER.search(self.name) is not None
 
     @property
     def num_weights(self) -> int:
@@ -54,15 +70,19 @@ class Matrix:
 
 @dataclass(frozen=True)
 class InspectResult(Result):
-    """`sparsity` and `bits_per_weight` are of the decoder's linears; `provenance` is oldest first.
+    """`sparsity` and `bits_per_weight` are of the linears of all layers; `provenance` is oldest first.
 
     `license` is what the model card says, or how the licence's text begins; `texts` has the texts by name.
-    `parts` are the bytes of a packed file by part (None for a directory).
+    `parts` are the bytes of a packed file by part (None for a directory). Of an encoder `pooling` says how it
+    reads texts, and `labels` are the classes of its head.
     """
 
     model: str
     kind: str
     architecture: dict[str, Any]
+    task: Task
+    pooling: Pooling | None
+    labels: tuple[str, ...]
     num_parameters: int
     num_bytes: int
     sparsity: float
@@ -74,7 +94,7 @@ class InspectResult(Result):
     parts: Mapping[str, int] | None = None
 
     def tables(self) -> list[Table]:
-        """The model as a whole, and a row per decoder layer."""
+        """The model as a whole, and a row per layer."""
         found = self.architecture
         heads = f"{found['num_heads']} query, {found['num_kv_heads']} key/value heads of {found['head_dim']}"
         widths = (
@@ -91,10 +111,11 @@ class InspectResult(Result):
             ("width", widths),
             ("rope", f"{rope['kind']}, base {rope['theta']:g}" if rope else "none"),
             *([("positions seen", seen)] if any(windows) else []),
+            *self._reading(),
             ("parameters", f"{self.num_parameters:,}"),
             ("bytes", f"{self.num_bytes:,}"),
-            ("decoder zeros", f"{self.sparsity:.2%}"),
-            ("decoder bits/weight", f"{self.bits_per_weight:.2f}"),
+            (f"{self.side} zeros", f"{self.sparsity:.2%}"),
+            (f"{self.side} bits/weight", f"{self.bits_per_weight:.2f}"),
             ("license", self.license or "unknown"),
             *([("texts", ", ".join(self.texts))] if self.texts else []),
             *(
@@ -107,6 +128,24 @@ class InspectResult(Result):
         columns = ("part", "stored", "zeros", "bits/weight", "bytes")
         layers = [Table(self.model, ("", ""), facts), Table("", columns, rows)]
         return [*layers, table_of_parts(self.parts)] if self.parts else layers
+
+    @property
+    def side(self) -> str:
+        """What the layers are together."""
+        return "decoder" if self.task == "generation" else "encoder"
+
+    def _reading(self) -> list[tuple[str, str]]:
+        """What an encoder is for, and how it reads texts."""
+        if self.pooling is None or self.task == "generation":
+            return []
+        how = f"{self.pooling.mode} of their tokens{', of length 1' if self.pooling.normalize else ''}"
+        detail = {"embedding": f", {how}", "masked": f"; vectors by the {how}"}.get(self.task, "")
+        return [
+            ("for", _FOR[self.task] + detail),
+            *([("classes", f"{len(self.labels)}: {', '.join(self.labels):.80}")] if self.labels else []),
+            ("reads", f"at most {self.pooling.max_length:,} tokens of a text"),
+            *([("prompts", ", ".join(self.pooling.prompts))] if self.pooling.prompts else []),
+        ]
 
 
 def inspect(job: Inspect, progress: Progress = quiet) -> InspectResult:
@@ -133,7 +172,17 @@ def _packed(packed: Packed) -> InspectResult:
     kind = f"packed file, format version {packed.metadata['version']}"
     found, parent = packed.provenance, packed.metadata["parent"]
     known = replace(found, lineage=(*found.lineage, Step("pack", parent))) if parent else found
-    result = _result(str(packed.path), kind, packed.architecture, packed.file_bytes, matrices, known)
+    pooling = packed.pooling if packed.architecture.is_encoder else None
+    result = _result(
+        str(packed.path),
+        kind,
+        packed.architecture,
+        packed.config,
+        pooling,
+        packed.file_bytes,
+        matrices,
+        known,
+    )
     return replace(result, parts=packed.bytes_by_part())
 
 
@@ -151,13 +200,17 @@ def _directory(source: Checkpoint, progress: Progress) -> InspectResult:
     kind = "quantized directory" if "quantization_config" in source.config else "directory"
     num_bytes = sum(file.stat().st_size for file in source.path.glob("*.safetensors"))
     known = read_provenance(source)
-    return _result(str(source.path), kind, source.architecture, num_bytes, matrices, known)
+    architecture, path = source.architecture, source.path
+    pooling = Pooling.open(path, architecture) if architecture.is_encoder else None
+    return _result(str(path), kind, architecture, source.config, pooling, num_bytes, matrices, known)
 
 
 def _result(
     model: str,
     kind: str,
     architecture: Anatomy,
+    config: Mapping[str, Any],
+    pooling: Pooling | None,
     num_bytes: int,
     matrices: Sequence[Matrix],
     provenance: Provenance,
@@ -169,6 +222,9 @@ def _result(
         model=model,
         kind=kind,
         architecture=_sizes(architecture),
+        task=architecture.task,
+        pooling=pooling,
+        labels=tuple(labels(Config(config, model))) if architecture.task in ("sequence", "tokens") else (),
         num_parameters=sum(int(np.prod(shape)) for shape in shapes),
         num_bytes=num_bytes,
         sparsity=_sparsity(decoder),

@@ -92,11 +92,6 @@ def finetuning(job: "Finetune", source: Checkpoint) -> Callable[[PreTrainedModel
         return _pairs(job, source)
     end_id = marks(Tokenizer.open(source.path))[1]
     if job.format == "qa":
-        if job.distill in ("kl", "both"):
-            raise UnsupportedError(
-                f"--distill {job.distill}: of answers no logits are learned yet; supported: --distill "
-                "squarehead and none"
-            )
         return Spans(anatomy, end_id)
     return lambda model: Classes(model, anatomy, end_id)
 
@@ -118,17 +113,23 @@ def _pairs(job: "Finetune", source: Checkpoint) -> PairScores:
     return PairScores(anatomy, Pooling.open(source.path, anatomy), 0.0, highest)
 
 
-def check_teacher(job: "Finetune", source: Checkpoint, teacher: Checkpoint) -> None:
+def check_teacher(job: TrainingOptions, source: Checkpoint, teacher: Checkpoint) -> None:
     """Raise ConfigError unless a teacher whose logits an encoder learns has its head and its classes."""
     if not source.architecture.is_encoder or job.distill not in ("kl", "both"):
         return
-    theirs, ours = ((it.architecture.task, classes(it)) for it in (teacher, source))
+    theirs, ours = (_head(it) for it in (teacher, source))
     if theirs != ours:
-        found, wanted = (f"{task}, of {', '.join(names)[:80]}" for task, names in (theirs, ours))
         raise ConfigError(
-            f"--distill {job.distill}: --teacher {teacher.path} has a head for {found}; expected one for "
-            f"{wanted}"
+            f"--distill {job.distill}: --teacher {teacher.path} has a head for {theirs}; expected one for "
+            f"{ours}"
         )
+
+
+def _head(source: Checkpoint) -> str:
+    """What a head is for, and the names of its classes, where it has such."""
+    task = source.architecture.task
+    named = f", of {', '.join(classes(source))[:80]}" if task in ("sequence", "tokens") else ""
+    return f"{task}{named}"
 
 
 def classes(source: Checkpoint) -> list[str]:

@@ -34,7 +34,7 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a decoder, or of an encoder for masked tokens, classes of texts or classes of tokens."""
+    """The head of a decoder, or of an encoder for masked tokens, classes of texts or of tokens, or spans."""
     whole: Any = model
     if hasattr(whole, "cls"):
         return Head(whole.cls.predictions.transform, whole.cls.predictions.decoder)
@@ -43,6 +43,8 @@ def head_of(model: PreTrainedModel) -> Head:
         return Head(lambda hidden_ND: head.layer_norm(gelu(head.dense(hidden_ND))), head.decoder)
     if hasattr(whole, "head"):
         return Head(whole.head, whole.decoder if hasattr(whole, "decoder") else whole.classifier)
+    if hasattr(whole, "qa_outputs"):
+        return Head(nn.Identity(), whole.qa_outputs)
     if not hasattr(whole, "classifier"):
         return Head(nn.Identity(), whole.get_output_embeddings())
     if not isinstance(whole.classifier, nn.Linear):

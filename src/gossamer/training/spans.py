@@ -1,8 +1,10 @@
 """The objective of a head that marks answers: the first and the last token of each, among those of its text.
 
     loss = mean over texts of (cross-entropy of the first token + that of the last) / 2
+    kl   = mean over texts of t^2 (KL of the first token + that of the last) / 2
 
-as transformers' models for question answering have it, each text by itself.
+as transformers' models for question answering have it, each text by itself. KL is of a teacher's softmax over
+the tokens of a text to the student's, both of logits divided by the temperature t.
 """
 
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 from gossamer.architecture.anatomy import Anatomy
 from gossamer.data.questions import FIRST, LAST
 from gossamer.training.distillation import Distillation
+from gossamer.training.head_loss import HeadTeacher, TeacherLogits
 from gossamer.training.objective import Loss
 from gossamer.training.rows import Rows
 from gossamer.training.text_rows import PADDING, encoder_inputs, one_label_a_text, text_batch, types
@@ -42,13 +45,26 @@ class Spans:
         outputs = model(**encoder_inputs(self.anatomy, batch), output_hidden_states=True)
         there_BT = batch["texts"] != PADDING
         texts_M, marks_M = batch["texts"][there_BT], batch["marks"][there_BT]
+        logits_M2 = torch.stack([outputs.start_logits, outputs.end_logits], -1)[there_BT].float()
         own = torch.zeros((), device=texts_M.device)
-        for bit, logits_BT in ((FIRST, outputs.start_logits), (LAST, outputs.end_logits)):
-            logits_M = logits_BT[there_BT].float()
+        for bit, logits_M in zip((FIRST, LAST), logits_M2.unbind(-1), strict=True):
             is_marked_M = (marks_M > 0) & (marks_M & bit > 0)
             own = own + (_logsumexp(logits_M, texts_M).sum() - logits_M[is_marked_M].sum()) / 2
         weight = 1.0 if learned is None else learned.own_weight
-        return Loss(weight * own, own.detach(), outputs)
+        teacher = None if learned is None else learned.at_the_head(there_BT)
+        total = weight * own if teacher is None else weight * own + _divergence(teacher, logits_M2, texts_M)
+        return Loss(total, own.detach(), outputs)
+
+
+def _divergence(teacher: HeadTeacher, logits_M2: Tensor, texts_M: Tensor) -> Tensor:
+    """t^2 KL over the tokens of each text, half of its first one's and half of its last one's, added up."""
+    assert isinstance(teacher, TeacherLogits)
+    t, found = teacher.temperature, torch.zeros((), device=texts_M.device)
+    theirs_M2 = teacher.logits(0, len(texts_M)).float()
+    for both in zip(theirs_M2.unbind(-1), logits_M2.unbind(-1), strict=True):
+        log_p_M, log_q_M = (it / t - _logsumexp(it / t, texts_M)[texts_M] for it in both)
+        found = found + t**2 * (log_p_M.exp() * (log_p_M - log_q_M)).sum() / 2
+    return found
 
 
 def _logsumexp(logits_M: Tensor, texts_M: Tensor) -> Tensor:
