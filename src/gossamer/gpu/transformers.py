@@ -6,7 +6,6 @@ and packed where they lie, one after another: so the most memory is that of the 
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.checkpoint.schemes import W8A8, read_scheme
 from gossamer.errors import EngineError, UnsupportedError
+from gossamer.gpu.directory import left_in_floats, matches
 from gossamer.gpu.linear import LEAST_ZEROS, SparseLinear
 
 METHOD = "gossamer"
@@ -42,13 +41,7 @@ class GossamerConfig(QuantizationConfigMixin):
         found = found if isinstance(found, dict) else found.to_dict()
         if found.get("quant_method") == METHOD:
             return self
-        scheme = read_scheme({"quantization_config": found}, "config.json")
-        if scheme is not W8A8:
-            name = "nothing" if scheme is None else scheme.name
-            raise UnsupportedError(
-                f"config.json: quantized as {name}; supported on GPUs: W8A8, and models in bfloat16"
-            )
-        return GossamerConfig(self.keep_dense, found.get("ignore") or [])
+        return GossamerConfig(self.keep_dense, left_in_floats(found))
 
 
 class LoadedInt8(nn.Module):
@@ -119,7 +112,7 @@ class GossamerQuantizer(HfQuantizer):
 
     def _is_int8(self, name: str) -> bool:
         ignored = self._config.ignored
-        return ignored is not None and not any(_matches(it, name) for it in ignored)
+        return ignored is not None and not any(matches(it, name) for it in ignored)
 
     @property
     def is_trainable(self) -> bool:
@@ -141,11 +134,6 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, str, Any]]:
         if path.startswith(prefixes) and isinstance(module, nn.Linear | LoadedInt8):
             parent, _, name = path.rpartition(".")
             yield parent, name, module
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """As compressed-tensors has it: a name, or `re:` and an expression that it begins with."""
-    return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else pattern == name
 
 
 def _fixed(value: Tensor) -> nn.Parameter:

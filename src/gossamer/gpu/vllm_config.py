@@ -1,0 +1,113 @@
+"""Which models vLLM gives to Gossamer, and which of their linears: what `--quantization gossamer` means.
+
+A directory says nothing of us, in bfloat16 or W8A8: without the option vLLM runs it by kernels of its own.
+What vLLM calls a quantization is what makes room for the weights of linears and computes with them.
+"""
+
+# pyright: reportMissingImports=false
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import vllm
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from gossamer.errors import UnsupportedError
+from gossamer.gpu.directory import left_in_floats, matches
+from gossamer.gpu.vllm import LOGGER, NAME
+from gossamer.gpu.vllm_tally import Tally
+
+OLDEST, NEWEST = (0, 22), (0, 33)  # of vLLM; those before lose biases of linears that are packed as they load
+LEAST_CAPABILITY = 80
+
+
+class SparseConfig(QuantizationConfig):
+    """Linears without their zeros. Embeddings, the head, attention and `ignored` linears are vLLM's."""
+
+    def __init__(self, ignored: Sequence[str] | None = None) -> None:
+        """`ignored`: of a W8A8 directory, what it says of linears that are not INT8; None of one in bfloat16.
+
+        vLLM itself calls it without arguments, for a directory that is not quantized.
+        """
+        super().__init__()
+        check_version(vllm.__version__)
+        self.ignored, self.tally = ignored, Tally()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "SparseConfig":
+        """Of a directory's `quantization_config`; UnsupportedError for any scheme but W8A8."""
+        return cls(left_in_floats(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, **_: Any
+    ) -> str | None:
+        """Claims a directory's scheme where a person asked for us; UnsupportedError if it is not W8A8."""
+        if user_quant != NAME:
+            return None
+        left_in_floats(hf_quant_cfg)
+        return NAME
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """What computes a layer, by its name; None leaves it to vLLM. UnsupportedError for experts."""
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        from gossamer.gpu.vllm_linear import SparseLinearMethod
+
+        if isinstance(layer, (VocabParallelEmbedding, AttentionLayerBase)):
+            return None
+        if not isinstance(layer, LinearBase):
+            raise UnsupportedError(
+                f"{prefix}: found {type(layer).__name__}; supported by --quantization {NAME}: models whose "
+                "weights are linears and embeddings"
+            )
+        if self._ignores(prefix):
+            return UnquantizedLinearMethod()
+        return SparseLinearMethod(self.tally, is_int8=self.ignored is not None)
+
+    def _ignores(self, prefix: str) -> bool:
+        """Of a linear that vLLM fuses the directory has the parts, which must be alike."""
+        place, dot, last = prefix.rpartition(".")
+        names = [f"{place}{dot}{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        found = [name for name in names if any(matches(it, name) for it in self.ignored or ())]
+        if found and len(found) < len(names):
+            raise UnsupportedError(
+                f"{', '.join(found)}: not quantized, but other parts of {prefix} are, and vLLM multiplies "
+                "them as one; supported: all of them, or none: see `gossamer quantize --ignore`"
+            )
+        return bool(found)
+
+    def get_name(self) -> str:
+        """As the option has it."""
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Types of inputs that the operator takes."""
+        return [torch.bfloat16] if self.ignored is None else [torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """The first GPUs that copy to shared memory beside their work."""
+        return LEAST_CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything is in `config.json`."""
+        return []
+
+
+def check_version(version: str) -> None:
+    """UnsupportedError for a vLLM that is too old; one that was not tested is named in a warning, once."""
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2]) if "dev" not in version else None
+    supported = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
+    if found and found < OLDEST:
+        raise UnsupportedError(f"found vLLM {version}; supported by --quantization {NAME}: {supported}")
+    if not found or found > NEWEST:
+        init_logger(LOGGER).warning_once(
+            "Found vLLM %s; --quantization %s was tested with %s", version, NAME, supported
+        )
