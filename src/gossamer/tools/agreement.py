@@ -135,12 +135,8 @@ def _transformers_numbers(
     names = read_json(directory / "config.json").get("architectures") or ["AutoModel"]
     is_encoder = packed.architecture.is_encoder
     kind: Any = getattr(transformers, names[0] if is_encoder else "AutoModelForCausalLM")
-<<<<<<< HEAD
-    model = kind.from_pretrained(directory, dtype=dtype or torch.float32, local_files_only=True, **how)
-=======
     with without_bars():
-        model = kind.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
->>>>>>> issue13
+        model = kind.from_pretrained(directory, dtype=dtype or torch.float32, local_files_only=True, **how)
     return _numbers(model.eval(), packed, ids)
 
 
