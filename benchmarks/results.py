@@ -2,12 +2,14 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from gossamer import _native
 from gossamer.machine import cpu_model
 
+Row = dict[str, Any]
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
@@ -19,3 +21,14 @@ def write_row(benchmark: str, row: dict[str, Any]) -> None:
     with (RESULTS / f"{benchmark}.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     print(line)
+
+
+def all_rows(benchmark: str, folder: Path) -> list[Row]:
+    file = folder / f"{benchmark}.jsonl"
+    return list(map(json.loads, file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+
+
+def newest(rows: Iterable[Row], keys: Iterable[str]) -> list[Row]:
+    """The last row of each measurement, told apart by `keys`, in the order first measured."""
+    found = {tuple(row[key] for key in keys): row for row in rows}
+    return list(found.values())

@@ -5,14 +5,13 @@
 They stand between <!-- results --> and <!-- /results -->.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
+import encoder_tables
 from compare.report import ratio_table, speed_table
-from results import RESULTS
+from results import RESULTS, Row, all_rows, newest
 
 from gossamer.cli import markdown
 from gossamer.job.report import Table
@@ -23,19 +22,6 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512-bf16", "amx")
 MAIN_JOBS = ("step-1b", "linears-7b", "batch-1b")  # of decode.py, for README
 MAIN_SPARSITIES = (0.5, 0.7, 0.9)  # of training.py, for README
 SETTING = ("shape", "layers", "values", "sparsity", "batch", "prompt")  # what tells rows of decode.py apart
-
-Row = dict[str, Any]
-
-
-def all_rows(benchmark: str, folder: Path) -> list[Row]:
-    file = folder / f"{benchmark}.jsonl"
-    return list(map(json.loads, file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
-
-
-def newest(rows: Iterable[Row], keys: Iterable[str]) -> list[Row]:
-    """The last row of each measurement, told apart by `keys`, in the order first measured."""
-    found = {tuple(row[key] for key in keys): row for row in rows}
-    return list(found.values())
 
 
 def headed(what: str, rows: list[Row], table: Table) -> str:
@@ -199,7 +185,10 @@ def peers(folder: Path) -> str:
 
 
 BRIEF: tuple[Callable[[Path], str], ...] = (main_jobs, whole_models, main_training)
-COMPLETE: tuple[Callable[[Path], str], ...] = (decode, prefill, training, kernels, against_peers, peers)
+COMPLETE: tuple[Callable[[Path], str], ...] = (
+    *(decode, prefill, training, kernels, against_peers, peers),
+    *encoder_tables.SECTIONS,
+)
 
 
 def render(sections: Iterable[Callable[[Path], str]], folder: Path = RESULTS) -> str:

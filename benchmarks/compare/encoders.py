@@ -1,9 +1,10 @@
 """A packed encoder and its peers in turns on the same token ids; rows go to docs/results/encoders.jsonl.
 
-    python benchmarks/compare/run.py --install onnxruntime    # once, and openvino
+    python benchmarks/compare/run.py --install onnxruntime    # once; and openvino, sentence-transformers
     python benchmarks/compare/encoders.py MODEL FILE.goss... --rounds 5
 
-MODEL is the dense directory of transformers, which the peers quantize themselves. A round runs every
+MODEL is the dense directory of transformers, which ONNX Runtime and OpenVINO quantize themselves, and
+sentence-transformers computes in float32. A round runs every
 contestant once, each in a process of its own; what counts is the median of rounds, over the better peer's.
 """
 
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.results import write_row
 
 HERE = Path(__file__).resolve().parent
-PEERS = ("onnxruntime", "openvino")
+OF_GRAPHS = ("onnxruntime", "openvino")
+PEERS = (*OF_GRAPHS, "sentence-transformers")
 
 
 def commands(job: argparse.Namespace) -> Iterator[list[str]]:
@@ -39,7 +41,8 @@ def commands(job: argparse.Namespace) -> Iterator[list[str]]:
             print(f"{peer} is missing; {how_to_install(peer, job.root)}", file=sys.stderr)
             continue
         program = [str(python(peer, job.root)), str(HERE / "peer_encoder.py"), peer]
-        yield [*program, str(job.model), str(graph_of(job)), *about, *sizes]
+        graph = ["--graph", str(graph_of(job))] if peer in OF_GRAPHS else []
+        yield [*program, str(job.model), *graph, *about, *sizes]
 
 
 def graph_of(job: argparse.Namespace) -> Path:

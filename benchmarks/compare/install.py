@@ -7,10 +7,12 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path("/tmp/peers")
+CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints.txt"  # by which torch is what it is here
 PACKAGES = {
     "llama.cpp": ["gguf", "numpy"],
     "openvino": ["openvino", "nncf", "numpy"],
     "onnxruntime": ["onnxruntime", "onnx", "sympy", "numpy"],
+    "sentence-transformers": ["sentence-transformers", "-c", str(CONSTRAINTS)],
 }
 SOURCES = "llama-cpp-python"  # its source archive carries llama.cpp
 CMAKE = {
@@ -39,8 +41,7 @@ def llama_bench(root: Path = ROOT) -> Path:
 def installed(peer: str, root: Path = ROOT) -> bool:
     if peer == "llama.cpp":
         return llama_bench(root).is_file()
-    module = {"openvino": "openvino", "onnxruntime": "onnxruntime", "torch": "torch"}[peer]
-    command = [python(peer, root), "-c", f"import {module}"]
+    command = [python(peer, root), "-c", f"import {peer.replace('-', '_')}"]
     return Path(command[0]).is_file() and subprocess.run(command, capture_output=True).returncode == 0
 
 

@@ -1,7 +1,8 @@
-"""ONNX Runtime's or OpenVINO's INT8 of an exported BERT: run with a Python that has one of them.
+"""ONNX Runtime's or OpenVINO's INT8 of an exported BERT, or sentence-transformers' model in float32.
 
-onnxruntime: the graph fused by its own optimizer for BERTs, then dynamic quantization. openvino: NNCF's
-static quantization for transformers, calibrated on 40 batches of made-up texts. What they make is kept.
+Run with a Python that has the one that is asked for. onnxruntime: the graph fused by its own optimizer for
+BERTs, then dynamic quantization. openvino: NNCF's static quantization for transformers, calibrated on 40
+batches of made-up texts. What they make is kept. sentence-transformers: the directory as it is, by torch.
 """
 
 import argparse
@@ -54,27 +55,45 @@ def openvino(graph: Path, threads: int, vocabulary: int) -> tuple[str, Run]:
     return f"OpenVINO {ov.__version__}", lambda batch: compiled(batch)[0]
 
 
+def sentence_transformers(model: Path, threads: int) -> tuple[str, Run]:
+    """Vectors instead of hidden states, by the modules that the directory lists."""
+    torch: Any = importlib.import_module("torch")
+    library: Any = importlib.import_module("sentence_transformers")
+    torch.set_num_threads(threads)
+    found = library.SentenceTransformer(str(model), device="cpu").eval()
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        with torch.inference_mode():
+            tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+            return found(tensors)["sentence_embedding"].numpy()
+
+    return f"sentence-transformers {library.__version__}", run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runtime", choices=["onnxruntime", "openvino"])
+    parser.add_argument("runtime", choices=["onnxruntime", "openvino", "sentence-transformers"])
     parser.add_argument("model", type=Path)
-    parser.add_argument("graph", type=Path)
+    parser.add_argument("--graph", type=Path, help="the model as ONNX, for the first two")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--heads", type=int, required=True)
     parser.add_argument("--width", type=int, required=True)
     job = parser.parse_args()
-    vocabulary = vocabulary_of(job.model)
+    vocabulary, pools = vocabulary_of(job.model), job.runtime == "sentence-transformers"
     if job.runtime == "onnxruntime":
         name, run = onnxruntime(job.graph, job.threads, job.heads, job.width)
-    else:
+    elif job.runtime == "openvino":
         name, run = openvino(job.graph, job.threads, vocabulary)
+    else:
+        name, run = sentence_transformers(job.model, job.threads)
 
     def encode(texts: list[Ids]) -> np.ndarray:
         batch = padded(texts)
-        return pooled(run(batch), batch["attention_mask"])
+        found = run(batch)
+        return found if pools else pooled(found, batch["attention_mask"])
 
-    who = {"who": name.split(" 2")[0], "version": name, "threads": job.threads}
+    who = {"who": name.rpartition(" ")[0], "version": name, "threads": job.threads}
     time_workloads(who, encode, job.repeats, vocabulary)
 
 

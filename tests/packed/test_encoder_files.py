@@ -1,6 +1,9 @@
 """Encoders in files: what goes in comes out, and whatever contradicts it is refused."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 import gossamer
 from encoders import round_to_int8, save_encoder
+from gossamer import _native
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM
 from gossamer.errors import ConfigError, FormatError, UnsupportedError
@@ -23,6 +27,7 @@ from packed.damage import Header, join, set_entry, split
 from packed.make_files import FILES
 
 WORDS, POSITIONS = "embeddings.word_embeddings", "embeddings.position_embeddings.weight"
+DOWN = "encoder.layer.0.output.dense"
 UP = "encoder.layer.1.intermediate.dense"
 
 
@@ -95,6 +100,24 @@ def test_the_words_stay_or_are_rounded_as_one_says(tmp_path: Path) -> None:
         assert Packed.open(tmp_path / f"{values}.goss").matrices[WORDS].values == stored
     with pytest.raises(ConfigError, match="an encoder has no head to store as i8"):
         pack(Pack(str(tmp_path / "model"), str(tmp_path / "head.goss"), head="i8"))
+
+
+@pytest.mark.parametrize(
+    ("purpose", "zeros", "expected"),
+    [("auto", 0.92, "blocks"), ("decode", 0.92, "sparse"), ("auto", 0.7, "sparse")],
+)
+def test_an_encoder_s_file_is_for_whole_texts(
+    purpose: str, zeros: float, expected: str, tmp_path: Path
+) -> None:
+    """What has few blocks that are live skips the others, where products do so."""
+    if not _native.levels()["avx512"]:
+        pytest.skip("no avx512 here")
+    save_encoder(tmp_path / "model", hidden_size=64, intermediate_size=512)
+    round_to_int8(tmp_path / "model", zeros)
+    arguments = ["pack", str(tmp_path / "model"), "-o", str(tmp_path / "m.goss"), "--for", purpose]
+    environment = os.environ | {"GOSSAMER_ISA": "avx512", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-m", "gossamer", *arguments], env=environment, check=True)
+    assert Packed.open(tmp_path / "m.goss").matrices[DOWN].storage == expected
 
 
 def test_the_file_says_how_texts_become_vectors(bert: Packed, tmp_path: Path) -> None:

@@ -10,7 +10,12 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import FormatError
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.machine import cache_directory
-from gossamer.packed.from_checkpoint import expands_int8_fast, pack_checkpoint, packed_companions
+from gossamer.packed.from_checkpoint import (
+    expands_int8_fast,
+    pack_checkpoint,
+    packed_companions,
+    prompts_skip_zeros,
+)
 from gossamer.packed.reader import Packed
 
 _LAYOUT = 4  # grows when the same directory is stored otherwise than before: files in the cache are made anew
@@ -58,5 +63,7 @@ def _content_hash(source: Checkpoint) -> str:
     companions = packed_companions(source)
     small = [companions["metadata"], companions["provenance"].to_json()]
     decides = [_LAYOUT, expands_int8_fast(), companions["parent"], *small]
+    if source.architecture.is_encoder and prompts_skip_zeros():
+        decides.append("prompts")
     digest = hashlib.sha256(json.dumps(decides).encode())
     return digest.hexdigest()

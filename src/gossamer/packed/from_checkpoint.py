@@ -105,13 +105,14 @@ def pack_checkpoint(
     types: Types = Types(),
     progress: Progress = quiet,
     storage: Storage = "auto",
-    purpose: Purpose = "decode",
+    purpose: Purpose | Literal["auto"] = "auto",
 ) -> Packing:
     """Write `source` as one .goss file, whole or not at all.
 
     `storage`: "smallest" stores every matrix so that it takes the fewest bytes; "auto" too, but leaves int8
     dense where this machine reads it faster so. `purpose`: what int8 is stored for (`best_storage`), where
-    prompts skip zeros. UnsupportedError for a quantization that we do not run.
+    prompts skip zeros; "auto": "prompts" of an encoder, which reads whole texts, and "decode" of a decoder.
+    UnsupportedError for a quantization that we do not run.
     """
     types, anatomy = types.of(source), source.architecture
     names, head = [*matrix_shapes(anatomy)], anatomy.head
@@ -120,6 +121,8 @@ def pack_checkpoint(
     Tokenizer.open(source.path)  # which must be sound, and its ids have rows in the embedding
     roundings: dict[str, Rounding] = {}
     stays_dense = storage == "auto" and not expands_int8_fast()
+    if purpose == "auto":
+        purpose = "prompts" if anatomy.is_encoder else "decode"
     wanted_for = purpose if prompts_skip_zeros() else "decode"
 
     def int8(q_NK: np.ndarray) -> StorageKind:
@@ -129,9 +132,9 @@ def pack_checkpoint(
     companions["tokenizer"] = _minified(companions["tokenizer"])
     with PackedWriter(path, **companions) as writer:
         for index, name in enumerate(names, start=1):
-            wanted = types.of_matrix(name, anatomy)
-            if wanted in ("i8", "i4"):
-                matrix, roundings[name] = _write_rounded(writer, source, name, wanted, int8)
+            values = types.of_matrix(name, anatomy)
+            if values in ("i8", "i4"):
+                matrix, roundings[name] = _write_rounded(writer, source, name, values, int8)
             else:
                 matrix = _write_matrix(writer, source, name, int8)
             metrics = {

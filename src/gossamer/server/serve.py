@@ -99,10 +99,10 @@ def _open_encoder(job: Serve, path: Path, name: str, progress: Progress) -> tupl
     own = {field.name: field.default for field in fields(Serve) if field.name in OF_DECODERS}
     if given := [it for it, default in own.items() if getattr(job, it) != default]:
         flag = given[0].replace("_", "-")
-        raise ConfigError(f"--{flag} is for decoders; found {path}, an encoder: leave it out")
+        raise ConfigError(f"--{flag} is for decoders; found {job.model}, an encoder: leave it out")
     encoder = Encoder(path, job.threads, progress=progress)
     if not asked_by(encoder):
-        raise cannot("be served: no route asks for that", encoder.architecture, path)
+        raise cannot("be served: no route asks for that", encoder.architecture, Path(job.model))
     worker = Worker(EncoderScheduler(encoder), job.max_queue)
     return worker, EncoderApi(encoder, worker, name, job.allowed_origins)
 

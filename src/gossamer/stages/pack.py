@@ -48,10 +48,10 @@ class Pack:
     storage: Literal["auto", "smallest"] = option(
         "auto", help="auto: INT8 layers stay dense on CPUs that read them faster so; smallest: fewest bytes"
     )
-    purpose: Purpose = option(
-        "decode",
+    purpose: Purpose | Literal["auto"] = option(
+        "auto",
         help="what INT8 layers with zeros are stored for: decode has the fewest bytes; prompts skip zeros; "
-        "both: where one gains more than the other loses",
+        "both: where one gains more than the other loses; auto: prompts of an encoder, else decode",
         flag="for",
     )
     overwrite: bool = option(False, help="replace the output file")
@@ -179,7 +179,7 @@ def pack(job: Pack, progress: Progress = quiet) -> PackResult:
         head=_head(packed),
         task=packed.architecture.task,
         dense_for_speed=packing.dense_for_speed,
-        purpose_for_nothing=job.purpose != "decode" and not prompts_skip_zeros(),
+        purpose_for_nothing=job.purpose in ("prompts", "both") and not prompts_skip_zeros(),
         seconds=time.monotonic() - start,
         parts=packed.bytes_by_part(),
         rounded=tuple(rounded_parts(packing.roundings, source.architecture)),
