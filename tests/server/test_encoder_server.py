@@ -87,7 +87,7 @@ def test_ranks_are_the_engine_s(kind: str, request: pytest.FixtureRequest) -> No
     running: Running = request.getfixturevalue(kind)
     scores = Encoder(running.path, 1).rerank("a b", TEXTS)
     order = sorted(range(len(TEXTS)), key=lambda index: -scores[index])
-    for path in ("/v1/rerank", "/rerank"):
+    for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
         documents = [TEXTS[0], *({"text": text} for text in TEXTS[1:])]
         options = {"model": running.name, "query": "a b", "documents": documents}
         whole = post(running, path, **options).json()
@@ -158,7 +158,16 @@ def test_routes_of_other_models_say_what_is_served(
         vectors.client.chat.completions.create(model=vectors.name, messages=[])
     with pytest.raises(openai.NotFoundError, match="a decoder, which continues texts; it has /v1/chat"):
         chat_server.client.embeddings.create(model=chat_server.name, input="a")
-    for path in ("/v1/rerank", "/v1/classify", "/v1/score", "/score", "/embed", "/rerank", "/predict"):
+    for path in (
+        "/v1/rerank",
+        "/v2/rerank",
+        "/v1/classify",
+        "/v1/score",
+        "/score",
+        "/embed",
+        "/rerank",
+        "/predict",
+    ):
         answer = post(chat_server, path, model=chat_server.name)
         assert answer.status_code == 404
         assert "a decoder, which continues texts; it has /v1/chat" in answer.json()["error"]["message"]

@@ -26,7 +26,8 @@ from gossamer.server.worker import Worker
 NO_CACHE = {"cache-control": "no-cache"}
 CHAT_ROUTES = ("/v1/chat/completions", "/v1/completions")
 ENCODER_ROUTES = (
-    "/v1/embeddings", "/v1/rerank", "/v1/classify", "/v1/score", "/embed", "/rerank", "/predict", "/score",
+    "/v1/embeddings", "/v1/rerank", "/v2/rerank", "/v1/classify", "/v1/score", "/embed", "/rerank",
+    "/predict", "/score",
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """The routes of an encoder: vectors, labels and ranks of texts, as three APIs ask for them.
 
 OpenAI's /v1/embeddings; vLLM's /v1/classify and /v1/score, also at /score; Cohere's and Jina's /v1/rerank,
-also at /rerank; and text-embeddings-inference's /embed, /rerank (with `texts`), /predict and /info, whose
-errors have a shape of their own; / is the one of them that the model is for. What a model's head is not for
-answers 404.
+also at /v2/rerank and /rerank; and text-embeddings-inference's /embed, /rerank (with `texts`), /predict and
+/info, whose errors have a shape of their own; / is the one of them that the model is for. What a model's head
+is not for answers 404.
 
 Token ids in the place of a text are those of the model's own tokenizer, its special tokens among them.
 LangChain's OpenAIEmbeddings sends ids of OpenAI's, and texts with check_embedding_ctx_length=False.
@@ -81,6 +81,7 @@ class EncoderApi(Served):
         posts: dict[str, Handler] = {
             "/v1/embeddings": self._answered(self.embeddings),
             "/v1/rerank": self._answered(self.rerank),
+            "/v2/rerank": self._answered(self.rerank),
             "/v1/classify": self._answered(self.classify),
             "/v1/score": self._answered(self.score),
             "/score": self._answered(self.score),

@@ -102,7 +102,7 @@ def _open_encoder(job: Serve, path: Path, name: str, progress: Progress) -> tupl
         raise ConfigError(f"--{flag} is for decoders; found {job.model}, an encoder: leave it out")
     encoder = Encoder(path, job.threads, progress=progress)
     if not asked_by(encoder):
-        raise cannot("be served: no route asks for that", encoder.architecture, Path(job.model))
+        raise cannot("be served: no route asks for that", encoder.architecture, job.model)
     worker = Worker(EncoderScheduler(encoder), job.max_queue)
     return worker, EncoderApi(encoder, worker, name, job.allowed_origins)
 
