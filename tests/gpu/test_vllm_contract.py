@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checkpoint.schemes import FP8_DYNAMIC, W4A8, W8A8
-from gossamer.errors import CheckpointError, UnsupportedError
+from gossamer.errors import CheckpointError, EngineError, UnsupportedError
 from gossamer.gpu import vllm as entry
 from gossamer.gpu.linear import SparseLinear
 from gpu import vllm_stand_in
@@ -152,15 +152,21 @@ def test_the_package_says_where_vllm_finds_it() -> None:
     assert [getattr(importlib.import_module(it[0]), it[1]) for it in points.values()] == [entry.register]
 
 
-def test_registering_twice_is_registering_once(caplog: pytest.LogCaptureFixture) -> None:
-    quantization = of_vllm("layers.quantization")
+def test_registering_twice_is_registering_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older vLLMs warn of what is registered again."""
+    quantization, names = of_vllm("layers.quantization"), []
+    register = quantization.register_quantization_config
+    monkeypatch.setattr(
+        quantization, "register_quantization_config", lambda name: names.append(name) or register(name)
+    )
+    if "gossamer" in quantization.QUANTIZATION_METHODS:
+        quantization.QUANTIZATION_METHODS.remove("gossamer")
     entry.register()
     entry.register()
     from gossamer.gpu.vllm_config import SparseConfig
 
-    assert quantization.QUANTIZATION_METHODS.count("gossamer") == 1
+    assert names == ["gossamer"] and quantization.QUANTIZATION_METHODS.count("gossamer") == 1
     assert quantization.get_quantization_config("gossamer") is SparseConfig
-    assert not [it for it in caplog.messages if "already exists" in it]
 
 
 @pytest.mark.parametrize("user", [None, "compressed-tensors", "fp8"])
@@ -215,10 +221,12 @@ def test_it_goes_to_other_processes(config: Any) -> None:
 
 
 def test_what_vllm_computes_itself(config: Any) -> None:
-    """Embeddings, the head, and linears that the directory ignores."""
-    embeddings = of_vllm("layers.vocab_parallel_embedding")
-    for kind in (embeddings.VocabParallelEmbedding, embeddings.ParallelLMHead):
-        assert config.get_quant_method(kind.__new__(kind), "model.embed_tokens") is None
+    """Embeddings, the head, attention, and linears that the directory ignores."""
+    embeddings, attention = of_vllm("layers.vocab_parallel_embedding"), of_vllm("layers.attention_layer_base")
+    attending = type("Attending", (nn.Module, attention.AttentionLayerBase), {})
+    attending.__abstractmethods__ = frozenset()
+    for kind in (embeddings.VocabParallelEmbedding, embeddings.ParallelLMHead, attending):
+        assert config.get_quant_method(kind.__new__(kind), "model.layers.0.self_attn") is None
     kind = linears().RowParallelLinear
     ignored = config.get_quant_method(kind.__new__(kind), "model.layers.3.mlp.down_proj")
     assert type(ignored) is linears().UnquantizedLinearMethod
@@ -330,6 +338,17 @@ def test_weights_of_another_type_are_refused(config: Any) -> None:
         CheckpointError, match=r"\(40, 200\) of torch.bfloat16 in a W8A8 .*; expected torch.int8"
     ):
         load(layer, (torch.ones(40, HIDDEN, dtype=torch.bfloat16), torch.ones(40, 1)))
+
+
+def test_memory_that_ends_is_said_with_what_is_needed(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SparseLinear, "from_weight", full)
+    with pytest.raises(
+        EngineError, match=r"memory ended while model.layers.0.mlp.down_proj was packed.* GB more"
+    ):
+        load(down(config), tensors(40))
 
 
 def test_new_weights_of_a_running_model_are_refused(config: Any) -> None:

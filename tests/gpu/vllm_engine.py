@@ -31,9 +31,7 @@ IGNORED = "model.layers.0.mlp.down_proj"
 TEXTS = ('>>> sorted("bca")\n', "import os\nimport ", "class Point:\n    def __init__(self, x, y):\n")
 NUM_TOKENS = 32
 NEARLY_AS_LIKELY = 0.15  # a token of which vLLM's logit may be the larger one
-MEAN_ERROR = (
-    0.02  # of log probabilities; rounding inputs by another scale, or by GPU, is twice of what is seen
-)
+MEAN_ERROR = 0.02  # of log probabilities; 0.005 to 0.011 was seen
 
 pytestmark = pytest.mark.timeout(3600)
 

@@ -298,6 +298,7 @@ class LinearBase(nn.Module):
 class _Linear(LinearBase):
     def __init__(self, input_size, output_sizes, bias, quant_config, prefix):
         super().__init__()
+        self.prefix = prefix
         self.tp_rank, self.tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.quant_method = quant_config.get_quant_method(self, prefix=prefix)
         assert type(self.quant_method).__name__ in WEIGHT_LOADER_V2_SUPPORTED

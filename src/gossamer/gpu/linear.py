@@ -8,10 +8,13 @@ on CPUs is gossamer's engine.
 Shapes: T tokens, N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from gossamer.errors import UnsupportedError
+from gossamer.errors import EngineError, UnsupportedError
 from gossamer.gpu import products
 from gossamer.gpu.driver import gpu
 from gossamer.gpu.layout import STEP_INPUTS
@@ -100,6 +103,18 @@ def unpacked(packed: PackedWeights) -> Tensor:
     inputs = STEP_INPUTS // lanes
     whole = vectors.view(panels, steps * lanes, PANEL_ROWS, inputs).transpose(1, 2)
     return whole.reshape(panels * PANEL_ROWS, -1)[: packed.rows, : packed.columns].contiguous()
+
+
+@contextlib.contextmanager
+def while_packing(name: str, w_NK: Tensor) -> Iterator[None]:
+    """EngineError that says what a linear takes where the device's memory ends while it is packed."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"the GPU's memory ended while {name} was packed, beside the weights that it is packed from; "
+            f"this linear takes {5 * w_NK.numel() / 1e9:.2f} GB more while it is: {error}"
+        ) from error
 
 
 class SparseLinear(nn.Module):

@@ -17,9 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.errors import EngineError, UnsupportedError
+from gossamer.errors import UnsupportedError
 from gossamer.gpu.directory import left_in_floats, matches
-from gossamer.gpu.linear import LEAST_ZEROS, SparseLinear
+from gossamer.gpu.linear import LEAST_ZEROS, SparseLinear, while_packing
 
 METHOD = "gossamer"
 _log = logging.getLogger(__name__)
@@ -101,14 +101,8 @@ class GossamerQuantizer(HfQuantizer):
                 f"{name}: found weights of {weight.dtype}; supported: bfloat16 (dtype=torch.bfloat16), W8A8"
             )
         bias = None if linear.bias is None else linear.bias.data
-        try:
-            made = SparseLinear.from_weight(weight, scales, bias, keep_dense=self._config.keep_dense)
-        except torch.OutOfMemoryError as error:
-            raise EngineError(
-                f"the GPU's memory ended while {name} was packed, beside the dense model that it is packed "
-                f"from; this linear takes {5 * weight.numel() / 1e9:.2f} GB more while it is: {error}"
-            ) from error
-        return made
+        with while_packing(name, weight):
+            return SparseLinear.from_weight(weight, scales, bias, keep_dense=self._config.keep_dense)
 
     def _is_int8(self, name: str) -> bool:
         ignored = self._config.ignored

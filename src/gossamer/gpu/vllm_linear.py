@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from gossamer.errors import CheckpointError, UnsupportedError
-from gossamer.gpu.linear import SparseLinear
+from gossamer.gpu.linear import SparseLinear, while_packing
 from gossamer.gpu.vllm import NAME
 from gossamer.gpu.vllm_tally import Tally
 
@@ -61,7 +61,7 @@ class SparseLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack what was loaded, where it lies, and let go of it. vLLM calls it twice.
 
-        UnsupportedError for new weights of a linear that is packed.
+        UnsupportedError for new weights of a linear that is packed; EngineError where memory ends.
         """
         if getattr(layer, "weight", None) is None:
             return
@@ -75,7 +75,8 @@ class SparseLinearMethod(LinearMethodBase):
         if self.is_int8:
             scales_N = layer.weight_scale.data.flatten()
             del layer.weight_scale
-        layer.sparse = SparseLinear.from_weight(w_NK, scales_N)
+        with while_packing(layer.prefix, w_NK):
+            layer.sparse = SparseLinear.from_weight(w_NK, scales_N)
         self.tally.add(w_NK, layer.sparse)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
