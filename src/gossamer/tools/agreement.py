@@ -21,6 +21,7 @@ from gossamer.packed.reader import Packed
 # side of a half; everything after it differs by a rounding step: 1e-7 up to there, 1e-2 from there.
 FLOAT_TOLERANCE, INT8_TOLERANCE = 1e-4, 5e-2
 NUM_TOKENS = 24
+ON_GPU = "the GPU agrees"
 LOGITS, STATES, SCORES = "logits", "hidden states", "head's scores"
 
 Numbers = dict[str, np.ndarray]  # by these names, a row for each token
@@ -62,9 +63,10 @@ def backends(packed: Packed, directory: Path | None) -> Iterator[Check]:
     if directory is not None:
         readings["transformers agrees"] = lambda: _transformers_numbers(directory, packed, ids)
         if _has_gpu():
-            readings["the GPU agrees"] = lambda: _sparse_numbers(directory, packed, ids)
-            tolerance = max(tolerance, INT8_TOLERANCE)  # inputs and outputs of its linears are bfloat16
+            readings[ON_GPU] = lambda: _sparse_numbers(directory, packed, ids)
+    exact = tolerance
     for name, read in readings.items():
+        tolerance = max(exact, INT8_TOLERANCE) if name == ON_GPU else exact  # there linears take bfloat16
         for what, expected in read().items():
             error = distance(found[what], expected)
             if not error <= tolerance:
