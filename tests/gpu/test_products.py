@@ -72,8 +72,10 @@ def test_weights_that_are_kept_dense_give_the_same_bits(library: Path, tokens: i
 
 
 def test_tokens_of_zeros_have_the_scale_of_the_format(library: Path) -> None:
+    """And so have those whose numbers are so small that their scale would be 0."""
     _, w_NK, scales_N = operands(2, torch.float32)
     device, x_TK = Emulated(library), torch.zeros(2, 300)
+    x_TK[1, 7] = 1e-44
     rounded = torch.full((8, 384), 5, dtype=torch.int8)
     assert products._round(device, x_TK, rounded, 0, 8).tolist() == [2.0**-23] * 2 and not rounded.any()
     assert not products.product(device, x_TK, pack(w_NK), None, scales_N, 40).any()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _WARPS, _SLOTS, _VECTORS_BYTES = 4, 3, 32 * 16
 _STEP_WEIGHTS, _NIBBLES = 32 * 64, 16
+_NAMES = {torch.int8: "i8", torch.bfloat16: "bf16"}  # in those of kernels
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ class Device(Protocol):
 def sparse_product(weights: torch.dtype, tiles: int) -> Kernel:
     """Of int8 or bfloat16 weights, for 1, 2, 4 or 8 tiles; a block does four shares of panels."""
     warp = _SLOTS * _slot_bytes(weights) + _VECTORS_BYTES
-    return Kernel(f"sparse_{_names[weights]}_{tiles}", _WARPS * 32, _table_bytes(weights) + _WARPS * warp)
+    return Kernel(f"sparse_{_NAMES[weights]}_{tiles}", _WARPS * 32, _table_bytes(weights) + _WARPS * warp)
 
 
 def expand(weights: torch.dtype) -> Kernel:
     """Of int8 or bfloat16 weights; a block does four steps."""
     shared = _table_bytes(weights) + _WARPS * _slot_bytes(weights)
-    return Kernel(f"expand_{_names[weights]}", _WARPS * 32, shared)
+    return Kernel(f"expand_{_NAMES[weights]}", _WARPS * 32, shared)
 
 
 ROUND_INPUTS = Kernel("round_inputs", 128, 4 * 4)  # a block a token
@@ -100,12 +101,10 @@ SCALE_SUMS = Kernel("scale_sums", 256)  # a thread an output
 UNITS_OF_BLOCK = _WARPS
 TILES = (1, 2, 4, 8)
 
-_names = {torch.int8: "i8", torch.bfloat16: "bf16"}
-
 
 def all_kernels() -> list[Kernel]:
     """Each that `cuda/` has."""
-    of_weights = [[expand(it), *(sparse_product(it, tiles) for tiles in TILES)] for it in _names]
+    of_weights = [[expand(it), *(sparse_product(it, tiles) for tiles in TILES)] for it in _NAMES]
     return [ROUND_INPUTS, ORDER_INPUTS, SCALE_SUMS, *of_weights[0], *of_weights[1]]
 
 

@@ -10,10 +10,12 @@ Shapes: T tokens, N outputs, K inputs, P panels of 16 outputs, S steps of 128 in
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gossamer.compress.int8 import quantize_tokens
 from gossamer.errors import EngineError, UnsupportedError
 from gossamer.gpu import products
 from gossamer.gpu.driver import gpu
@@ -21,11 +23,10 @@ from gossamer.gpu.layout import STEP_INPUTS
 from gossamer.gpu.packing import PackedWeights, pack, padded
 from gossamer.packed.values import PANEL_ROWS
 
-SCALE_OF_ZEROS = 2.0**-23
 LEAST_ZEROS = 0.45  # below which the masks' bits and the expanding cost what the zeros save
 
 
-@torch.library.custom_op("gossamer::sparse_linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("gossamer::sparse_linear", mutates_args=())
 def sparse_linear(
     x: Tensor,
     masks: Tensor,
@@ -41,62 +42,41 @@ def sparse_linear(
     masks, values, starts: as `PackedWeights`, or all empty. dense: the weights [P x 16, S x 128], for many
     tokens, or for all where they are not packed. scales: float32 [N], of INT8 weights.
     """
-    if dense is None:
-        w_NK = unpacked(PackedWeights(rows, columns, masks, values, starts))
-    else:
-        w_NK = dense[:rows, :columns]
-    x_TK = x.reshape(-1, columns).float()
-    if scales is None:
-        y_TN = x_TK @ w_NK.float().T
-    else:
-        q_TK, scale_T1 = rounded(x_TK)
-        exact_TN = q_TK.double() @ w_NK.double().T  # whole numbers below 2^53
-        y_TN = exact_TN.float() * (scale_T1 * scales)
-    return y_TN.to(x.dtype).view(*x.shape[:-1], rows)
-
-
-@sparse_linear.register_fake
-def _(
-    x: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    scales: Tensor | None,
-    dense: Tensor | None,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
-
-
-@sparse_linear.register_kernel("cuda")
-def _on_gpu(
-    x: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    starts: Tensor,
-    scales: Tensor | None,
-    dense: Tensor | None,
-    rows: int,
-    columns: int,
-) -> Tensor:
     x_TK = x.reshape(-1, columns).contiguous()
     packed = PackedWeights(rows, columns, masks, values, starts) if masks.numel() else None
-    y_TN = products.product(gpu(x.get_device()), x_TK, packed, dense, scales, rows)
+    if x.is_cuda:
+        y_TN = products.product(gpu(x.get_device()), x_TK, packed, dense, scales, rows)
+    else:
+        y_TN = _by_definition(x_TK, packed, dense, scales, rows)
     return y_TN.view(*x.shape[:-1], rows)
 
 
-def rounded(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -128 to 127 in float32, and the scale [T, 1] of each token."""
-    largest_T1 = x_TK.abs().amax(dim=1, keepdim=True)
-    scale_T1 = torch.where(largest_T1 == 0, SCALE_OF_ZEROS, largest_T1 / 127.5)
-    return (x_TK / scale_T1).round().clamp(-128, 127), scale_T1
+@sparse_linear.register_fake
+def _(x: Tensor, *held: Any) -> Tensor:
+    *_, rows, _columns = held
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _by_definition(
+    x_TK: Tensor, packed: PackedWeights | None, dense: Tensor | None, scales_N: Tensor | None, rows: int
+) -> Tensor:
+    """y [T, N], of packed weights where they are, else of dense ones."""
+    if packed is not None:
+        w_NK = unpacked(packed)
+    else:
+        assert dense is not None
+        w_NK = dense[:rows, : x_TK.shape[1]]
+    if scales_N is None:
+        return (x_TK.float() @ w_NK.float().T).to(x_TK.dtype)
+    q_TK, scale_T1 = quantize_tokens(x_TK)
+    exact_TN = q_TK.double() @ w_NK.double().T  # whole numbers below 2^53
+    return (exact_TN.float() * (scale_T1 * scales_N)).to(x_TK.dtype)
 
 
 def unpacked(packed: PackedWeights) -> Tensor:
     """int8 or bfloat16 [N, K]: what was packed."""
     panels, steps, lanes = packed.masks.shape
-    places = torch.arange(8, device=packed.masks.device)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.masks.device)
     bits = packed.masks.view(torch.uint8).unsqueeze(-1) >> places & 1
     vectors = packed.values.new_zeros(bits.numel())
     vectors[bits.flatten().bool()] = packed.values[: int(packed.starts[-1])]
@@ -145,10 +125,9 @@ class SparseLinear(nn.Module):
             raise UnsupportedError(
                 f"found scales {tuple(scales_N.shape)}; supported: one for each of {shape[0]} outputs"
             )
-        nothing = torch.empty(0, dtype=torch.int64)
-        self.register_buffer("masks", nothing if packed is None else packed.masks)
-        self.register_buffer("values", nothing if packed is None else packed.values)
-        self.register_buffer("starts", nothing if packed is None else packed.starts)
+        for name in ("masks", "values", "starts"):
+            nothing = torch.empty(0, dtype=torch.int64, device=None if dense is None else dense.device)
+            self.register_buffer(name, nothing if packed is None else getattr(packed, name))
         self.register_buffer("dense", dense)
         self.register_buffer("scales", None if scales_N is None else scales_N.float())
         self.bias = None if bias_N is None else nn.Parameter(bias_N, requires_grad=False)

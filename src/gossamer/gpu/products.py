@@ -15,6 +15,7 @@ from gossamer.gpu import kernels
 from gossamer.gpu.kernels import Device
 from gossamer.gpu.layout import STEP_INPUTS, TILE_TOKENS
 from gossamer.gpu.packing import PackedWeights
+from gossamer.packed.values import PANEL_ROWS
 
 MOST_AT_ONCE = 64
 MOST_SPARSE = 256
@@ -59,7 +60,7 @@ def dense_product(device: Device, x_TK: Tensor, w: Tensor, scales_N: Tensor | No
 def expanded(device: Device, packed: PackedWeights) -> Tensor:
     """Weights int8 or bfloat16 [P x 16, S x 128], zeros beyond the matrix."""
     panels, steps, _ = packed.masks.shape
-    w = packed.values.new_empty(panels * 16, steps * STEP_INPUTS)
+    w = packed.values.new_empty(panels * PANEL_ROWS, steps * STEP_INPUTS)
     blocks = -(-panels * steps // kernels.UNITS_OF_BLOCK)
     job = kernels.Expand(
         masks=packed.masks, values=packed.values, starts=packed.starts, w=w, panels=panels, steps=steps
@@ -82,7 +83,7 @@ def _sparse(device: Device, x_TK: Tensor, packed: PackedWeights, scales_N: Tenso
     else:
         input_scales, sum_type = _round(device, x_TK, ordered, tiles, blocks), torch.int32
     shares = num_shares(device.processors, panels, steps)
-    sums = x_TK.new_empty(shares, blocks, panels * 16, dtype=sum_type)
+    sums = x_TK.new_empty(shares, blocks, panels * PANEL_ROWS, dtype=sum_type)
     job = kernels.SparseProduct(
         masks=packed.masks, values=packed.values, starts=packed.starts, inputs=ordered, sums=sums,
         panels=panels, steps=steps, shares=shares,
@@ -121,7 +122,7 @@ def _outputs(
     y_TN = x_TK.new_empty(len(x_TK), rows)
     job = kernels.ScaleSums(
         sums=sums, input_scales=input_scales_T, scales=scales_N, y=y_TN, tokens=len(x_TK),
-        sum_tokens=sum_tokens, outputs=rows, panels=outputs // 16, shares=shares,
+        sum_tokens=sum_tokens, outputs=rows, panels=outputs // PANEL_ROWS, shares=shares,
         bfloat16=int(y_TN.dtype == torch.bfloat16),
     )  # fmt: skip
     device.launch(kernels.SCALE_SUMS, -(-y_TN.numel() // kernels.SCALE_SUMS.threads), job)

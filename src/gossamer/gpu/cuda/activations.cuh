@@ -65,7 +65,8 @@ GOSSAMER_KERNEL(kTokenThreads) round_inputs(RoundInputs job) {
         const uint32_t other = load_shared(of_warps + 4 * warp);
         largest = other > largest ? other : largest;
     }
-    const float scale = largest == 0 ? kScaleOfZeros : divide(float_of(largest), 127.5f);
+    const float quotient = divide(float_of(largest), 127.5f);  // 0 of the smallest numbers, too
+    const float scale = quotient == 0.0f ? kScaleOfZeros : quotient;
     if (thread_index() == 0 && token < job.tokens) job.scales[token] = scale;
     for (int word = thread_index(); word < job.steps * 32; word += kTokenThreads) {
         uint32_t four = 0;
