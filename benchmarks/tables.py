@@ -18,7 +18,7 @@ from gossamer.job.report import Table
 
 README, ALL = RESULTS.parents[1] / "README.md", RESULTS / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-LEVELS = ("scalar", "avx2", "avx512", "avx512-bf16", "amx")
+LEVELS = ("scalar", "avx2", "avx512", "amx")
 MAIN_JOBS = ("step-1b", "linears-7b", "batch-1b")  # of decode.py, for README
 MAIN_SPARSITIES = (0.5, 0.7, 0.9)  # of training.py, for README
 SETTING = ("shape", "layers", "values", "sparsity", "batch", "prompt")  # what tells rows of decode.py apart

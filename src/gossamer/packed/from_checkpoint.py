@@ -105,7 +105,7 @@ def pack_checkpoint(
     types: Types = Types(),
     progress: Progress = quiet,
     storage: Storage = "auto",
-    purpose: Purpose | Literal["auto"] = "auto",
+    purpose: Literal[Purpose, "auto"] = "auto",
 ) -> Packing:
     """Write `source` as one .goss file, whole or not at all.
 

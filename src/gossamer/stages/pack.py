@@ -48,7 +48,7 @@ class Pack:
     storage: Literal["auto", "smallest"] = option(
         "auto", help="auto: INT8 layers stay dense on CPUs that read them faster so; smallest: fewest bytes"
     )
-    purpose: Purpose | Literal["auto"] = option(
+    purpose: Literal[Purpose, "auto"] = option(
         "auto",
         help="what INT8 layers with zeros are stored for: decode has the fewest bytes; prompts skip zeros; "
         "both: where one gains more than the other loses; auto: prompts of an encoder, else decode",
