@@ -37,6 +37,34 @@ def test_a_disk_that_takes_no_more_leaves_nothing(verb: str, tiny_llama: Tiny, t
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_ctrl_c_that_strikes_while_an_object_is_freed_still_ends_the_run(
+    tiny_llama: Tiny, tmp_path: Path
+) -> None:
+    """Python drops what a `__del__` raises: regex' and torch's objects are freed by the thousand."""
+    places = workplace(tiny_llama, "llama2", tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    program = """
+import signal
+from gossamer import __main__, cli
+
+class Freed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def parse(*words, original=cli.parse):
+    Freed()
+    return original(*words)
+
+cli.parse = parse
+__main__.main()
+"""
+    words = [argument.format(**places) for argument in PRUNE]
+    command = [sys.executable, "-c", program, *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (130, "gossamer: interrupted\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_ctrl_c_exits_130_and_leaves_nothing(tiny_llama: Tiny, tmp_path: Path) -> None:
     places = workplace(tiny_llama, "llama2", tmp_path)
     before = sorted(tmp_path.rglob("*"))
