@@ -162,6 +162,12 @@ def call(arguments: list[str]) -> int:
         raise
     except (OSError, MemoryError) as error:
         return fail(f"the environment failed: {error or 'out of memory'}", 1)
+    except RuntimeError as error:
+        from gossamer.machine import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        return fail(f"the environment failed: out of memory ({error})", 1)
     except ModuleNotFoundError as error:
         return fail(f"`{name}` needs {error.name}: pip install 'gossamer[compress]'", 1)
     return 0

@@ -72,6 +72,11 @@ def available_memory_bytes(root: Path = Path("/")) -> int | None:
     return min((left for left in found if left is not None), default=None)
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says by it that there was no memory, of the machine or of a GPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def huge_pages() -> str:
     """How the kernel gives out transparent huge pages: "always", "madvise", "never" or "unknown"."""
     text = _text(HUGE_PAGES)

@@ -29,6 +29,6 @@ def wanda(
     zeros_NK, saliency_NK = w_NK == 0, w_NK.abs() * norm_K
     if pattern:
         return w_NK.masked_fill(pattern.choose(saliency_NK.square(), zeros_NK, sparsity), 0.0)
-    quotas_N1 = torch.tensor(zeros_per_block(zeros_NK, sparsity, 1))[:, None]
+    quotas_N1 = torch.tensor(zeros_per_block(zeros_NK, sparsity, 1))[:, None].to(w_NK.device)
     ranks_NK = saliency_NK.masked_fill(zeros_NK, -1.0).argsort(dim=1, stable=True).argsort(dim=1)
     return w_NK.masked_fill(ranks_NK < quotas_N1, 0.0)

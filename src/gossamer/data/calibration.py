@@ -25,6 +25,7 @@ class CalibrationOptions(ThreadOptions):
         128, help="inputs of a linear that are treated as one block, before its error moves on to the rest"
     )
     dampening_frac: float = option(0.01, help="share of the Hessian's mean diagonal added to its diagonal")
+    device: str = option("cpu", help="where layers are computed: cpu, or a GPU such as cuda or cuda:1")
     seed: int = option(0, help="order of several sources' texts, and of the rows where layers are trained")
     save_seconds: float | None = option(
         None,

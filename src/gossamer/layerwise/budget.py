@@ -64,10 +64,10 @@ def measured_shares(
     source: Checkpoint, ids_BT: Tensor, job: PruneOptions, progress: Progress
 ) -> dict[str, float]:
     """The sparsity of each linear, by the profile; together they have the total that is asked for."""
-    hidden_BTD = embed(source, ids_BT[: max(1, ROWS_TOKENS // ids_BT.shape[1])])
+    hidden_BTD = embed(source, ids_BT[: max(1, ROWS_TOKENS // ids_BT.shape[1])]).to(job.device)
     curves: dict[str, Curve] = {}
     ratios: dict[str, float] = {}
-    for block in blocks(source):
+    for block in blocks(source, device=job.device):
         if job.sparsity_profile == "auto":
             curves |= _curves(block, hidden_BTD, job)
         else:

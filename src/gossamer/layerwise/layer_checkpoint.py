@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from gossamer import _native
@@ -37,7 +36,7 @@ def save(saving: Saving, num_layers: int) -> None:
     folder = checkpoints.staged(num_layers)
     folder.mkdir(parents=True)
     try:
-        states = {name: (state.numpy(), "F32") for name, state in saving.states.items()}
+        states = {name: (state.cpu().numpy(), "F32") for name, state in saving.states.items()}
         write_safetensors(folder / STATES, states)
         write_safetensors(folder / PENDING, shards.pending)
         for index in range(len(shards.shards)):
@@ -66,7 +65,8 @@ def load(saving: Saving) -> tuple[int, float, list[str]]:
     found, folder = checkpoints.recorded(num_layers), checkpoints.path(num_layers)
     stored = read_header(folder / STATES)
     for name, state in saving.states.items():
-        np.copyto(state.numpy(), stored[name].array())
+        for row_TD, stored_TD in zip(state, stored[name].array(), strict=True):
+            row_TD.copy_(torch.from_numpy(stored_TD.copy()))
     pending = read_header(folder / PENDING)
     for index in range(len(found["shards"])):
         _give_back_its_name(output.shards, index)

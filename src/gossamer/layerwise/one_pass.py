@@ -57,7 +57,7 @@ def round_pruned(
 
         round_layer = partial(
             round_and_train,
-            read_DD=as_read_by_head(source),
+            read_DD=as_read_by_head(source).to(job.device),
             reconstruction=output.metrics["rounded_reconstruction"],
             towards=[each.parent_BTD for each in states],
         )

@@ -40,10 +40,10 @@ def _perplexity(source: Checkpoint, hidden_BTD: Tensor, ids_BT: Tensor) -> float
     anatomy, total = source.architecture, 0.0
     assert anatomy.final_norm is not None
     model = empty_model(model_config(anatomy, source.config))
-    norm = model.get_submodule(anatomy.final_norm.name).float().to_empty(device="cpu")
+    norm = model.get_submodule(anatomy.final_norm.name).float().to_empty(device=hidden_BTD.device)
     norm.weight.copy_(tensor(source, f"{anatomy.final_norm.name}.weight"))
-    w_VD = tensor(source, f"{anatomy.logits}.weight").float()
-    h_ND, next_N = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    w_VD = tensor(source, f"{anatomy.logits}.weight").to(hidden_BTD.device).float()
+    h_ND, next_N = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten().to(hidden_BTD.device)
     for part_ND, ids_N in zip(h_ND.split(HEAD_TOKENS), next_N.split(HEAD_TOKENS), strict=True):
         total += nn.functional.cross_entropy(norm(part_ND) @ w_VD.T, ids_N, reduction="sum").item()
     return torch.tensor(total / len(next_N), dtype=torch.double).exp().item()

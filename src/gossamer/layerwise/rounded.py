@@ -35,8 +35,8 @@ def write_rounded(output: Derived, rounded: Rounded, scheme: Scheme, group_size:
     if scheme.grouped:
         scale_NG = scale_NG.repeat_interleave(GROUP_INPUTS // group_size, 1)[:, : q_NK.shape[1] // group_size]
     stored_NK = q_NK if scheme.dtype == "I8" else q_NK.view(torch.uint8)
-    output.write(f"{rounded.name}.weight", stored_NK.numpy(), scheme.dtype)
-    output.write(f"{rounded.name}.weight_scale", scale_NG.contiguous().numpy(), "F32")
+    output.write(f"{rounded.name}.weight", stored_NK.cpu().numpy(), scheme.dtype)
+    output.write(f"{rounded.name}.weight_scale", scale_NG.cpu().contiguous().numpy(), "F32")
 
 
 def write_unquantized(target: Derived, block: Block, ignored: Collection[str]) -> None:

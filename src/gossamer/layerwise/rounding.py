@@ -100,7 +100,7 @@ def smooth(
     smoothed = []
     for group, linears, x_TK in zip(block.anatomy.groups, block.groups, samples, strict=True):
         rounded = [linear for name, linear in linears.items() if name not in ignored]
-        chosen, scale_K = 0.0, torch.ones(x_TK.shape[1])
+        chosen, scale_K = 0.0, x_TK.new_ones(x_TK.shape[1])
         if rounded and strength != 0 and group.fold != "none":
             factors = {s: factors_of(block, group, rounded, x_TK, s) for s in strengths(strength)}
             chosen = least_error(rounded, x_TK, factors, NUMBERS[scheme])
@@ -127,7 +127,7 @@ def factors_of(
     an attention sink, a thousand times those of other tokens, say nothing about them.
     """
     if strength == 0:
-        return torch.ones(x_TK.shape[1])
+        return x_TK.new_ones(x_TK.shape[1])
     tiny = torch.finfo(x_TK.dtype).tiny
     x_amax_K = (x_TK / x_TK.abs().amax(1, keepdim=True).clamp_min(tiny)).abs().amax(0)
     w_amax_K = largest(linear.weight.data.abs().amax(0) for linear in linears)

@@ -44,11 +44,6 @@ class States:
             else:
                 yield group, partial(read_by_others, zip(ours, parents, strict=True))
 
-    def retake(self, block: Block, inputs_BTD: Tensor) -> None:
-        """Take ours through a layer anew, from what went into it; the parent's stay where they are."""
-        for h_BTD, x_BTD in zip(in_pieces(self.ours_BTD), in_pieces(inputs_BTD), strict=True):
-            h_BTD.copy_(block(x_BTD))
-
 
 def at_the_start(hidden_BTD: Tensor, num_rows: int) -> tuple[States, States]:
     """Those of the first rows, for calibration, and of the others, held out, before the first layer."""

@@ -13,6 +13,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.compress.reconstruct import Rows, Schedule, reconstruct
 from gossamer.compress.straight_through import InType, OnGrid
 from gossamer.compress.target import token_error
+from gossamer.layerwise.reconstruction import retake
 from gossamer.layerwise.rounding import NUMBERS, Rounded, RoundingOptions, Smoothed, round_block, whole_scales
 from gossamer.layerwise.states import States
 from gossamer.modules.decoder import TORCH_DTYPE, Block, tensor
@@ -60,7 +61,7 @@ def round_and_train(
     numbers = {name: grid.numbers(latent[name].data) for name, grid in grids.items()}
     leave_as_stored(block)
     for x_BTD, each in zip(inputs, states, strict=True):
-        each.retake(block, x_BTD)
+        retake(each, block, x_BTD)
     for each in rounded:
         yield dataclasses.replace(each, q_NK=numbers[each.name].to(each.q_NK.dtype))
 

@@ -180,25 +180,25 @@ def empty_model(config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def blocks(source: Checkpoint, first: int = 0) -> Iterator[Block]:
-    """The model's layers from `first` on, one in memory at a time."""
+def blocks(source: Checkpoint, first: int = 0, device: str = "cpu") -> Iterator[Block]:
+    """The model's layers from `first` on, one in memory at a time, on the device."""
     refuse_quantized(source)
     if source.architecture.is_encoder:
         from gossamer.modules import encoder
 
-        yield from encoder.blocks(source, first)
+        yield from encoder.blocks(source, first, device)
         return
     anatomy, config = source.architecture, model_config(source.architecture, source.config)
     config._attn_implementation = "sdpa"
     skeleton = empty_model(config).get_decoder()
-    rotary = type(skeleton.rotary_emb)(config)
+    rotary = type(skeleton.rotary_emb)(config).to(device)
     for index, empty in enumerate(skeleton.layers[first:], first):
         layer, prefix = type(empty)(config, index), anatomy.prefix(index)
         if anatomy.blocks[index].fused:
             from gossamer.modules.unfused import unfuse
 
             unfuse(layer, anatomy.blocks[index])
-        yield Block(index, prefix, anatomy.blocks[index], filled(layer, source, prefix), rotary)
+        yield Block(index, prefix, anatomy.blocks[index], filled(layer, source, prefix).to(device), rotary)
 
 
 @torch.no_grad()

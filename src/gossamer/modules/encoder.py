@@ -60,18 +60,20 @@ def in_window(places_T: Tensor, window: int) -> Tensor:
     return (places_T[:, None] - places_T).abs() <= window // 2
 
 
-def blocks(source: Checkpoint, first: int = 0) -> Iterator[Block]:
-    """The encoder's layers from `first` on, one in memory at a time."""
+def blocks(source: Checkpoint, first: int, device: str) -> Iterator[Block]:
+    """The encoder's layers from `first` on, one in memory at a time, on the device."""
     anatomy, config = source.architecture, model_config(source.architecture, source.config)
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         skeleton: Any = AutoModel.from_config(config)
-    rotary = type(skeleton.rotary_emb)(config) if hasattr(skeleton, "rotary_emb") else nn.Identity()
+    rotary = (
+        type(skeleton.rotary_emb)(config).to(device) if hasattr(skeleton, "rotary_emb") else nn.Identity()
+    )
     layers = skeleton.encoder.layer if hasattr(skeleton, "encoder") else skeleton.layers
     for index, empty in enumerate(layers[first:], first):
         layer, prefix = type(empty)(config, index), anatomy.prefix(index)
         unfuse(layer, anatomy.blocks[index])
-        yield Block(index, prefix, anatomy.blocks[index], filled(layer, source, prefix), rotary)
+        yield Block(index, prefix, anatomy.blocks[index], filled(layer, source, prefix).to(device), rotary)
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def embed(source: Checkpoint, ids_BT: Tensor) -> Tensor:
 
 def normalized(source: Checkpoint, norm: Norm, hidden_BTD: Tensor) -> Tensor:
     """The LayerNorm of hidden states by the checkpoint's tensors, float32."""
-    weight_D, *bias = (tensor(source, name).float() for name in norm.vectors())
+    weight_D, *bias = (tensor(source, name).to(hidden_BTD.device).float() for name in norm.vectors())
     eps = source.architecture.norm_eps
     return nn.functional.layer_norm(hidden_BTD, weight_D.shape, weight_D, *bias, eps=eps)
 

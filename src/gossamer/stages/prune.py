@@ -96,13 +96,13 @@ def prune(job: Prune, progress: Progress = quiet) -> PruneResult:
             from gossamer.layerwise.budget import measured_shares
 
             shares = measured_shares(source, ids_BT[:num_rows], job, progress)
-        rows, held = at_the_start(embed(source, ids_BT), num_rows)
+        rows, held = at_the_start(embed(source, ids_BT).to(job.device), num_rows)
         output.metrics |= {"errors": [], "reconstruction": [], "rounded_reconstruction": [], "dampening": {}}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)
         errors, dampening = output.metrics["errors"], output.metrics["dampening"]
         reconstruction, rounded = (output.metrics[f"{of}reconstruction"] for of in ("", "rounded_"))
-        for block, parent in zip(blocks(source, first), blocks(source, first), strict=True):
+        for block, parent in zip(*(blocks(source, first, job.device) for _ in range(2)), strict=True):
             inputs = [s.ours_BTD.clone() for s in (rows, held)] if job.epochs or job.scheme != "none" else []
             pruned = prune_block(block, parent, rows, held, job, shares, dampening)
             for done, name in enumerate(pruned, 1):
@@ -146,6 +146,10 @@ def check(job: Prune, source: Checkpoint) -> None:
 
         check_budget(source, job)
     check_training(job.epochs, job.reconstruct_learning_rate)
+    if job.device != "cpu":
+        from gossamer.layerwise.gpu import check_gpu
+
+        check_gpu(source, job, job.epochs, job.scheme, job.rounded_epochs)
     if job.scheme != "none" or job.rounded_epochs:
         from gossamer.layerwise.one_pass import check_rounding
 

@@ -88,7 +88,7 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
     ):
         output.data = [manifest(name, offline=job.offline) for name in job.dataset]
         ids_BT, num_rows = calibration_ids(source, job), job.num_calibration_samples - num_held
-        rows, held = at_the_start(embed(source, ids_BT), num_rows)
+        rows, held = at_the_start(embed(source, ids_BT).to(job.device), num_rows)
         output.metrics |= {"linear_errors": {}, "linear_strengths": {}, "dampening": {}, "reconstruction": []}
         saving = Saving(output, job, ids_BT, rows.tensors("rows") | held.tensors("held_out"), start)
         first = saving.begin(progress)
@@ -100,9 +100,9 @@ def quantize(job: Quantize, progress: Progress = quiet) -> QuantizeResult:
         if job.reconstruct_epochs:
             from gossamer.layerwise.through_rounding import as_read_by_head, round_and_train
 
-            read_DD = as_read_by_head(source)
+            read_DD = as_read_by_head(source).to(job.device)
             round_layer = partial(round_and_train, read_DD=read_DD, reconstruction=reconstruction)
-        for block in blocks(source, first):
+        for block in blocks(source, first, job.device):
             smoothed = smooth(block, source, held.ours_BTD, job.smoothing_strength, ignored, job.scheme)
             for group, found in zip(block.groups, smoothed, strict=True):
                 strengths |= {name: found.strength for name in group if name not in ignored}
@@ -152,6 +152,10 @@ def check(job: Quantize, source: Checkpoint) -> list[str]:
             f"--smoothing-strength is {job.smoothing_strength:g}; expected auto or a number from 0 to 1"
         )
     check_training(job.reconstruct_epochs, job.reconstruct_learning_rate)
+    if job.device != "cpu":
+        from gossamer.layerwise.gpu import check_gpu
+
+        check_gpu(source, job, job.reconstruct_epochs)
     return matching(source.linears, job.ignore)
 
 

@@ -22,13 +22,13 @@ def choose_precision(wanted: Literal["auto", "f32", "bf16"], device: str) -> Pre
 def check_device(wanted: str, option: str) -> None:
     """Raise ConfigError for a device that is not there."""
     there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if wanted not in there:
+    if wanted not in there and (wanted != "cuda" or len(there) == 1):
         raise ConfigError(f"{option} {wanted} is not there; found {', '.join(there)}: give one of these")
 
 
 def another_device(wanted: str | None, own: str) -> str | None:
     """`wanted`, or None where that is the device, "cpu" or "cuda", that the run trains on anyway."""
-    return None if wanted in (None, "cpu" if own == "cpu" else "cuda:0") else wanted
+    return None if wanted in ((None, "cpu") if own == "cpu" else (None, "cuda", "cuda:0")) else wanted
 
 
 def cast_teacher(model: nn.Module, precision: str) -> None:

@@ -18,6 +18,7 @@ from gossamer.checkpoint.resumable import Checkpoints, RunIdentity
 from gossamer.errors import Interrupted
 from gossamer.job.processes import num_processes
 from gossamer.job.report import Event, Progress
+from gossamer.machine import ran_out_of_memory
 from gossamer.training.attention import choose_attention
 from gossamer.training.compiled import COMPILING, compile_layers, restore_layers
 from gossamer.training.device import MICRO_BATCH_TOKENS, another_device, cast_teacher, choose_precision
@@ -178,7 +179,7 @@ def _run(trainer: RowTrainer, step: int, save_steps: int) -> None:
         with interruption.listening():
             trainer.train(resume_from_checkpoint=str(trainer.checkpoints.path(step)) if step else None)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if ran_out_of_memory(error):
             raise MemoryError(
                 f"out of memory ({error}); lower --max-length or --batch-tokens (of a step, over all "
                 "processes), or give --activation-checkpointing"

@@ -1,0 +1,127 @@
+"""A device that is not there: its tensors have values, and meet those of the CPU only where a GPU's may.
+
+So code that is meant for GPUs runs on a machine without one, and a tensor that was left behind on the CPU
+raises what a GPU would. torch sees tensors on "meta"; every operation comes here, and is done on the CPU.
+"""
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+NAME = "elsewhere"
+ATEN = torch.ops.aten
+TAKES_BOTH = (ATEN._to_copy.default, ATEN.copy_.default, ATEN.index.Tensor)  # copies, and indices
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it is on the device; `values` has what is in it."""
+
+    values: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> "Elsewhere":
+        empty = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device="meta")
+        made = Tensor._make_subclass(cls, empty)
+        made.values = values  # pyright: ignore[reportAttributeAccessIssue]
+        _count(values.untyped_storage())
+        return made
+
+    def __init__(self, values: Tensor) -> None: ...
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return torch.device(NAME, 0)
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, Elsewhere):
+            raise RuntimeError("the data of a tensor elsewhere was set to one of the CPU")
+        self.values = value.values
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+_held: dict[int, int] = {}
+_most = [0]
+
+
+def _count(storage: torch.UntypedStorage) -> None:
+    """Add a storage that the device has not had yet; it is taken off when the last tensor of it has gone."""
+    key, num_bytes = storage._cdata, storage.nbytes()
+    if key not in _held:
+        _held[key] = num_bytes
+        weakref.finalize(storage, _held.pop, key, None)
+        _most[0] = max(_most[0], sum(_held.values()))
+
+
+@contextlib.contextmanager
+def most_bytes() -> Iterator[Callable[[], int]]:
+    """What says the most bytes that the device held at a time in the block, beside those from before."""
+    gc.collect()
+    _most[0] = before = sum(_held.values())
+    yield lambda: _most[0] - before
+
+
+class _Everything(TorchDispatchMode):
+    """Also of operations that take no tensor, such as `torch.zeros`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def another_device() -> Iterator[torch.device]:
+    """The device, for the time of the block."""
+    if torch._C._get_privateuse1_backend_name() != NAME:
+        _setup_privateuseone_for_python_backend(NAME)
+    with _Everything():
+        yield torch.device(NAME, 0)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    given, structure = tree_flatten((args, kwargs))
+    tensors = [it for it in given if isinstance(it, Tensor)]
+    ours = [it for it in tensors if isinstance(it, Elsewhere)]
+    if ours and func not in TAKES_BOTH and any(it.ndim for it in tensors if not isinstance(it, Elsewhere)):
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cpu and {NAME}")
+    if func is ATEN.copy_.default:
+        stays = isinstance(args[0], Elsewhere)
+    else:
+        stays = bool(ours) if kwargs.get("device") is None else _is_ours(kwargs["device"])
+    args, kwargs = tree_unflatten([_plain(it) for it in given], structure)
+    same = {id(it.values): it for it in ours}
+
+    def returned(it: Any) -> Any:
+        if not isinstance(it, Tensor) or id(it) in same:
+            return same.get(id(it), it)
+        return Elsewhere(it) if stays else it
+
+    return tree_map(returned, func(*args, **kwargs))
+
+
+def _plain(it: Any) -> Any:
+    if isinstance(it, Elsewhere):
+        return it.values
+    return torch.device("cpu") if isinstance(it, torch.device) and _is_ours(it) else it
+
+
+def _is_ours(device: torch.device) -> bool:
+    """Also "meta", where torch itself made something beside one of our tensors, and no one asked for meta."""
+    asked = (isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
+    return device.type == NAME or (device.type == "meta" and not any(asked))
