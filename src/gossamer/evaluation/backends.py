@@ -78,7 +78,7 @@ def open_backend(
     """
     if backend == "engine":
         return EngineBackend(model, num_threads, kv_cache_dtype, offline=offline)
-    return TorchBackend(directory_of(model, backend), sparse=backend == "gpu", offline=offline)
+    return TorchBackend(model, sparse=backend == "gpu", offline=offline)
 
 
 def directory_of(model: str, backend: str) -> str:
@@ -88,6 +88,20 @@ def directory_of(model: str, backend: str) -> str:
             f"{model} is a file; the {backend} backend reads directories (try --backend engine)"
         )
     return model
+
+
+def open_decoder(model: str, backend: str, *, offline: bool) -> Checkpoint:
+    """The directory of a decoder, which transformers is to read; UnsupportedError for an encoder, or a file.
+
+    It names what is wrong with a directory better than transformers does.
+    """
+    source = Checkpoint.open(directory_of(model, backend), offline=offline)
+    if source.architecture.is_encoder:
+        raise UnsupportedError(
+            f"{source.path}: a {source.architecture.model_type}, an encoder, which continues no text; "
+            "`evaluate --kind sts`, retrieval, classification, tokens and qa measure those"
+        )
+    return source
 
 
 def transformers_model(source: Checkpoint, kind: str, *, sparse: bool) -> Any:
@@ -143,13 +157,7 @@ class TorchBackend:
     """transformers' model (see `transformers_model`), quantized directories included."""
 
     def __init__(self, model: str, *, sparse: bool = False, offline: bool = False) -> None:
-        # Names what is wrong with a directory better than transformers does.
-        source = Checkpoint.open(model, offline=offline)
-        if source.architecture.is_encoder:
-            raise UnsupportedError(
-                f"{source.path}: a {source.architecture.model_type}, an encoder, which continues no text; "
-                "--kind sts, retrieval, classification, tokens and qa measure those"
-            )
+        source = open_decoder(model, "gpu" if sparse else "torch", offline=offline)
         self.tokenizer = Tokenizer.open(source.path)
         self.context = source.architecture.max_position_embeddings
         self._path = source.path

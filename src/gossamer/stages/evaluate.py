@@ -129,8 +129,7 @@ def _evaluate(job: Evaluate, folder: Path, progress: Progress) -> EvaluateResult
         packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
         job = replace(job, backend="engine" if packed else "torch")
     if job.backend != "engine":
-        if job.kv_cache_dtype != "auto":
-            raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
+        job.refuse_given("kv_cache_dtype")
         if job.threads is not None:
             use_threads(job.threads)
     kept = KeptFigures(progress, anew=job.no_cache)
