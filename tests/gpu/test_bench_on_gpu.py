@@ -1,7 +1,7 @@
 """`bench --backend gpu` on torch's CPU in the place of a GPU: figures that fit each other, right sums."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from gossamer import cli
 from gossamer.architecture.families import read_anatomy
-from gossamer.errors import ConfigError, GossamerError
+from gossamer.errors import ConfigError, EngineError, GossamerError
 from gossamer.gpu import SparseLinear
 from gossamer.gpu.found import has_gpu
 from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes
@@ -18,6 +18,7 @@ from gossamer.measure.report import BenchRow, GpuRow, Speeds
 from gossamer.measure.rounds import kv_bytes
 from gossamer.measure.stopwatch import Stopwatch
 from gossamer.measure.synthetic import CONFIGS, Recipe
+from gossamer.tools import card
 from gossamer.tools.bench import Bench, bench
 from gpu.emulated import Emulated, needs_compiler
 
@@ -49,6 +50,8 @@ def test_figures_follow_from_times_and_bytes(job: Bench) -> None:
     assert row.kv_bytes == 3 * kv_bytes(read_anatomy(llama.config), 7, "bf16")
     assert row.step_bytes - row.kv_bytes - row.linears_bytes == 2 * 64 * 50 + 2 * 64 * 3
     assert row.gb_per_s == pytest.approx(row.bandwidth_share * row.read_gb_per_s)
+    [shown] = card._speeds([asdict(row)])
+    assert shown[:2] == ("3", "5") and shown[-1] == "CPU, i8"
 
 
 @pytest.mark.usefixtures("cpu_as_gpu")
@@ -133,7 +136,7 @@ def test_memory_that_does_not_do_is_said_before_and_after(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Decoder, "caches", full)
-    with pytest.raises(ConfigError, match="the GPU's memory ended; give --layers, or fewer in --batch"):
+    with pytest.raises(EngineError, match="memory ended while a decoder was measured; give --layers, or few"):
         bench(job)
 
 

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from encoders import round_to_int8, save_encoder
 from gossamer import cli
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, SamplingParams
-from gossamer.errors import GossamerError
+from gossamer.errors import EngineError, GossamerError
 from gossamer.gpu.found import has_gpu
 from gossamer.packed.from_checkpoint import Types, pack_checkpoint
 from gossamer.tools.conversation import Conversation
@@ -93,9 +96,6 @@ def test_a_talk_has_the_engines_answers(int8: Path) -> None:
 
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_a_bfloat16_model_goes_on_as_in_transformers(tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     place = sparse_bf16(tmp_path / "model")
     llm = open_on_gpu(str(place), offline=True)
     [found] = llm.generate("def f", SamplingParams(max_tokens=40))
@@ -131,6 +131,21 @@ def test_what_only_the_engine_has_is_refused(int8: Path, tmp_path: Path) -> None
     for job, says in tries:
         with pytest.raises(GossamerError, match=says):
             run(job)
+
+
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_memory_that_ends_is_said(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = open_on_gpu(str(int8), offline=True)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", full)
+    with pytest.raises(EngineError, match="memory ended while 4 tokens were computed behind 0; give shorter"):
+        llm.generate([[0, 5, 77, 200]])
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", full)
+    with pytest.raises(EngineError, match=f"memory ended while {int8} was loaded, which takes"):
+        open_on_gpu(str(int8), offline=True)
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")

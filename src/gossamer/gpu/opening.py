@@ -7,6 +7,7 @@ import transformers
 
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import UnsupportedError
+from gossamer.gpu.memory import memory_for
 from gossamer.gpu.transformers import GossamerConfig
 
 REFUSED = {"F64", "F32", "F16"}  # types of linears
@@ -29,11 +30,10 @@ def open_sparse(
             f"{source.path}: found linears in {', '.join(refused)}; supported on a GPU: BF16, and W8A8, "
             "which `gossamer quantize` makes of them. The engine runs others on a CPU"
         )
-    opened: Any = getattr(transformers, kind).from_pretrained(
-        source.path,
-        dtype=torch.bfloat16 if "BF16" in found else dtype,
-        quantization_config=GossamerConfig(),
-        device_map=device,
-        local_files_only=True,
-    )
-    return opened.eval()
+    opening: Any = getattr(transformers, kind)
+    how = {"quantization_config": GossamerConfig(), "device_map": device, "local_files_only": True}
+    with memory_for(f"{source.path} was loaded, which takes that of all weights before they are packed"):
+        model = opening.from_pretrained(
+            source.path, dtype=torch.bfloat16 if "BF16" in found else dtype, **how
+        )
+    return model.eval()

@@ -1,6 +1,5 @@
 """How `bench` measures on a GPU: CUDA graphs of a step, of a prompt, of the linears, each run many times."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +7,7 @@ from functools import partial
 import torch
 
 from gossamer.architecture.families import read_anatomy
-from gossamer.errors import ConfigError
+from gossamer.gpu.memory import memory_for
 from gossamer.job.report import Event, Progress
 from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes
 from gossamer.measure.readers import impossible
@@ -41,9 +40,9 @@ def measured_on_gpu(
     *,
     baseline: bool,
 ) -> Iterator[GpuRow]:
-    """A row for each recipe and setting; ConfigError where the GPU's memory ends."""
+    """A row for each recipe and setting; EngineError where the GPU's memory ends."""
     repeats, num_bytes = settings[0].repeats, READ_BYTES if at.on_gpu else CPU_READ_BYTES
-    with _memory():
+    with memory_for("a decoder was measured; give --layers, or fewer in --batch and --prompt"):
         read = max(rate for rates in at.rates(num_bytes, READS, repeats).values() for rate in rates)
         dense = _dense_linears(at, recipes[0], repeats) if baseline else []
         for recipe in recipes:
@@ -129,13 +128,3 @@ def _sizes(recipe: Recipe, layers: int | None = None) -> Sizes:
         config["num_key_value_heads"],
         config["vocab_size"],
     )
-
-
-@contextlib.contextmanager
-def _memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the GPU's memory ended; give --layers, or fewer in --batch and --prompt: {error}"
-        ) from error

@@ -15,6 +15,7 @@ from gossamer.architecture.config import read_json
 from gossamer.engine import LLM, OpenModel
 from gossamer.evaluation.backends import open_decoder, without_bars
 from gossamer.gpu.found import gpu_device
+from gossamer.gpu.memory import memory_for
 from gossamer.gpu.opening import open_sparse
 from gossamer.tokens.tokenizer import Tokenizer
 
@@ -62,8 +63,8 @@ class SparseModel:
     @torch.no_grad()
     def _row(self, sequence: Cached, ids_T: NDArray[np.int32], all_logits: bool) -> NDArray[np.float32]:
         ids_1T = torch.from_numpy(ids_T.astype(np.int64)).unsqueeze(0).to(self._model.device)
-        found = self._model(
-            ids_1T, past_key_values=sequence.held, use_cache=True, logits_to_keep=0 if all_logits else 1
-        )
+        how = {"use_cache": True, "logits_to_keep": 0 if all_logits else 1}
+        with memory_for(f"{ids_T.size} tokens were computed behind {sequence.length}; give shorter texts"):
+            found = self._model(ids_1T, past_key_values=sequence.held, **how)
         sequence.held, sequence.length = found.past_key_values, sequence.length + ids_T.size
         return found.logits[0].float().cpu().numpy()
