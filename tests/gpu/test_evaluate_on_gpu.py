@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lm_eval.api.instance import Instance
+from transformers import AutoModel
 
 from encoders import round_to_int8, save_encoder
 from gossamer import cli
@@ -24,6 +26,7 @@ from llamas import save_tiny
 
 pytestmark = needs_compiler
 PROMPTS = ["def ", "import numpy as np\n", "x"]
+TEXTS = ["a b c", "d", "e f g h i j k l"]
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +75,28 @@ def test_what_it_writes_and_what_the_harness_asks_are_the_engines(int8: Path) ->
 def test_an_encoders_vectors_are_the_engines(tmp_path: Path) -> None:
     save_encoder(tmp_path)
     round_to_int8(tmp_path, 0.6)
-    texts = ["a b c", "d", "e f g h i j k l"]
     pack_checkpoint(Checkpoint.open(tmp_path), tmp_path / "model.goss", Types(embedding="keep"))
-    found = open_encoder(str(tmp_path), "gpu", None, offline=True).vectors(texts)
-    expected = open_encoder(str(tmp_path / "model.goss"), "engine", 1, offline=True).vectors(texts)
+    found = open_encoder(str(tmp_path), "gpu", None, offline=True).vectors(TEXTS)
+    expected = open_encoder(str(tmp_path / "model.goss"), "engine", 1, offline=True).vectors(TEXTS)
     assert np.abs(found - expected).max() <= 1e-4
+
+
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_figures_of_bfloat16_models_are_not_rounded_to_it(tmp_path: Path) -> None:
+    """Log probabilities of a decoder, and the vectors of an encoder, which are nearly those in float32."""
+    ids_BT = np.array([[0, 5, 77, 200, 31], [0, 7, 8, 9, 10]])
+    log_probs = open_backend(str(sparse_bf16(tmp_path / "llama")), "gpu").log_probs(ids_BT)
+    assert log_probs.shape == (2, 4) and not np.array_equal(log_probs, rounded_to_bfloat16(log_probs))
+    save_encoder(tmp_path / "bert")
+    encoder = open_encoder(str(tmp_path / "bert"), "torch", None, offline=True)
+    AutoModel.from_pretrained(tmp_path / "bert", dtype=torch.bfloat16).save_pretrained(tmp_path / "bert")
+    found = open_encoder(str(tmp_path / "bert"), "gpu", None, offline=True).vectors(TEXTS)
+    assert np.abs(found - encoder.vectors(TEXTS)).max() <= 0.02
+    assert not np.array_equal(found, rounded_to_bfloat16(found))
+
+
+def rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values).bfloat16().to(torch.float64).numpy()
 
 
 @pytest.mark.usefixtures("cpu_as_gpu")
