@@ -14,17 +14,16 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear
 
 from gossamer.gpu.linear import SparseLinear
+from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes, int8
+from gossamer.measure.stopwatch import Stopwatch
 
 # Card -> over cuBLAS bfloat16 at 70% zeros and 1 to 16 tokens, of bfloat16 and of INT8 weights; and INT8 over
 # the better dense INT8 or FP8. Cards with slow memory are bound by it, the others by instructions.
@@ -39,28 +38,15 @@ ZEROS = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 256]
 ROTATION_BYTES = 200e6  # of distinct weights: four times the L2 cache of an H100
 LAUNCHES, REPEATS = 20, 30
+CACHED = 512  # tokens before the one that is decoded
 
 
-@dataclass(frozen=True)
-class Model:
-    """The sizes of a decoder; those of Llama-3.1-8B."""
-
-    hidden: int = 4096
-    intermediate: int = 14336
-    layers: int = 32
-    heads: int = 32
-    kv_heads: int = 8
-    vocabulary: int = 128256
-    cached: int = 512  # tokens before the one that is decoded
-
-
-class Measured:
+class Measured(Stopwatch):
     """The device, what a time on it is, and where rows go."""
 
     def __init__(self, device: str, out: Path | None, *, tiny: bool) -> None:
-        self.device, self.tiny, self._out = torch.device(device), tiny, out
-        self.on_gpu = self.device.type == "cuda"
-        self.card = torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU"
+        super().__init__(device)
+        self.tiny, self._out = tiny, out
 
     def row(self, **found: Any) -> None:
         line = json.dumps({"card": self.card, "torch": torch.__version__, **found})
@@ -72,49 +58,7 @@ class Measured:
     def seconds(self, functions: list[Callable[[], Any]]) -> float:
         """Of one of them: the median of repeats of a CUDA graph in which each is launched in turns."""
         launches = len(functions) if self.tiny else max(LAUNCHES, len(functions))
-        turns = [functions[index % len(functions)] for index in range(launches)]
-        repeats = 2 if self.tiny else REPEATS
-        if not self.on_gpu:
-            return statistics.median(_clock(turns) for _ in range(repeats)) / launches
-        for function in functions:
-            function()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for function in turns:
-                function()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        times = []
-        for _ in range(repeats + 3):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        return statistics.median(times[3:]) / launches
-
-    def random(self, *shape: int, seed: int = 0) -> Tensor:
-        random = torch.Generator(self.device).manual_seed(seed)
-        return torch.randn(*shape, generator=random, device=self.device)
-
-
-def _clock(functions: list[Callable[[], Any]]) -> float:
-    begin = time.perf_counter()
-    for function in functions:
-        function()
-    return time.perf_counter() - begin
-
-
-def weights(at: Measured, rows: int, columns: int, zeros: float, seed: int) -> Tensor:
-    """float32 [N, K], so many of them zero."""
-    w_NK = at.random(rows, columns, seed=seed)
-    random = torch.Generator(at.device).manual_seed(seed + 1)
-    return w_NK.masked_fill_(torch.rand(rows, columns, generator=random, device=at.device) < zeros, 0)
-
-
-def int8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights int8 [N, K] and float32 scales [N]."""
-    scales_N = w_NK.abs().amax(1).clamp(min=1e-8) / 127
-    return (w_NK / scales_N[:, None]).round().to(torch.int8), scales_N
+        return statistics.median(self.times(functions, launches, 2 if self.tiny else REPEATS))
 
 
 # ---------------------------------------------------------------------------------------------------- correct
@@ -139,7 +83,7 @@ def correct(at: Measured) -> None:
         ]
     ]
     for rows, columns, zeros, tokens in shapes[:24] if at.tiny else shapes:
-        w_NK, x_TK = weights(at, rows, columns, zeros, 1), at.random(tokens, columns, seed=3)
+        w_NK, x_TK = at.weights(rows, columns, zeros, 1), at.random(tokens, columns, seed=3)
         q_NK, scales_N = int8(w_NK)
         sparse, on_cpu = (
             SparseLinear.from_weight(q_NK.to(it), scales_N.to(it)) for it in (at.device, torch.device("cpu"))
@@ -175,17 +119,15 @@ def sanitizer(at: Measured) -> None:
 def small(at: Measured) -> None:
     """What the sanitizer watches."""
     for tokens in (5, 300):
-        q_NK, scales_N = int8(weights(at, 64, 1024, 0.7, 1))
+        q_NK, scales_N = int8(at.weights(64, 1024, 0.7, 1))
         SparseLinear.from_weight(q_NK, scales_N)(at.random(tokens, 1024))
         SparseLinear.from_weight(q_NK.bfloat16())(at.random(tokens, 1024).bfloat16())
 
 
 def ceilings(at: Measured) -> None:
     """How fast the card reads, and copies."""
-    big = torch.ones(1 << 30, dtype=torch.int8, device=at.device)
-    words = big.view(torch.int64)
-    at.row(run="ceilings", read_gb_per_s=big.nbytes / at.seconds([words.sum]) / 1e9)
-    at.row(run="ceilings", copy_gb_per_s=2 * big.nbytes / at.seconds([big.clone]) / 1e9)
+    for name, rates in at.rates(1 << 30, LAUNCHES, REPEATS).items():
+        at.row(run="ceilings", **{f"{name}_gb_per_s": statistics.median(rates) / 1e9})
 
 
 # ---------------------------------------------------------------------------------------------------- kernels
@@ -229,7 +171,7 @@ def sparse_layers(at: Measured, rows: int, columns: int, name: str, zeros: float
     """As many as are more than the caches hold; with few zeros they are dense, as the operator has it."""
     made = list[SparseLinear]()
     while not made or (not at.tiny and sum(it.num_bytes for it in made) < ROTATION_BYTES):
-        w_NK = weights(at, rows, columns, zeros, 10 * len(made))
+        w_NK = at.weights(rows, columns, zeros, 10 * len(made))
         given = int8(w_NK) if name == "i8" else (w_NK.bfloat16(),)
         made.append(SparseLinear.from_weight(*given))
     return made
@@ -260,62 +202,20 @@ def dense_products(
 # ------------------------------------------------------------------------------------------------------ whole
 
 
-class Decoder:
-    """A decoder of random weights that computes one token of each sequence behind a cache of random ones."""
-
-    def __init__(self, at: Measured, model: Model, name: str) -> None:
-        """`name`: dense bf16, bf16 or i8 (both with 70% zeros)."""
-        self.at, self.model, self.name = at, model, name
-        width = model.hidden // model.heads
-        kv = model.kv_heads * width
-        sizes = [(model.hidden + 2 * kv, model.hidden), (model.hidden, model.hidden),
-                 (2 * model.intermediate, model.hidden), (model.hidden, model.intermediate)]  # fmt: skip
-        self.layers = [[self._linear(*it, seed) for it in sizes] for seed in range(model.layers)]
-        self.head = at.random(model.vocabulary, model.hidden).bfloat16() / model.hidden**0.5
-        self.ones = torch.ones(model.hidden, device=at.device, dtype=torch.bfloat16)
-
-    def _linear(self, rows: int, columns: int, seed: int) -> Callable[[Tensor], Tensor]:
-        w_NK = weights(self.at, rows, columns, 0.0 if self.name == "dense bf16" else 0.7, seed) / columns**0.5
-        if self.name == "i8":
-            return SparseLinear.from_weight(*int8(w_NK))
-        bf16 = w_NK.bfloat16()
-        return SparseLinear.from_weight(bf16) if self.name == "bf16" else lambda x: linear(x, bf16)
-
-    def caches(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        model = self.model
-        shape = (batch, model.kv_heads, model.cached, model.hidden // model.heads)
-        return [
-            (self.at.random(*shape).bfloat16(), self.at.random(*shape).bfloat16())
-            for _ in range(model.layers)
-        ]
-
-    def step(self, x_BD: Tensor, caches: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Logits [B, V]; positions are left unrotated, which costs little beside the products."""
-        model, width = self.model, self.model.hidden // self.model.heads
-        for (qkv, o, gate_up, down), (keys, values) in zip(self.layers, caches, strict=True):
-            found = qkv(rms_norm(x_BD, (model.hidden,), self.ones)).view(len(x_BD), -1, 1, width)
-            q = found[:, : model.heads]
-            seen = scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-            x_BD = x_BD + o(seen.reshape(len(x_BD), -1))
-            gate, up = gate_up(rms_norm(x_BD, (model.hidden,), self.ones)).chunk(2, dim=-1)
-            x_BD = x_BD + down(silu(gate) * up)
-        return linear(rms_norm(x_BD, (model.hidden,), self.ones), self.head)
-
-
 def whole(at: Measured) -> None:
     """Tokens a second and memory of a decoder of 8 B weights, at 1, 8 and 16 sequences."""
-    model = Model(64, 128, 2, 4, 2, 256, 16) if at.tiny else Model()
-    for name in ("dense bf16", "bf16", "i8"):
-        decode(at, Decoder(at, model, name))
+    sizes = Sizes(64, 128, 2, 4, 2, 256) if at.tiny else Sizes()
+    for values in (DENSE, "bf16", "i8"):
+        decode(at, Decoder(at, sizes, values, 0.7))
 
 
 @torch.no_grad()
 def decode(at: Measured, decoder: Decoder) -> None:
     held = torch.cuda.memory_allocated(at.device) if at.on_gpu else 0
     for batch in (1, 8, 16):
-        caches, x_BD = decoder.caches(batch), at.random(batch, decoder.model.hidden).bfloat16()
+        caches, x_BD = decoder.caches(batch, 16 if at.tiny else CACHED), decoder.inputs(batch)
         seconds = at.seconds([lambda x=x_BD, kept=caches: decoder.step(x, kept)])
-        at.row(run="whole", weights=decoder.name, batch=batch, tokens_per_second=batch / seconds,
+        at.row(run="whole", weights=decoder.values, batch=batch, tokens_per_second=batch / seconds,
                bytes_held=held)  # fmt: skip
 
 

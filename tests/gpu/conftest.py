@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from gpu.emulated import build
+from gossamer.gpu import found, linear, products
+from gpu.emulated import Emulated, build
 from once import once
 
 
@@ -10,3 +11,18 @@ from once import once
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GPU's kernels and a driver for them, compiled for this CPU."""
     return once(tmp_path_factory, "emulated-gpu", lambda folder: build(folder)) / "emulated.so"
+
+
+@pytest.fixture
+def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU that verbs find: torch's CPU, where sparse linears are computed by their definition."""
+    monkeypatch.setattr(found, "DEVICE", "cpu")
+    monkeypatch.setattr(found, "why_no_gpu", lambda: "")
+
+
+@pytest.fixture
+def emulated_gpu(library: Path, cpu_as_gpu: None, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    """The same, but that sparse linears are computed by a GPU's kernels, for a tenth of a second each."""
+    device = Emulated(library)
+    monkeypatch.setattr(linear, "_by_definition", lambda *operands: products.product(device, *operands))
+    return device

@@ -8,6 +8,7 @@ import pytest
 from encoders import round_to_int8, save_encoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.errors import CheckpointError, EngineError
+from gossamer.gpu import found as gpu
 from gossamer.packed.cache import open_packed
 from gossamer.packed.from_checkpoint import Types, pack_checkpoint
 from gossamer.packed.reader import Packed
@@ -52,13 +53,17 @@ def test_an_int8_encoder_agrees_with_torch_whose_inputs_are_rounded(tmp_path: Pa
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
-def test_sparse_linears_as_on_a_gpu_agree(sparsity: float, tmp_path: Path) -> None:
+def test_sparse_linears_as_on_a_gpu_agree(
+    sparsity: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the operator's definition for CPUs; `verify` asks a GPU where there is one."""
     save_encoder(tmp_path, "BertForTokenClassification")
     round_to_int8(tmp_path, sparsity)
     pack_checkpoint(Checkpoint.open(tmp_path), tmp_path / "model.goss", Types(embedding="keep"))
     packed, ids = Packed.open(tmp_path / "model.goss"), [2, 7, 11, 5, 3]
-    found = agreement._sparse_numbers(tmp_path, packed, ids, "cpu")
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    found = agreement._sparse_numbers(tmp_path, packed, ids)
     for name, expected in agreement._encoder_numbers(packed, ids).items():
         assert np.linalg.norm(found[name] - expected) <= 1e-4 * np.linalg.norm(expected)
 

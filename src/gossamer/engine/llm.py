@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,8 +45,17 @@ class LLM:
         decoded together; more wait. `kv_cache_dtype`: keys and values in "f32", "bf16" or "i8"; "auto" is f32
         for float32 models, else bf16.
         """
-        self.model = OpenModel.open(path, num_threads, progress, kv_cache_dtype, offline=offline)
-        self._scheduler = Scheduler(self.model.native, max_batch)
+        self._ask(OpenModel.open(path, num_threads, progress, kv_cache_dtype, offline=offline), max_batch)
+
+    @classmethod
+    def of(cls, model: OpenModel, max_batch: int = 16) -> Self:
+        """The same for a model that is open."""
+        llm = cls.__new__(cls)
+        llm._ask(model, max_batch)
+        return llm
+
+    def _ask(self, model: OpenModel, max_batch: int) -> None:
+        self.model, self._scheduler = model, Scheduler(model.native, max_batch)
 
     @property
     def tokenizer(self) -> Tokenizer:

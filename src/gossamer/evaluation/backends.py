@@ -1,4 +1,4 @@
-"""What `evaluate` measures through: transformers, or the engine."""
+"""What `evaluate` measures through: transformers, also with sparse linears on a GPU, or the engine."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, KvCacheDtype, SamplingParams
 from gossamer.engine.scoring import score
 from gossamer.errors import UnsupportedError
+from gossamer.gpu.found import gpu_device
 from gossamer.tokens.tokenizer import Tokenizer
 
 BATCH_ROWS = 16
@@ -71,17 +72,54 @@ def open_backend(
     *,
     offline: bool = False,
 ) -> Backend:
-    """Open a model for evaluation; UnsupportedError for a packed file on the torch backend.
+    """Open a model for evaluation; UnsupportedError for a packed file on another backend than the engine.
 
     `num_threads` and `kv_cache_dtype` are the engine's (see `LLM`).
     """
     if backend == "engine":
         return EngineBackend(model, num_threads, kv_cache_dtype, offline=offline)
+    return TorchBackend(model, sparse=backend == "gpu", offline=offline)
+
+
+def directory_of(model: str, backend: str) -> str:
+    """The same model, which transformers is to read; UnsupportedError for a file."""
     if Path(model).is_file():
         raise UnsupportedError(
-            f"{model} is a file; the torch backend reads directories (try --backend engine)"
+            f"{model} is a file; the {backend} backend reads directories (try --backend engine)"
         )
-    return TorchBackend(model, offline=offline)
+    return model
+
+
+def open_decoder(model: str, backend: str, *, offline: bool) -> Checkpoint:
+    """The directory of a decoder, which transformers is to read; UnsupportedError for an encoder, or a file.
+
+    It names what is wrong with a directory better than transformers does.
+    """
+    source = Checkpoint.open(directory_of(model, backend), offline=offline)
+    if source.architecture.is_encoder:
+        raise UnsupportedError(
+            f"{source.path}: a {source.architecture.model_type}, an encoder, which continues no text; "
+            "`evaluate --kind sts`, retrieval, classification, tokens and qa measure those"
+        )
+    return source
+
+
+def transformers_model(source: Checkpoint, kind: str, *, sparse: bool) -> Any:
+    """transformers' model of this kind: in float32 and on the GPU if there is one, or with sparse linears.
+
+    The latter are on a GPU, of a directory in bfloat16, or of W8A8 with the rest in float32.
+    """
+    import torch
+    import transformers
+
+    with without_bars():
+        if sparse:
+            from gossamer.gpu.opening import open_sparse
+
+            return open_sparse(source, gpu_device(), kind)
+        how = {"dtype": torch.float32, "local_files_only": True}
+        model: Any = getattr(transformers, kind).from_pretrained(source.path, **how)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class EngineBackend:
@@ -116,38 +154,22 @@ class EngineBackend:
 
 
 class TorchBackend:
-    """transformers' model in float32, quantized directories (compressed-tensors) included.
+    """transformers' model (see `transformers_model`), quantized directories included."""
 
-    On the GPU if there is one.
-    """
-
-    def __init__(self, model: str, *, offline: bool = False) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        # Names what is wrong with a directory better than transformers does.
-        source = Checkpoint.open(model, offline=offline)
-        if source.architecture.is_encoder:
-            raise UnsupportedError(
-                f"{source.path}: a {source.architecture.model_type}, an encoder, which continues no text; "
-                "--kind sts, retrieval, classification, tokens and qa measure those"
-            )
+    def __init__(self, model: str, *, sparse: bool = False, offline: bool = False) -> None:
+        source = open_decoder(model, "gpu" if sparse else "torch", offline=offline)
         self.tokenizer = Tokenizer.open(source.path)
         self.context = source.architecture.max_position_embeddings
         self._path = source.path
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        with without_bars():
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=torch.float32, local_files_only=True
-            )
-        self._model.to(self._device)
+        self._model = transformers_model(source, "AutoModelForCausalLM", sparse=sparse)
+        self._device = self._model.device.type
 
     def log_probs(self, ids_BT: NDArray[np.int64]) -> NDArray[np.float64]:
         import torch
 
         ids = torch.from_numpy(np.ascontiguousarray(ids_BT)).to(self._device)
         with torch.no_grad():
-            logits_NV = self._model(ids[:, :-1]).logits.flatten(0, 1)
+            logits_NV = self._model(ids[:, :-1]).logits.flatten(0, 1).float()
         losses_N = torch.nn.functional.cross_entropy(logits_NV, ids[:, 1:].flatten(), reduction="none")
         return -losses_N.view(len(ids), -1).double().cpu().numpy()
 
@@ -168,7 +190,8 @@ class TorchBackend:
 
         tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
         model: Any = HFLM  # its constructor's arguments are hidden by a decorator
-        return model(pretrained=self._model, tokenizer=tokenizer, batch_size=HARNESS_ROWS[self._device])
+        how = {"batch_size": HARNESS_ROWS[self._device], "softmax_dtype": "float32"}
+        return model(pretrained=self._model, tokenizer=tokenizer, **how)
 
     def _decode(self, ids_BT: Any, mask_BT: Any, stop: str, max_tokens: int) -> Any:
         """Ids [B, steps] chosen greedily; ends early once every row holds an end token or `stop`."""

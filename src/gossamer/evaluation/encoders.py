@@ -1,7 +1,6 @@
-"""What `evaluate` measures encoders through: transformers, or the engine."""
+"""What `evaluate` measures encoders through: transformers, or the engine (see backends.py)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +12,7 @@ from gossamer.engine.answers import MAX_ANSWER_LEN, STRIDE, Answer, Windows
 from gossamer.engine.entities import OUTSIDE
 from gossamer.engine.heads import OF_VECTORS, cannot
 from gossamer.errors import UnsupportedError
-from gossamer.evaluation.backends import without_bars
+from gossamer.evaluation.backends import directory_of, transformers_model
 from gossamer.tokens import encoder as tokens
 from gossamer.tokens.pooling import Pooling
 from gossamer.tokens.texts import Text, Texts
@@ -57,14 +56,10 @@ class EncoderBackend(Protocol):
 
 
 def open_encoder(model: str, backend: str, num_threads: int | None, *, offline: bool) -> EncoderBackend:
-    """Open an encoder; UnsupportedError for a packed file on the torch backend."""
+    """Open an encoder; UnsupportedError for a packed file on another backend than the engine."""
     if backend == "engine":
         return EngineEncoder(model, num_threads, offline=offline)
-    if Path(model).is_file():
-        raise UnsupportedError(
-            f"{model} is a file; the torch backend reads directories (try --backend engine)"
-        )
-    return TorchEncoder(model, offline=offline)
+    return TorchEncoder(directory_of(model, backend), sparse=backend == "gpu", offline=offline)
 
 
 class EngineEncoder:
@@ -98,12 +93,9 @@ class EngineEncoder:
 
 
 class TorchEncoder:
-    """transformers' model in float32, on the GPU if there is one; batches are padded."""
+    """transformers' model (see `transformers_model`); batches are padded."""
 
-    def __init__(self, model: str, *, offline: bool = False) -> None:
-        import torch
-        import transformers
-
+    def __init__(self, model: str, *, sparse: bool = False, offline: bool = False) -> None:
         source = Checkpoint.open(model, offline=offline)
         if not source.architecture.is_encoder:
             raise UnsupportedError(
@@ -113,11 +105,8 @@ class TorchEncoder:
         self.task, self._source = source.architecture.task, source
         self._pooling = Pooling.open(source.path, source.architecture)
         self._texts = Texts(tokens.Encoder.open(source.path), self._pooling.max_length)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        kind: Any = getattr(transformers, source.config.get("architectures", ["AutoModel"])[0])
-        with without_bars():
-            self._model: Any = kind.from_pretrained(source.path, dtype=torch.float32, local_files_only=True)
-        self._model.eval().to(self._device)
+        kind = source.config.get("architectures", ["AutoModel"])[0]
+        self._model = transformers_model(source, kind, sparse=sparse)
         self.labels: list[str] = [label for _, label in sorted(self._model.config.id2label.items())]
 
     def vectors(self, texts: Sequence[str], prompt: str | None = None) -> NDArray[np.float32]:
@@ -128,7 +117,7 @@ class TorchEncoder:
         before = self._pooling.prompts.get(prompt or self._pooling.default_prompt or "", "")
 
         def pooled(batch: dict[str, Any]) -> Any:
-            h_BTD, mask_BT1 = self._model.base_model(**batch)[0], batch["attention_mask"][..., None]
+            h_BTD, mask_BT1 = self._model.base_model(**batch)[0].float(), batch["attention_mask"][..., None]
             if self._pooling.mode == "cls":
                 return h_BTD[:, 0]
             if self._pooling.mode == "max":
@@ -187,11 +176,13 @@ class TorchEncoder:
                 "attention_mask": [[1] * len(row) for row in ids],
             }
             batch = {
-                name: torch.tensor([row + [0] * (width - len(row)) for row in part], device=self._device)
+                name: torch.tensor(
+                    [row + [0] * (width - len(row)) for row in part], device=self._model.device
+                )
                 for name, part in parts.items()
             }
             with torch.no_grad():
-                for index, value in zip(chosen, function(batch).cpu().numpy(), strict=True):
+                for index, value in zip(chosen, function(batch).float().cpu().numpy(), strict=True):
                     found[index] = value
         return found
 

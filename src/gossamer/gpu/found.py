@@ -3,24 +3,50 @@
 import ctypes
 import importlib.util
 
-from gossamer.errors import EngineError, UnsupportedError
+from gossamer.errors import ConfigError, EngineError, UnsupportedError
 from gossamer.gpu import compiler
+
+DEVICE = "cuda"  # torch's name
 
 
 def found_gpus() -> list[str]:
     """A line for each GPU, for which the kernels are compiled, or one that says why there is none."""
+    if why := why_no_gpu():
+        return [f"none: {why}"]
+    import torch
+
+    return [_described(index) for index in range(torch.cuda.device_count())]
+
+
+def gpu_device() -> str:
+    """Torch's name of the GPU that `--backend gpu` computes on; ConfigError where there is none."""
+    if why := why_no_gpu():
+        raise ConfigError(
+            f"no GPU was found: {why}. --backend gpu needs one of NVIDIA's (docs/gpu.md says which); "
+            "--backend engine computes on this CPU"
+        )
+    return DEVICE
+
+
+def has_gpu() -> bool:
+    """Whether there is one that torch computes on."""
+    return not why_no_gpu()
+
+
+def why_no_gpu() -> str:
+    """What is in the way of computing on a GPU; empty where there is one."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return ["none: CUDA's driver (libcuda.so.1) was not found"]
+        return "CUDA's driver (libcuda.so.1) was not found"
     if importlib.util.find_spec("torch") is None:
-        return ["CUDA's driver is here; models run on it through torch: pip install 'gossamer[compress]'"]
+        return "CUDA's driver is here; models run on it through torch: pip install 'gossamer[compress]'"
     import torch
 
-    if not torch.cuda.is_available():
-        built = torch.version.cuda or "no CUDA"
-        return [f"CUDA's driver is here, but torch {torch.__version__} (built for {built}) cannot use it"]
-    return [_described(index) for index in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():
+        return ""
+    built = torch.version.cuda or "no CUDA"
+    return f"CUDA's driver is here, but torch {torch.__version__} (built for {built}) cannot use it"
 
 
 def _described(index: int) -> str:

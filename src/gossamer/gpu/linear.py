@@ -8,18 +8,18 @@ on CPUs is gossamer's engine.
 Shapes: T tokens, N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gossamer.compress.int8 import quantize_tokens
-from gossamer.errors import EngineError, UnsupportedError
+from gossamer.errors import UnsupportedError
 from gossamer.gpu import products
 from gossamer.gpu.driver import gpu
 from gossamer.gpu.layout import STEP_INPUTS
+from gossamer.gpu.memory import memory_for
 from gossamer.gpu.packing import PackedWeights, pack, padded
 from gossamer.packed.values import PANEL_ROWS
 
@@ -85,16 +85,12 @@ def unpacked(packed: PackedWeights) -> Tensor:
     return whole.reshape(panels * PANEL_ROWS, -1)[: packed.rows, : packed.columns].contiguous()
 
 
-@contextlib.contextmanager
-def while_packing(name: str, w_NK: Tensor) -> Iterator[None]:
+def while_packing(name: str, w_NK: Tensor) -> AbstractContextManager[None]:
     """EngineError that says what a linear takes where the device's memory ends while it is packed."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"the GPU's memory ended while {name} was packed, beside the weights that it is packed from; "
-            f"this linear takes {5 * w_NK.numel() / 1e9:.2f} GB more while it is: {error}"
-        ) from error
+    return memory_for(
+        f"{name} was packed, beside the weights that it is packed from; this linear takes "
+        f"{5 * w_NK.numel() / 1e9:.2f} GB more while it is"
+    )
 
 
 class SparseLinear(nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median, pstdev
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,30 +35,21 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class BenchRow:
-    """One setting: the medians of a run, and for each measured quantity its spread.
+class Speeds:
+    """One setting, as every device has it: the medians of a run, and for each measured quantity its spread.
 
-    `read_gb_per_s` is the best of all readers in the run, `int8_peak_tops` the best product in registers:
-    shares refer to these two. `round_share` is the median over the rounds of a round's bandwidth share: where
-    neighbours make the memory's speed swing during the run, it compares what was measured side by side.
-
-    `step_bytes` counts what a decode step reads: weights, head and norms of the file, and the cached keys and
-    values (`kv_bytes`) at the mean context of the steps. `bound_tokens_per_s` is what the best reader could
-    reach with these bytes, `linears_bound_tokens_per_s` the same of the decoder linears alone; `linears`
-    times one token through them, and `baseline` the same in dense float32 (None without --baseline).
-    `attention` has GB/s of cached keys and values, as many as no cache holds, at a context of `prompt`.
-    `prompt_linears` times `prompt_linears_tokens` tokens through them. TOPS are 2 x the multiply-adds of the
-    decoder linears: `prompt_tops` over the whole prompt's time, `prompt_linears_tops` over the linears' own.
+    `read_gb_per_s` is the best of all readers in the run, to which shares refer. `step_bytes` counts what a
+    decode step reads: weights, head and norms, and the cached keys and values (`kv_bytes`) at the mean
+    context of the steps. `bound_tokens_per_s` is what the best reader could reach with these bytes,
+    `linears_bound_tokens_per_s` the same of the decoder linears alone; `linears` times one token through
+    them, and `baseline` the same in dense weights, float32 on a CPU and bfloat16 on a GPU (None without
+    --baseline). TOPS are 2 x the multiply-adds of the decoder linears: `prompt_tops` over the whole prompt's
+    time.
     """
 
     model: str
-    file: str
-    file_bytes: int
     values: str
     sparsity: float
-    cpu: str
-    isa: str
-    num_threads: int
     batch: int
     prompt: int
     new: int
@@ -72,7 +64,6 @@ class BenchRow:
     gb_per_s: float
     read_gb_per_s: float
     bandwidth_share: float
-    round_share: float
     bound_tokens_per_s: float
     linears_bytes: int
     linears_s: float
@@ -80,35 +71,37 @@ class BenchRow:
     linears_bandwidth_share: float
     linears_bound_tokens_per_s: float
     kv_cache_dtype: str
-    attention_gb_per_s: float
-    attention_bandwidth_share: float
     baseline_s: float | None
     linears_speedup: float | None
     prompt_tops: float
-    prompt_linears_tops: float
-    prompt_linears_tokens: int
-    int8_peak_tops: float
-    prompt_peak_share: float
-    prompt_linears_peak_share: float
     steps: Spread
     prompts: Spread
     linears: Spread
-    prompt_linears: Spread
-    attention: Spread
     baseline: Spread | None
-    reads_gb_per_s: Spread
     impossible: tuple[str, ...]
     notes: tuple[str, ...]
 
+    DENSE: ClassVar[str]  # of the baseline's linears
+
+    @property
+    def where(self) -> str:
+        """What it ran on, and by which instructions."""
+        raise NotImplementedError
+
+    @classmethod
+    def limits(cls, rows: Sequence[Any]) -> str:
+        """What the device can do, by the best of all rows."""
+        return f"reads {max(row.read_gb_per_s for row in rows):.1f} GB/s"
+
     def table(self) -> Table:
         """All figures of the row, one a line, with the deviation where a median is shown."""
-        title = f"{self.model} on {self.cpu}: {self.num_threads} threads, {self.isa}, batch {self.batch}, "
-        title += f"prompt {self.prompt}, {self.new} new, {self.repeats} rounds"
+        title = f"{self.model} on {self.where}, batch {self.batch}, prompt {self.prompt}, {self.new} new, "
         rows = [*self._speeds(), *self._shares()]
         if self.baseline is not None and self.baseline_s is not None:
-            rows.append(("dense float32 linears", f"{1e3 * self.baseline_s:.2f} ms", self.baseline.relative))
+            milliseconds = f"{1e3 * self.baseline_s:.2f} ms"
+            rows.append((f"dense {self.DENSE} linears", milliseconds, self.baseline.relative))
             rows.append(("linears, speed", f"{self.linears_speedup:.1f}x", ""))
-        return Table(title, ("", "median", "deviation"), rows, to_paste=True)
+        return Table(f"{title}{self.repeats} rounds", ("", "median", "deviation"), rows, to_paste=True)
 
     def _speeds(self) -> list[tuple[str, str, str]]:
         steps, prompts, linears = self.steps.relative, self.prompts.relative, self.linears.relative
@@ -124,81 +117,179 @@ class BenchRow:
         ]
 
     def _shares(self) -> list[tuple[str, str, str]]:
-        read, peak = f"{self.read_gb_per_s:.1f} GB/s", f"{self.int8_peak_tops:.2f} TOPS"
-        tokens = self.prompt_linears_tokens
-        linears = f"{self.prompt_linears_tops:.2f} TOPS, {self.prompt_linears_peak_share:.0%}"
         kv = f", {self.kv_bytes / 1e6:.1f} MB of them keys and values"
+        share = f"{self.bandwidth_share:.0%} of {self.read_gb_per_s:.1f} GB/s"
         return [
             ("bytes a step", f"{self.step_bytes / 1e6:.1f} MB{kv}", ""),
             ("read while decoding", f"{self.gb_per_s:.1f} GB/s", self.steps.relative),
-            ("of the best read bandwidth", f"{self.bandwidth_share:.0%} of {read}", ""),
-            ("of the best reader of its round", f"{self.round_share:.0%}", self.reads_gb_per_s.relative),
+            ("of the best read bandwidth", share, ""),
             ("linears, of the bandwidth", f"{self.linears_bandwidth_share:.0%}", self.linears.relative),
+        ]
+
+    def cells(self) -> dict[str, str]:
+        """The row in a table of several, by column."""
+        found = {
+            "weights": f"{self.values} {self.sparsity:.0%}",
+            "batch": str(self.batch),
+            "context": str(self.prompt),
+            "decode tokens/s": f"{self.decode_tokens_per_s:.1f} {self.steps.relative}",
+            "bound": f"{self.bound_tokens_per_s:.1f}",
+            "step p50 / p99 ms": f"{1e3 * self.step_p50_s:.1f} / {1e3 * self.step_p99_s:.1f}",
+            "GB/s": f"{self.gb_per_s:.1f}",
+            "of bandwidth": f"{self.bandwidth_share:.0%}",
+            "prompt tokens/s": f"{self.prompt_tokens_per_s:.0f} {self.prompts.relative}",
+            "first token ms": f"{1e3 * self.time_to_first_token_s:.0f}",
+        }
+        if self.linears_speedup is not None:
+            found[f"linears against dense {self.DENSE}"] = f"{self.linears_speedup:.1f}x"
+        return found
+
+
+@dataclass(frozen=True)
+class BenchRow(Speeds):
+    """One setting on a CPU.
+
+    `int8_peak_tops` is the best product in registers. `round_share` is the median over the rounds of a
+    round's bandwidth share: where neighbours make the memory's speed swing during the run, it compares what
+    was measured side by side. `attention` has GB/s of cached keys and values, as many as no cache holds, at a
+    context of `prompt`. `prompt_linears` times `prompt_linears_tokens` tokens through the decoder linears,
+    and `prompt_linears_tops` is over that time.
+    """
+
+    file: str
+    file_bytes: int
+    cpu: str
+    isa: str
+    num_threads: int
+    round_share: float
+    attention_gb_per_s: float
+    attention_bandwidth_share: float
+    prompt_linears_tops: float
+    prompt_linears_tokens: int
+    int8_peak_tops: float
+    prompt_peak_share: float
+    prompt_linears_peak_share: float
+    prompt_linears: Spread
+    attention: Spread
+    reads_gb_per_s: Spread
+
+    DENSE = "float32"
+
+    @property
+    def where(self) -> str:
+        return f"{self.cpu}: {self.num_threads} threads, {self.isa}"
+
+    @classmethod
+    def limits(cls, rows: Sequence[Any]) -> str:
+        return f"{super().limits(rows)}, INT8 peak {max(row.int8_peak_tops for row in rows):.2f} TOPS"
+
+    def _shares(self) -> list[tuple[str, str, str]]:
+        tokens = self.prompt_linears_tokens
+        linears = f"{self.prompt_linears_tops:.2f} TOPS, {self.prompt_linears_peak_share:.0%}"
+        peak = f"{self.prompt_peak_share:.0%} of {self.int8_peak_tops:.2f} TOPS"
+        return [
+            *super()._shares(),
+            ("of the best reader of its round", f"{self.round_share:.0%}", self.reads_gb_per_s.relative),
             (
                 f"attention, {self.prompt} {self.kv_cache_dtype} positions",
                 f"{self.attention_gb_per_s:.1f} GB/s, {self.attention_bandwidth_share:.0%}",
                 self.attention.relative,
             ),
-            ("whole prompt", f"{self.prompt_tops:.2f} TOPS, {self.prompt_peak_share:.0%} of {peak}", ""),
+            ("whole prompt", f"{self.prompt_tops:.2f} TOPS, {peak}", ""),
             (f"linears, {tokens} tokens", f"{linears} of it", self.prompt_linears.relative),
         ]
 
-    def line(self) -> tuple[str, ...]:
-        """The row in a table of several."""
-        return (
-            f"{self.values} {self.sparsity:.0%}",
-            str(self.batch),
-            str(self.prompt),
-            f"{self.decode_tokens_per_s:.1f} {self.steps.relative}",
-            f"{self.bound_tokens_per_s:.1f}",
-            f"{1e3 * self.step_p50_s:.1f} / {1e3 * self.step_p99_s:.1f}",
-            f"{self.gb_per_s:.1f}",
-            f"{self.bandwidth_share:.0%}",
-            f"{self.prompt_tokens_per_s:.0f} {self.prompts.relative}",
-            f"{1e3 * self.time_to_first_token_s:.0f}",
-            f"{self.prompt_linears_peak_share:.0%}",
-            *([] if self.linears_speedup is None else [f"{self.linears_speedup:.1f}x"]),
-        )
+    def cells(self) -> dict[str, str]:
+        return super().cells() | {"linears of INT8 peak": f"{self.prompt_linears_peak_share:.0%}"}
 
 
-COLUMNS = (
-    *("weights", "batch", "context", "decode tokens/s", "bound", "step p50 / p99 ms", "GB/s"),
-    *(
-        "of bandwidth",
-        "prompt tokens/s",
-        "first token ms",
-        "linears of INT8 peak",
-        "linears against dense f32",
-    ),
-)
+@dataclass(frozen=True)
+class GpuRow(Speeds):
+    """One setting on a GPU: a decoder in CUDA graphs, as servers run it. Keys and values are bfloat16."""
+
+    gpu: str
+    layers: int
+
+    DENSE = "bfloat16"
+
+    @property
+    def where(self) -> str:
+        return self.gpu
+
+    def _shares(self) -> list[tuple[str, str, str]]:
+        return [*super()._shares(), ("whole prompt", f"{self.prompt_tops:.2f} TOPS", "")]
+
+
+def speeds(
+    *,
+    batch: int,
+    prompt: int,
+    step_bytes: int,
+    linears_bytes: int,
+    num_weights: int,
+    read: float,
+    steps: Sequence[float],
+    prompts: Sequence[float],
+    linears: Sequence[float],
+    baseline: Sequence[float],
+) -> dict[str, Any]:
+    """The fields of `Speeds` that follow from seconds, bytes, and what the best reader reads a second.
+
+    `num_weights`: of the decoder linears, zeros included.
+    """
+    step_s, linears_s, prompt_s = map(median, (steps, linears, prompts))
+    baseline_s = median(baseline) if baseline else None
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "decode_tokens_per_s": batch / step_s,
+        "step_p50_s": step_s,
+        "step_p99_s": Spread.of(steps).p99,
+        "prompt_tokens_per_s": batch * prompt / prompt_s,
+        "time_to_first_token_s": prompt_s,
+        "step_bytes": step_bytes,
+        "gb_per_s": step_bytes / step_s / GIGA,
+        "read_gb_per_s": read / GIGA,
+        "bandwidth_share": step_bytes / step_s / read,
+        "bound_tokens_per_s": batch * read / step_bytes,
+        "linears_bytes": linears_bytes,
+        "linears_s": linears_s,
+        "linears_gb_per_s": linears_bytes / linears_s / GIGA,
+        "linears_bandwidth_share": linears_bytes / linears_s / read,
+        "linears_bound_tokens_per_s": read / linears_bytes,
+        "baseline_s": baseline_s,
+        "linears_speedup": None if baseline_s is None else baseline_s / linears_s,
+        "prompt_tops": 2 * num_weights * batch * prompt / prompt_s / TERA,
+        "steps": Spread.of(steps),
+        "prompts": Spread.of(prompts),
+        "linears": Spread.of(linears),
+        "baseline": Spread.of(baseline) if baseline else None,
+    }
 
 
 @dataclass(frozen=True)
 class BenchResult(Result):
     """A row for every setting of the sweep, in the order measured."""
 
-    rows: tuple[BenchRow, ...]
+    rows: tuple[Speeds, ...]
     picture: str | None = None
 
     @property
-    def row(self) -> BenchRow:
+    def row(self) -> Any:
         """The only row of a run that is no sweep."""
         [row] = self.rows
         return row
 
-    def objects(self) -> tuple[BenchRow, ...]:
+    def objects(self) -> tuple[Speeds, ...]:
         """What --json prints, one a line."""
         return self.rows
 
     def tables(self) -> list[Table]:
         if len(self.rows) == 1:
             return [self.row.table()]
-        first = self.rows[0]
-        read, peak = max(row.read_gb_per_s for row in self.rows), max(r.int8_peak_tops for r in self.rows)
-        title = f"{first.cpu}: {first.num_threads} threads, {first.isa}, {first.repeats} rounds, "
-        title += f"reads {read:.1f} GB/s, INT8 peak {peak:.2f} TOPS"
-        lines = [row.line() for row in self.rows]
-        return [Table(title, COLUMNS[: len(lines[0])], lines, to_paste=True)]
+        first, cells = self.rows[0], [row.cells() for row in self.rows]
+        title = f"{first.where}, {first.repeats} rounds, {first.limits(self.rows)}"
+        return [Table(title, tuple(cells[0]), [tuple(it.values()) for it in cells], to_paste=True)]
 
     @property
     def closing(self) -> tuple[str, ...]:

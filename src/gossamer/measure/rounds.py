@@ -17,7 +17,7 @@ from gossamer.architecture.anatomy import Anatomy
 from gossamer.job.report import Event, Progress
 from gossamer.machine import cpu_model
 from gossamer.measure.readers import Readers, impossible
-from gossamer.measure.report import GIGA, TERA, BenchRow, Spread
+from gossamer.measure.report import GIGA, TERA, BenchRow, Spread, speeds
 from gossamer.packed.reader import Packed
 
 Kv = Literal["f32", "bf16", "i8"]
@@ -146,22 +146,29 @@ def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
     """All figures of a setting from its samples."""
     packed, best, peak = subject.packed, max(samples.reads), 2 * max(samples.products)
     kv = setting.batch * kv_bytes(packed.architecture, setting.mean_context, subject.kv)
-    step_bytes, step_s = subject.model.bytes_per_step + kv, median(samples.steps)
-    linears_bytes = sum(map(packed.matrix_bytes, packed.decoder))
-    linears_s, prompt_s = median(samples.linears), median(samples.prompts)
-    baseline_s = median(samples.baseline) if samples.baseline else None
-    operations = 2 * sum(packed.matrices[name].num_weights for name in packed.decoder)
-    prompt_tokens = setting.batch * setting.prompt
-    prompt_rate = operations * prompt_tokens / prompt_s
-    linears_rate = operations * setting.linears_tokens / median(samples.prompt_linears)
+    num_weights = sum(packed.matrices[name].num_weights for name in packed.decoder)
+    found = speeds(
+        batch=setting.batch,
+        prompt=setting.prompt,
+        step_bytes=subject.model.bytes_per_step + kv,
+        linears_bytes=sum(map(packed.matrix_bytes, packed.decoder)),
+        num_weights=num_weights,
+        read=best,
+        steps=samples.steps,
+        prompts=samples.prompts,
+        linears=samples.linears,
+        baseline=samples.baseline,
+    )
+    linears_rate = 2 * num_weights * setting.linears_tokens / median(samples.prompt_linears)
     shares = {
-        "read while decoding": step_bytes / step_s / best,
-        "read by the linears": linears_bytes / linears_s / best,
+        "read while decoding": found["bandwidth_share"],
+        "read by the linears": found["linears_bandwidth_share"],
         "read by attention": median(samples.attention) / best,
-        "whole prompt": prompt_rate / peak,
+        "whole prompt": TERA * found["prompt_tops"] / peak,
         "linears of a prompt": linears_rate / peak,
     }
     return BenchRow(
+        **found,
         model=packed.path.name,
         file=str(packed.path),
         file_bytes=packed.file_bytes,
@@ -170,44 +177,20 @@ def summary(subject: Subject, setting: Setting, samples: Samples) -> BenchRow:
         cpu=cpu_model(),
         isa=_native.isa(),
         num_threads=subject.model.num_threads,
-        batch=setting.batch,
-        prompt=setting.prompt,
         new=setting.new,
         repeats=setting.repeats,
-        decode_tokens_per_s=setting.batch / step_s,
-        step_p50_s=step_s,
-        step_p99_s=Spread.of(samples.steps).p99,
-        prompt_tokens_per_s=prompt_tokens / prompt_s,
-        time_to_first_token_s=prompt_s,
         kv_bytes=kv,
-        step_bytes=step_bytes,
-        gb_per_s=step_bytes / step_s / GIGA,
-        read_gb_per_s=best / GIGA,
-        bandwidth_share=shares["read while decoding"],
-        round_share=samples.round_share(step_bytes),
-        bound_tokens_per_s=setting.batch * best / step_bytes,
-        linears_bytes=linears_bytes,
-        linears_s=linears_s,
-        linears_gb_per_s=linears_bytes / linears_s / GIGA,
-        linears_bandwidth_share=shares["read by the linears"],
-        linears_bound_tokens_per_s=best / linears_bytes,
+        round_share=samples.round_share(found["step_bytes"]),
         kv_cache_dtype=subject.kv,
         attention_gb_per_s=median(samples.attention) / GIGA,
         attention_bandwidth_share=shares["read by attention"],
-        baseline_s=baseline_s,
-        linears_speedup=None if baseline_s is None else baseline_s / linears_s,
-        prompt_tops=prompt_rate / TERA,
         prompt_linears_tops=linears_rate / TERA,
         prompt_linears_tokens=setting.linears_tokens,
         int8_peak_tops=peak / TERA,
         prompt_peak_share=shares["whole prompt"],
         prompt_linears_peak_share=shares["linears of a prompt"],
-        steps=Spread.of(samples.steps),
-        prompts=Spread.of(samples.prompts),
-        linears=Spread.of(samples.linears),
         prompt_linears=Spread.of(samples.prompt_linears),
         attention=Spread.of([rate / GIGA for rate in samples.attention]),
-        baseline=Spread.of(samples.baseline) if samples.baseline else None,
         reads_gb_per_s=Spread.of([read / GIGA for read in samples.reads]),
         impossible=impossible(shares),
         notes=subject.notes,

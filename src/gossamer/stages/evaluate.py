@@ -1,4 +1,4 @@
-"""`evaluate`: perplexity of a text and accuracy in tasks, through transformers or the engine."""
+"""`evaluate`: perplexity of a text and accuracy in tasks, through transformers, a GPU or the engine."""
 
 import shlex
 import tempfile
@@ -28,6 +28,7 @@ from gossamer.evaluation.report import EvaluateResult
 from gossamer.evaluation.scores import Scores, recovery, recovery_error
 from gossamer.evaluation.task_yaml import FileTask, yaml_file
 from gossamer.evaluation.tasks import DOCTESTS, Choice, Example, task_examples
+from gossamer.gpu.found import gpu_device
 from gossamer.job.options import option
 from gossamer.job.report import Event, Progress, quiet
 from gossamer.job.threads import use_threads
@@ -63,8 +64,10 @@ class Evaluate(EngineOptions):
         "(.jsonl[.zst], .parquet) with fields prompt and answer (text to match), or prompt, choices and "
         "answer (the right one's index; the likeliest a character wins)",
     )
-    backend: Literal["auto", "torch", "engine"] = option(
-        "auto", help="transformers, or Gossamer's own engine; auto: torch for directories, engine for files"
+    backend: Literal["auto", "torch", "engine", "gpu"] = option(
+        "auto",
+        help="torch: transformers; engine: Gossamer's own; gpu: transformers with sparse linears on a GPU; "
+        "auto: torch for directories, engine for files",
     )
     baseline: str = option("", help="model to compare with; adds recovery")
     skip_bad_rows: int = option(0, help="rows of --kind that cannot be used and are left out")
@@ -125,9 +128,8 @@ def _evaluate(job: Evaluate, folder: Path, progress: Progress) -> EvaluateResult
     if job.backend == "auto":
         packed = any(Path(model).is_file() for model in (job.model, job.baseline) if model)
         job = replace(job, backend="engine" if packed else "torch")
-    if job.backend == "torch":
-        if job.kv_cache_dtype != "auto":
-            raise ConfigError("--kv-cache-dtype is the engine's; add --backend engine")
+    if job.backend != "engine":
+        job.refuse_given("kv_cache_dtype")
         if job.threads is not None:
             use_threads(job.threads)
     kept = KeptFigures(progress, anew=job.no_cache)
@@ -178,7 +180,9 @@ def _compared(
 
 
 def check(job: Evaluate) -> None:
-    """Raise ConfigError for options that do not go together."""
+    """Raise ConfigError for options that do not go together, or for a GPU that is not there."""
+    if job.backend == "gpu":
+        gpu_device()
     if job.kind and not job.dataset:
         raise ConfigError(f"--kind {job.kind} needs --dataset FILE, the examples")
     if job.kind == "code" and not job.allow_code_execution:

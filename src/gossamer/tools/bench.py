@@ -1,7 +1,7 @@
 """`bench`: tokens per second, and the gigabytes per second they take as a share of what memory can give."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Literal
 from gossamer import plots
 from gossamer.architecture.families import read_anatomy
 from gossamer.engine import EngineOptions, KvCacheDtype, cached_type, native_model
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, UnsupportedError
+from gossamer.gpu.found import gpu_device
 from gossamer.job.options import option
 from gossamer.job.report import Progress, quiet
 from gossamer.machine import available_memory_bytes, cache_directory, default_threads
 from gossamer.measure.readers import Readers
-from gossamer.measure.report import BenchResult, BenchRow
+from gossamer.measure.report import BenchResult, Speeds
 from gossamer.measure.rounds import Baseline, Setting, Subject, measure
 from gossamer.measure.synthetic import CONFIGS, Recipe, Shape, synthetic_file
 from gossamer.packed.cache import open_packed
@@ -26,6 +27,7 @@ BASELINE_BYTES = 600e6  # of dense float32 layers, to compare with: more than an
 PLOT_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 OF_SHAPES = ("layers", "sparsity", "pattern", "values", "baseline", "plot", "keep")
 TOGETHER = {"unstructured": 1, "1x4": 4}  # weights of a row that are zero or not as one
+GPU_VALUES = ("i8", "bf16")
 MEMORY_SHARE = 0.8  # of what is available that a model may take
 
 
@@ -61,7 +63,11 @@ class Bench(EngineOptions):
     batch: tuple[int, ...] = option((1,), help="sequences at once, a row each", short="-b")
     repeats: int = option(5, help="rounds; medians are reported", short="-r")
     baseline: bool = option(
-        False, help="also time dense float32 decoder linears of the same shape (0.6 GB more)"
+        False,
+        help="also time dense decoder linears of the same shape, float32 or on a GPU bfloat16 (0.6 GB more)",
+    )
+    backend: Literal["engine", "gpu"] = option(
+        "engine", help="engine: Gossamer's own; gpu: sparse linears on a GPU, of --shape in i8 and bf16"
     )
     plot: str | None = option(None, help="draw speed against sparsity, with its bound, as this PNG file")
     keep: bool = option(
@@ -77,19 +83,42 @@ def bench(job: Bench, progress: Progress = quiet) -> BenchResult:
     if job.plot is None:
         return BenchResult(rows)
     result, first = BenchResult(rows, str(Path(job.plot).resolve())), rows[0]
-    title = f"{job.shape} on {first.cpu}, {first.num_threads} threads, {first.isa}, batch {first.batch}"
+    title = f"{job.shape} on {first.where}, batch {first.batch}"
     plots.speed_by_sparsity(Path(job.plot), result.curves(), title)
     return result
 
 
-def measured(job: Bench, progress: Progress = quiet) -> Iterator[BenchRow]:
+def measured(job: Bench, progress: Progress = quiet) -> Iterator[Speeds]:
     """Each setting in rounds; models one after another, prompts and batches on the open one."""
     check(job)
+    settings = [Setting(*it, job.new, job.repeats) for it in product(job.batch, job.prompt)]
+    if job.backend == "gpu":
+        yield from on_gpu(job, settings, progress)
+        return
     threads = default_threads() if job.threads is None else job.threads
     dense = baseline(job, threads, progress)
     for subject in subjects(job, threads, dense, progress):
-        for batch, prompt in product(job.batch, job.prompt):
-            yield measure(subject, Setting(batch, prompt, job.new, job.repeats), progress)
+        for setting in settings:
+            yield measure(subject, setting, progress)
+
+
+def on_gpu(job: Bench, settings: Sequence[Setting], progress: Progress) -> Iterator[Speeds]:
+    """The same on a GPU; ConfigError where there is none, or for what only the engine has."""
+    job.refuse_given("threads", "kv_cache_dtype", "pattern", "keep")
+    if job.shape is None:
+        raise ConfigError(
+            f"--backend gpu measures synthetic models; give --shape ({', '.join(CONFIGS)}) instead of MODEL"
+        )
+    if others := sorted(set(job.values) - set(GPU_VALUES)):
+        raise UnsupportedError(
+            f"--values {' '.join(others)}: supported on a GPU: {' '.join(GPU_VALUES)}; the engine has all"
+        )
+    device = gpu_device()
+    from gossamer.measure.gpu_rounds import measured_on_gpu
+    from gossamer.measure.stopwatch import Stopwatch
+
+    at = Stopwatch(device)
+    yield from measured_on_gpu(at, recipes(job, at.free_bytes), settings, progress, baseline=job.baseline)
 
 
 def check(job: Bench) -> None:
@@ -132,7 +161,7 @@ def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progres
         values = "+".join(sorted({packed.matrices[name].values for name in packed.decoder}))
         yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, job.kv_cache_dtype, dense)
         return
-    made = recipes(job)
+    made = recipes(job, available_memory_bytes())
     for recipe in made:
         path = cache_directory() / recipe.file_name
         drop = len(made) > 1 and not job.keep and not path.exists()
@@ -160,8 +189,8 @@ def subject_of(
     return Subject(packed, values, sparsity, kv, model, readers, dense, notes)
 
 
-def recipes(job: Bench) -> list[Recipe]:
-    """The synthetic models of the sweep; ConfigError for one that does not fit in memory."""
+def recipes(job: Bench, available: float | None) -> list[Recipe]:
+    """The synthetic models of the sweep; ConfigError for one that does not fit in the memory available."""
     assert job.shape is not None
     sparsities = job.sparsity or (PLOT_SPARSITIES if job.plot else (0.7,))
     made = [
@@ -169,7 +198,6 @@ def recipes(job: Bench) -> list[Recipe]:
         for values in dict.fromkeys(job.values or ("i8",))
         for sparsity in dict.fromkeys(sparsities)
     ]
-    available = available_memory_bytes()
     for recipe in made:
         if available is not None and (needed := most_bytes(recipe)) > MEMORY_SHARE * available:
             raise ConfigError(

@@ -233,10 +233,15 @@ def _speeds(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             f"{row['decode_tokens_per_s']:.4g}",
             f"{row['prompt_tokens_per_s']:.4g}",
             f"{row['gb_per_s']:.3g}",
-            f"{row['cpu']}, {row['num_threads']} threads, {row['isa']}, {row['values']}",
+            f"{_device(row)}, {row['values']}",
         )
         for row in rows
     ]
+
+
+def _device(row: Mapping[str, Any]) -> str:
+    """What a row of `bench` was measured on."""
+    return row["gpu"] if "gpu" in row else f"{row['cpu']}, {row['num_threads']} threads, {row['isa']}"
 
 
 def _recipe(found: InspectResult, sources: Sources) -> str:

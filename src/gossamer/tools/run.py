@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from gossamer.engine import LLM, GenerationOptions, Piece, SamplingParams
 from gossamer.errors import ConfigError
@@ -42,15 +43,16 @@ class Run(GenerationOptions):
     stop: tuple[str, ...] = option((), help="strings that end the text; special tokens by their names")
     stop_token_ids: tuple[int, ...] = option((), help="token ids that end the text")
     chat: bool = option(False, help="put the prompt through the model's chat template")
+    backend: Literal["engine", "gpu"] = option(
+        "engine", help="engine: Gossamer's own; gpu: transformers with sparse linears on a GPU (directories)"
+    )
 
 
 def run(job: Run, progress: Progress = quiet) -> Iterator[Piece] | Conversation:
     """The completion piece by piece, or a conversation where there is a terminal and no prompt."""
     talks = job.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     prompt = None if talks else _given(job)
-    llm = LLM(
-        job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, offline=job.offline, progress=progress
-    )
+    llm = _opened(job, progress)
     params = _params(job, llm, talks or job.chat, progress)
     if prompt is None:
         if llm.tokenizer.chat_template is None:
@@ -59,6 +61,18 @@ def run(job: Run, progress: Progress = quiet) -> Iterator[Piece] | Conversation:
             )
         return Conversation(llm, params, progress)
     return _complete(llm, prompt, params, progress, chat=job.chat)
+
+
+def _opened(job: Run, progress: Progress) -> LLM:
+    """The model behind the backend; ConfigError for options that another has, or a GPU that is not there."""
+    if job.backend == "engine":
+        return LLM(
+            job.model, job.threads, kv_cache_dtype=job.kv_cache_dtype, offline=job.offline, progress=progress
+        )
+    job.refuse_given("threads", "kv_cache_dtype")
+    from gossamer.tools.on_gpu import open_on_gpu
+
+    return open_on_gpu(job.model, offline=job.offline)
 
 
 def _given(job: Run) -> str:

@@ -1,0 +1,17 @@
+"""What is said when a GPU's memory ends."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from gossamer.errors import EngineError
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """EngineError where the memory ends meanwhile; `what` goes on after "while"."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"the GPU's memory ended while {what}: {error}") from error
