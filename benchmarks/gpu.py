@@ -22,21 +22,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 
 from gossamer.gpu.linear import SparseLinear
 
-# Card -> over cuBLAS bfloat16 at 70% zeros and 1 to 16 tokens, of bfloat16 and of INT8 weights; and INT8 over
-# the better dense INT8 or FP8. Cards with slow memory are bound by it, the others by instructions.
+# Card -> over cuBLAS bfloat16 at 70% zeros and 1 to 16 tokens, of bfloat16, INT8 and INT4 weights; and INT8
+# over the better dense INT8 or FP8. Cards with slow memory are bound by it, the others by instructions.
 PREDICTIONS = {
-    "H100": {"bf16": (1.8, 2.2), "i8": (2.6, 3.2), "i8 over dense": (1.3, 1.8)},
-    "H200": {"bf16": (1.3, 1.5), "i8": (1.8, 2.2), "i8 over dense": (0.9, 1.3)},
-    "A100": {"bf16": (2.0, 2.4), "i8": (2.8, 3.4), "i8 over dense": (1.4, 1.7)},
-    "L4": {"bf16": (2.5, 2.76), "i8": (4.2, 4.7), "i8 over dense": (2.1, 2.35)},
+    "H100": {"bf16": (1.8, 2.2), "i8": (2.6, 3.2), "i4": (2.6, 2.8), "i8 over dense": (1.3, 1.8)},
+    "H200": {"bf16": (1.3, 1.5), "i8": (1.8, 2.2), "i4": (1.8, 2.0), "i8 over dense": (0.9, 1.3)},
+    "A100": {"bf16": (2.0, 2.4), "i8": (2.8, 3.4), "i4": (2.8, 3.0), "i8 over dense": (1.4, 1.7)},
+    "L4": {"bf16": (2.5, 2.76), "i8": (4.2, 4.7), "i4": (6.2, 6.9), "i8 over dense": (2.1, 2.35)},
 }
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (12288, 5376)]  # of 8 B models, as fused
 ZEROS = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 256]
+NAMES = ("bf16", "i8", "i4")
+CPU = torch.device("cpu")
 ROTATION_BYTES = 200e6  # of distinct weights: four times the L2 cache of an H100
 LAUNCHES, REPEATS = 20, 30
 
@@ -117,6 +119,25 @@ def int8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     return (w_NK / scales_N[:, None]).round().to(torch.int8), scales_N
 
 
+def int4(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights int8 [N, K] from -7 to 7, scales [N], multipliers [N, S]; as many zeros as there were."""
+    scales_N = w_NK.abs().amax(1).clamp(min=1e-8) / (7 * 16)
+    groups_NS = pad(w_NK.abs(), (0, -w_NK.shape[1] % 128)).unflatten(1, (-1, 128)).amax(2)
+    multiplier_NS = (groups_NS / (7 * scales_N[:, None])).ceil().clamp(1, 16)
+    each_NK = (multiplier_NS * scales_N[:, None]).repeat_interleave(128, 1)[:, : w_NK.shape[1]]
+    q_NK = (w_NK / each_NK).round().clamp(-7, 7)
+    return torch.where(q_NK == 0, w_NK.sign(), q_NK).to(torch.int8), scales_N, multiplier_NS.to(torch.uint8)
+
+
+def sparse(name: str, w_NK: Tensor, device: torch.device | None = None) -> SparseLinear:
+    """Of weights rounded to bf16, i8 or i4, where they lie or on another device."""
+    device = w_NK.device if device is None else device
+    if name == "bf16":
+        return SparseLinear.from_weight(w_NK.bfloat16().to(device))
+    q_NK, scales_N, *multipliers = (it.to(device) for it in (int8 if name == "i8" else int4)(w_NK))
+    return SparseLinear.from_weight(q_NK, scales_N, multiplier_NS=multipliers[0] if multipliers else None)
+
+
 # ---------------------------------------------------------------------------------------------------- correct
 
 
@@ -140,20 +161,16 @@ def correct(at: Measured) -> None:
     ]
     for rows, columns, zeros, tokens in shapes[:24] if at.tiny else shapes:
         w_NK, x_TK = weights(at, rows, columns, zeros, 1), at.random(tokens, columns, seed=3)
-        q_NK, scales_N = int8(w_NK)
-        sparse, on_cpu = (
-            SparseLinear.from_weight(q_NK.to(it), scales_N.to(it)) for it in (at.device, torch.device("cpu"))
-        )
-        bits = torch.equal(sparse(x_TK).cpu(), on_cpu(x_TK.cpu()))
+        bits = {
+            name: torch.equal(sparse(name, w_NK)(x_TK).cpu(), sparse(name, w_NK, CPU)(x_TK.cpu()))
+            for name in ("i8", "i4")
+        }
         bf16 = w_NK.bfloat16()
-        y_TN, exact_TN = (
-            SparseLinear.from_weight(bf16)(x_TK.bfloat16()),
-            x_TK.bfloat16().double() @ bf16.double().T,
-        )
+        y_TN, exact_TN = sparse("bf16", w_NK)(x_TK.bfloat16()), x_TK.bfloat16().double() @ bf16.double().T
         allowed_TN = 2**-8 * exact_TN.abs() + 1e-5 * (x_TK.double().abs() @ bf16.double().abs().T) + 1e-12
         error = float(((y_TN.double() - exact_TN).abs() / allowed_TN).max())
-        at.row(run="correct", shape=[rows, columns], zeros=zeros, tokens=tokens, i8_bits_equal=bits,
-               bf16_error_over_allowed=error, right=bits and error <= 1)  # fmt: skip
+        at.row(run="correct", shape=[rows, columns], zeros=zeros, tokens=tokens, bits_equal=bits,
+               bf16_error_over_allowed=error, right=all(bits.values()) and error <= 1)  # fmt: skip
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.use_deterministic_algorithms(False)
     if at.on_gpu:
@@ -175,9 +192,8 @@ def sanitizer(at: Measured) -> None:
 def small(at: Measured) -> None:
     """What the sanitizer watches."""
     for tokens in (5, 300):
-        q_NK, scales_N = int8(weights(at, 64, 1024, 0.7, 1))
-        SparseLinear.from_weight(q_NK, scales_N)(at.random(tokens, 1024))
-        SparseLinear.from_weight(q_NK.bfloat16())(at.random(tokens, 1024).bfloat16())
+        for name in NAMES:
+            sparse(name, weights(at, 64, 1024, 0.7, 1))(at.random(tokens, 1024).bfloat16())
 
 
 def ceilings(at: Measured) -> None:
@@ -203,7 +219,7 @@ def kernels(at: Measured) -> None:
         for (name, tokens), seconds in dense.items():
             row(at, rows, columns, name, 0.0, tokens, seconds, {})
         for zeros in ZEROS[3:4] if at.tiny else ZEROS:
-            for name in ("i8", "bf16"):
+            for name in NAMES:
                 layers = sparse_layers(at, rows, columns, name, zeros)
                 for tokens in TOKENS[:2] if at.tiny else TOKENS:
                     x_TK = at.random(tokens, columns).bfloat16()
@@ -230,8 +246,7 @@ def sparse_layers(at: Measured, rows: int, columns: int, name: str, zeros: float
     made = list[SparseLinear]()
     while not made or (not at.tiny and sum(it.num_bytes for it in made) < ROTATION_BYTES):
         w_NK = weights(at, rows, columns, zeros, 10 * len(made))
-        given = int8(w_NK) if name == "i8" else (w_NK.bfloat16(),)
-        made.append(SparseLinear.from_weight(*given))
+        made.append(sparse(name, w_NK))
     return made
 
 
@@ -264,7 +279,7 @@ class Decoder:
     """A decoder of random weights that computes one token of each sequence behind a cache of random ones."""
 
     def __init__(self, at: Measured, model: Model, name: str) -> None:
-        """`name`: dense bf16, bf16 or i8 (both with 70% zeros)."""
+        """`name`: dense bf16, or one of NAMES with 70% zeros."""
         self.at, self.model, self.name = at, model, name
         width = model.hidden // model.heads
         kv = model.kv_heads * width
@@ -276,10 +291,10 @@ class Decoder:
 
     def _linear(self, rows: int, columns: int, seed: int) -> Callable[[Tensor], Tensor]:
         w_NK = weights(self.at, rows, columns, 0.0 if self.name == "dense bf16" else 0.7, seed) / columns**0.5
-        if self.name == "i8":
-            return SparseLinear.from_weight(*int8(w_NK))
+        if self.name in NAMES:
+            return sparse(self.name, w_NK)
         bf16 = w_NK.bfloat16()
-        return SparseLinear.from_weight(bf16) if self.name == "bf16" else lambda x: linear(x, bf16)
+        return lambda x: linear(x, bf16)
 
     def caches(self, batch: int) -> list[tuple[Tensor, Tensor]]:
         model = self.model
@@ -305,7 +320,7 @@ class Decoder:
 def whole(at: Measured) -> None:
     """Tokens a second and memory of a decoder of 8 B weights, at 1, 8 and 16 sequences."""
     model = Model(64, 128, 2, 4, 2, 256, 16) if at.tiny else Model()
-    for name in ("dense bf16", "bf16", "i8"):
+    for name in ("dense bf16", *NAMES):
         decode(at, Decoder(at, model, name))
 
 

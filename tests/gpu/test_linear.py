@@ -78,6 +78,13 @@ def test_int4_that_is_none_is_refused(weight: int, multiplier: int, groups: int,
         SparseLinear.from_weight(q_NK, torch.ones(16), multiplier_NS=multiplier_NS)
 
 
+def test_int4_without_scales_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"weights of torch.int8 without scales; supported: int8 with"):
+        SparseLinear.from_weight(
+            torch.ones(16, 4, dtype=torch.int8), multiplier_NS=torch.ones(16, 1, dtype=torch.uint8)
+        )
+
+
 def test_zeros_and_biases() -> None:
     linear, _, _ = linear_of(40, 300, bias=True)
     assert torch.equal(linear(torch.zeros(3, 300)), torch.arange(40.0).expand(3, 40))

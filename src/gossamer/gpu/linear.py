@@ -139,7 +139,8 @@ class SparseLinear(nn.Module):
 
         With multipliers uint8 [N, S], 1 to 16, weights are INT4, each times its multiplier and scale.
         """
-        if w_NK.dtype != (torch.bfloat16 if scales_N is None else torch.int8):
+        is_float = scales_N is None and multiplier_NS is None
+        if w_NK.dtype != (torch.bfloat16 if is_float else torch.int8) or (scales_N is None and not is_float):
             raise UnsupportedError(
                 f"found weights of {w_NK.dtype} {'without' if scales_N is None else 'with'} scales; "
                 "supported: int8 with a scale for each output, bfloat16 without"
@@ -148,8 +149,7 @@ class SparseLinear(nn.Module):
         if multiplier_NS is not None:
             _check_int4(w_NK, multiplier_NS)
             packed = pack(w_NK, multiplier_NS)
-            in_rows_NK = multiplier_NS.view(torch.int8).repeat_interleave(STEP_INPUTS, 1)[:, :columns]
-            dense = padded(w_NK * in_rows_NK) if keep_dense else None
+            dense = padded(_int8_weights(w_NK, multiplier_NS)) if keep_dense else None
             return cls(packed, dense, (rows, columns), scales_N, bias_N)
         is_sparse = int(torch.count_nonzero(w_NK)) <= (1 - LEAST_ZEROS) * w_NK.numel()
         packed = pack(w_NK) if is_sparse else None
@@ -183,6 +183,12 @@ class SparseLinear(nn.Module):
         """As other linears say it."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, dense={self.is_dense}"
+
+
+def _int8_weights(w_NK: Tensor, multiplier_NS: Tensor) -> Tensor:
+    """What INT4 weights stand for, before the scales of rows."""
+    in_rows_NK = multiplier_NS.view(torch.int8).repeat_interleave(STEP_INPUTS, 1)
+    return w_NK * in_rows_NK[:, : w_NK.shape[1]]
 
 
 def _check_int4(w_NK: Tensor, multiplier_NS: Tensor) -> None:
