@@ -116,13 +116,13 @@ def _has_gpu() -> bool:
 
 
 def _sparse_numbers(directory: Path, packed: Packed, ids: list[int], device: str = "cuda") -> Numbers:
-    """Of the directory with sparse linears (gossamer.gpu): bfloat16, or INT8 with the rest in float32."""
+    """Of the directory with sparse linears (gossamer.gpu): bfloat16, or integers with the rest in float32."""
     import torch
 
     from gossamer.gpu import GossamerConfig
 
-    is_int8 = "quantization_config" in read_json(directory / "config.json")
-    dtype = torch.float32 if is_int8 else torch.bfloat16
+    is_quantized = "quantization_config" in read_json(directory / "config.json")
+    dtype = torch.float32 if is_quantized else torch.bfloat16
     how = {"quantization_config": GossamerConfig(), "device_map": device}
     return _transformers_numbers(directory, packed, ids, dtype, **how)
 
