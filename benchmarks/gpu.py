@@ -22,20 +22,22 @@ import torch
 from torch.nn.functional import linear
 
 from gossamer.gpu.linear import SparseLinear
-from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes, int8
+from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes, sparse
 from gossamer.measure.stopwatch import Stopwatch
 
-# Card -> over cuBLAS bfloat16 at 70% zeros and 1 to 16 tokens, of bfloat16 and of INT8 weights; and INT8 over
-# the better dense INT8 or FP8. Cards with slow memory are bound by it, the others by instructions.
+# Card -> over cuBLAS bfloat16 at 70% zeros and 1 to 16 tokens, of bfloat16, INT8 and INT4 weights; and INT8
+# over the better dense INT8 or FP8. Cards with slow memory are bound by it, the others by instructions.
 PREDICTIONS = {
-    "H100": {"bf16": (1.8, 2.2), "i8": (2.6, 3.2), "i8 over dense": (1.3, 1.8)},
-    "H200": {"bf16": (1.3, 1.5), "i8": (1.8, 2.2), "i8 over dense": (0.9, 1.3)},
-    "A100": {"bf16": (2.0, 2.4), "i8": (2.8, 3.4), "i8 over dense": (1.4, 1.7)},
-    "L4": {"bf16": (2.5, 2.76), "i8": (4.2, 4.7), "i8 over dense": (2.1, 2.35)},
+    "H100": {"bf16": (1.8, 2.2), "i8": (2.6, 3.2), "i4": (2.6, 2.8), "i8 over dense": (1.3, 1.8)},
+    "H200": {"bf16": (1.3, 1.5), "i8": (1.8, 2.2), "i4": (1.8, 2.0), "i8 over dense": (0.9, 1.3)},
+    "A100": {"bf16": (2.0, 2.4), "i8": (2.8, 3.4), "i4": (2.8, 3.0), "i8 over dense": (1.4, 1.7)},
+    "L4": {"bf16": (2.5, 2.76), "i8": (4.2, 4.7), "i4": (6.2, 6.9), "i8 over dense": (2.1, 2.35)},
 }
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (12288, 5376)]  # of 8 B models, as fused
 ZEROS = [0.0, 0.5, 0.6, 0.7, 0.8, 0.9]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 256]
+NAMES = ("bf16", "i8", "i4")
+CPU = torch.device("cpu")
 ROTATION_BYTES = 200e6  # of distinct weights: four times the L2 cache of an H100
 LAUNCHES, REPEATS = 20, 30
 CACHED = 512  # tokens before the one that is decoded
@@ -84,20 +86,16 @@ def correct(at: Measured) -> None:
     ]
     for rows, columns, zeros, tokens in shapes[:24] if at.tiny else shapes:
         w_NK, x_TK = at.weights(rows, columns, zeros, 1), at.random(tokens, columns, seed=3)
-        q_NK, scales_N = int8(w_NK)
-        sparse, on_cpu = (
-            SparseLinear.from_weight(q_NK.to(it), scales_N.to(it)) for it in (at.device, torch.device("cpu"))
-        )
-        bits = torch.equal(sparse(x_TK).cpu(), on_cpu(x_TK.cpu()))
+        bits = {
+            name: torch.equal(sparse(name, w_NK)(x_TK).cpu(), sparse(name, w_NK, CPU)(x_TK.cpu()))
+            for name in ("i8", "i4")
+        }
         bf16 = w_NK.bfloat16()
-        y_TN, exact_TN = (
-            SparseLinear.from_weight(bf16)(x_TK.bfloat16()),
-            x_TK.bfloat16().double() @ bf16.double().T,
-        )
+        y_TN, exact_TN = sparse("bf16", w_NK)(x_TK.bfloat16()), x_TK.bfloat16().double() @ bf16.double().T
         allowed_TN = 2**-8 * exact_TN.abs() + 1e-5 * (x_TK.double().abs() @ bf16.double().abs().T) + 1e-12
         error = float(((y_TN.double() - exact_TN).abs() / allowed_TN).max())
-        at.row(run="correct", shape=[rows, columns], zeros=zeros, tokens=tokens, i8_bits_equal=bits,
-               bf16_error_over_allowed=error, right=bits and error <= 1)  # fmt: skip
+        at.row(run="correct", shape=[rows, columns], zeros=zeros, tokens=tokens, bits_equal=bits,
+               bf16_error_over_allowed=error, right=all(bits.values()) and error <= 1)  # fmt: skip
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.use_deterministic_algorithms(False)
     if at.on_gpu:
@@ -119,9 +117,8 @@ def sanitizer(at: Measured) -> None:
 def small(at: Measured) -> None:
     """What the sanitizer watches."""
     for tokens in (5, 300):
-        q_NK, scales_N = int8(at.weights(64, 1024, 0.7, 1))
-        SparseLinear.from_weight(q_NK, scales_N)(at.random(tokens, 1024))
-        SparseLinear.from_weight(q_NK.bfloat16())(at.random(tokens, 1024).bfloat16())
+        for name in NAMES:
+            sparse(name, at.weights(64, 1024, 0.7, 1))(at.random(tokens, 1024).bfloat16())
 
 
 def ceilings(at: Measured) -> None:
@@ -145,7 +142,7 @@ def kernels(at: Measured) -> None:
         for (name, tokens), seconds in dense.items():
             row(at, rows, columns, name, 0.0, tokens, seconds, {})
         for zeros in ZEROS[3:4] if at.tiny else ZEROS:
-            for name in ("i8", "bf16"):
+            for name in NAMES:
                 layers = sparse_layers(at, rows, columns, name, zeros)
                 for tokens in TOKENS[:2] if at.tiny else TOKENS:
                     x_TK = at.random(tokens, columns).bfloat16()
@@ -171,9 +168,7 @@ def sparse_layers(at: Measured, rows: int, columns: int, name: str, zeros: float
     """As many as are more than the caches hold; with few zeros they are dense, as the operator has it."""
     made = list[SparseLinear]()
     while not made or (not at.tiny and sum(it.num_bytes for it in made) < ROTATION_BYTES):
-        w_NK = at.weights(rows, columns, zeros, 10 * len(made))
-        given = int8(w_NK) if name == "i8" else (w_NK.bfloat16(),)
-        made.append(SparseLinear.from_weight(*given))
+        made.append(sparse(name, at.weights(rows, columns, zeros, 10 * len(made))))
     return made
 
 
@@ -205,7 +200,7 @@ def dense_products(
 def whole(at: Measured) -> None:
     """Tokens a second and memory of a decoder of 8 B weights, at 1, 8 and 16 sequences."""
     sizes = Sizes(64, 128, 2, 4, 2, 256) if at.tiny else Sizes()
-    for values in (DENSE, "bf16", "i8"):
+    for values in (DENSE, *NAMES):
         decode(at, Decoder(at, sizes, values, 0.7))
 
 

@@ -28,7 +28,9 @@ Function functions[] = {
     GOSSAMER_FUNCTION(SparseProduct, sparse_i8_2),   GOSSAMER_FUNCTION(SparseProduct, sparse_i8_4),
     GOSSAMER_FUNCTION(SparseProduct, sparse_i8_8),   GOSSAMER_FUNCTION(SparseProduct, sparse_bf16_1),
     GOSSAMER_FUNCTION(SparseProduct, sparse_bf16_2), GOSSAMER_FUNCTION(SparseProduct, sparse_bf16_4),
-    GOSSAMER_FUNCTION(SparseProduct, sparse_bf16_8),
+    GOSSAMER_FUNCTION(SparseProduct, sparse_bf16_8), GOSSAMER_FUNCTION(Expand, expand_i4),
+    GOSSAMER_FUNCTION(SparseProduct, sparse_i4_1),   GOSSAMER_FUNCTION(SparseProduct, sparse_i4_2),
+    GOSSAMER_FUNCTION(SparseProduct, sparse_i4_4),   GOSSAMER_FUNCTION(SparseProduct, sparse_i4_8),
 #undef GOSSAMER_FUNCTION
 };
 

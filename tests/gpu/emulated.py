@@ -22,6 +22,9 @@ from gossamer.gpu.packing import PackedWeights
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS, EMULATION = ROOT / "src" / "gossamer" / "gpu" / "cuda", ROOT / "native" / "gpu"
 COMPILER = "g++"
+TYPES = {
+    np.dtype(np.int8): torch.int8, np.dtype(np.uint8): torch.uint8, np.dtype(np.uint16): torch.bfloat16
+}  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(COMPILER) is None, reason=f"no {COMPILER} to compile GPU kernels for this CPU with"
@@ -59,7 +62,7 @@ class Emulated:
 class Case:
     """A product: weights [rows, columns] with a share of zeros, `tokens` inputs, steps cut into `shares`."""
 
-    weights: str  # i8 or bf16
+    weights: str  # i8, i4 or bf16
     rows: int
     columns: int
     zeros: float
@@ -75,17 +78,23 @@ class Case:
         rows, columns = map(int, shape.split("x"))
         return cls(weights, rows, columns, float(zeros), int(tokens), int(shares))
 
-    def operands(self) -> tuple[layout.Values, layout.Values]:
-        """Weights [N, K] and inputs [T, K]: int8, extremes among them, or bits of bfloat16.
+    def operands(self) -> tuple[layout.SparseMatrix, layout.Values, layout.Values]:
+        """A matrix, its weights [N, K] and inputs [T, K]: int8, extremes among them, or bits of bfloat16.
 
-        The latter are whole numbers up to 100: of these every sum of floats is exact.
+        The latter are whole numbers up to 100: of these every sum of floats is exact. Of INT4 the weights are
+        the int8 numbers that nibbles and multipliers make.
         """
         rng = np.random.default_rng(1)
-        largest = 127 if self.weights == "i8" else 100
+        largest = 100 if self.weights == "bf16" else 127
         w_NK = rng.integers(-largest, largest + 1, (self.rows, self.columns)).astype(np.int8)
         w_NK[rng.random(w_NK.shape) < self.zeros] = 0
         x_TK = rng.integers(-largest - 1, largest + 1, (self.tokens, self.columns)).astype(np.int8)
-        return (w_NK, x_TK) if self.weights == "i8" else (bfloat16(w_NK), bfloat16(x_TK))
+        if self.weights == "i4":
+            q_NK, multiplier_NS = random_int4(self.rows, self.columns, self.zeros)
+            return layout.from_weights(q_NK, multiplier_NS), int8_weights(q_NK, multiplier_NS), x_TK
+        if self.weights == "bf16":
+            w_NK, x_TK = bfloat16(w_NK), bfloat16(x_TK)
+        return layout.from_weights(w_NK), w_NK, x_TK
 
 
 SIZES = [
@@ -99,33 +108,36 @@ SIZES = [
     (80, 384, 0.6, 32, 5),  # more shares than steps
     (16, 896, 0.3, 60, 2),
 ]
-CASES = [Case(weights, *sizes) for weights in ("i8", "bf16") for sizes in SIZES]
+CASES = [Case(weights, *sizes) for weights in ("i8", "bf16", "i4") for sizes in SIZES]
 
 
 def sums(device: Emulated, matrix: layout.SparseMatrix, inputs: np.ndarray, shares: int) -> np.ndarray:
     """[shares, tiles 8, P 16] of inputs in fragments, whose tiles are 1, 2, 4 or 8."""
     panels, steps, _ = matrix.masks.shape
-    tiles, is_int8 = inputs.shape[1], matrix.values.dtype == np.int8
+    tiles, packed, given = inputs.shape[1], on_device(matrix), aligned(inputs)
     shape = (shares, tiles * layout.TILE_TOKENS, panels * 16)
-    found = torch.full(shape, 77, dtype=torch.int32 if is_int8 else torch.float32)
-    masks, values, starts, given = map(aligned, (matrix.masks, matrix.values, matrix.starts, inputs))
+    is_float = packed.values.dtype == torch.bfloat16
+    found = torch.full(shape, 77, dtype=torch.float32 if is_float else torch.int32)
     job = kernels.SparseProduct(
-        masks=masks, values=values, starts=starts, inputs=given, sums=found,
-        panels=panels, steps=steps, shares=shares,
+        masks=packed.masks, values=packed.values, starts=packed.starts, multipliers=packed.multipliers,
+        inputs=given, sums=found, panels=panels, steps=steps, shares=shares,
     )  # fmt: skip
-    kernel = kernels.sparse_product(torch.int8 if is_int8 else torch.bfloat16, tiles)
+    kernel = kernels.sparse_product(packed.values.dtype, tiles)
     device.launch(kernel, -(-panels * shares // kernels.UNITS_OF_BLOCK), job)
     return found.numpy()
 
 
 def expanded(device: Emulated, matrix: layout.SparseMatrix) -> np.ndarray:
     """Weights int8 or bits of bfloat16 [P 16, S 128]."""
-    values = aligned(matrix.values)
-    if matrix.values.dtype == np.uint16:
-        values = values.view(torch.bfloat16)
+    found = products.expanded(device, on_device(matrix))
+    return found.view(torch.int16).numpy().view(np.uint16) if found.is_floating_point() else found.numpy()
+
+
+def on_device(matrix: layout.SparseMatrix) -> PackedWeights:
+    values = aligned(matrix.values).view(TYPES[matrix.values.dtype])
+    multipliers = None if matrix.multipliers is None else aligned(matrix.multipliers)
     masks, starts = aligned(matrix.masks), aligned(matrix.starts)
-    packed = PackedWeights(matrix.rows, matrix.columns, masks, values, starts)
-    return products.expanded(device, packed).view(torch.int8).numpy().view(matrix.values.dtype)
+    return PackedWeights(matrix.rows, matrix.columns, masks, values, starts, multipliers)
 
 
 def aligned(array: np.ndarray, to: int = 16) -> torch.Tensor:
@@ -149,8 +161,7 @@ def padded(x_TK: np.ndarray, tiles: int) -> np.ndarray:
 
 def is_equal(device: Emulated, case: Case) -> bool:
     """Whether the shares' sums are together NumPy's, 0 without tokens or rows, and expanded the weights."""
-    w_NK, x_TK = case.operands()
-    matrix = layout.from_weights(w_NK)
+    matrix, w_NK, x_TK = case.operands()
     inputs = layout.fragments(padded(x_TK, num_tiles(case.tokens)))
     found = sums(device, matrix, inputs, case.shares).sum(axis=0)
     expected = np.zeros_like(found)
@@ -158,6 +169,22 @@ def is_equal(device: Emulated, case: Case) -> bool:
     dense = np.zeros((matrix.masks.shape[0] * 16, matrix.masks.shape[1] * 128), w_NK.dtype)
     dense[: case.rows, : case.columns] = w_NK
     return np.array_equal(found, expected) and np.array_equal(expanded(device, matrix), dense)
+
+
+def random_int4(rows: int, columns: int, zeros: float, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """int8 [N, K] from -8 to 7, and multipliers uint8 [N, S] from 1 to 16, extremes among both."""
+    rng = np.random.default_rng(seed)
+    q_NK = rng.choice(np.array([*range(-8, 0), *range(1, 8)], np.int8), (rows, columns))
+    q_NK[rng.random(q_NK.shape) < zeros] = 0
+    multiplier_NS = rng.integers(1, 17, (rows, -(-columns // layout.STEP_INPUTS))).astype(np.uint8)
+    multiplier_NS[::3, 0], multiplier_NS[1::3, -1] = 16, 1
+    return q_NK, multiplier_NS
+
+
+def int8_weights(q_NK: np.ndarray, multiplier_NS: np.ndarray) -> np.ndarray:
+    """What INT4 weights stand for, [N, K]."""
+    of_inputs_NK = np.repeat(multiplier_NS, layout.STEP_INPUTS, axis=1)[:, : q_NK.shape[1]]
+    return (q_NK.astype(np.int32) * of_inputs_NK).astype(np.int8)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:

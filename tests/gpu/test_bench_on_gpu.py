@@ -83,7 +83,7 @@ def test_every_product_of_a_decoder_goes_through_the_gpus_kernels(emulated_gpu: 
     assert emulated_gpu.launched == ["round_inputs", "sparse_i8_1", "scale_sums"] * 4
 
 
-@pytest.mark.parametrize("values", ["bf16", "i8", DENSE])
+@pytest.mark.parametrize("values", ["bf16", "i8", "i4", DENSE])
 def test_prompts_and_steps_are_those_of_a_decoder(values: str) -> None:
     """A prompt against attention that is written out, a step behind the cache that it would have left."""
     decoder = Decoder(Stopwatch("cpu"), SIZES, values, 0.7)
@@ -129,12 +129,12 @@ def test_linears_are_as_many_and_as_sparse_as_asked() -> None:
     ("options", "says"),
     [
         ({"shape": None, "layers": None, "model": "x.goss"}, "synthetic models; give --shape .llama-2-7b"),
-        ({"values": ("i4", "i8")}, "--values i4: supported on a GPU: i8 bf16"),
+        ({"values": ("f32", "i8")}, "--values f32: supported on a GPU: i8 i4 bf16"),
         ({"pattern": "1x4"}, "--pattern is the engine's"),
         ({"kv_cache_dtype": "i8"}, "--kv-cache-dtype is the engine's"),
         ({"threads": 2}, "--threads is the engine's"),
     ],
-    ids=["model", "i4", "pattern", "cache", "threads"],
+    ids=["model", "f32", "pattern", "cache", "threads"],
 )
 def test_what_only_the_engine_has_is_refused(options: dict[str, Any], says: str, job: Bench) -> None:
     with pytest.raises(GossamerError, match=says):

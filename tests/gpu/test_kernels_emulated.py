@@ -16,7 +16,7 @@ from gpu.emulated import CASES, COMPILER, KERNELS, Case, Emulated, build, is_equ
 
 pytestmark = needs_compiler
 TORTURE = bool(os.environ.get("GOSSAMER_TORTURE"))
-QUICK = [*CASES[1:5:1], CASES[7], CASES[10], CASES[11], CASES[13]]
+QUICK = [*CASES[1:5:1], CASES[7], CASES[10], CASES[11], CASES[13], CASES[20], CASES[22], CASES[26]]
 # One at a time. Not among them: the barrier that ends a step, since products are one, too.
 MISTAKES = {
     "(1u << (4 * g)) - 1, (4 * g + 30)": "1u << (4 * g), (4 * g + 30)",
@@ -28,11 +28,22 @@ MISTAKES = {
     "wait_copies<kSlots - 1>();": "wait_copies<kSlots>();",
     "wait_copies<0>();\n    sync_warp();": "wait_copies<0>();",
     "wait_copies<0>();": "wait_copies<1>();",
-    "if (lane >= by) ends += before;": "ends += before;",
+    "if (lane % (kStepVectors / W::kRuns) >= by) ends += before;": "ends += before;",
     "(start % (kCopyBytes / W::kBytes) + ends - num)": "(ends - num)",
-    "(8 * product + t + 4) * kVectorBytes": "(8 * product + t + 2) * kVectorBytes",
-    "(4 * product + t) * kVectorBytes": "(4 * t + product) * kVectorBytes",
-    "load_shared<4>(word), at * 8), 0": "load_shared<4>(word), at * 4), 0",
+    "(number + 4) * kVectorBytes": "(number + 2) * kVectorBytes",
+    "number = 4 * product + t;": "number = 4 * t + product;",
+    "bits = at * 8 +": "bits = at * 4 +",
+    "(has_low_nibbles(vector) ? 4 : 0)": "0",
+    "&= 0xf0f0f0f0u": "&= 0xfffffff0u",
+    "W::has_low_nibbles(lane) ? 1 : 0": "0",
+    "vector < kStepVectors / 2": "vector < kStepVectors / 4",
+    "lane % (kStepVectors / W::kRuns) >= by": "lane >= by",
+    "sixteenfold[part] >> 4": "sixteenfold[part] / 16 - 1",
+    "part < 2 ? multipliers & 255": "part % 2 ? multipliers & 255",
+    "(first + step) * kStepMultipliers": "step * kStepMultipliers",
+    "two & 255": "two >> 8",
+    "(by & 0x7f7f7f7fu)": "by",
+    "kStepWeights * W::kBytes / W::kRuns + 32": "kStepWeights * W::kBytes / W::kRuns",
     "load_shared<8>(word)": "load_shared<4>(word)",
     "(live ? next : 4)": "(live ? next : 3)",
     "place >= 2 && live": "place > 2 && live",
@@ -42,7 +53,6 @@ MISTAKES = {
     "slot == slots ? last_slot : slot - kSlotBytes<W>": "slot",
     "unit >= job.panels * job.shares": "unit > job.panels * job.shares",
     "step >= static_cast<int64_t>(job.panels) * job.steps": "false",
-    "kSlotBytes = kStepWeights * W::kBytes + 32": "kSlotBytes = kStepWeights * W::kBytes",
     "2 * t + part % 2": "2 * t + part / 2",
     "share * kTiles * kTileTokens * rows": "share * kTileTokens * rows",
     "(g + 8) * row_words": "(g + 7) * row_words",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gossamer.errors import FormatError, UnsupportedError
 from gossamer.gpu import layout
 from gossamer.packed import streams
+from gpu.emulated import int8_weights, random_int4
 
 
 def random_weights(rows: int, columns: int, zeros: float = 0.7, seed: int = 0) -> np.ndarray:
@@ -18,6 +19,13 @@ def random_weights(rows: int, columns: int, zeros: float = 0.7, seed: int = 0) -
     w_NK = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
     w_NK[rng.random(w_NK.shape) < zeros] = 0
     return w_NK
+
+
+def operands(rows: int, columns: int, is_int4: bool, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Weights, and of INT4 multipliers."""
+    if is_int4:
+        return random_int4(rows, columns, 0.7, seed)
+    return (random_weights(rows, columns, seed=seed),)
 
 
 @settings(deadline=None, max_examples=60)
@@ -34,6 +42,36 @@ def test_the_weights_come_back(rows: int, columns: int, zeros: float, seed: int)
     assert matrix.masks.shape == (-(-rows // 16), -(-columns // 128), 32)
     assert matrix.starts[-1] == np.count_nonzero(w_NK)
     assert matrix.values.size % 16 == 0 and not matrix.values[matrix.starts[-1] :].any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 700),
+    zeros=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_int4_weights_come_back_times_their_multipliers(
+    rows: int, columns: int, zeros: float, seed: int
+) -> None:
+    q_NK, multiplier_NS = random_int4(rows, columns, zeros, seed)
+    matrix = layout.from_weights(q_NK, multiplier_NS)
+    assert np.array_equal(layout.weights(matrix), int8_weights(q_NK, multiplier_NS))
+    assert np.array_equal(matrix.masks, layout.from_weights(q_NK).masks)
+    live = np.bitwise_count(matrix.masks).reshape(-1, 2, 16).sum(axis=2)
+    assert np.array_equal(np.diff(matrix.starts), live.max(axis=1))
+    assert matrix.values.size % 16 == 0 and not matrix.values[matrix.starts[-1] :].any()
+
+
+def test_the_halves_of_a_step_share_its_bytes() -> None:
+    """Low nibbles are those of vectors 0 to 15, high ones of 16 to 31; multipliers those of g and g + 8."""
+    q_NK, multiplier_NS = np.zeros((32, 256), np.int8), np.ones((32, 2), np.uint8)
+    q_NK[16 + 3, 128 + 4 * 5 + 2], q_NK[16 + 9, 128 + 4 * 15], q_NK[16, 128 + 4 * 16] = 7, -8, -1
+    multiplier_NS[16 + 3, 1], multiplier_NS[16 + 11, 1] = 16, 5
+    matrix = layout.from_weights(q_NK, multiplier_NS)
+    assert matrix.values[:2].tolist() == [0xF7, 0x08] and matrix.starts.tolist() == [0, 0, 0, 0, 2]
+    assert matrix.multipliers is not None and matrix.multipliers.shape == (2, 2, 8, 2)
+    assert matrix.multipliers[1, 1, 3].tolist() == [16, 5] and matrix.multipliers.sum() == 2 * 32 + 19
 
 
 def test_a_vector_is_sixteen_rows_of_four_inputs() -> None:
@@ -57,27 +95,33 @@ def test_inputs_lie_as_lanes_take_them() -> None:
     assert np.count_nonzero(found.view(np.int8)) == np.count_nonzero(x_TK)
 
 
-def test_fused_matrices_are_one() -> None:
+@pytest.mark.parametrize("is_int4", [False, True], ids=["i8", "i4"])
+def test_fused_matrices_are_one(is_int4: bool) -> None:
     """As q, k and v are: rows under rows."""
-    parts = [random_weights(rows, 640, seed=rows) for rows in (48, 16, 21)]
-    fused = layout.concatenated([layout.from_weights(it) for it in parts])
-    whole = layout.from_weights(np.concatenate(parts))
-    assert np.array_equal(layout.weights(fused), np.concatenate(parts))
+    parts = [operands(rows, 640, is_int4, seed=rows) for rows in (48, 16, 21)]
+    fused = layout.concatenated([layout.from_weights(*it) for it in parts])
+    whole = layout.from_weights(*map(np.concatenate, zip(*parts, strict=True)))
+    assert np.array_equal(layout.weights(fused), layout.weights(whole))
     for field in dataclasses.fields(whole):
         assert np.array_equal(getattr(fused, field.name), getattr(whole, field.name))
 
 
+@pytest.mark.parametrize("is_int4", [False, True], ids=["i8", "i4"])
 @pytest.mark.parametrize(
     ("cut", "axis", "borders"),
     [(layout.outputs_of, 0, (0, 32, 80, 100)), (layout.inputs_of, 1, (0, 128, 512, 700))],
 )
-def test_shards_are_the_matrices_of_their_weights(cut: object, axis: int, borders: tuple[int, ...]) -> None:
+def test_shards_are_the_matrices_of_their_weights(
+    cut: object, axis: int, borders: tuple[int, ...], is_int4: bool
+) -> None:
     assert callable(cut)
-    w_NK = random_weights(100, 700)
-    matrix = layout.from_weights(w_NK)
+    w_NK, *multipliers = operands(100, 700, is_int4)
+    matrix = layout.from_weights(w_NK, *multipliers)
     for begin, end in pairwise(borders):
-        part_NK = w_NK[begin:end] if axis == 0 else w_NK[:, begin:end]
-        shard, own = cut(matrix, begin, end), layout.from_weights(np.ascontiguousarray(part_NK))
+        part = np.s_[begin:end] if axis == 0 else np.s_[:, begin:end]
+        of_part = np.s_[begin:end] if axis == 0 else np.s_[:, begin // 128 : -(-end // 128)]
+        given = [np.ascontiguousarray(w_NK[part]), *(it[of_part] for it in multipliers)]
+        shard, own = cut(matrix, begin, end), layout.from_weights(*given)
         for field in dataclasses.fields(own):
             assert np.array_equal(getattr(shard, field.name), getattr(own, field.name))
 
@@ -108,6 +152,13 @@ def test_seventy_percent_take_at_most_345_hundredths_of_a_bit() -> None:
     """Of a matrix of a model of 8 B weights, scales left out."""
     matrix = layout.from_weights(random_weights(1024, 4096))
     assert 8 * matrix.num_bytes / (1024 * 4096) < 3.45
+
+
+@pytest.mark.parametrize(("zeros", "bits"), [(0.7, 2.33), (0.5, 3.15), (0.0, 5.09)])
+def test_int4_takes_so_many_bits_a_weight(zeros: float, bits: float) -> None:
+    """Its multipliers among them, 0.06: at 70% less than the 2.33 + 0.06 of a .goss file."""
+    matrix = layout.from_weights(*random_int4(1024, 4096, zeros))
+    assert bits - 0.05 < 8 * matrix.num_bytes / (1024 * 4096) < bits
 
 
 def test_a_damaged_stream_is_refused() -> None:

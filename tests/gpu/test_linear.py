@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gossamer.errors import UnsupportedError
-from gossamer.gpu.linear import SparseLinear, unpacked
-from gossamer.gpu.packing import pack
+from gossamer.gpu.linear import SparseLinear
+from gossamer.gpu.packing import pack, unpacked
+from gpu.emulated import int8_weights, random_int4
 from gpu.test_layout import random_weights
 from native.reference import rounded
 
@@ -40,6 +41,50 @@ def test_outputs_have_the_bits_of_the_format(dtype: torch.dtype) -> None:
     assert torch.equal(linear(x), expected.view(2, 5, 40))
 
 
+@pytest.mark.parametrize("zeros", [0.0, 0.7])
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_int4_has_the_bits_of_the_int8_weights_that_it_stands_for(zeros: float, keep_dense: bool) -> None:
+    """And is packed whatever its zeros: 5.1 bits a weight without any."""
+    q_NK, multiplier_NS = random_int4(40, 300, zeros)
+    scales_N, x = torch.rand(40, generator=torch.Generator().manual_seed(1)), torch.randn(2, 5, 300)
+    linear = SparseLinear.from_weight(
+        torch.from_numpy(q_NK), scales_N, multiplier_NS=torch.from_numpy(multiplier_NS), keep_dense=keep_dense
+    )
+    packed_bytes = pack(torch.from_numpy(q_NK), torch.from_numpy(multiplier_NS)).num_bytes
+    assert not linear.is_dense and linear.num_bytes == packed_bytes + keep_dense * 48 * 384
+    of_int8 = SparseLinear.from_weight(torch.from_numpy(int8_weights(q_NK, multiplier_NS)), scales_N)
+    assert torch.equal(linear(x), of_int8(x)) and torch.equal(linear(x.bfloat16()), of_int8(x.bfloat16()))
+    held = (linear.masks, linear.values, linear.starts, linear.multipliers, linear.scales, linear.dense)
+    checks = ("test_schema", "test_faketensor")
+    given = (x, *held, 40, 300)
+    torch.library.opcheck(torch.ops.gossamer.sparse_linear.default, given, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("weight", "multiplier", "groups", "says"),
+    [
+        (8, 1, 2, "INT4 weights from 0 to 8; supported: -8 to 7"),
+        (7, 17, 2, "multipliers from 17 to 17; supported: 1 to 16"),
+        (7, 0, 2, "multipliers from 0 to 0"),
+        (7, 1, 1, r"multipliers \(16, 1\) of torch.uint8; supported: uint8 \(16, 2\), one for each 128"),
+    ],
+    ids=str,
+)
+def test_int4_that_is_none_is_refused(weight: int, multiplier: int, groups: int, says: str) -> None:
+    q_NK = torch.zeros(16, 130, dtype=torch.int8)
+    q_NK[3, 4] = weight
+    multiplier_NS = torch.full((16, groups), multiplier, dtype=torch.uint8)
+    with pytest.raises(UnsupportedError, match=says):
+        SparseLinear.from_weight(q_NK, torch.ones(16), multiplier_NS=multiplier_NS)
+
+
+def test_int4_without_scales_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"weights of torch.int8 without scales; supported: int8 with"):
+        SparseLinear.from_weight(
+            torch.ones(16, 4, dtype=torch.int8), multiplier_NS=torch.ones(16, 1, dtype=torch.uint8)
+        )
+
+
 def test_zeros_and_biases() -> None:
     linear, _, _ = linear_of(40, 300, bias=True)
     assert torch.equal(linear(torch.zeros(3, 300)), torch.arange(40.0).expand(3, 40))
@@ -50,7 +95,7 @@ def test_zeros_and_biases() -> None:
 def test_torch_finds_nothing_wrong_with_the_operator(tokens: int) -> None:
     """Its schema, its fake form for `torch.compile`, and that it changes nothing that it is given."""
     linear, _, _ = linear_of(40, 300)
-    held = (linear.masks, linear.values, linear.starts, linear.scales, linear.dense)
+    held = (linear.masks, linear.values, linear.starts, linear.multipliers, linear.scales, linear.dense)
     given = (torch.randn(tokens, 300), *held, 40, 300)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(torch.ops.gossamer.sparse_linear.default, given, test_utils=checks)

@@ -6,6 +6,7 @@ import torch
 
 from gossamer.errors import UnsupportedError
 from gossamer.gpu import layout, packing
+from gpu.emulated import int8_weights, random_int4
 from gpu.test_layout import random_weights
 
 
@@ -25,6 +26,24 @@ def test_it_packs_as_the_specification_says(
     assert np.array_equal(found.masks.numpy().view(np.uint64), expected.masks)
     assert np.array_equal(found.values.view(torch.int8).numpy(), expected.values.view(np.int8))
     assert np.array_equal(found.starts.numpy().view(np.uint32), expected.starts)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(16, 128), (1, 1), (40, 300), (100, 1000), (33, 129)], ids=str)
+@pytest.mark.parametrize("at_once", [packing.CHUNK_WEIGHTS, 1], ids=["whole", "by panels"])
+def test_int4_is_packed_as_the_specification_says(
+    shape: tuple[int, int], zeros: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "CHUNK_WEIGHTS", at_once)
+    q_NK, multiplier_NS = random_int4(*shape, zeros)
+    expected = layout.from_weights(q_NK, multiplier_NS)
+    found = packing.pack(torch.from_numpy(q_NK), torch.from_numpy(multiplier_NS))
+    assert found.num_bytes == expected.num_bytes and found.multipliers is not None
+    assert np.array_equal(found.masks.numpy().view(np.uint64), expected.masks)
+    assert np.array_equal(found.values.numpy(), expected.values)
+    assert np.array_equal(found.starts.numpy().view(np.uint32), expected.starts)
+    assert np.array_equal(found.multipliers.numpy(), expected.multipliers)
+    assert np.array_equal(packing.unpacked(found).numpy(), int8_weights(q_NK, multiplier_NS))
 
 
 def test_a_transposed_matrix_is_packed_as_it_is_seen() -> None:

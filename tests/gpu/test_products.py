@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from gossamer import _native
 from gossamer.gpu import kernels, products
-from gossamer.gpu.linear import sparse_linear, unpacked
-from gossamer.gpu.packing import PackedWeights, pack, padded
-from gpu.emulated import Emulated, needs_compiler
+from gossamer.gpu.linear import sparse_linear
+from gossamer.gpu.packing import PackedWeights, pack, padded, unpacked
+from gpu.emulated import Emulated, needs_compiler, random_int4
 from gpu.test_layout import random_weights
+from native.conftest import make_matrix
 
 pytestmark = needs_compiler
 TOKENS = [1, 5, 13, 64, 70, 300]
@@ -26,9 +28,17 @@ def operands(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return x_TK.to(dtype), torch.from_numpy(random_weights(40, 300)), scales_N
 
 
-def defined(x_TK: Tensor, w_NK: Tensor, scales_N: Tensor | None) -> Tensor:
-    packed = pack(w_NK)
-    held = (packed.masks, packed.values, packed.starts, scales_N, None)
+def int4_operands(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `operands`, with INT4 weights and their multipliers."""
+    x_TK, _, scales_N = operands(tokens, dtype)
+    return x_TK, *map(torch.from_numpy, random_int4(40, 300, 0.7)), scales_N
+
+
+def defined(
+    x_TK: Tensor, w_NK: Tensor, scales_N: Tensor | None, multiplier_NS: Tensor | None = None
+) -> Tensor:
+    packed = pack(w_NK, multiplier_NS)
+    held = (packed.masks, packed.values, packed.starts, packed.multipliers, scales_N, None)
     return sparse_linear(x_TK, *held, *w_NK.shape)
 
 
@@ -41,6 +51,30 @@ def test_a_linear_of_int8_has_the_bits_of_the_format(library: Path, tokens: int,
     found = products.product(device, x_TK, pack(w_NK), None, scales_N, 40)
     assert torch.equal(found, defined(x_TK, w_NK, scales_N))
     assert ("expand_i8" in device.launched) == (tokens > products.MOST_SPARSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_linear_of_int4_has_the_bits_of_the_engines(library: Path, tokens: int, dtype: torch.dtype) -> None:
+    """Those that its kernel for CPUs computes of the same matrix in a .goss file."""
+    x_TK, q_NK, multiplier_NS, scales_N = int4_operands(tokens, dtype)
+    device = Emulated(library, 1, processors=8)
+    found = products.product(device, x_TK, pack(q_NK, multiplier_NS), None, scales_N, 40)
+    assert torch.equal(found, defined(x_TK, q_NK, scales_N, multiplier_NS))
+    assert ("expand_i4" in device.launched) == (tokens > products.MOST_SPARSE)
+    given = (it.numpy() for it in (q_NK, scales_N, multiplier_NS))
+    matrix = make_matrix("i4", "sparse", *given)
+    of_engine = _native.matmul("scalar", **matrix.arguments, x_TK=x_TK.float().numpy())
+    assert torch.equal(found, torch.from_numpy(of_engine).to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_int4_that_is_kept_dense_is_int8(library: Path, tokens: int) -> None:
+    x_TK, q_NK, multiplier_NS, scales_N = int4_operands(tokens, torch.float32)
+    device, packed = Emulated(library), pack(q_NK, multiplier_NS)
+    found = products.product(device, x_TK, packed, padded(unpacked(packed)), scales_N, 40)
+    assert torch.equal(found, defined(x_TK, q_NK, scales_N, multiplier_NS))
+    assert ("sparse_i4_1" in device.launched) == (tokens == 1)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -96,6 +130,17 @@ def test_weights_are_expanded_as_they_were(library: Path, dtype: torch.dtype) ->
     assert torch.equal(whole, padded(w_NK)) and torch.equal(unpacked(packed), w_NK)
 
 
+def test_int4_is_expanded_to_the_int8_weights_that_it_stands_for(library: Path) -> None:
+    """All nibbles by all multipliers among them."""
+    nibbles, multipliers = torch.arange(-8, 8, dtype=torch.int8), torch.arange(1, 17, dtype=torch.uint8)
+    q_NK, multiplier_NS = nibbles.repeat(40, 20)[:, :300], multipliers.repeat(9)[: 3 * 40].view(40, 3)
+    packed = pack(q_NK, multiplier_NS)
+    expected = q_NK.int() * multiplier_NS.int().repeat_interleave(128, 1)[:, :300]
+    assert expected.min() == -128 and expected.max() == 112
+    assert torch.equal(unpacked(packed).int(), expected)
+    assert torch.equal(products.expanded(Emulated(library, 2), packed), padded(unpacked(packed)))
+
+
 @pytest.mark.parametrize(
     ("processors", "panels", "steps", "shares"),
     [
@@ -115,4 +160,4 @@ def test_small_matrices_are_cut_into_shares_that_fill_the_gpu(
 
 def test_each_kernel_is_there_once() -> None:
     names = [it.name for it in kernels.all_kernels()]
-    assert len(names) == len(set(names)) == 13
+    assert len(names) == len(set(names)) == 18

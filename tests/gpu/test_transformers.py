@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Phi3Config
 
 import gossamer.gpu
 from encoders import round_to_int8, save_encoder
 from gossamer.checkpoint.directory import Checkpoint
-from gossamer.checkpoint.schemes import W4A8
+from gossamer.checkpoint.schemes import FP8_DYNAMIC, W4A8
 from gossamer.engine.llm import LLM
 from gossamer.errors import EngineError, UnsupportedError
 from gossamer.gpu import GossamerConfig, SparseLinear
 from gossamer.packed.from_checkpoint import Types, pack_checkpoint
+from gossamer.stages.quantize import Quantize, quantize
 from llamas import save_random, save_tiny
 
 
@@ -84,6 +86,48 @@ def test_a_w8a8_model_has_the_engines_logits_and_tokens(tmp_path: Path) -> None:
     assert tokens_of(sparse, torch.tensor([ids])) == made[len(ids) :]
 
 
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_a_w4a8_model_that_quantize_wrote_has_the_engines_logits(
+    keep_dense: bool, tiny_llama: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "num_calibration_samples": 16,
+        "max_seq_length": 64,
+        "dataset": (str(text_file),),
+    }
+    quantize(Quantize(str(tiny_llama("llama3")), str(tmp_path / "int4"), scheme="W4A8", **options))
+    sparse = load(tmp_path / "int4", GossamerConfig(keep_dense=keep_dense), dtype=torch.float32)
+    found = sparse_linears(sparse)
+    assert len(found) == 14 and not any(it.is_dense for it in found)
+    assert all(it.multipliers is not None and (it.dense is not None) == keep_dense for it in found)
+    pack_checkpoint(Checkpoint.open(tmp_path / "int4"), tmp_path / "model.goss", types=Types(head="keep"))
+    ids = [0, 5, 77, 200, 31]
+    with torch.no_grad():
+        logits = sparse(torch.tensor([ids])).logits[0].numpy()
+    expected = LLM(tmp_path / "model.goss", 1, kv_cache_dtype="f32").logits(ids)
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_group_scales_without_multipliers_are_refused_by_name(
+    tiny_llama: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As other programs write them: any scale for any group."""
+    place = round_to_int8(save_tiny("llama2", tmp_path / "model"), 0.7)
+    tensors = load_file(place / "model.safetensors")
+    for name in [it for it in tensors if it.endswith("weight_scale")]:
+        weight = name.removesuffix("_scale")
+        tensors[weight] = tensors[weight] // 19
+        groups = (len(tensors[weight]), tensors[weight].shape[1] // 8)
+        tensors[name] = torch.rand(groups, generator=torch.Generator().manual_seed(1)) + 0.1
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    config = json.loads((place / "config.json").read_text()) | {"quantization_config": W4A8.config([], 8)}
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UnsupportedError, match=r"layers.0.self_attn.q_proj: the engine's INT4 has group scales"
+    ):
+        load(place, dtype=torch.float32)
+
+
 def test_linears_that_a_w8a8_directory_leaves_out_stay_floats(tmp_path: Path) -> None:
     place = round_to_int8(save_tiny("llama2", tmp_path / "model"), 0.7)
     config = json.loads((place / "config.json").read_text())
@@ -140,10 +184,13 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "says"),
     [
-        (W4A8.config([]), "quantized as W4A8; supported on GPUs: W8A8, and models in bfloat16"),
+        (
+            FP8_DYNAMIC.config([]),
+            "quantized as FP8_DYNAMIC; supported by gossamer.gpu.*: W8A8, W4A8, and models in",
+        ),
         ({"quant_method": "gptq", "bits": 4}, r"GPTQ \(4 bits\)"),
     ],
-    ids=["W4A8", "GPTQ"],
+    ids=["FP8", "GPTQ"],
 )
 def test_another_quantization_is_refused(found: dict[str, Any], says: str, tmp_path: Path) -> None:
     place = save_tiny("bf16", tmp_path / "model")

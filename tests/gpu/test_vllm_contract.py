@@ -189,8 +189,14 @@ def test_a_directory_of_ours_is_claimed_for_who_asks() -> None:
 
 
 REFUSED = {
-    "W4A8": (W4A8.config([]), "quantized as W4A8; supported on GPUs: W8A8, and models in bfloat16"),
-    "FP8": (FP8_DYNAMIC.config([]), "quantized as FP8_DYNAMIC; supported on GPUs: W8A8"),
+    "W4A8": (
+        W4A8.config([]),
+        "quantized as W4A8; supported by vLLM's --quantization gossamer: W8A8, and models in bfloat16",
+    ),
+    "FP8": (
+        FP8_DYNAMIC.config([]),
+        "quantized as FP8_DYNAMIC; supported by vLLM's --quantization gossamer: W8A8",
+    ),
     "GPTQ": ({"quant_method": "gptq", "bits": 4}, r"GPTQ \(4 bits\)"),
     "cache": (W8A8.config([]) | {"kv_cache_scheme": {"num_bits": 8}}, "a kv_cache_scheme"),
 }

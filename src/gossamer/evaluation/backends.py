@@ -107,7 +107,7 @@ def open_decoder(model: str, backend: str, *, offline: bool) -> Checkpoint:
 def transformers_model(source: Checkpoint, kind: str, *, sparse: bool) -> Any:
     """transformers' model of this kind: in float32 and on the GPU if there is one, or with sparse linears.
 
-    The latter are on a GPU, of a directory in bfloat16, or of W8A8 with the rest in float32.
+    The latter are on a GPU, of a directory in bfloat16, or of W8A8 or W4A8 with the rest in float32.
     """
     import torch
     import transformers

@@ -1,20 +1,24 @@
 """What a directory's `quantization_config` says of its linears, to whoever loads them on a GPU."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from gossamer.checkpoint.schemes import W8A8, read_scheme
+from gossamer.checkpoint.schemes import Scheme, read_scheme
 from gossamer.errors import UnsupportedError
 
 
-def left_in_floats(found: Mapping[str, Any]) -> list[str]:
-    """Names and patterns of the linears that are not INT8; UnsupportedError for any scheme but W8A8."""
+def left_in_floats(found: Mapping[str, Any], schemes: Collection[Scheme], by: str) -> list[str]:
+    """Names and patterns of the linears that are no integers; UnsupportedError for other schemes than these.
+
+    `by`: who supports these alone.
+    """
     scheme = read_scheme({"quantization_config": found}, "config.json")
-    if scheme is not W8A8:
+    if scheme not in schemes:
         name = "nothing" if scheme is None else scheme.name
+        able = ", ".join(it.name for it in schemes)
         raise UnsupportedError(
-            f"config.json: quantized as {name}; supported on GPUs: W8A8, and models in bfloat16"
+            f"config.json: quantized as {name}; supported by {by}: {able}, and models in bfloat16"
         )
     return list(found.get("ignore") or ())
 

@@ -5,6 +5,7 @@ The structures are those of the same names in `cuda/*.cuh`. Who launches them is
 """
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +14,11 @@ from torch import Tensor
 
 _WARPS, _SLOTS, _VECTORS_BYTES = 4, 3, 32 * 16
 _STEP_WEIGHTS, _NIBBLES = 32 * 64, 16
-_NAMES = {torch.int8: "i8", torch.bfloat16: "bf16"}  # in those of kernels
+_NAMES = {
+    torch.int8: "i8",
+    torch.uint8: "i4",
+    torch.bfloat16: "bf16",
+}  # in those of kernels, by packed values
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,17 @@ class Job(ctypes.Structure):
 
 
 class SparseProduct(Job):
-    """sums [shares, tiles x 8, P x 16] of masks, values, starts and inputs in fragments."""
+    """sums [shares, tiles x 8, P x 16] of masks, values, starts, multipliers and inputs in fragments."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("masks", "values", "starts", "inputs", "sums")] + [
-        (name, ctypes.c_int32) for name in ("panels", "steps", "shares")
-    ]
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("masks", "values", "starts", "multipliers", "inputs", "sums")
+    ] + [(name, ctypes.c_int32) for name in ("panels", "steps", "shares")]
 
 
 class Expand(Job):
-    """w [P x 16, S x 128] of masks, values and starts."""
+    """w [P x 16, S x 128] of masks, values, starts and multipliers."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("masks", "values", "starts", "w")] + [
+    _fields_ = [(name, ctypes.c_void_p) for name in ("masks", "values", "starts", "multipliers", "w")] + [
         (name, ctypes.c_int32) for name in ("panels", "steps")
     ]
 
@@ -84,13 +89,13 @@ class Device(Protocol):
 
 
 def sparse_product(weights: torch.dtype, tiles: int) -> Kernel:
-    """Of int8 or bfloat16 weights, for 1, 2, 4 or 8 tiles; a block does four shares of panels."""
+    """Of packed weights of this type, for 1, 2, 4 or 8 tiles; a block does four shares of panels."""
     warp = _SLOTS * _slot_bytes(weights) + _VECTORS_BYTES
     return Kernel(f"sparse_{_NAMES[weights]}_{tiles}", _WARPS * 32, _table_bytes(weights) + _WARPS * warp)
 
 
 def expand(weights: torch.dtype) -> Kernel:
-    """Of int8 or bfloat16 weights; a block does four steps."""
+    """Of packed weights of this type; a block does four steps."""
     shared = _table_bytes(weights) + _WARPS * _slot_bytes(weights)
     return Kernel(f"expand_{_NAMES[weights]}", _WARPS * 32, shared)
 
@@ -105,10 +110,12 @@ TILES = (1, 2, 4, 8)
 def all_kernels() -> list[Kernel]:
     """Each that `cuda/` has."""
     of_weights = [[expand(it), *(sparse_product(it, tiles) for tiles in TILES)] for it in _NAMES]
-    return [ROUND_INPUTS, ORDER_INPUTS, SCALE_SUMS, *of_weights[0], *of_weights[1]]
+    return [ROUND_INPUTS, ORDER_INPUTS, SCALE_SUMS, *itertools.chain(*of_weights)]
 
 
 def _slot_bytes(weights: torch.dtype) -> int:
+    if weights == torch.uint8:  # a byte has two; what is read ahead of them
+        return _STEP_WEIGHTS // 2 + 32 + 16
     return _STEP_WEIGHTS * weights.itemsize + 32
 
 

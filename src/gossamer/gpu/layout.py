@@ -6,6 +6,10 @@ apart, and no byte of them changes. bfloat16, which has 16 rows x 2 inputs in a 
 does. A step is 32 vectors, 128 inputs: what a warp does between two waits. For each step `starts` says where
 its weights begin; 32 bits for 2,048 weights.
 
+INT4 has the masks of INT8, and nibbles in pairs: byte i of a step holds the i-th weight of its vectors 0 to
+15 in the low nibble, and that of vectors 16 to 31 in the high one; a nibble past the last is 0. (A .goss file
+pairs vector with vector, which takes 4% more.) A step is a group of inputs: each row has a multiplier for it.
+
 Shapes: N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs, T tokens in tiles of 8.
 """
 
@@ -17,7 +21,7 @@ from numpy.typing import NDArray
 
 from gossamer.errors import UnsupportedError
 from gossamer.packed import streams
-from gossamer.packed.panels import from_vectors, round_up
+from gossamer.packed.panels import from_vectors, join_nibbles, round_up, split_nibbles
 from gossamer.packed.values import PANEL_ROWS
 
 STEP_VECTORS = 32
@@ -27,7 +31,7 @@ BLOCK_BYTES = 16  # that a copy moves at once, from a multiple of 16 bytes
 MOST_WEIGHTS = (1 << 31) - 1  # that are not zero, as torch's int32 counts them
 
 
-Values = NDArray[np.int8 | np.uint16]
+Values = NDArray[np.int8 | np.uint16 | np.uint8]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class SparseMatrix:
     """masks uint64 [P, S, 32], zeros past the end; values int8 or (bfloat16) uint16, vector by vector.
 
     `values` has zeros more, up to a whole block of 16 bytes. `starts`, uint32 [P S + 1], says where each
-    step's weights begin, and where the last one's end.
+    step's weights begin, and where the last one's end. Of INT4 values are pairs of nibbles, uint8, and
+    multipliers uint8 [P, S, 8, 2] those of rows g and g + 8 side by side, 0 for rows past the end.
     """
 
     rows: int
@@ -43,11 +48,13 @@ class SparseMatrix:
     masks: NDArray[np.uint64]
     values: Values
     starts: NDArray[np.uint32]
+    multipliers: NDArray[np.uint8] | None = None
 
     @property
     def num_bytes(self) -> int:
         """What it takes on the device, without its scales."""
-        return self.masks.nbytes + self.values.nbytes + self.starts.nbytes
+        held = (self.masks, self.values, self.starts, self.multipliers)
+        return sum(it.nbytes for it in held if it is not None)
 
 
 def from_stream(
@@ -64,26 +71,42 @@ def from_stream(
     return _matrix(rows, columns, masks.reshape(panels, -1, STEP_VECTORS), values.view(np.int8))
 
 
-def from_weights(w_NK: Values) -> SparseMatrix:
-    """The matrix of weights int8 [N, K], or the bits of bfloat16 in uint16, whose -0 is a zero as 0 is."""
-    if w_NK.dtype == np.int8:
+def from_weights(w_NK: Values, multiplier_NS: NDArray[np.uint8] | None = None) -> SparseMatrix:
+    """The matrix of weights int8 [N, K], or the bits of bfloat16 in uint16, whose -0 is a zero as 0 is.
+
+    With multipliers [N, S], 1 to 16, the weights are INT4, -8 to 7.
+    """
+    if w_NK.dtype == np.int8 and multiplier_NS is None:
         return from_stream(*streams.encode("i8", w_NK), *w_NK.shape)
     rows, columns = w_NK.shape
-    whole = np.zeros((round_up(rows, PANEL_ROWS), round_up(columns, STEP_INPUTS)), np.uint16)
+    whole = np.zeros((round_up(rows, PANEL_ROWS), round_up(columns, STEP_INPUTS)), w_NK.dtype)
     whole[:rows, :columns] = w_NK
     inputs = STEP_INPUTS // STEP_VECTORS
     vectors = whole.reshape(-1, PANEL_ROWS, whole.shape[1] // inputs, inputs).swapaxes(1, 2)
-    live = vectors.reshape(*vectors.shape[:2], -1) & 0x7FFF != 0
+    vectors = vectors.reshape(*vectors.shape[:2], -1)
+    live = vectors != 0 if w_NK.dtype == np.int8 else vectors & 0x7FFF != 0
     masks = np.packbits(live, axis=2, bitorder="little").view("<u8").reshape(len(whole) // PANEL_ROWS, -1, 32)
-    return _matrix(rows, columns, masks, vectors.reshape(live.shape)[live])
+    if multiplier_NS is None:
+        return _matrix(rows, columns, masks, vectors[live])
+    whole_multipliers = np.zeros((len(whole), multiplier_NS.shape[1]), np.uint8)
+    whole_multipliers[:rows] = multiplier_NS
+    multipliers = whole_multipliers.reshape(len(masks), 2, PANEL_ROWS // 2, -1).transpose(0, 3, 2, 1)
+    return _matrix(rows, columns, masks, _pairs(vectors, masks), np.ascontiguousarray(multipliers))
 
 
 def weights(matrix: SparseMatrix) -> Values:
-    """int8, or bits of bfloat16, [N, K]; FormatError where there are weights beyond it."""
+    """int8, or bits of bfloat16, [N, K]; FormatError where there are weights beyond it.
+
+    Of INT4 the int8 weights: nibbles times multipliers.
+    """
     bits = np.unpackbits(matrix.masks.view(np.uint8), bitorder="little").astype(np.bool_)
-    vectors = np.zeros(bits.size, matrix.values.dtype)
-    vectors[bits] = matrix.values[: matrix.starts[-1]]
+    values = matrix.values[: matrix.starts[-1]]
+    vectors = np.zeros(bits.size, values.dtype if matrix.multipliers is None else np.int8)
+    vectors[bits] = values if matrix.multipliers is None else _singles(values, matrix.masks)
     shape = (len(matrix.masks), -1, PANEL_ROWS, STEP_INPUTS // STEP_VECTORS)
+    if matrix.multipliers is not None:
+        in_rows = matrix.multipliers.swapaxes(2, 3).reshape(len(matrix.masks), -1, 1, PANEL_ROWS, 1)
+        vectors.reshape(*matrix.masks.shape, PANEL_ROWS, -1)[...] *= in_rows.view(np.int8)
     return from_vectors(vectors.reshape(shape), matrix.rows, matrix.columns, "matrix")
 
 
@@ -96,7 +119,9 @@ def concatenated(matrices: Sequence[SparseMatrix]) -> SparseMatrix:
             f"matrices of {found} do not make one; supported: the same inputs, outputs in {PANEL_ROWS}s"
         )
     values = np.concatenate([it.values[: it.starts[-1]] for it in matrices])
-    return _matrix(rows, columns, np.concatenate([it.masks for it in matrices]), values)
+    multipliers = [it.multipliers for it in matrices if it.multipliers is not None]
+    whole = np.concatenate(multipliers) if multipliers else None
+    return _matrix(rows, columns, np.concatenate([it.masks for it in matrices]), values, whole)
 
 
 def outputs_of(matrix: SparseMatrix, begin: int, end: int) -> SparseMatrix:
@@ -105,7 +130,8 @@ def outputs_of(matrix: SparseMatrix, begin: int, end: int) -> SparseMatrix:
     first, last = begin // PANEL_ROWS, -(-end // PANEL_ROWS)
     steps = matrix.masks.shape[1]
     values = matrix.values[matrix.starts[first * steps] : matrix.starts[last * steps]]
-    return _matrix(end - begin, matrix.columns, matrix.masks[first:last], values)
+    multipliers = None if matrix.multipliers is None else matrix.multipliers[first:last]
+    return _matrix(end - begin, matrix.columns, matrix.masks[first:last], values, multipliers)
 
 
 def inputs_of(matrix: SparseMatrix, begin: int, end: int) -> SparseMatrix:
@@ -117,7 +143,11 @@ def inputs_of(matrix: SparseMatrix, begin: int, end: int) -> SparseMatrix:
     kept = np.zeros((panels, steps), np.bool_)
     kept[:, first:last] = True
     values = matrix.values[: starts[-1]][np.repeat(kept.ravel(), np.diff(starts))]
-    return _matrix(matrix.rows, end - begin, np.ascontiguousarray(matrix.masks[:, first:last]), values)
+    masks = np.ascontiguousarray(matrix.masks[:, first:last])
+    if matrix.multipliers is None:
+        return _matrix(matrix.rows, end - begin, masks, values)
+    multipliers = np.ascontiguousarray(matrix.multipliers[:, first:last])
+    return _matrix(matrix.rows, end - begin, masks, values, multipliers)
 
 
 def check_number(rows: int, columns: int, number: int) -> None:
@@ -147,13 +177,44 @@ def fragments(x_TK: Values) -> NDArray[np.uint32]:
     return np.ascontiguousarray(ordered).view(np.uint32).reshape(steps, tiles, -1, STEP_VECTORS, 2)
 
 
-def _matrix(rows: int, columns: int, masks: NDArray[np.uint64], values: Values) -> SparseMatrix:
-    counts = np.bitwise_count(masks).sum(axis=2, dtype=np.int64).ravel()
+def _run_lengths(masks: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """[P S, 2]: how many weights of INT4 the vectors of each half of a step have."""
+    return np.bitwise_count(masks).reshape(-1, 2, STEP_VECTORS // 2).sum(axis=2, dtype=np.int64)
+
+
+def _pairs(vectors: Values, masks: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Bytes of the weights of vectors [P, S 32, 64], step after step."""
+    lengths, place = _run_lengths(masks), np.arange(PANEL_ROWS * STEP_INPUTS // 2)
+    runs = vectors.reshape(len(lengths), 2, -1)
+    front = np.zeros_like(runs)
+    front[place < lengths[..., None]] = runs[runs != 0]
+    return join_nibbles(front[:, 0], front[:, 1])[place < lengths.max(axis=1, keepdims=True)]
+
+
+def _singles(values: Values, masks: NDArray[np.uint64]) -> NDArray[np.int8]:
+    """The weights of such bytes, vector after vector."""
+    lengths, place = _run_lengths(masks), np.arange(PANEL_ROWS * STEP_INPUTS // 2)
+    joined = np.zeros((len(lengths), place.size), np.uint8)
+    joined[place < lengths.max(axis=1, keepdims=True)] = values
+    return np.stack(split_nibbles(joined), axis=1)[place < lengths[..., None]]
+
+
+def _matrix(
+    rows: int,
+    columns: int,
+    masks: NDArray[np.uint64],
+    values: Values,
+    multipliers: NDArray[np.uint8] | None = None,
+) -> SparseMatrix:
+    if multipliers is None:
+        counts = np.bitwise_count(masks).sum(axis=2, dtype=np.int64).ravel()
+    else:
+        counts = _run_lengths(masks).max(axis=1)
     check_number(rows, columns, int(counts.sum()))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32)
     whole = np.zeros(round_up(values.size, BLOCK_BYTES // values.itemsize), values.dtype)
     whole[: values.size] = values
-    return SparseMatrix(rows, columns, masks, whole, starts)
+    return SparseMatrix(rows, columns, masks, whole, starts, multipliers)
 
 
 def _check_border(what: str, begin: int, end: int, multiple: int, size: int) -> None:

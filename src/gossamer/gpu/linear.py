@@ -1,9 +1,10 @@
 """The operator `gossamer::sparse_linear` of torch, and the module that calls it.
 
 Of INT8 weights y = (q_x . q_w) x (scale_x scale_w), as docs/format.md has it: tokens are rounded to INT8 with
-a scale each, sums are exact, so that every device gives the same bits in float32. Of bfloat16 weights sums
-are float32. On a CPU it is computed by its definition, which is slow and is there for tests: what runs models
-on CPUs is gossamer's engine.
+a scale each, sums are exact, so that every device gives the same bits in float32. INT4 weights are INT8 ones
+that are written as products, of 4 bits and the multiplier of 128 inputs. Of bfloat16 weights sums are
+float32. On a CPU it is computed by its definition, which is slow and is there for tests: what runs models on
+CPUs is gossamer's engine.
 
 Shapes: T tokens, N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs.
 """
@@ -14,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.checkpoint.schemes import MAX_MULTIPLIER
 from gossamer.compress.int8 import quantize_tokens
 from gossamer.errors import UnsupportedError
 from gossamer.gpu import products
 from gossamer.gpu.driver import gpu
 from gossamer.gpu.layout import STEP_INPUTS
 from gossamer.gpu.memory import memory_for
-from gossamer.gpu.packing import PackedWeights, pack, padded
-from gossamer.packed.values import PANEL_ROWS
+from gossamer.gpu.packing import PackedWeights, pack, padded, unpacked
 
 LEAST_ZEROS = 0.45  # below which the masks' bits and the expanding cost what the zeros save
+LEAST_INT4, MOST_INT4 = -8, 7
 
 
 @torch.library.custom_op("gossamer::sparse_linear", mutates_args=())
@@ -32,18 +34,19 @@ def sparse_linear(
     masks: Tensor,
     values: Tensor,
     starts: Tensor,
+    multipliers: Tensor | None,
     scales: Tensor | None,
     dense: Tensor | None,
     rows: int,
     columns: int,
 ) -> Tensor:
-    """y [..., N] of x [..., K], both bfloat16 or, of INT8 weights, both float32.
+    """y [..., N] of x [..., K], both bfloat16 or, of integer weights, both float32.
 
-    masks, values, starts: as `PackedWeights`, or all empty. dense: the weights [P x 16, S x 128], for many
-    tokens, or for all where they are not packed. scales: float32 [N], of INT8 weights.
+    masks, values, starts, multipliers: as `PackedWeights`, or all empty. dense: weights [P x 16, S x 128],
+    for many tokens, or for all where they are not packed. scales: float32 [N], of integer weights.
     """
     x_TK = x.reshape(-1, columns).contiguous()
-    packed = PackedWeights(rows, columns, masks, values, starts) if masks.numel() else None
+    packed = PackedWeights(rows, columns, masks, values, starts, multipliers) if masks.numel() else None
     if x.is_cuda:
         y_TN = products.product(gpu(x.get_device()), x_TK, packed, dense, scales, rows)
     else:
@@ -73,18 +76,6 @@ def _by_definition(
     return (exact_TN.float() * (scale_T1 * scales_N)).to(x_TK.dtype)
 
 
-def unpacked(packed: PackedWeights) -> Tensor:
-    """int8 or bfloat16 [N, K]: what was packed."""
-    panels, steps, lanes = packed.masks.shape
-    places = torch.arange(8, dtype=torch.uint8, device=packed.masks.device)
-    bits = packed.masks.view(torch.uint8).unsqueeze(-1) >> places & 1
-    vectors = packed.values.new_zeros(bits.numel())
-    vectors[bits.flatten().bool()] = packed.values[: int(packed.starts[-1])]
-    inputs = STEP_INPUTS // lanes
-    whole = vectors.view(panels, steps * lanes, PANEL_ROWS, inputs).transpose(1, 2)
-    return whole.reshape(panels * PANEL_ROWS, -1)[: packed.rows, : packed.columns].contiguous()
-
-
 def while_packing(name: str, w_NK: Tensor) -> AbstractContextManager[None]:
     """EngineError that says what a linear takes where the device's memory ends while it is packed."""
     return memory_for(
@@ -94,15 +85,16 @@ def while_packing(name: str, w_NK: Tensor) -> AbstractContextManager[None]:
 
 
 class SparseLinear(nn.Module):
-    """A linear without its zeros: at 70% of them 3.4 bits a weight of INT8, 5.8 of bfloat16.
+    """A linear without its zeros: at 70% of them 2.3 bits a weight of INT4, 3.4 of INT8, 5.8 of bfloat16.
 
-    Fewer zeros than `LEAST_ZEROS` are not worth it: such weights stay dense (`is_dense`). `keep_dense` holds
-    them twice, for prompts at a dense product's speed.
+    Fewer zeros than `LEAST_ZEROS` are not worth it: such weights stay dense (`is_dense`). INT4 never does: it
+    would be INT8. `keep_dense` holds weights twice, for prompts at a dense product's speed.
     """
 
     masks: Tensor
     values: Tensor
     starts: Tensor
+    multipliers: Tensor | None
     dense: Tensor | None
     scales: Tensor | None
 
@@ -124,6 +116,7 @@ class SparseLinear(nn.Module):
         for name in ("masks", "values", "starts"):
             nothing = torch.empty(0, dtype=torch.int64, device=None if dense is None else dense.device)
             self.register_buffer(name, nothing if packed is None else getattr(packed, name))
+        self.register_buffer("multipliers", None if packed is None else packed.multipliers)
         self.register_buffer("dense", dense)
         self.register_buffer("scales", None if scales_N is None else scales_N.float())
         self.bias = None if bias_N is None else nn.Parameter(bias_N, requires_grad=False)
@@ -135,18 +128,28 @@ class SparseLinear(nn.Module):
         scales_N: Tensor | None = None,
         bias_N: Tensor | None = None,
         *,
+        multiplier_NS: Tensor | None = None,
         keep_dense: bool = False,
     ) -> "SparseLinear":
-        """Of weights int8 [N, K] with scales, or bfloat16 without, packed on the device where they lie."""
-        if w_NK.dtype != (torch.bfloat16 if scales_N is None else torch.int8):
+        """Of weights int8 [N, K] with scales, or bfloat16 without, packed on the device where they lie.
+
+        With multipliers uint8 [N, S], 1 to 16, weights are INT4, each times its multiplier and scale.
+        """
+        is_float = scales_N is None and multiplier_NS is None
+        if w_NK.dtype != (torch.bfloat16 if is_float else torch.int8) or (scales_N is None and not is_float):
             raise UnsupportedError(
                 f"found weights of {w_NK.dtype} {'without' if scales_N is None else 'with'} scales; "
                 "supported: int8 with a scale for each output, bfloat16 without"
             )
+        rows, columns = w_NK.shape
+        if multiplier_NS is not None:
+            _check_int4(w_NK, multiplier_NS)
+            packed = pack(w_NK, multiplier_NS)
+            dense = padded(_int8_weights(w_NK, multiplier_NS)) if keep_dense else None
+            return cls(packed, dense, (rows, columns), scales_N, bias_N)
         is_sparse = int(torch.count_nonzero(w_NK)) <= (1 - LEAST_ZEROS) * w_NK.numel()
         packed = pack(w_NK) if is_sparse else None
         dense = padded(w_NK) if keep_dense or not is_sparse else None
-        rows, columns = w_NK.shape
         return cls(packed, dense, (rows, columns), scales_N, bias_N)
 
     @property
@@ -157,18 +160,18 @@ class SparseLinear(nn.Module):
     @property
     def num_bytes(self) -> int:
         """What its weights take on the device, without scales and bias."""
-        held = (self.masks, self.values, self.starts, self.dense)
+        held = (self.masks, self.values, self.starts, self.multipliers, self.dense)
         return sum(it.nbytes for it in held if it is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] of x [..., K], bfloat16 or (INT8) float32; UnsupportedError for other types."""
+        """y [..., N] of x [..., K], bfloat16 or (INT8, INT4) float32; UnsupportedError for other types."""
         takes = (torch.bfloat16,) if self.scales is None else (torch.bfloat16, torch.float32)
         if x.dtype not in takes:
             names = " and ".join(str(it).removeprefix("torch.") for it in takes)
             raise UnsupportedError(f"found inputs of {x.dtype}; supported: {names}")
         if x.shape[-1] != self.in_features:
             raise UnsupportedError(f"found {x.shape[-1]} inputs; supported: {self.in_features}")
-        held = (self.masks, self.values, self.starts, self.scales, self.dense)
+        held = (self.masks, self.values, self.starts, self.multipliers, self.scales, self.dense)
         y = torch.ops.gossamer.sparse_linear(x, *held, self.out_features, self.in_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -176,3 +179,26 @@ class SparseLinear(nn.Module):
         """As other linears say it."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.bias is not None}, dense={self.is_dense}"
+
+
+def _int8_weights(w_NK: Tensor, multiplier_NS: Tensor) -> Tensor:
+    """What INT4 weights stand for, before the scales of rows."""
+    in_rows_NK = multiplier_NS.view(torch.int8).repeat_interleave(STEP_INPUTS, 1)
+    return w_NK * in_rows_NK[:, : w_NK.shape[1]]
+
+
+def _check_int4(w_NK: Tensor, multiplier_NS: Tensor) -> None:
+    """UnsupportedError for weights that are no INT4, or other multipliers than one for each 128 inputs."""
+    groups = (len(w_NK), -(-w_NK.shape[1] // STEP_INPUTS))
+    if multiplier_NS.shape != groups or multiplier_NS.dtype != torch.uint8:
+        raise UnsupportedError(
+            f"found multipliers {tuple(multiplier_NS.shape)} of {multiplier_NS.dtype}; supported: uint8 "
+            f"{groups}, one for each {STEP_INPUTS} inputs of an output"
+        )
+    for what, found, least, most in (
+        ("INT4 weights", w_NK, LEAST_INT4, MOST_INT4),
+        ("multipliers", multiplier_NS, 1, MAX_MULTIPLIER),
+    ):
+        smallest, largest = (int(it) for it in found.aminmax())
+        if smallest < least or largest > most:
+            raise UnsupportedError(f"found {what} from {smallest} to {largest}; supported: {least} to {most}")

@@ -22,13 +22,13 @@ def open_sparse(
     """transformers' model of this kind on torch's device.
 
     `dtype`: of what is no integer where no linear is bfloat16; where one is, all floats are.
-    UnsupportedError for linears in other floats, or in other integers than W8A8.
+    UnsupportedError for linears in other floats, or in other integers than W8A8 and W4A8.
     """
     found = {source.dtype(f"{name}.weight") for name in source.linears}
     if refused := sorted(found & REFUSED):
         raise UnsupportedError(
-            f"{source.path}: found linears in {', '.join(refused)}; supported on a GPU: BF16, and W8A8, "
-            "which `gossamer quantize` makes of them. The engine runs others on a CPU"
+            f"{source.path}: found linears in {', '.join(refused)}; supported on a GPU: BF16, and W8A8 "
+            "and W4A8, which `gossamer quantize` makes of them. The engine runs others on a CPU"
         )
     opening: Any = getattr(transformers, kind)
     how = {"quantization_config": GossamerConfig(), "device_map": device, "local_files_only": True}

@@ -60,12 +60,14 @@ def dense_product(device: Device, x_TK: Tensor, w: Tensor, scales_N: Tensor | No
 def expanded(device: Device, packed: PackedWeights) -> Tensor:
     """Weights int8 or bfloat16 [P x 16, S x 128], zeros beyond the matrix."""
     panels, steps, _ = packed.masks.shape
-    w = packed.values.new_empty(panels * PANEL_ROWS, steps * STEP_INPUTS)
+    dtype = packed.values.dtype if packed.multipliers is None else torch.int8
+    w = packed.values.new_empty(panels * PANEL_ROWS, steps * STEP_INPUTS, dtype=dtype)
     blocks = -(-panels * steps // kernels.UNITS_OF_BLOCK)
     job = kernels.Expand(
-        masks=packed.masks, values=packed.values, starts=packed.starts, w=w, panels=panels, steps=steps
-    )
-    device.launch(kernels.expand(w.dtype), blocks, job)
+        masks=packed.masks, values=packed.values, starts=packed.starts, multipliers=packed.multipliers, w=w,
+        panels=panels, steps=steps,
+    )  # fmt: skip
+    device.launch(kernels.expand(packed.values.dtype), blocks, job)
     return w
 
 
@@ -85,8 +87,8 @@ def _sparse(device: Device, x_TK: Tensor, packed: PackedWeights, scales_N: Tenso
     shares = num_shares(device.processors, panels, steps)
     sums = x_TK.new_empty(shares, blocks, panels * PANEL_ROWS, dtype=sum_type)
     job = kernels.SparseProduct(
-        masks=packed.masks, values=packed.values, starts=packed.starts, inputs=ordered, sums=sums,
-        panels=panels, steps=steps, shares=shares,
+        masks=packed.masks, values=packed.values, starts=packed.starts, multipliers=packed.multipliers,
+        inputs=ordered, sums=sums, panels=panels, steps=steps, shares=shares,
     )  # fmt: skip
     kernel = kernels.sparse_product(packed.values.dtype, tiles)
     device.launch(kernel, -(-panels * shares // kernels.UNITS_OF_BLOCK), job)

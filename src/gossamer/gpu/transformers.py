@@ -1,12 +1,12 @@
 """Sparse linears in transformers' models: `from_pretrained(directory, quantization_config=GossamerConfig())`.
 
-The directory stays what it is, bfloat16 or W8A8 with its zeros stored. Its linears are loaded as they are,
-and packed where they lie, one after another: so the most memory is that of the dense model.
+The directory stays what it is, bfloat16, W8A8 or W4A8 with its zeros stored. Its linears are loaded as they
+are, and packed where they lie, one after another: so the most memory is that of the dense model.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.architecture.families import read_anatomy
+from gossamer.checkpoint.schemes import W4A8, W8A8, read_scheme, row_scales_and_multipliers, scale_shape
 from gossamer.errors import UnsupportedError
 from gossamer.gpu.directory import left_in_floats, matches
 from gossamer.gpu.linear import LEAST_ZEROS, SparseLinear, while_packing
@@ -28,30 +29,31 @@ _log = logging.getLogger(__name__)
 class GossamerConfig(QuantizationConfigMixin):
     """How the linears of a directory are to be held on the device."""
 
-    def __init__(self, keep_dense: bool = False, ignored: Sequence[str] | None = None, **_: Any) -> None:
+    def __init__(self, keep_dense: bool = False, stored: Mapping[str, Any] | None = None, **_: Any) -> None:
         """`keep_dense`: twice, for prompts at a dense product's speed.
 
-        `ignored`: of a W8A8 directory, what it says of linears that are not INT8; None of one in bfloat16.
+        `stored`: the directory's own `quantization_config`; None of one in bfloat16.
         """
         self.quant_method = METHOD  # type: ignore[assignment]
-        self.keep_dense, self.ignored = keep_dense, ignored
+        self.keep_dense, self.stored = keep_dense, stored
 
     def for_directory(self, found: Any) -> "GossamerConfig":
-        """The same for a directory with this `quantization_config`; UnsupportedError unless it is W8A8."""
+        """The same for a directory with this `quantization_config`; UnsupportedError for other schemes."""
         found = found if isinstance(found, dict) else found.to_dict()
         if found.get("quant_method") == METHOD:
             return self
-        return GossamerConfig(self.keep_dense, left_in_floats(found))
+        left_in_floats(found, [W8A8, W4A8], by="gossamer.gpu.GossamerConfig")
+        return GossamerConfig(self.keep_dense, found)
 
 
-class LoadedInt8(nn.Module):
-    """A linear as a W8A8 directory has it, until it is packed."""
+class LoadedIntegers(nn.Module):
+    """A linear as a W8A8 or W4A8 directory has it, until it is packed; scales [N, 1], or of groups [N, G]."""
 
-    def __init__(self, of: nn.Linear) -> None:
+    def __init__(self, of: nn.Linear, scale_shape: tuple[int, ...]) -> None:
         super().__init__()
-        shape, device = of.weight.shape, of.weight.device
-        self.weight = _fixed(torch.empty(shape, dtype=torch.int8, device=device))
-        self.weight_scale = _fixed(torch.empty(shape[0], 1, dtype=torch.float32, device=device))
+        device = of.weight.device
+        self.weight = _fixed(torch.empty(of.weight.shape, dtype=torch.int8, device=device))
+        self.weight_scale = _fixed(torch.empty(scale_shape, dtype=torch.float32, device=device))
         self.bias = of.bias
 
 
@@ -71,13 +73,14 @@ class GossamerQuantizer(HfQuantizer):
             )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """The types of W8A8's tensors are their modules'."""
+        """The types of quantized tensors are their modules'."""
         return dtype
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for path, name, linear in [*_linears(model)]:
-            if self._is_int8(f"{path}.{name}"):
-                setattr(model.get_submodule(path), name, LoadedInt8(linear))
+            if self._is_quantized(f"{path}.{name}"):
+                scales = scale_shape(self._directory, linear.weight.shape)
+                setattr(model.get_submodule(path), name, LoadedIntegers(linear, scales))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         dense = total = 0
@@ -93,20 +96,37 @@ class GossamerQuantizer(HfQuantizer):
             )  # fmt: skip
         return model
 
-    def _packed(self, name: str, linear: nn.Linear | LoadedInt8) -> SparseLinear:
+    def _packed(self, name: str, linear: nn.Linear | LoadedIntegers) -> SparseLinear:
         weight: Tensor = linear.weight.data
-        scales = linear.weight_scale.data[:, 0] if isinstance(linear, LoadedInt8) else None
-        if scales is None and weight.dtype != torch.bfloat16:
+        scales_N = multiplier_NS = None
+        if isinstance(linear, LoadedIntegers):
+            scales_N, multiplier_NS = self._scales(name, weight.shape[1], linear.weight_scale.data)
+        elif weight.dtype != torch.bfloat16:
             raise UnsupportedError(
-                f"{name}: found weights of {weight.dtype}; supported: bfloat16 (dtype=torch.bfloat16), W8A8"
+                f"{name}: found weights of {weight.dtype}; supported: bfloat16 (dtype=torch.bfloat16), W8A8 "
+                "and W4A8"
             )
         bias = None if linear.bias is None else linear.bias.data
         with while_packing(name, weight):
-            return SparseLinear.from_weight(weight, scales, bias, keep_dense=self._config.keep_dense)
+            return SparseLinear.from_weight(
+                weight, scales_N, bias, multiplier_NS=multiplier_NS, keep_dense=self._config.keep_dense
+            )
 
-    def _is_int8(self, name: str) -> bool:
-        ignored = self._config.ignored
-        return ignored is not None and not any(matches(it, name) for it in ignored)
+    def _scales(self, name: str, inputs: int, scale_NG: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of rows [N] and, of INT4, multipliers [N, S]; UnsupportedError where there are none."""
+        if read_scheme(self._directory, name) is W8A8:
+            return scale_NG[:, 0], None
+        found = row_scales_and_multipliers(scale_NG.cpu().numpy(), inputs, name)
+        scale_N, multiplier_NS = (torch.from_numpy(it).to(scale_NG.device) for it in found)
+        return scale_N, multiplier_NS
+
+    def _is_quantized(self, name: str) -> bool:
+        stored = self._config.stored
+        return stored is not None and not any(matches(it, name) for it in stored.get("ignore") or ())
+
+    @property
+    def _directory(self) -> dict[str, Any]:
+        return {"quantization_config": self._config.stored}
 
     @property
     def is_trainable(self) -> bool:
@@ -125,7 +145,7 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, str, Any]]:
     anatomy = read_anatomy(json.loads(model.config.to_json_string(use_diff=False)), "the model")
     prefixes = tuple({anatomy.prefix(index) for index in range(anatomy.num_layers)})
     for path, module in model.named_modules():
-        if path.startswith(prefixes) and isinstance(module, nn.Linear | LoadedInt8):
+        if path.startswith(prefixes) and isinstance(module, nn.Linear | LoadedIntegers):
             parent, _, name = path.rpartition(".")
             yield parent, name, module
 

@@ -15,6 +15,7 @@ import vllm
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from gossamer.checkpoint.schemes import W8A8
 from gossamer.errors import UnsupportedError
 from gossamer.gpu.directory import left_in_floats, matches
 from gossamer.gpu.vllm import LOGGER, NAME
@@ -39,7 +40,7 @@ class SparseConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "SparseConfig":
         """Of a directory's `quantization_config`; UnsupportedError for any scheme but W8A8."""
-        return cls(left_in_floats(config))
+        return cls(_left_in_floats(config))
 
     @classmethod
     def override_quantization_method(
@@ -48,7 +49,7 @@ class SparseConfig(QuantizationConfig):
         """Claims a directory's scheme where a person asked for us; UnsupportedError if it is not W8A8."""
         if user_quant != NAME:
             return None
-        left_in_floats(hf_quant_cfg)
+        _left_in_floats(hf_quant_cfg)
         return NAME
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
@@ -111,3 +112,7 @@ def check_version(version: str) -> None:
         init_logger(LOGGER).warning_once(
             "Found vLLM %s; --quantization %s was tested with %s", version, NAME, supported
         )
+
+
+def _left_in_floats(found: Mapping[str, Any]) -> list[str]:
+    return left_in_floats(found, [W8A8], by=f"vLLM's --quantization {NAME}")

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 
 from gossamer.gpu.linear import SparseLinear
 from gossamer.measure.stopwatch import Stopwatch
@@ -60,7 +60,7 @@ class Decoder:
     """
 
     def __init__(self, at: Stopwatch, sizes: Sizes, values: str, zeros: float) -> None:
-        """`values`: i8 or bf16, as `SparseLinear` holds them; dense bf16, which has no zeros."""
+        """`values`: as `sparse` takes them; or dense bf16, which has no zeros."""
         self.at, self.sizes, self.values, self._zeros = at, sizes, values, zeros
         self.linears_bytes = 0
         self.layers = [
@@ -77,7 +77,7 @@ class Decoder:
             bf16 = w_NK.bfloat16()
             self.linears_bytes += bf16.nbytes
             return partial(linear, weight=bf16)
-        made = SparseLinear.from_weight(*(int8(w_NK) if self.values == "i8" else (w_NK.bfloat16(),)))
+        made = sparse(self.values, w_NK)
         self.linears_bytes += made.num_bytes + (0 if made.scales is None else made.scales.nbytes)
         return made
 
@@ -124,7 +124,26 @@ class Decoder:
         return rms_norm(x_RD, self.ones.shape, self.ones)
 
 
+def sparse(name: str, w_NK: Tensor, device: torch.device | None = None) -> SparseLinear:
+    """Of weights rounded to bf16, i8 or i4, where they lie or on another device."""
+    device = w_NK.device if device is None else device
+    if name == "bf16":
+        return SparseLinear.from_weight(w_NK.bfloat16().to(device))
+    q_NK, scales_N, *multipliers = (it.to(device) for it in (int8 if name == "i8" else int4)(w_NK))
+    return SparseLinear.from_weight(q_NK, scales_N, multiplier_NS=multipliers[0] if multipliers else None)
+
+
 def int8(w_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Weights int8 [N, K] and float32 scales [N]."""
     scales_N = w_NK.abs().amax(1).clamp(min=1e-8) / 127
     return (w_NK / scales_N[:, None]).round().to(torch.int8), scales_N
+
+
+def int4(w_NK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights int8 [N, K] from -7 to 7, scales [N], multipliers [N, S]; as many zeros as there were."""
+    scales_N = w_NK.abs().amax(1).clamp(min=1e-8) / (7 * 16)
+    groups_NS = pad(w_NK.abs(), (0, -w_NK.shape[1] % 128)).unflatten(1, (-1, 128)).amax(2)
+    multiplier_NS = (groups_NS / (7 * scales_N[:, None])).ceil().clamp(1, 16)
+    each_NK = (multiplier_NS * scales_N[:, None]).repeat_interleave(128, 1)[:, : w_NK.shape[1]]
+    q_NK = (w_NK / each_NK).round().clamp(-7, 7)
+    return torch.where(q_NK == 0, w_NK.sign(), q_NK).to(torch.int8), scales_N, multiplier_NS.to(torch.uint8)

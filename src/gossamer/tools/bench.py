@@ -27,7 +27,7 @@ BASELINE_BYTES = 600e6  # of dense float32 layers, to compare with: more than an
 PLOT_SPARSITIES = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 OF_SHAPES = ("layers", "sparsity", "pattern", "values", "baseline", "plot", "keep")
 TOGETHER = {"unstructured": 1, "1x4": 4}  # weights of a row that are zero or not as one
-GPU_VALUES = ("i8", "bf16")
+GPU_VALUES = ("i8", "i4", "bf16")
 MEMORY_SHARE = 0.8  # of what is available that a model may take
 
 

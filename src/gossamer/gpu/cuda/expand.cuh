@@ -8,10 +8,11 @@ template <class W>
 constexpr int kExpandBytes = kTableBytes<W> + kExpandWarps * kSlotBytes<W>;
 
 struct Expand {
-    const uint64_t* masks;   // [panels][steps][32]
-    const uint8_t* values;   // in 16-byte blocks
-    const uint32_t* starts;  // [panels * steps + 1]
-    uint32_t* w;             // int8 or bfloat16 [panels * 16][steps * 128]
+    const uint64_t* masks;        // [panels][steps][32]
+    const uint8_t* values;        // in 16-byte blocks
+    const uint32_t* starts;       // [panels * steps + 1]
+    const uint16_t* multipliers;  // of INT4 [panels][steps][8]
+    uint32_t* w;                  // int8 or bfloat16 [panels * 16][steps * 128]
     int32_t panels, steps;
 };
 
@@ -36,8 +37,13 @@ GOSSAMER_DEVICE void expand(const Expand& job) {
     GOSSAMER_UNROLL
     for (int g = 0; g < 8; ++g) {
         uint32_t upper[W::kWords], lower[W::kWords];
-        W::four(table, vector.x, vector.z, W::row(g), upper);
-        W::four(table, vector.y, vector.w, W::row(g), lower);
+        W::four(table, vector.x, vector.z, lane, W::row(g), upper);
+        W::four(table, vector.y, vector.w, lane, W::row(g), lower);
+        if constexpr (W::kRuns == 2) {
+            const uint32_t two = job.multipliers[step * kStepMultipliers + g];
+            upper[0] = multiplied(upper[0], two & 255);
+            lower[0] = multiplied(lower[0], two >> 8);
+        }
         GOSSAMER_UNROLL
         for (int word = 0; word < W::kWords; ++word) {
             to[g * row_words + word] = upper[word];
@@ -47,4 +53,5 @@ GOSSAMER_DEVICE void expand(const Expand& job) {
 }
 
 GOSSAMER_KERNEL(kExpandWarps* kLanes) expand_i8(Expand job) { expand<Int8>(job); }
+GOSSAMER_KERNEL(kExpandWarps* kLanes) expand_i4(Expand job) { expand<Int4>(job); }
 GOSSAMER_KERNEL(kExpandWarps* kLanes) expand_bf16(Expand job) { expand<Bfloat16>(job); }

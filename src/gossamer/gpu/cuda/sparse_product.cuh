@@ -3,7 +3,8 @@
 // A warp does the steps of one panel, or a share of them, for up to 8 tiles of 8 tokens at once. A step is 32
 // vectors of 16 rows x 4 inputs. Its weights are copied to a slot of shared memory while those before it are
 // multiplied; lane L finds where those of vector L begin, and each lane then takes of a product what rows g
-// and g + 8 have. Weights are expanded once for all tokens.
+// and g + 8 have. Weights are expanded once for all tokens. A step of INT4 is a group of inputs, whose sums
+// are multiplied before they are added.
 //
 // Each share has sums of its own, which are added in the order of the shares: floats too are the same each
 // time.
@@ -22,14 +23,24 @@ template <class W>
 constexpr int kSharedBytes = kTableBytes<W> + kWarps * kWarpBytes<W>;
 
 struct SparseProduct {
-    const uint64_t* masks;   // [panels][steps][32]
-    const uint8_t* values;   // in 16-byte blocks
-    const uint32_t* starts;  // [panels * steps + 1]
-    const uint32_t* inputs;  // [steps][tiles][products][32][2]
-    void* sums;              // int32 or float [shares][tiles * 8 tokens][panels * 16]
+    const uint64_t* masks;        // [panels][steps][32]
+    const uint8_t* values;        // in 16-byte blocks
+    const uint32_t* starts;       // [panels * steps + 1]
+    const uint16_t* multipliers;  // of INT4 [panels][steps][8]
+    const uint32_t* inputs;       // [steps][tiles][products][32][2]
+    void* sums;                   // int32 or float [shares][tiles * 8 tokens][panels * 16]
     int32_t panels, steps;
     int32_t shares;  // that a panel's steps are cut into, each a warp's
 };
+
+// sums += those of a step of INT4 times the multipliers of rows g and g + 8.
+GOSSAMER_DEVICE void add_step(int32_t (&sums)[4], const int32_t (&sixteenfold)[4], uint32_t multipliers) {
+    GOSSAMER_UNROLL
+    for (int part = 0; part < 4; ++part) {
+        const int32_t multiplier = part < 2 ? multipliers & 255 : multipliers >> 8;
+        sums[part] += (sixteenfold[part] >> 4) * multiplier;
+    }
+}
 
 template <class W, int kTiles>
 GOSSAMER_DEVICE void sparse_product(const SparseProduct& job) {
@@ -67,10 +78,14 @@ GOSSAMER_DEVICE void sparse_product(const SparseProduct& job) {
         copy(step + kSlots - 1, slot == slots ? last_slot : slot - kSlotBytes<W>);
         const uint64_t own_mask = mask;
         if (step + 1 < end) mask = masks[(step + 1) * kLanes];
+        uint32_t multipliers = 0;
+        if constexpr (W::kRuns == 2) multipliers = job.multipliers[(first + step) * kStepMultipliers + g];
         const Vector vector = find_vector<W>(own_mask, slot, starts[step]);
         store_shared4(vectors + lane * kVectorBytes, vector);
         wait_copies<kSlots - 1>();
         sync_warp();
+        typename W::Sum of_step[kTiles][4] = {};
+        auto& to = W::kRuns == 1 ? sums : of_step;
         GOSSAMER_UNROLL
         for (int product = 0; product < W::kProducts; ++product) {
             uint32_t w[4];
@@ -78,8 +93,12 @@ GOSSAMER_DEVICE void sparse_product(const SparseProduct& job) {
             GOSSAMER_UNROLL
             for (int tile = 0; tile < kTiles; ++tile) {
                 const uint32_t* x = inputs + (tile * W::kProducts + product) * kLanes * 2;
-                multiply_add(sums[tile], w, x[0], x[1]);
+                multiply_add(to[tile], w, x[0], x[1]);
             }
+        }
+        if constexpr (W::kRuns == 2) {
+            GOSSAMER_UNROLL
+            for (int tile = 0; tile < kTiles; ++tile) add_step(sums[tile], of_step[tile], multipliers);
         }
         inputs += kTiles * kTileWords<W>;
         slot = slot == last_slot ? slots : slot + kSlotBytes<W>;
@@ -101,6 +120,10 @@ GOSSAMER_KERNEL(kWarps* kLanes) sparse_i8_1(SparseProduct job) { sparse_product<
 GOSSAMER_KERNEL(kWarps* kLanes) sparse_i8_2(SparseProduct job) { sparse_product<Int8, 2>(job); }
 GOSSAMER_KERNEL(kWarps* kLanes) sparse_i8_4(SparseProduct job) { sparse_product<Int8, 4>(job); }
 GOSSAMER_KERNEL(kWarps* kLanes) sparse_i8_8(SparseProduct job) { sparse_product<Int8, 8>(job); }
+GOSSAMER_KERNEL(kWarps* kLanes) sparse_i4_1(SparseProduct job) { sparse_product<Int4, 1>(job); }
+GOSSAMER_KERNEL(kWarps* kLanes) sparse_i4_2(SparseProduct job) { sparse_product<Int4, 2>(job); }
+GOSSAMER_KERNEL(kWarps* kLanes) sparse_i4_4(SparseProduct job) { sparse_product<Int4, 4>(job); }
+GOSSAMER_KERNEL(kWarps* kLanes) sparse_i4_8(SparseProduct job) { sparse_product<Int4, 8>(job); }
 GOSSAMER_KERNEL(kWarps* kLanes) sparse_bf16_1(SparseProduct job) { sparse_product<Bfloat16, 1>(job); }
 GOSSAMER_KERNEL(kWarps* kLanes) sparse_bf16_2(SparseProduct job) { sparse_product<Bfloat16, 2>(job); }
 GOSSAMER_KERNEL(kWarps* kLanes) sparse_bf16_4(SparseProduct job) { sparse_product<Bfloat16, 4>(job); }
