@@ -23,7 +23,10 @@ def check_device(wanted: str, option: str) -> None:
     """Raise ConfigError for a device that is not there."""
     there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if wanted not in there and (wanted != "cuda" or len(there) == 1):
-        raise ConfigError(f"{option} {wanted} is not there; found {', '.join(there)}: give one of these")
+        built = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
+        raise ConfigError(
+            f"{option} {wanted} is not there; found {', '.join(there)}{built}: give one of these"
+        )
 
 
 def another_device(wanted: str | None, own: str) -> str | None:
