@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-NAME = "elsewhere"
+_name = ["elsewhere"]
 ATEN = torch.ops.aten
 TAKES_BOTH = (ATEN._to_copy.default, ATEN.copy_.default, ATEN.index.Tensor)  # copies, and indices
 
@@ -40,7 +41,7 @@ class Elsewhere(Tensor):
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return torch.device(NAME, 0)
+        return torch.device(_name[0], 0)
 
     @property
     def data(self) -> Tensor:
@@ -51,6 +52,9 @@ class Elsewhere(Tensor):
         if not isinstance(value, Elsewhere):
             raise RuntimeError("the data of a tensor elsewhere was set to one of the CPU")
         self.values = value.values
+
+    def tolist(self) -> Any:
+        return self.values.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,13 +89,24 @@ class _Everything(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+class _FromNumbers(TorchFunctionMode):
+    """`torch.tensor` of numbers, which are made on the CPU, and moved where no dispatch mode sees it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        device = kwargs.pop("device", None) if func is torch.tensor else None
+        found = func(*args, **kwargs)
+        return found if device is None else found.to(device)
+
+
 @contextlib.contextmanager
-def another_device() -> Iterator[torch.device]:
-    """The device, for the time of the block."""
-    if torch._C._get_privateuse1_backend_name() != NAME:
-        _setup_privateuseone_for_python_backend(NAME)
-    with _Everything():
-        yield torch.device(NAME, 0)
+def another_device(name: str = "elsewhere") -> Iterator[torch.device]:
+    """The device, for the time of the block: with a name of its own, or as "cuda", with its index always."""
+    if name != "cuda" and torch._C._get_privateuse1_backend_name() != name:
+        _setup_privateuseone_for_python_backend(name)
+    _name[0] = name
+    with _Everything(), _FromNumbers():
+        yield torch.device(name, 0)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -99,7 +114,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [it for it in given if isinstance(it, Tensor)]
     ours = [it for it in tensors if isinstance(it, Elsewhere)]
     if ours and func not in TAKES_BOTH and any(it.ndim for it in tensors if not isinstance(it, Elsewhere)):
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cpu and {NAME}")
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cpu and {_name[0]}")
     if func is ATEN.copy_.default:
         stays = isinstance(args[0], Elsewhere)
     else:
@@ -124,4 +139,4 @@ def _plain(it: Any) -> Any:
 def _is_ours(device: torch.device) -> bool:
     """Also "meta", where torch itself made something beside one of our tensors, and no one asked for meta."""
     asked = (isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
-    return device.type == NAME or (device.type == "meta" and not any(asked))
+    return device.type == _name[0] or (device.type == "meta" and not any(asked))

@@ -84,6 +84,14 @@ def while_packing(name: str, w_NK: Tensor) -> AbstractContextManager[None]:
     )
 
 
+def nothing_gained(num_dense: int, num_linears: int) -> str:
+    """What logs say of a model's linears that stay dense."""
+    return (
+        f"{num_dense} of {num_linears} linears have fewer than {LEAST_ZEROS:.0%} zeros and stay dense: "
+        "nothing is gained there"
+    )
+
+
 class SparseLinear(nn.Module):
     """A linear without its zeros: at 70% of them 2.3 bits a weight of INT4, 3.4 of INT8, 5.8 of bfloat16.
 

@@ -20,7 +20,7 @@ from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.schemes import W4A8, W8A8, read_scheme, row_scales_and_multipliers, scale_shape
 from gossamer.errors import UnsupportedError
 from gossamer.gpu.directory import left_in_floats, matches
-from gossamer.gpu.linear import LEAST_ZEROS, SparseLinear, while_packing
+from gossamer.gpu.linear import SparseLinear, nothing_gained, while_packing
 
 METHOD = "gossamer"
 _log = logging.getLogger(__name__)
@@ -90,10 +90,7 @@ class GossamerQuantizer(HfQuantizer):
             setattr(parent, name, sparse)
             dense, total = dense + sparse.is_dense, total + 1
         if dense:
-            _log.warning(
-                "%d of %d linears have fewer than %.0f%% zeros and stay dense: nothing is gained",
-                dense, total, 100 * LEAST_ZEROS,
-            )  # fmt: skip
+            _log.warning("%s", nothing_gained(dense, total))
         return model
 
     def _packed(self, name: str, linear: nn.Linear | LoadedIntegers) -> SparseLinear:

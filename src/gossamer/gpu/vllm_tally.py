@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from vllm.logger import init_logger
 
-from gossamer.gpu.linear import LEAST_ZEROS, SparseLinear
+from gossamer.gpu.linear import SparseLinear, nothing_gained
 from gossamer.gpu.vllm import LOGGER, NAME
 
 
@@ -35,10 +35,6 @@ class Tally:
         sizes = (self.bytes_before / 1e6, self.bytes_after / 1e6)
         logger.info("Packed %d linears of %.1f MB into %.1f MB", self.num_linears, *sizes)
         if self.num_dense:
-            logger.warning(
-                "%d of %d linears have fewer than %.0f%% zeros and stay dense: nothing is gained by "
-                "--quantization %s there",
-                self.num_dense, self.num_linears, 100 * LEAST_ZEROS, NAME,
-            )  # fmt: skip
+            logger.warning("%s", nothing_gained(self.num_dense, self.num_linears))
         if on_cpu:
             logger.warning("On a CPU --quantization %s is for tests: `gossamer serve` is fast there", NAME)
