@@ -1,4 +1,4 @@
-"""A device that is not there: its tensors have values, and meet those of the CPU only where a GPU's may.
+"""A GPU that is not there: its tensors have values, and meet those of the CPU only where a GPU's may.
 
 So code that is meant for GPUs runs on a machine without one, and a tensor that was left behind on the CPU
 raises what a GPU would. torch sees tensors on "meta"; every operation comes here, and is done on the CPU.
@@ -10,15 +10,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_name = ["elsewhere"]
+DEVICE = torch.device("cuda", 0)
 ATEN = torch.ops.aten
 TAKES_BOTH = (ATEN._to_copy.default, ATEN.copy_.default, ATEN.index.Tensor)  # copies, and indices
 
@@ -41,7 +42,7 @@ class Elsewhere(Tensor):
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return torch.device(_name[0], 0)
+        return DEVICE
 
     @property
     def data(self) -> Tensor:
@@ -99,14 +100,36 @@ class _FromNumbers(TorchFunctionMode):
         return found if device is None else found.to(device)
 
 
+ANSWERS: dict[str, Any] = {
+    "_lazy_init": None,
+    "is_available": True,
+    "device_count": 1,
+    "current_device": 0,
+    "set_device": None,
+    "mem_get_info": (10**9, 10**9),
+    "get_device_name": "made up",
+    "is_bf16_supported": False,
+    "synchronize": None,
+    "empty_cache": None,
+    "set_rng_state": None,
+}
+
+
 @contextlib.contextmanager
-def another_device(name: str = "elsewhere") -> Iterator[torch.device]:
-    """The device, for the time of the block: with a name of its own, or as "cuda", with its index always."""
-    if name != "cuda" and torch._C._get_privateuse1_backend_name() != name:
-        _setup_privateuseone_for_python_backend(name)
-    _name[0] = name
-    with _Everything(), _FromNumbers():
-        yield torch.device(name, 0)
+def another_device() -> Iterator[str]:
+    """The device's name, with an index, which torch needs here; for the time of the block there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, answer in ANSWERS.items():
+            patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        for module in (torch.cuda, torch.cuda.random):
+            patch.setattr(module, "get_rng_state", lambda *_: torch.zeros(1, dtype=torch.uint8))
+        patch.setattr(PartialState, "default_device", property(lambda self: DEVICE))
+        AcceleratorState._reset_state(True)
+        try:
+            with _Everything(), _FromNumbers():
+                yield str(DEVICE)
+        finally:
+            AcceleratorState._reset_state(True)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -114,7 +137,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [it for it in given if isinstance(it, Tensor)]
     ours = [it for it in tensors if isinstance(it, Elsewhere)]
     if ours and func not in TAKES_BOTH and any(it.ndim for it in tensors if not isinstance(it, Elsewhere)):
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cpu and {_name[0]}")
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cpu and {DEVICE}")
     if func is ATEN.copy_.default:
         stays = isinstance(args[0], Elsewhere)
     else:
@@ -139,4 +162,4 @@ def _plain(it: Any) -> Any:
 def _is_ours(device: torch.device) -> bool:
     """Also "meta", where torch itself made something beside one of our tensors, and no one asked for meta."""
     asked = (isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
-    return device.type == _name[0] or (device.type == "meta" and not any(asked))
+    return device.type == DEVICE.type or (device.type == "meta" and not any(asked))

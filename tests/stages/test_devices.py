@@ -22,7 +22,6 @@ from gossamer.layerwise import gpu, reconstruction
 from gossamer.stages.prune import Prune, prune
 from gossamer.stages.quantize import Quantize, quantize
 from gossamer.tools import inspect as inspection
-from gossamer.training import device, memory
 
 WAYS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
@@ -43,11 +42,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(device, "check_device", lambda wanted, option: None)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9)
+def elsewhere() -> Iterator[str]:
     with another_device.another_device() as there:
-        yield str(there)
+        yield there
 
 
 def few(text: Path, **options: Any) -> dict[str, Any]:
@@ -77,17 +74,22 @@ def same(one: str, other: str) -> None:
     assert not different
 
 
+def finds_the_same(stage: Any, here: Any, elsewhere: str) -> None:
+    """Its result, and its directory."""
+    there = replace(here, output_dir=f"{here.output_dir}-elsewhere", device=elsewhere)
+    with computing_as_elsewhere():
+        expected = stage(here)
+    found = stage(there)
+    assert replace(found, output_dir="", seconds=0.0) == replace(expected, output_dir="", seconds=0.0)
+    same(here.output_dir, there.output_dir)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_prune_finds_elsewhere_what_it_finds_here(
     way: str, elsewhere: str, tiny_llama: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     here = Prune(str(tiny_llama("bf16")), str(tmp_path / "here"), **few(text_file, **WAYS[way]))
-    there = replace(here, output_dir=str(tmp_path / "there"), device=elsewhere)
-    with computing_as_elsewhere():
-        expected = prune(here)
-    found = prune(there)
-    assert replace(found, output_dir="", seconds=0.0) == replace(expected, output_dir="", seconds=0.0)
-    same(here.output_dir, there.output_dir)
+    finds_the_same(prune, here, elsewhere)
 
 
 @pytest.mark.parametrize("way", SCHEMES)
@@ -95,12 +97,7 @@ def test_quantize_finds_elsewhere_what_it_finds_here(
     way: str, elsewhere: str, tiny_llama: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:
     here = Quantize(str(tiny_llama("bf16")), str(tmp_path / "here"), **few(text_file, **SCHEMES[way]))
-    there = replace(here, output_dir=str(tmp_path / "there"), device=elsewhere)
-    with computing_as_elsewhere():
-        expected = quantize(here)
-    found = quantize(there)
-    assert replace(found, output_dir="", seconds=0.0) == replace(expected, output_dir="", seconds=0.0)
-    same(here.output_dir, there.output_dir)
+    finds_the_same(quantize, here, elsewhere)
 
 
 @pytest.mark.parametrize("name", ["BertModel", "ModernBertModel"])
@@ -110,11 +107,7 @@ def test_encoders_too(name: str, elsewhere: str, tmp_path: Path) -> None:
     text.write_text(" ".join([*"abcdefghijklmnopqrstuvwxyz"] * 40), encoding="utf-8")
     options = few(text, max_seq_length=24)
     here = Prune(str(tmp_path / "model"), str(tmp_path / "here"), **options)
-    there = replace(here, output_dir=str(tmp_path / "there"), device=elsewhere)
-    with computing_as_elsewhere():
-        expected = prune(here)
-    assert prune(there).quality == expected.quality
-    same(here.output_dir, there.output_dir)
+    finds_the_same(prune, here, elsewhere)
 
 
 def test_a_run_that_was_interrupted_goes_on_elsewhere(
