@@ -28,13 +28,16 @@ def operands(rows: int, columns: int, is_int4: bool, seed: int = 0) -> tuple[np.
     return (random_weights(rows, columns, seed=seed),)
 
 
-@settings(deadline=None, max_examples=60)
-@given(
+OF_ANY_SIZE = given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 700),
     zeros=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
     seed=st.integers(0, 9),
 )
+
+
+@settings(deadline=None, max_examples=60)
+@OF_ANY_SIZE
 def test_the_weights_come_back(rows: int, columns: int, zeros: float, seed: int) -> None:
     w_NK = random_weights(rows, columns, zeros, seed)
     matrix = layout.from_weights(w_NK)
@@ -45,12 +48,7 @@ def test_the_weights_come_back(rows: int, columns: int, zeros: float, seed: int)
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    rows=st.integers(1, 70),
-    columns=st.integers(1, 700),
-    zeros=st.sampled_from([0.0, 0.3, 0.7, 0.95, 1.0]),
-    seed=st.integers(0, 9),
-)
+@OF_ANY_SIZE
 def test_int4_weights_come_back_times_their_multipliers(
     rows: int, columns: int, zeros: float, seed: int
 ) -> None:

@@ -1,5 +1,6 @@
 """What `bench` found: figures of a run, as a table for people, as objects for programs, as curves to plot."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median, pstdev
@@ -35,7 +36,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Speeds:
+class Speeds(ABC):
     """One setting, as every device has it: the medians of a run, and for each measured quantity its spread.
 
     `read_gb_per_s` is the best of all readers in the run, to which shares refer. `step_bytes` counts what a
@@ -84,9 +85,9 @@ class Speeds:
     DENSE: ClassVar[str]  # of the baseline's linears
 
     @property
+    @abstractmethod
     def where(self) -> str:
         """What it ran on, and by which instructions."""
-        raise NotImplementedError
 
     @classmethod
     def limits(cls, rows: Sequence[Any]) -> str:

@@ -67,7 +67,7 @@ class Bench(EngineOptions):
         help="also time dense decoder linears of the same shape, float32 or on a GPU bfloat16 (0.6 GB more)",
     )
     backend: Literal["engine", "gpu"] = option(
-        "engine", help="engine: Gossamer's own; gpu: sparse linears on a GPU, of --shape in i8 and bf16"
+        "engine", help="engine: Gossamer's own; gpu: sparse linears on a GPU, of --shape in i8, i4 and bf16"
     )
     plot: str | None = option(None, help="draw speed against sparsity, with its bound, as this PNG file")
     keep: bool = option(

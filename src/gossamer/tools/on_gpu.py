@@ -21,7 +21,7 @@ from gossamer.tokens.tokenizer import Tokenizer
 
 
 def open_on_gpu(model: str, *, offline: bool) -> LLM:
-    """A directory, or a model of the hub; beside INT8 bfloat16 where its config says so, else float32.
+    """A directory, or a model of the hub; beside integers bfloat16 where its config says so, else float32.
 
     ConfigError without a GPU; UnsupportedError for a file, an encoder, or linears that have no kernels.
     """
