@@ -2,7 +2,7 @@
 # make test    what CI runs: checks, then every test
 # make check   ruff, pyright, import-linter, clang-format
 # make torture long checks: fuzzing and kills
-# make vllm-test  the plugin under a real vLLM, which is built for CPUs: 3 GB, and half an hour of one core
+# make vllm-test  the plugin under a real vLLM, which is built for CPUs: 3 GB, and a quarter of an hour of one core
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check 
 NATIVE := CMakeLists.txt $(shell find native -name '*.cpp' -o -name '*.hpp' 2>/dev/null)
 CPP := $(shell find native src -name '*.cpp' -o -name '*.hpp' -o -name '*.cuh' 2>/dev/null)
 export HF_HUB_OFFLINE = 1
+# Containers often forbid to keep byte code; tests start hundreds of processes that import torch.
+unexport PYTHONDONTWRITEBYTECODE
 # A vLLM that somebody else built for CPUs, in an environment of its own: nothing here depends on it.
 VLLM := .vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install -q --no-compile --disable-pip-version-check

@@ -122,7 +122,10 @@ inline void launch(int blocks, int threads, size_t shared_bytes, unsigned seed, 
     block.shared_bytes = shared_bytes;
     block.eager_copies = eager_copies;
     for (block.index = 0; block.index < blocks; ++block.index) {
-        for (char& byte : shared) byte = static_cast<char>(random());
+        for (size_t at = 0; at + 4 <= kSharedStart + shared_bytes; at += 4) {
+            const auto noise = static_cast<uint32_t>(random());
+            std::memcpy(shared + at, &noise, 4);
+        }
         for (int lane = 0; lane < threads; ++lane) order[lane] = lane;
         if (seed != 0) std::shuffle(order.begin(), order.end(), random);
         block.next.assign(threads, 0);

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.gpu import found, linear, products
+from gossamer.errors import UnsupportedError
+from gossamer.gpu import compiler, found, linear, products
 from gpu.emulated import Emulated, build
 from once import once
 
@@ -11,6 +12,15 @@ from once import once
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The GPU's kernels and a driver for them, compiled for this CPU."""
     return once(tmp_path_factory, "emulated-gpu", lambda folder: build(folder)) / "emulated.so"
+
+
+@pytest.fixture(scope="session")
+def nvrtc() -> compiler.Nvrtc:
+    """NVIDIA's compiler, which needs no GPU."""
+    try:
+        return compiler.Nvrtc()
+    except UnsupportedError:
+        pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def cubin(capability: tuple[int, int]) -> bytes:
     kept = cache_directory() / "gpu" / f"{architecture}-{key}.cubin"
     if kept.is_file():
         return kept.read_bytes()
-    made = nvrtc.compile(texts, architecture)
+    made, _ = nvrtc.compile(texts, architecture)
     _keep(kept, made)
     return made
 
@@ -69,18 +69,22 @@ class Nvrtc:
             )
         return f"sm_{max(fitting)}"
 
-    def compile(self, texts: dict[str, str], architecture: str) -> bytes:
-        """Machine code of the kernels in these files, by name; EngineError with what it says against them."""
+    def compile(self, texts: dict[str, str], architecture: str, *more: str) -> tuple[bytes, str]:
+        """Machine code of the kernels in these files, by name, and what is said of it.
+
+        `more` are further options. EngineError with what it says against the kernels.
+        """
         source = "".join(f'#include "{name}"\n' for name in ROOTS)
         names = (ctypes.c_char_p * len(texts))(*(it.encode() for it in texts))
         contents = (ctypes.c_char_p * len(texts))(*(it.encode() for it in texts.values()))
-        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"-default-device"]
+        options = [f"--gpu-architecture={architecture}", "--std=c++17", "-default-device", *more]
         with self._program(source.encode(), len(texts), contents, names) as program:
-            given = (ctypes.c_char_p * len(options))(*options)
-            if self._library.nvrtcCompileProgram(program, len(options), given):
-                log = self._bytes("nvrtcGetProgramLog", program).decode(errors="replace")
-                raise EngineError(f"NVRTC does not compile the kernels for {architecture}: {log}")
-            return self._bytes("nvrtcGetCUBIN", program)
+            given = (ctypes.c_char_p * len(options))(*(it.encode() for it in options))
+            failed = self._library.nvrtcCompileProgram(program, len(options), given)
+            said = self._bytes("nvrtcGetProgramLog", program).decode(errors="replace")
+            if failed:
+                raise EngineError(f"NVRTC does not compile the kernels for {architecture}: {said}")
+            return self._bytes("nvrtcGetCUBIN", program), said
 
     @contextlib.contextmanager
     def _program(self, *arguments: object) -> Iterator[ctypes.c_void_p]:
