@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -344,6 +344,36 @@ def test_weights_of_another_type_are_refused(config: Any) -> None:
         CheckpointError, match=r"\(40, 200\) of torch.bfloat16 in a W8A8 .*; expected torch.int8"
     ):
         load(layer, (torch.ones(40, HIDDEN, dtype=torch.bfloat16), torch.ones(40, 1)))
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("weight", "qkv_proj.weight: found 0 of its 3 tensors"),
+        ("weight_scale", "qkv_proj.weight_scale: found 0 of its 3 tensors"),
+        ("k", "qkv_proj.weight: found 2 of its 3 tensors"),
+        ("everything", "qkv_proj.weight: found 0 of its 3 tensors"),
+    ],
+)
+def test_a_directory_that_lacks_some_is_refused(config: Any, lacks: str, says: str) -> None:
+    """vLLM lets it pass for methods such as ours, whose memory is made when all is read."""
+    layer = qkv(config)
+    places = dict(layer.named_parameters())
+    for shard, rows in (("q", 48), ("k", 24), ("v", 24)):
+        for name, tensor in zip(("weight", "weight_scale"), tensors(rows), strict=True):
+            if lacks not in (name, shard, "everything"):
+                places[name].weight_loader(places[name], tensor, shard)
+    with pytest.raises(CheckpointError, match=says):
+        finish(layer)
+
+
+def test_weights_that_vllm_makes_up_are_taken(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--load-format dummy`, by which people measure speed."""
+    asked = SimpleNamespace(load_config=SimpleNamespace(load_format="dummy"))
+    from gossamer.gpu import vllm_linear
+
+    monkeypatch.setattr(vllm_linear, "get_current_vllm_config_or_none", lambda: asked)
+    assert finish(down(config)).sparse.out_features == 40
 
 
 def test_memory_that_ends_is_said_with_what_is_needed(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

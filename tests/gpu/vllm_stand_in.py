@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MODULES = {
     "vllm": ("__version__",),
+    "vllm.config": ("get_current_vllm_config_or_none",),
     "vllm.logger": ("init_logger",),
     "vllm.model_executor": (),
     "vllm.model_executor.parameter": ("ModelWeightParameter", "ChannelQuantScaleParameter"),
@@ -63,6 +64,10 @@ def get_tensor_model_parallel_rank():
 
 def get_tensor_model_parallel_world_size():
     return 1
+
+
+def get_current_vllm_config_or_none():
+    return None
 
 
 # --- layers/quantization

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
@@ -34,6 +35,7 @@ class SparseLinearMethod(LinearMethodBase):
 
     def __init__(self, tally: Tally, is_int8: bool) -> None:
         self.tally, self.is_int8 = tally, is_int8
+        self.num_parts, self.parts_read = 0, dict[str, set[Any]]()  # such as q, k and v; by parameter
 
     def create_weights(
         self,
@@ -47,21 +49,27 @@ class SparseLinearMethod(LinearMethodBase):
     ) -> None:
         """Places for the weights and scales of this GPU, without memory until all of them have been read."""
         rows, load = sum(output_partition_sizes), extra_weight_attrs["weight_loader"]
-        dtype, load_weight = (torch.int8, of_int8(load)) if self.is_int8 else (params_dtype, load)
+        dtype = torch.int8 if self.is_int8 else params_dtype
         w_NK = torch.empty(rows, input_size_per_partition, dtype=dtype, device="meta")
+        load_weight = self._noting("weight", of_int8(load) if self.is_int8 else load)
         weight = ModelWeightParameter(data=w_NK, input_dim=1, output_dim=0, weight_loader=load_weight)
         layer.register_parameter("weight", weight)
         if self.is_int8:
             scale_N1 = torch.empty(rows, 1, dtype=torch.float32, device="meta")
-            scale = ChannelQuantScaleParameter(data=scale_N1, output_dim=0, weight_loader=load)
+            load_scale = self._noting("weight_scale", load)
+            scale = ChannelQuantScaleParameter(data=scale_N1, output_dim=0, weight_loader=load_scale)
             layer.register_parameter("weight_scale", scale)
         initialize_online_processing(layer)
+        config = get_current_vllm_config_or_none()
+        is_made_up = config is not None and config.load_config.load_format == "dummy"
+        self.num_parts = 0 if is_made_up else len(output_partition_sizes)
         self.tally.num_linears += 1
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack what was loaded, where it lies, and let go of it. vLLM calls it twice.
 
-        UnsupportedError for new weights of a linear that is packed; EngineError where memory ends.
+        UnsupportedError for new weights of a linear that is packed, CheckpointError where the directory lacks
+        some, EngineError where memory ends.
         """
         if getattr(layer, "weight", None) is None:
             return
@@ -70,6 +78,7 @@ class SparseLinearMethod(LinearMethodBase):
                 f"found new weights for a running model; --quantization {NAME} packs them once, in a size "
                 "that their zeros decide: start vLLM anew"
             )
+        self._check_whole(layer.prefix)
         w_NK, scales_N = layer.weight.data, None
         del layer.weight
         if self.is_int8:
@@ -83,6 +92,27 @@ class SparseLinearMethod(LinearMethodBase):
         """y [..., N] of x [..., K], by one operator whatever the number of tokens."""
         y = layer.sparse(x)
         return y if bias is None else y + bias
+
+    def _noting(self, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        """vLLM's function that fills a parameter, so that it is known which tensors came; None is all."""
+        read = self.parts_read[name] = set()
+
+        @functools.wraps(load)
+        def noting(param: Tensor, loaded_weight: Tensor, *shard: Any, **named: Any) -> Any:
+            part = shard[0] if shard else named.get("loaded_shard_id")
+            read.update(part if isinstance(part, tuple) else [part])
+            return load(param, loaded_weight, *shard, **named)
+
+        return noting
+
+    def _check_whole(self, prefix: str) -> None:
+        """CheckpointError for what was not read: vLLM would take memory as it happens to be."""
+        for name, read in self.parts_read.items():
+            if None not in read and len(read) < self.num_parts:
+                raise CheckpointError(
+                    f"{prefix}.{name}: found {len(read)} of its {self.num_parts} tensors in the directory's "
+                    "files; expected all of them: see `gossamer verify`"
+                )
 
 
 def of_int8(load: Callable[..., Any]) -> Callable[..., Any]:
