@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from gossamer.errors import UnsupportedError
 from gossamer.gpu.linear import SparseLinear
@@ -23,6 +24,11 @@ def linear_of(rows: int, columns: int, *, bias: bool = False) -> tuple[SparseLin
         w_NK,
         scales_N,
     )
+
+
+def held(linear: SparseLinear) -> tuple[Tensor | None, ...]:
+    """What the operator is given of it."""
+    return linear.masks, linear.values, linear.starts, linear.multipliers, linear.scales, linear.dense
 
 
 @pytest.mark.parametrize("shape", [(16, 128), (40, 300), (1, 1)], ids=str)
@@ -54,9 +60,8 @@ def test_int4_has_the_bits_of_the_int8_weights_that_it_stands_for(zeros: float, 
     assert not linear.is_dense and linear.num_bytes == packed_bytes + keep_dense * 48 * 384
     of_int8 = SparseLinear.from_weight(torch.from_numpy(int8_weights(q_NK, multiplier_NS)), scales_N)
     assert torch.equal(linear(x), of_int8(x)) and torch.equal(linear(x.bfloat16()), of_int8(x.bfloat16()))
-    held = (linear.masks, linear.values, linear.starts, linear.multipliers, linear.scales, linear.dense)
     checks = ("test_schema", "test_faketensor")
-    given = (x, *held, 40, 300)
+    given = (x, *held(linear), 40, 300)
     torch.library.opcheck(torch.ops.gossamer.sparse_linear.default, given, test_utils=checks)
 
 
@@ -95,8 +100,7 @@ def test_zeros_and_biases() -> None:
 def test_torch_finds_nothing_wrong_with_the_operator(tokens: int) -> None:
     """Its schema, its fake form for `torch.compile`, and that it changes nothing that it is given."""
     linear, _, _ = linear_of(40, 300)
-    held = (linear.masks, linear.values, linear.starts, linear.multipliers, linear.scales, linear.dense)
-    given = (torch.randn(tokens, 300), *held, 40, 300)
+    given = (torch.randn(tokens, 300), *held(linear), 40, 300)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(torch.ops.gossamer.sparse_linear.default, given, test_utils=checks)
     assert set(found.values()) == {"SUCCESS"}
@@ -109,6 +113,32 @@ def test_it_is_saved_and_loaded_as_other_modules_are(tmp_path: Path) -> None:
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
     x = torch.randn(3, 300)
     assert torch.equal(other(x), linear(x))
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_a_model_that_is_converted_keeps_its_weights(keep_dense: bool) -> None:
+    """Their scales are float32, as the kernels read them; what is around them becomes what was asked."""
+    w_NK, scales_N = torch.from_numpy(random_weights(40, 300)), torch.rand(40) + 0.1
+    linear = SparseLinear.from_weight(w_NK, scales_N, torch.rand(40), keep_dense=keep_dense)
+    model, x = nn.Sequential(nn.LayerNorm(300), linear), torch.randn(3, 300).bfloat16()
+    expected, before = linear(x), {name: it.clone() for name, it in linear.state_dict().items()}
+    for convert in (nn.Module.bfloat16, nn.Module.float, nn.Module.double, nn.Module.half):
+        convert(model)
+        assert all(torch.equal(it, before[name]) for name, it in linear.state_dict().items())
+    model.to(torch.bfloat16)
+    assert linear.scales is not None and linear.scales.dtype == torch.float32
+    assert torch.equal(linear(x), expected) and model(x).dtype == torch.bfloat16
+    with pytest.raises(UnsupportedError, match=r"to become torch.float16; supported: other devices"):
+        linear.type(torch.float16)
+
+
+def test_it_moves_and_refuses_inputs_from_elsewhere() -> None:
+    linear, _, _ = linear_of(40, 300, bias=True)
+    x = torch.zeros(2, 300)
+    with pytest.raises(UnsupportedError, match="inputs on meta; supported: cpu, as the weights"):
+        linear(x.to("meta"))
+    assert {it.device.type for it in linear.to("meta").state_dict().values()} == {"meta"}
+    assert linear.out_features == 40 and linear(x.to("meta")).shape == (2, 40)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ CPUs is gossamer's engine.
 Shapes: T tokens, N outputs, K inputs, P panels of 16 outputs, S steps of 128 inputs.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -172,16 +173,33 @@ class SparseLinear(nn.Module):
         return sum(it.nbytes for it in held if it is not None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y [..., N] of x [..., K], bfloat16 or (INT8, INT4) float32; UnsupportedError for other types."""
+        """y [..., N] of x [..., K], bfloat16 or (INT8, INT4) float32; UnsupportedError for others."""
         takes = (torch.bfloat16,) if self.scales is None else (torch.bfloat16, torch.float32)
         if x.dtype not in takes:
             names = " and ".join(str(it).removeprefix("torch.") for it in takes)
             raise UnsupportedError(f"found inputs of {x.dtype}; supported: {names}")
         if x.shape[-1] != self.in_features:
             raise UnsupportedError(f"found {x.shape[-1]} inputs; supported: {self.in_features}")
+        if x.device != self.starts.device:
+            raise UnsupportedError(
+                f"found inputs on {x.device}; supported: {self.starts.device}, as the weights"
+            )
         held = (self.masks, self.values, self.starts, self.multipliers, self.scales, self.dense)
         y = torch.ops.gossamer.sparse_linear(x, *held, self.out_features, self.in_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves what is held, which keeps its types: `model.to(dtype)` is for what is around it."""
+
+        def moved(held: Tensor) -> Tensor:
+            bits = fn(held.detach().view(torch.uint8))
+            if bits.dtype != torch.uint8:
+                raise UnsupportedError(
+                    f"found a sparse linear to become {bits.dtype}; supported: other devices"
+                )
+            return bits.view(held.dtype)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         """As other linears say it."""
