@@ -2,14 +2,16 @@
 
     PYTHONPATH=src python benchmarks/gpu.py correct|kernels|whole [--out FILE.jsonl]
 
-Three runs of at most eight minutes each. Rows go to FILE, one measurement each, with the card's name. What
-we expect is PREDICTIONS, written before any of it ran on a GPU: bounds of memory, shared memory and counted
-instructions. On a CPU (`--device cpu --tiny`) the same program runs by the operator's definition, so that it
-is known to run; its times mean nothing there.
+Three runs of at most eight minutes each; exit code 1 where something is not right. Rows go to FILE, one
+measurement each, with the card's name. What we expect is PREDICTIONS, written before any of it ran on a GPU:
+bounds of memory, shared memory and counted instructions. On a CPU (`--device cpu --tiny`) the same program
+runs by the operator's definition, so that it is known to run; its times mean nothing there.
 """
 
 import argparse
 import json
+import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -40,6 +42,7 @@ NAMES = ("bf16", "i8", "i4")
 CPU = torch.device("cpu")
 ROTATION_BYTES = 200e6  # of distinct weights: four times the L2 cache of an H100
 LAUNCHES, REPEATS = 20, 30
+SANITIZER_SECONDS = 120
 CACHED = 512  # tokens before the one that is decoded
 
 
@@ -48,9 +51,10 @@ class Measured(Stopwatch):
 
     def __init__(self, device: str, out: Path | None, *, tiny: bool) -> None:
         super().__init__(device)
-        self.tiny, self._out = tiny, out
+        self.tiny, self._out, self.all_right = tiny, out, True
 
     def row(self, **found: Any) -> None:
+        self.all_right &= found.get("right", True)
         line = json.dumps({"card": self.card, "torch": torch.__version__, **found})
         print(line, flush=True)
         if self._out is not None:
@@ -99,19 +103,27 @@ def correct(at: Measured) -> None:
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
     torch.use_deterministic_algorithms(False)
     if at.on_gpu:
-        sanitizer(at)
         ceilings(at)
+        sanitizer(at)
 
 
 def sanitizer(at: Measured) -> None:
-    """NVIDIA's checks of memory and of races, of two small products."""
+    """NVIDIA's checks of memory and of races, of small products, each tensor with memory of its own."""
     if (tool := shutil.which("compute-sanitizer")) is None:
         at.row(run="sanitizer", found="compute-sanitizer is not on this machine")
         return
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, __file__, "small"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        at.row(run="sanitizer", check=check, exit_code=done.returncode, said=done.stdout.splitlines()[-1:])
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=environment, timeout=SANITIZER_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            at.row(run="sanitizer", check=check, found=f"not done after {SANITIZER_SECONDS} s")
+        else:
+            at.row(run="sanitizer", check=check, said=done.stdout.splitlines()[-1:],
+                   exit_code=done.returncode, right=done.returncode == 0)  # fmt: skip
 
 
 def small(at: Measured) -> None:
@@ -152,7 +164,7 @@ def kernels(at: Measured) -> None:
                         is_dense=layers[0].is_dense,
                         bits_a_weight=8 * layers[0].num_bytes / (rows * columns))  # fmt: skip
     for name, found in PREDICTIONS.items():
-        if name in at.card:
+        if re.search(rf"\b{name}\b", at.card):
             at.row(run="kernels", predicted=found)
 
 
@@ -190,7 +202,12 @@ def dense_products(
     one = torch.ones((), device=at.device)
     f8_TK = torch.cat([x_TK, x_TK.new_zeros(-tokens % 16, columns)]).to(torch.float8_e4m3fn)
     floats = [w.to(torch.float8_e4m3fn).T for w in bf16]
-    how: dict[str, Any] = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16}
+    how: dict[str, Any] = {
+        "scale_a": one,
+        "scale_b": one,
+        "out_dtype": torch.bfloat16,
+        "use_fast_accum": True,
+    }
     yield "dense fp8", [lambda w=w: torch.ops.aten._scaled_mm(f8_TK, w, **how) for w in floats]
 
 
@@ -224,7 +241,9 @@ def main() -> None:
     )
     given = parser.parse_args()
     run = {"correct": correct, "kernels": kernels, "whole": whole, "small": small}[given.run]
-    run(Measured(given.device, given.out, tiny=given.tiny))
+    at = Measured(given.device, given.out, tiny=given.tiny)
+    run(at)
+    sys.exit(0 if at.all_right else 1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a time on a GPU is: of launches in CUDA graphs, between two events."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,18 +34,8 @@ class Stopwatch:
             return [_clock(turns) / launches for _ in range(repeats)]
         for function in functions:
             function()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for function in turns:
-                function()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        found = []
-        for _ in range(repeats + WARM_RUNS):
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            found.append(begin.elapsed_time(end) / 1e3 / launches)
+        with torch.cuda.device(self.device):
+            found = [it / launches for it in _replays(turns, WARM_RUNS + repeats)]
         return found[WARM_RUNS:]
 
     def rates(self, num_bytes: int, launches: int, repeats: int) -> dict[str, list[float]]:
@@ -65,6 +55,21 @@ class Stopwatch:
         w_NK = self.random(rows, columns, seed=seed)
         random = torch.Generator(self.device).manual_seed(seed + 1)
         return w_NK.masked_fill_(torch.rand(w_NK.shape, generator=random, device=self.device) < zeros, 0)
+
+
+def _replays(functions: Sequence[Function], number: int) -> Iterator[float]:
+    """Seconds of each run of a graph of all of them, on torch's current GPU."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in functions:
+            function()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(number):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        yield begin.elapsed_time(end) / 1e3
 
 
 def _clock(functions: Sequence[Function]) -> float:
