@@ -333,7 +333,7 @@ def test_nothing_dense_is_left(config: Any) -> None:
     load(layer, part := tensors(40))
     assert not dict(layer.named_parameters())
     expected = dict(ours(part).named_buffers())
-    assert {name.removeprefix("sparse.") for name, _ in layer.named_buffers()} == expected.keys()
+    assert {name.removeprefix("sparse.") for name in layer.state_dict()} == expected.keys()
     assert all(torch.equal(getattr(layer.sparse, name), it) for name, it in expected.items())
 
 
@@ -395,18 +395,35 @@ def test_new_weights_of_a_running_model_are_refused(config: Any) -> None:
 
 
 def test_torch_compiles_it_to_one_operator(config: Any) -> None:
-    """Whatever the number of tokens, which is a symbol; so that one graph serves all."""
-    layer = load(down(config), tensors(40))
-    called: list[Any] = []
+    """Whatever the number of tokens, which is a symbol; and one graph serves layers of other weights, too.
+
+    vLLM keeps graphs, and takes them for a directory that was pruned anew.
+    """
+    layer, other = load(down(config), tensors(40)), load(down(config), tensors(40, zeros=0.9))
+    assert layer.sparse.values.shape != other.sparse.values.shape
+    kept: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
-        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        kept.append(graph)
         return graph.forward
 
     compiled = torch.compile(layer.quant_method.apply, backend=keep, dynamic=True, fullgraph=True)
     for tokens in (5, 9):
         assert torch.equal(compiled(layer, x_TK(tokens)), layer.quant_method.apply(layer, x_TK(tokens)))
-    assert called == [torch.ops.gossamer.sparse_linear]
+    [graph] = kept
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.gossamer.numbered_linear]
+    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    given = [other.number if "number" in name else x_TK() if "x" in name else 5 for name in names]
+    assert torch.equal(graph(*given)[0], ours(tensors(40, zeros=0.9))(x_TK()))
+
+
+def test_torch_finds_nothing_wrong_with_the_operator(config: Any) -> None:
+    layer = load(down(config), tensors(40))
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    operator = torch.ops.gossamer.numbered_linear.default
+    found = torch.library.opcheck(operator, (x_TK(), layer.number, 40), test_utils=checks)
+    assert set(found.values()) == {"SUCCESS"}
 
 
 def test_what_was_packed_is_said_once(config: Any, said: list[tuple[int, str]]) -> None:

@@ -23,6 +23,7 @@ from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeigh
 
 from gossamer.errors import CheckpointError, UnsupportedError
 from gossamer.gpu.linear import SparseLinear, while_packing
+from gossamer.gpu.numbered import number_of
 from gossamer.gpu.vllm import NAME
 from gossamer.gpu.vllm_tally import Tally
 
@@ -86,11 +87,12 @@ class SparseLinearMethod(LinearMethodBase):
             del layer.weight_scale
         with while_packing(layer.prefix, w_NK):
             layer.sparse = SparseLinear.from_weight(w_NK, scales_N)
+        layer.register_buffer("number", number_of(layer.sparse), persistent=False)
         self.tally.add(w_NK, layer.sparse)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """y [..., N] of x [..., K], by one operator whatever the number of tokens."""
-        y = layer.sparse(x)
+        """y [..., N] of x [..., K], by one operator whatever the number of tokens, alike in all layers."""
+        y = torch.ops.gossamer.numbered_linear(x, layer.number, layer.sparse.out_features)
         return y if bias is None else y + bias
 
     def _noting(self, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
