@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -238,16 +237,12 @@ def test_a_billion_weights_would_take_well_under_two_minutes(values: str) -> Non
     assert (time.process_time() - start) * 1e9 / w_NK.size < 120
 
 
-def test_a_full_disk_leaves_no_file(make_synthetic: Callable, tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(
-        resource.RLIMIT_FSIZE
-    )  # CPython ignores SIGXFSZ, so writing fails with EFBIG
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
-    try:
-        with pytest.raises(OSError, match="cannot write the packed model") as caught:
-            make_synthetic(tmp_path / "full.goss")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def test_a_full_disk_leaves_no_file(
+    make_synthetic: Callable, tmp_path: Path, small_files: Callable[[int], None]
+) -> None:
+    small_files(40_000)
+    with pytest.raises(OSError, match="cannot write the packed model") as caught:
+        make_synthetic(tmp_path / "full.goss")
     assert caught.value.filename == str(tmp_path / "full.goss")
     assert list(tmp_path.iterdir()) == []
 

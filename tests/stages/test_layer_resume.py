@@ -220,15 +220,6 @@ def test_ctrl_c_says_what_is_saved_and_the_run_goes_on(
     assert not isinstance(raised.value, Interrupted) and not (tmp_path / "out.partial").exists()
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """bytes -> from now on this process can write no larger file, as on a full disk."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize(
     ("stage", "limit", "failing"),
     [

@@ -522,15 +522,6 @@ def test_a_pruned_weight_that_comes_to_life_after_the_step_is_not_saved(
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
-@pytest.fixture
-def small_files() -> Iterator[Callable[[int], None]]:
-    """bytes -> from now on this process can write no larger file, as on a full disk."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("limit", [100_000, 400_000])
 def test_a_full_disk_keeps_the_checkpoints_before(
     job: Pretrain, uninterrupted: Callable[..., str], small_files: Callable[[int], None], limit: int

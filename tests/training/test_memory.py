@@ -100,7 +100,7 @@ live = TeacherLogits(lambda begin, end: (hidden[begin:end] @ w.T).detach().float
 for rounds in (False, True):
     for teacher in (None, top, live):
         with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
-            head_loss(hidden[:300], w, targets[:300], teacher)
+            head_loss(hidden, w, targets, teacher)  # what a process needs once, such as code for its shapes
             open("/proc/self/clear_refs", "w").write("5")
             before = kilobytes("VmRSS")
             head_loss(hidden, w, targets, teacher)

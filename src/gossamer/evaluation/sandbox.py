@@ -60,7 +60,7 @@ def run_python(program: str, limits: Limits = Limits()) -> Outcome:
         (Path(folder) / PROGRAM).write_text(program, encoding="utf-8", errors="replace")
         numbers = (limits.cpu_s, limits.memory_bytes, limits.folder_bytes)
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(LAUNCHER), folder, *map(str, numbers)],
+            [sys.executable, "-I", "-S", "-B", str(LAUNCHER), folder, *map(str, numbers)],
             cwd=folder,
             env={"PATH": "", "HOME": folder, "LANG": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
