@@ -86,6 +86,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU that verbs find: torch's CPU, where sparse linears are computed by their definition."""
     monkeypatch.setattr(found, "DEVICE", "cpu")
     monkeypatch.setattr(found, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(found, "check_kernels", lambda: None)
 
 
 @pytest.fixture
