@@ -6,8 +6,9 @@
 
 namespace {
 
-constexpr int kInvalidValue = 1, kInvalidImage = 200, kNotFound = 500;  // CUresult
-constexpr int kMaxDynamicSharedBytes = 8;                               // CUfunction_attribute
+constexpr int kInvalidValue = 1, kInvalidDevice = 101, kInvalidImage = 200, kInvalidContext = 201,
+              kInvalidHandle = 400, kNotFound = 500;  // CUresult
+constexpr int kMaxDynamicSharedBytes = 8;             // CUfunction_attribute
 
 struct Function {
     const char* name;
@@ -20,7 +21,7 @@ std::function<void()> bound(const void* job) {
     return [own = *static_cast<const Job*>(job)] { kKernel(own); };
 }
 
-Function functions[] = {
+const std::vector<Function> kFunctions = {
 #define GOSSAMER_FUNCTION(Job, kernel) {#kernel, bound<Job, kernel>, 48 << 10}
     GOSSAMER_FUNCTION(RoundInputs, round_inputs),    GOSSAMER_FUNCTION(OrderInputs, order_inputs),
     GOSSAMER_FUNCTION(ScaleSums, scale_sums),        GOSSAMER_FUNCTION(Expand, expand_i8),
@@ -34,6 +35,15 @@ Function functions[] = {
 #undef GOSSAMER_FUNCTION
 };
 
+// Of a device, where one module lies, whose functions can be launched where this context is current.
+struct Context {
+    std::vector<Function> functions = kFunctions;
+};
+
+Context contexts[2];
+thread_local Context* current = nullptr;
+
+int the_version = 13000;
 unsigned the_seed = 0;
 bool copies_are_eager = false;
 
@@ -47,15 +57,46 @@ void emulate_with(unsigned seed, int eager_copies) {
     copies_are_eager = eager_copies != 0;
 }
 
+// Of CUDA, 1000 x major + 10 x minor, for what asks from now on.
+void emulate_version(int version) { the_version = version; }
+
+int cuDriverGetVersion(int* version) {
+    *version = the_version;
+    return 0;
+}
+
+int cuDeviceGet(int* device, int index) {
+    if (index < 0 || index >= static_cast<int>(std::size(contexts))) return kInvalidDevice;
+    *device = index;
+    return 0;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+    *context = &contexts[device];
+    return 0;
+}
+
+int cuCtxGetDevice(int* device) {
+    if (current == nullptr) return kInvalidContext;
+    *device = static_cast<int>(current - contexts);
+    return 0;
+}
+
+int cuCtxSetCurrent(void* context) {
+    current = static_cast<Context*>(context);
+    return 0;
+}
+
 int cuModuleLoadData(void** module, const void* image) {
+    if (current == nullptr) return kInvalidContext;
     if (std::memcmp(image, "\177ELF", 4) != 0) return kInvalidImage;
-    *module = functions;
+    *module = current;
     return 0;
 }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
-    for (Function& it : functions) {
-        if (module == functions && std::strcmp(name, it.name) == 0) {
+    for (Function& it : static_cast<Context*>(module)->functions) {
+        if (std::strcmp(name, it.name) == 0) {
             *function = &it;
             return 0;
         }
@@ -73,7 +114,9 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 int cuLaunchKernel(void* function, unsigned blocks, unsigned blocks_y, unsigned blocks_z, unsigned threads,
                    unsigned threads_y, unsigned threads_z, unsigned shared_bytes, void* /*stream*/,
                    void** arguments, void** extra) {
+    if (current == nullptr) return kInvalidContext;
     const Function& it = *static_cast<Function*>(function);
+    if (&it < &current->functions.front() || &it > &current->functions.back()) return kInvalidHandle;
     const bool is_row = blocks_y == 1 && blocks_z == 1 && threads_y == 1 && threads_z == 1;
     if (blocks == 0 || threads == 0 || threads > 1024 || !is_row || extra != nullptr ||
         shared_bytes > static_cast<unsigned>(it.most_shared_bytes))
@@ -84,9 +127,12 @@ int cuLaunchKernel(void* function, unsigned blocks, unsigned blocks_y, unsigned 
 }
 
 int cuGetErrorName(int code, const char** name) {
-    *name = code == kInvalidValue   ? "CUDA_ERROR_INVALID_VALUE"
-            : code == kInvalidImage ? "CUDA_ERROR_INVALID_IMAGE"
-                                    : "CUDA_ERROR_NOT_FOUND";
+    *name = code == kInvalidValue     ? "CUDA_ERROR_INVALID_VALUE"
+            : code == kInvalidDevice  ? "CUDA_ERROR_INVALID_DEVICE"
+            : code == kInvalidImage   ? "CUDA_ERROR_INVALID_IMAGE"
+            : code == kInvalidContext ? "CUDA_ERROR_INVALID_CONTEXT"
+            : code == kInvalidHandle  ? "CUDA_ERROR_INVALID_HANDLE"
+                                      : "CUDA_ERROR_NOT_FOUND";
     return 0;
 }
 }

@@ -10,19 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Phi3Config
 
 import gossamer.gpu
 from encoders import round_to_int8, save_encoder
+from gossamer import cuda
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.schemes import FP8_DYNAMIC, W4A8
 from gossamer.engine.llm import LLM
 from gossamer.errors import EngineError, UnsupportedError
-from gossamer.gpu import GossamerConfig, SparseLinear
+from gossamer.gpu import GossamerConfig, SparseLinear, driver
+from gossamer.gpu import transformers as ours
 from gossamer.packed.from_checkpoint import Types, pack_checkpoint
 from gossamer.stages.quantize import Quantize, quantize
+from gossamer.training import trainer_contract
+from gpu.emulated import needs_compiler
 from llamas import save_random, save_tiny
 
 
@@ -214,6 +219,68 @@ def test_memory_that_ends_is_said_with_what_is_needed(
 def test_a_device_map_that_mixes_is_refused(tiny_llama: Callable[[str], Path]) -> None:
     with pytest.raises(UnsupportedError, match="device_map with cpu, disk; supported: GPUs alone"):
         load(tiny_llama("bf16"), device_map={"model": "cpu", "lm_head": "disk"})
+
+
+@pytest.mark.skipif(not cuda.why_no_gpu(), reason="there is a GPU")
+@pytest.mark.parametrize("place", ["cuda", 0, {"": "cuda:1"}], ids=str)
+def test_a_gpu_that_is_not_there_is_refused_with_what_is_in_the_way(
+    place: Any, tiny_llama: Callable[[str], Path]
+) -> None:
+    with pytest.raises(UnsupportedError, match=r"device_map with .*; no GPU was found: CUDA's driver"):
+        load(tiny_llama("bf16"), device_map=place)
+
+
+@needs_compiler
+def test_kernels_are_asked_for_before_a_weight_is_read(
+    capabilities: list[tuple[int, int]], kernel_cache: Path, tiny_llama: Callable[[str], Path]
+) -> None:
+    """Of the GPUs that are named, or of all."""
+    quantizer = ours.GossamerQuantizer(GossamerConfig())
+    quantizer.validate_environment(device_map={"": torch.device("cuda:1")})
+    assert [it.name[:6] for it in kernel_cache.iterdir()] == ["sm_90-"]
+    quantizer.validate_environment(device_map="auto")
+    assert sorted(it.name[:6] for it in kernel_cache.iterdir()) == ["sm_80-", "sm_90-"]
+    with pytest.raises(UnsupportedError, match="device_map with cuda:2; supported: GPUs that are there, 2"):
+        load(tiny_llama("bf16"), device_map="cuda:2")
+    capabilities[0] = (7, 5)
+    driver.gpu.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"compute capability 7\.5; supported: 8\.0 and later"):
+        load(tiny_llama("bf16"), device_map="cuda")
+
+
+def test_on_a_cpu_it_says_once_that_this_is_for_tests(
+    tiny_llama: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_warnings()
+    for _ in range(2):
+        load(tiny_llama("bf16"), dtype=torch.bfloat16)
+    [words] = [it.getMessage() for it in caplog.records if "CPU" in it.getMessage()]
+    assert words == "On a CPU gossamer.gpu.GossamerConfig is for tests: `gossamer serve` is fast there"
+
+
+def test_versions_of_transformers_that_were_not_tested_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_warnings()
+    tested = (trainer_contract.OLDEST_TESTED, trainer_contract.NEWEST_TESTED)
+    assert tuple(tuple(map(int, it.split(".")[:2])) for it in tested) == ours.TESTED
+    for version in (*tested, "5.24.0", "5.24.0", "5.20.0.dev0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        GossamerConfig()
+    assert [it.getMessage() for it in caplog.records] == [
+        f"Found transformers {it}; gossamer.gpu.GossamerConfig was tested with 5.19 to 5.23"
+        for it in ("5.24.0", "5.20.0.dev0")
+    ]
+    monkeypatch.setattr(transformers, "__version__", "5.18.2")
+    with pytest.raises(
+        UnsupportedError, match=r"found transformers 5\.18\.2; supported by .*: 5\.19 to 5\.23"
+    ):
+        GossamerConfig()
+
+
+def forget_warnings() -> None:
+    """Those that transformers' loggers gave once."""
+    ours._log.warning_once.__func__.cache_clear()
 
 
 def test_w8a8_without_our_config_is_loaded_as_before(tmp_path: Path) -> None:

@@ -463,6 +463,28 @@ def test_versions_that_were_tested_and_that_are_too_old(said: list[tuple[int, st
         check_version("0.21.0")
 
 
+@pytest.mark.usefixtures("small_kernels")
+def test_kernels_are_compiled_before_a_weight_is_read(
+    kernel_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what vLLM knows of the GPU, which takes no context of CUDA; on other platforms nothing is."""
+    from gossamer.gpu.vllm_config import SparseConfig
+
+    platform, capability = importlib.import_module("vllm.platforms").current_platform, [9, 0]
+    monkeypatch.setattr(
+        platform, "get_device_capability", lambda: SimpleNamespace(major=capability[0], minor=capability[1])
+    )
+    SparseConfig()
+    assert not kernel_cache.exists()
+    monkeypatch.setattr(platform, "is_cuda", lambda: True)
+    SparseConfig()
+    [kept] = kernel_cache.iterdir()
+    assert kept.name.startswith("sm_90-") and not torch.cuda.is_initialized()
+    capability[0] = 7
+    with pytest.raises(UnsupportedError, match=r"compute capability 7\.0; supported: 8\.0 and later"):
+        SparseConfig.from_config(W8A8.config([]))
+
+
 def test_it_takes_what_vllm_gives(config: Any) -> None:
     """All that vLLM's own classes leave to us is there, and takes arguments by vLLM's names."""
     from gossamer.gpu.vllm_linear import SparseLinearMethod

@@ -8,6 +8,7 @@ all of vLLM's that are named in `MODULES`. `make vllm-test` runs the same tests 
 import inspect
 import logging
 from functools import lru_cache, wraps
+from types import SimpleNamespace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ MODULES = {
     "vllm": ("__version__",),
     "vllm.config": ("get_current_vllm_config_or_none",),
     "vllm.logger": ("init_logger",),
+    "vllm.platforms": ("current_platform",),
     "vllm.model_executor": (),
     "vllm.model_executor.parameter": ("ModelWeightParameter", "ChannelQuantScaleParameter"),
     "vllm.model_executor.layers": (),
@@ -45,6 +47,7 @@ QUANTIZATION_METHODS = ["compressed-tensors"]
 WEIGHT_LOADER_V2_SUPPORTED = ["UnquantizedLinearMethod"]
 CONFIGS = {}
 READING = WeakKeyDictionary()
+current_platform = SimpleNamespace(is_cuda=lambda: False, get_device_capability=lambda: None)
 
 
 class _Logger(logging.Logger):

@@ -62,6 +62,7 @@ def test_sparse_linears_as_on_a_gpu_agree(
     pack_checkpoint(Checkpoint.open(tmp_path), tmp_path / "model.goss", Types(embedding="keep"))
     packed, ids = Packed.open(tmp_path / "model.goss"), [2, 7, 11, 5, 3]
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "check_kernels", lambda: None)
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     found = agreement._sparse_numbers(tmp_path, packed, ids)
     for name, expected in agreement._encoder_numbers(packed, ids).items():

@@ -7,11 +7,12 @@ cache.
 import contextlib
 import ctypes
 import hashlib
-import sysconfig
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from gossamer.cuda import torch_cuda
 from gossamer.errors import EngineError, UnsupportedError
 from gossamer.machine import cache_directory
 
@@ -35,11 +36,13 @@ def cubin(capability: tuple[int, int]) -> bytes:
     architecture = nvrtc.architecture(capability)
     texts = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
     key = hashlib.sha256(repr((texts, architecture, nvrtc.version)).encode()).hexdigest()[:32]
-    kept = cache_directory() / "gpu" / f"{architecture}-{key}.cubin"
-    if kept.is_file():
-        return kept.read_bytes()
+    folder, name = cache_directory() / "gpu", f"{architecture}-{key}"
+    for kept in folder.glob(f"{name}-*.cubin"):
+        with contextlib.suppress(OSError):
+            if kept.name == _named(name, code := kept.read_bytes()):
+                return code
     made, _ = nvrtc.compile(texts, architecture)
-    _keep(kept, made)
+    _keep(folder / _named(name, made), made)
     return made
 
 
@@ -110,21 +113,44 @@ class Nvrtc:
             raise EngineError(f"NVRTC's {function} failed: {said}")
 
 
+def install() -> str:
+    """The command that brings NVRTC of torch's CUDA, whose code a driver takes that torch runs on."""
+    built = torch_cuda()
+    if built is None:
+        return "`pip install nvidia-cuda-nvrtc`"
+    named = "nvidia-cuda-nvrtc-cu12" if built[0] == 12 else f"'nvidia-cuda-nvrtc=={built[0]}.*'"
+    return f"`pip install {named}`"
+
+
 def _library() -> ctypes.CDLL:
-    """As torch has loaded it, as the system finds it, or out of the packages that torch's wheels bring."""
-    for name in LIBRARIES:
+    """That of torch's CUDA first: of each as torch has loaded it, as the system finds it, or of a package."""
+    built = torch_cuda()
+    first = [f"libnvrtc.so.{built[0]}"] if built else []
+    names = [*first, *(it for it in LIBRARIES if it not in first)]
+    for name in names:
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    for path in sorted(packages.glob("*/lib/libnvrtc.so.*"), reverse=True):
-        with contextlib.suppress(OSError):
-            for part in path.parent.glob("libnvrtc-builtins.so.*"):
-                ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(path))
+        for path in _packaged(name):
+            with contextlib.suppress(OSError):
+                for part in path.parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(part), ctypes.RTLD_GLOBAL)
+                return ctypes.CDLL(str(path))
     raise UnsupportedError(
-        f"NVRTC, which compiles the GPU's kernels, was not found ({', '.join(LIBRARIES)}); torch's wheels "
-        "for CUDA bring it, and `pip install nvidia-cuda-nvrtc` does"
+        f"NVRTC, which compiles the GPU's kernels, was not found ({', '.join(names)}); torch's wheels "
+        f"for CUDA bring it, and {install()} does"
     )
+
+
+def _packaged(name: str) -> list[Path]:
+    """Where the packages that torch's wheels bring have a library of this name."""
+    packages = importlib.util.find_spec("nvidia")  # in as many folders as have such packages
+    folders = (packages and packages.submodule_search_locations) or ()
+    return [path for folder in folders for path in Path(folder).glob(f"*/lib/{name}")]
+
+
+def _named(name: str, code: bytes) -> str:
+    """Of a kept file: with what its content is checked by, for it may have been damaged."""
+    return f"{name}-{hashlib.sha256(code).hexdigest()[:32]}.cubin"
 
 
 def _keep(path: Path, content: bytes) -> None:
@@ -132,8 +158,12 @@ def _keep(path: Path, content: bytes) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            part.write(content)
-        Path(part.name).replace(path)
+            try:
+                part.write(content)
+                part.flush()
+                Path(part.name).replace(path)
+            finally:
+                Path(part.name).unlink(missing_ok=True)  # it is there where one of these failed
 
 
 def _dotted(version: tuple[int, int]) -> str:

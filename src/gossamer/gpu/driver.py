@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from gossamer import cuda
 from gossamer.errors import EngineError, UnsupportedError
 from gossamer.gpu import compiler
 from gossamer.gpu.kernels import Job, Kernel, all_kernels
@@ -16,20 +17,35 @@ _SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Module:
-    """Machine code of all kernels, which CUDA's driver has loaded into its current context."""
+    """Machine code of all kernels, which CUDA's driver has loaded into a device's context, that of torch."""
 
-    def __init__(self, driver: ctypes.CDLL, code: bytes) -> None:
-        """EngineError where the driver refuses the code."""
-        self._driver, module = driver, ctypes.c_void_p()
-        self._call("cuModuleLoadData", ctypes.byref(module), code)
+    def __init__(self, driver: ctypes.CDLL, code: bytes, index: int = 0) -> None:
+        """EngineError where the driver refuses the code; `index` is the device's number."""
+        self._driver, self._device, self._context = driver, ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(self._device), index)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
+        self._enter()
+        module = ctypes.c_void_p()
+        try:
+            self._call("cuModuleLoadData", ctypes.byref(module), code)
+        except EngineError as error:
+            raise EngineError(f"{error}; {_versions(driver)}") from error
         self._functions = {it.name: self._function(module, it) for it in all_kernels()}
 
     def launch(self, kernel: Kernel, blocks: int, job: Job, stream: int) -> None:
-        """In that context; EngineError where the driver refuses it."""
+        """In that context, from any thread; EngineError where the driver refuses it."""
+        self._enter()
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(job))
         shape = (blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
         function = self._functions[kernel.name]
         self._call("cuLaunchKernel", function, *shape, ctypes.c_void_p(stream), arguments, None)
+
+    def _enter(self) -> None:
+        """A thread that has not used the device yet has no context, or another device's."""
+        found = ctypes.c_int(-1)
+        self._driver.cuCtxGetDevice(ctypes.byref(found))  # which fails without a context
+        if found.value != self._device.value:
+            self._call("cuCtxSetCurrent", self._context)
 
     def _function(self, module: ctypes.c_void_p, kernel: Kernel) -> ctypes.c_void_p:
         function = ctypes.c_void_p()
@@ -49,14 +65,13 @@ class Gpu:
     """One of torch's CUDA devices, with the kernels on it."""
 
     def __init__(self, index: int) -> None:
-        """UnsupportedError as `compiler.cubin`'s, or where there is no driver."""
+        """UnsupportedError as `compiler.cubin`'s, or where there is no driver; EngineError as `Module`'s."""
         properties = torch.cuda.get_device_properties(index)
         self.processors: int = properties.multi_processor_count
         self._index = index
         code = compiler.cubin((properties.major, properties.minor))
         with torch.cuda.device(index):
-            torch.cuda.synchronize()  # so that torch's context is there
-            self._module = Module(_driver(), code)
+            self._module = Module(_driver(), code, index)
 
     def launch(self, kernel: Kernel, blocks: int, job: Job) -> None:
         """On the stream that torch uses at this moment; EngineError where the driver refuses it."""
@@ -71,10 +86,19 @@ def gpu(index: int) -> Gpu:
 
 
 def _driver() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
+    if (found := cuda.driver()) is None:
         raise UnsupportedError(
-            "CUDA's driver (libcuda.so.1) was not found; models run on CPUs by `gossamer run`, and on a GPU "
-            "where NVIDIA's driver is installed"
-        ) from error
+            f"CUDA's driver ({cuda.DRIVER}) was not found; models run on CPUs by `gossamer run`, and on a "
+            "GPU where NVIDIA's driver is installed"
+        )
+    return found
+
+
+def _versions(driver: ctypes.CDLL) -> str:
+    """What may not fit where a driver refuses code, and what to do."""
+    supported, made_by = cuda.driver_version(driver), compiler.Nvrtc().version
+    numbers = "the driver supports CUDA {}.{}, NVRTC is of {}.{}".format(*supported, *made_by)
+    return (
+        f"{numbers}, and torch is built for {torch.version.cuda or 'none'}. A driver takes code of its own "
+        f"CUDA's major version or an older one: update the driver, or {compiler.install()}"
+    )

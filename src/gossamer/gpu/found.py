@@ -1,16 +1,13 @@
 """Which GPUs are here, and whether the kernels can run on them."""
 
-import ctypes
-import importlib.util
-
+from gossamer.cuda import why_no_gpu
 from gossamer.errors import ConfigError, EngineError, UnsupportedError
-from gossamer.gpu import compiler
 
 DEVICE = "cuda"  # torch's name
 
 
 def found_gpus() -> list[str]:
-    """A line for each GPU, for which the kernels are compiled, or one that says why there is none."""
+    """A line for each GPU, on which the kernels are loaded, or one that says why there is none."""
     if why := why_no_gpu():
         return [f"none: {why}"]
     import torch
@@ -19,12 +16,16 @@ def found_gpus() -> list[str]:
 
 
 def gpu_device() -> str:
-    """Torch's name of the GPU that `--backend gpu` computes on; ConfigError where there is none."""
+    """Torch's name of the GPU that `--backend gpu` computes on.
+
+    ConfigError where there is none; as `check_kernels` where they do not run on it.
+    """
     if why := why_no_gpu():
         raise ConfigError(
             f"no GPU was found: {why}. --backend gpu needs one of NVIDIA's (docs/gpu.md says which); "
             "--backend engine computes on this CPU"
         )
+    check_kernels()
     return DEVICE
 
 
@@ -33,20 +34,16 @@ def has_gpu() -> bool:
     return not why_no_gpu()
 
 
-def why_no_gpu() -> str:
-    """What is in the way of computing on a GPU; empty where there is one."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "CUDA's driver (libcuda.so.1) was not found"
-    if importlib.util.find_spec("torch") is None:
-        return "CUDA's driver is here; models run on it through torch: pip install 'gossamer[compress]'"
+def check_kernels(index: int | None = None) -> None:
+    """Compile and load them, before anything is packed; on torch's current GPU unless one is named.
+
+    UnsupportedError or EngineError, as `driver.Gpu`'s, where that is not possible.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return ""
-    built = torch.version.cuda or "no CUDA"
-    return f"CUDA's driver is here, but torch {torch.__version__} (built for {built}) cannot use it"
+    from gossamer.gpu.driver import gpu
+
+    gpu(torch.cuda.current_device() if index is None else index)
 
 
 def _described(index: int) -> str:
@@ -55,7 +52,7 @@ def _described(index: int) -> str:
     it = torch.cuda.get_device_properties(index)
     what = f"{it.name}, {it.total_memory / 1e9:.0f} GB, compute capability {it.major}.{it.minor}"
     try:
-        compiler.cubin((it.major, it.minor))
+        check_kernels(index)
     except (UnsupportedError, EngineError) as error:
         return f"{what}: no sparse kernels, {error}"
-    return f"{what}: sparse kernels compiled"
+    return f"{what}: sparse kernels compiled and loaded"

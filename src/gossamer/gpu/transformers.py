@@ -5,25 +5,28 @@ are, and packed where they lie, one after another: so the most memory is that of
 """
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from gossamer.architecture.families import read_anatomy
 from gossamer.checkpoint.schemes import W4A8, W8A8, read_scheme, row_scales_and_multipliers, scale_shape
 from gossamer.errors import UnsupportedError
+from gossamer.gpu import found, hosts
 from gossamer.gpu.directory import left_in_floats, matches
 from gossamer.gpu.linear import SparseLinear, nothing_gained, while_packing
 
-METHOD = "gossamer"
-_log = logging.getLogger(__name__)
+METHOD, OURS = "gossamer", "gossamer.gpu.GossamerConfig"
+TESTED = (5, 19), (5, 23)  # of transformers
+_log = logging.get_logger(__name__)
 
 
 class GossamerConfig(QuantizationConfigMixin):
@@ -32,8 +35,10 @@ class GossamerConfig(QuantizationConfigMixin):
     def __init__(self, keep_dense: bool = False, stored: Mapping[str, Any] | None = None, **_: Any) -> None:
         """`keep_dense`: twice, for prompts at a dense product's speed.
 
-        `stored`: the directory's own `quantization_config`; None of one in bfloat16.
+        `stored`: the directory's own `quantization_config`; None of one in bfloat16. UnsupportedError where
+        transformers is too old.
         """
+        hosts.check_version("transformers", transformers.__version__, TESTED, OURS, _log.warning_once)
         self.quant_method = METHOD  # type: ignore[assignment]
         self.keep_dense, self.stored = keep_dense, stored
 
@@ -42,7 +47,7 @@ class GossamerConfig(QuantizationConfigMixin):
         found = found if isinstance(found, dict) else found.to_dict()
         if found.get("quant_method") == METHOD:
             return self
-        left_in_floats(found, [W8A8, W4A8], by="gossamer.gpu.GossamerConfig")
+        left_in_floats(found, [W8A8, W4A8], by=OURS)
         return GossamerConfig(self.keep_dense, found)
 
 
@@ -65,12 +70,25 @@ class GossamerQuantizer(HfQuantizer):
         self._config = config
 
     def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
-        """UnsupportedError for weights that would lie in files or on several kinds of devices."""
-        places = set(device_map.values()) if isinstance(device_map, dict) else set[Any]()
+        """UnsupportedError for weights that would lie in files, on several kinds of devices, or on no GPU.
+
+        Kernels are compiled and loaded here, as `check_kernels` has it, before a weight is read.
+        """
+        places = {str(it) for it in device_map.values()} if isinstance(device_map, dict) else set[str]()
         if places & {"disk", "cpu"} and len(places) > 1:
             raise UnsupportedError(
-                f"found a device_map with {', '.join(sorted(map(str, places)))}; supported: GPUs alone"
+                f"found a device_map with {', '.join(sorted(places))}; supported: GPUs alone"
             )
+        why = found.why_no_gpu()
+        count = 0 if why else torch.cuda.device_count()
+        if isinstance(device_map, str):  # such as auto, which takes all
+            places = {str(index) for index in range(count)}
+        for place in sorted(it for it in places if it.isdecimal() or it.startswith("cuda")):
+            index = place.rpartition(":")[2]
+            if int(index if index.isdecimal() else 0) >= count:
+                there = f"no GPU was found: {why}" if why else f"supported: GPUs that are there, {count}"
+                raise UnsupportedError(f"found a device_map with {place}; {there}")
+            found.check_kernels(int(index) if index.isdecimal() else None)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """The types of quantized tensors are their modules'."""
@@ -91,6 +109,8 @@ class GossamerQuantizer(HfQuantizer):
             dense, total = dense + sparse.is_dense, total + 1
         if dense:
             _log.warning("%s", nothing_gained(dense, total))
+        if model.device.type == "cpu":
+            _log.warning_once(hosts.slow_on_cpu(OURS))
         return model
 
     def _packed(self, name: str, linear: nn.Linear | LoadedIntegers) -> SparseLinear:

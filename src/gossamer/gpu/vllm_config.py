@@ -6,7 +6,6 @@ What vLLM calls a quantization is what makes room for the weights of linears and
 
 # pyright: reportMissingImports=false
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,14 +13,16 @@ import torch
 import vllm
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
 
 from gossamer.checkpoint.schemes import W8A8
 from gossamer.errors import UnsupportedError
+from gossamer.gpu import compiler, hosts
 from gossamer.gpu.directory import left_in_floats, matches
 from gossamer.gpu.vllm import LOGGER, NAME
 from gossamer.gpu.vllm_tally import Tally
 
-OLDEST, NEWEST = (0, 22), (0, 33)  # of vLLM; those before lose biases of linears that are packed as they load
+TESTED = (0, 22), (0, 33)  # of vLLM; those before lose biases of linears that are packed as they load
 LEAST_CAPABILITY = 80
 
 
@@ -31,10 +32,12 @@ class SparseConfig(QuantizationConfig):
     def __init__(self, ignored: Sequence[str] | None = None) -> None:
         """`ignored`: of a W8A8 directory, what it says of linears that are not INT8; None of one in bfloat16.
 
-        vLLM itself calls it without arguments, for a directory that is not quantized.
+        vLLM itself calls it without arguments, for a directory that is not quantized. UnsupportedError for a
+        vLLM that is too old, or a GPU for which there are no kernels.
         """
         super().__init__()
         check_version(vllm.__version__)
+        _check_kernels()
         self.ignored, self.tally = ignored, Tally()
 
     @classmethod
@@ -103,15 +106,14 @@ class SparseConfig(QuantizationConfig):
 
 
 def check_version(version: str) -> None:
-    """UnsupportedError for a vLLM that is too old; one that was not tested is named in a warning, once."""
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2]) if "dev" not in version else None
-    supported = "{}.{} to {}.{}".format(*OLDEST, *NEWEST)
-    if found and found < OLDEST:
-        raise UnsupportedError(f"found vLLM {version}; supported by --quantization {NAME}: {supported}")
-    if not found or found > NEWEST:
-        init_logger(LOGGER).warning_once(
-            "Found vLLM %s; --quantization %s was tested with %s", version, NAME, supported
-        )
+    """As `hosts.check_version` has it."""
+    hosts.check_version("vLLM", version, TESTED, f"--quantization {NAME}", init_logger(LOGGER).warning_once)
+
+
+def _check_kernels() -> None:
+    """They are compiled before a weight is read; without a context of CUDA, since vLLM may fork."""
+    if current_platform.is_cuda() and (found := current_platform.get_device_capability()):
+        compiler.cubin((found.major, found.minor))
 
 
 def _left_in_floats(found: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from vllm.logger import init_logger
 
+from gossamer.gpu.hosts import slow_on_cpu
 from gossamer.gpu.linear import SparseLinear, nothing_gained
 from gossamer.gpu.vllm import LOGGER, NAME
 
@@ -37,4 +38,4 @@ class Tally:
         if self.num_dense:
             logger.warning("%s", nothing_gained(self.num_dense, self.num_linears))
         if on_cpu:
-            logger.warning("On a CPU --quantization %s is for tests: `gossamer serve` is fast there", NAME)
+            logger.warning("%s", slow_on_cpu(f"--quantization {NAME}"))

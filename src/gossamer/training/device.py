@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from gossamer.cuda import why_no_gpu
 from gossamer.errors import ConfigError
 
 Precision = Literal["f32", "bf16"]
@@ -23,10 +24,8 @@ def check_device(wanted: str, option: str) -> None:
     """Raise ConfigError for a device that is not there."""
     there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if wanted not in there and (wanted != "cuda" or len(there) == 1):
-        built = "" if torch.version.cuda else f" (torch {torch.__version__} is built without CUDA)"
-        raise ConfigError(
-            f"{option} {wanted} is not there; found {', '.join(there)}{built}: give one of these"
-        )
+        why = f" ({why})" if (why := why_no_gpu()) else ""
+        raise ConfigError(f"{option} {wanted} is not there; found {', '.join(there)}{why}: give one of these")
 
 
 def another_device(wanted: str | None, own: str) -> str | None:
