@@ -19,7 +19,7 @@ from encoders import round_to_int8, save_encoder
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.schemes import FP8_DYNAMIC, W4A8
 from gossamer.engine.llm import LLM
-from gossamer.errors import EngineError, UnsupportedError
+from gossamer.errors import UnsupportedError
 from gossamer.gpu import GossamerConfig, SparseLinear
 from gossamer.packed.from_checkpoint import Types, pack_checkpoint
 from gossamer.stages.quantize import Quantize, quantize
@@ -207,7 +207,7 @@ def test_memory_that_ends_is_said_with_what_is_needed(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SparseLinear, "from_weight", full)
-    with pytest.raises(EngineError, match=r"memory ended while .*q_proj was packed.* GB more"):
+    with pytest.raises(MemoryError, match=r"memory ended while .*q_proj was packed.* GB more"):
         load(tiny_llama("bf16"), dtype=torch.bfloat16)
 
 
