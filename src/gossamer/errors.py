@@ -11,7 +11,7 @@ GossamerError
 Interrupted            Ctrl-C during work that can be resumed (a KeyboardInterrupt, exit code 130)
 
 Every message says what was found, what was expected and what to do. All of them are the user's to mend
-(exit code 2); the environment's failures stay Python's own `OSError` (exit code 1).
+(exit code 2); the environment's failures stay Python's own `OSError` and `MemoryError` (exit code 1).
 """
 
 

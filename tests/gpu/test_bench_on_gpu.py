@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer import cli
 from gossamer.architecture.families import read_anatomy
-from gossamer.errors import ConfigError, EngineError, GossamerError
+from gossamer.errors import ConfigError, GossamerError
 from gossamer.gpu import SparseLinear
 from gossamer.gpu.found import has_gpu
 from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes
@@ -154,7 +154,7 @@ def test_memory_that_does_not_do_is_said_before_and_after(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Decoder, "caches", full)
-    with pytest.raises(EngineError, match="memory ended while a decoder was measured; give --layers, or few"):
+    with pytest.raises(MemoryError, match="memory ended while a decoder was measured; give --layers, or few"):
         bench(job)
 
 

@@ -52,6 +52,12 @@ def test_a_transposed_matrix_is_packed_as_it_is_seen() -> None:
     assert torch.equal(packing.pack(w_KN.T).values, expected.values)
 
 
+def test_parameters_are_packed_as_their_weights_are() -> None:
+    weight = torch.nn.Linear(300, 40, dtype=torch.bfloat16).weight
+    found = packing.pack(weight)
+    assert torch.equal(packing.unpacked(found), weight) and not found.values.requires_grad
+
+
 def test_more_weights_than_can_be_counted_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "MOST_WEIGHTS", 10)
     with pytest.raises(UnsupportedError, match=r"16 x 128 has 2,048 weights.*: 10"):

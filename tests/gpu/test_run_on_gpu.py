@@ -12,12 +12,15 @@ from encoders import round_to_int8, save_encoder
 from gossamer import cli
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.engine import LLM, SamplingParams
-from gossamer.errors import EngineError, GossamerError
+from gossamer.errors import GossamerError
 from gossamer.gpu.found import has_gpu
+from gossamer.gpu.opening import loaded_bytes, open_sparse
+from gossamer.gpu.transformers import GossamerQuantizer
 from gossamer.packed.from_checkpoint import Types, pack_checkpoint
 from gossamer.tools.conversation import Conversation
 from gossamer.tools.on_gpu import open_on_gpu
 from gossamer.tools.run import Run, run
+from gossamer.tools.terminal import converse
 from gpu.emulated import Emulated, needs_compiler
 from gpu.test_transformers import sparse_bf16
 from llamas import save_tiny
@@ -134,18 +137,47 @@ def test_what_only_the_engine_has_is_refused(int8: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("cpu_as_gpu")
-def test_memory_that_ends_is_said(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_ends_is_said(
+    int8: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     llm = open_on_gpu(str(int8), offline=True)
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", full)
-    with pytest.raises(EngineError, match="memory ended while 4 tokens were computed behind 0; give shorter"):
+    with pytest.raises(MemoryError, match="memory ended while 4 tokens were computed behind 0; give shorter"):
         llm.generate([[0, 5, 77, 200]])
+    lines, notes = iter(["a", "b", "/quit"]), list[str]()
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines))
+    converse(Conversation(llm, SamplingParams(max_tokens=4)), notes.append)
+    assert sum("tokens were computed behind 0; give shorter texts" in it for it in notes) == 2
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", full)
-    with pytest.raises(EngineError, match=f"memory ended while {int8} was loaded, which takes"):
-        open_on_gpu(str(int8), offline=True)
+    assert cli.call(["run", str(int8), "a", "--backend", "gpu"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the environment failed: the GPU's memory ended while" in said
+    assert (
+        "was loaded; before its linears are packed its weights take 0.00 GB, and the largest linear" in said
+    )
+
+
+@pytest.mark.usefixtures("cpu_as_gpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_loading_takes_is_what_is_said(
+    dtype: torch.dtype, int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    pack_all = GossamerQuantizer._process_model_after_weight_loading
+
+    def noting(quantizer: GossamerQuantizer, model: Any, **how: Any) -> Any:
+        found.append(sum(it.nbytes for it in model.parameters()))
+        return pack_all(quantizer, model, **how)
+
+    monkeypatch.setattr(GossamerQuantizer, "_process_model_after_weight_loading", noting)
+    directories = [Checkpoint.open(it) for it in (int8, sparse_bf16(tmp_path / "model"))]
+    for source in directories:
+        open_sparse(source, "cpu", dtype=dtype)
+    assert found == [loaded_bytes(directories[0], dtype), loaded_bytes(directories[1], torch.bfloat16)]
 
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU")

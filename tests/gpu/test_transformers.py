@@ -212,7 +212,7 @@ def test_memory_that_ends_is_said_with_what_is_needed(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(SparseLinear, "from_weight", full)
-    with pytest.raises(EngineError, match=r"memory ended while .*q_proj was packed.* GB more"):
+    with pytest.raises(MemoryError, match=r"memory ended while .*q_proj was packed.* GB more"):
         load(tiny_llama("bf16"), dtype=torch.bfloat16)
 
 

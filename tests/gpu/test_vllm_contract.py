@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checkpoint.schemes import FP8_DYNAMIC, W4A8, W8A8
-from gossamer.errors import CheckpointError, EngineError, UnsupportedError
+from gossamer.errors import CheckpointError, UnsupportedError
 from gossamer.gpu import vllm as entry
 from gossamer.gpu.linear import SparseLinear
 from gpu import vllm_stand_in
@@ -382,7 +382,7 @@ def test_memory_that_ends_is_said_with_what_is_needed(config: Any, monkeypatch: 
 
     monkeypatch.setattr(SparseLinear, "from_weight", full)
     with pytest.raises(
-        EngineError, match=r"memory ended while model.layers.0.mlp.down_proj was packed.* GB more"
+        MemoryError, match=r"memory ended while model.layers.0.mlp.down_proj was packed.* GB more"
     ):
         load(down(config), tensors(40))
 

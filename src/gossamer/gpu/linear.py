@@ -23,7 +23,7 @@ from gossamer.gpu import products
 from gossamer.gpu.driver import gpu
 from gossamer.gpu.layout import STEP_INPUTS
 from gossamer.gpu.memory import memory_for
-from gossamer.gpu.packing import PackedWeights, pack, padded, unpacked
+from gossamer.gpu.packing import PackedWeights, pack, packing_bytes, padded, padded_bytes, unpacked
 
 LEAST_ZEROS = 0.45  # below which the masks' bits and the expanding cost what the zeros save
 LEAST_INT4, MOST_INT4 = -8, 7
@@ -77,11 +77,17 @@ def _by_definition(
     return (exact_TN.float() * (scale_T1 * scales_N)).to(x_TK.dtype)
 
 
-def while_packing(name: str, w_NK: Tensor) -> AbstractContextManager[None]:
-    """EngineError that says what a linear takes where the device's memory ends while it is packed."""
+def while_packing(
+    name: str, w_NK: Tensor, *, is_int4: bool = False, keep_dense: bool = False
+) -> AbstractContextManager[None]:
+    """MemoryError that says what a linear takes where the device's memory ends while it is packed."""
+    rows, columns = w_NK.shape
+    most = packing_bytes(rows, columns, w_NK.dtype, is_int4=is_int4)
+    if keep_dense:
+        most += (3 if is_int4 else 1) * padded_bytes(rows, columns, w_NK.dtype)  # INT4: multiplied, padded
     return memory_for(
-        f"{name} was packed, beside the weights that it is packed from; this linear takes "
-        f"{5 * w_NK.numel() / 1e9:.2f} GB more while it is"
+        f"{name} was packed, beside the weights that it is packed from; this linear takes at most "
+        f"{most / 1e9:.2f} GB more while it is"
     )
 
 

@@ -5,13 +5,11 @@ from collections.abc import Iterator
 
 import torch
 
-from gossamer.errors import EngineError
-
 
 @contextlib.contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """EngineError where the memory ends meanwhile; `what` goes on after "while"."""
+    """MemoryError where the memory ends meanwhile; `what` goes on after "while"."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise EngineError(f"the GPU's memory ended while {what}: {error}") from error
+        raise MemoryError(f"the GPU's memory ended while {what}: {error}") from error

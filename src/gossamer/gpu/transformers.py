@@ -1,7 +1,8 @@
 """Sparse linears in transformers' models: `from_pretrained(directory, quantization_config=GossamerConfig())`.
 
 The directory stays what it is, bfloat16, W8A8 or W4A8 with its zeros stored. Its linears are loaded as they
-are, and packed where they lie, one after another: so the most memory is that of the dense model.
+are, and packed where they lie, one after another: so the most memory is that of the dense model, and what
+`packing_bytes` says of a linear.
 """
 
 import json
@@ -124,9 +125,10 @@ class GossamerQuantizer(HfQuantizer):
                 "and W4A8"
             )
         bias = None if linear.bias is None else linear.bias.data
-        with while_packing(name, weight):
+        keep_dense = self._config.keep_dense
+        with while_packing(name, weight, is_int4=multiplier_NS is not None, keep_dense=keep_dense):
             return SparseLinear.from_weight(
-                weight, scales_N, bias, multiplier_NS=multiplier_NS, keep_dense=self._config.keep_dense
+                weight, scales_N, bias, multiplier_NS=multiplier_NS, keep_dense=keep_dense
             )
 
     def _scales(self, name: str, inputs: int, scale_NG: Tensor) -> tuple[Tensor, Tensor | None]:

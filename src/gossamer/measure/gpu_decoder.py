@@ -6,15 +6,20 @@ Needs torch, NumPy and this source alone. Shapes: R = B T rows, width of a head 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 
-from gossamer.gpu.linear import SparseLinear
+from gossamer.gpu.linear import LEAST_ZEROS, SparseLinear
+from gossamer.gpu.packing import packed_bytes, packing_bytes, padded_bytes
 from gossamer.measure.stopwatch import Stopwatch
 
 DENSE = "dense bf16"
+MAKING_BYTES = {"bf16": 9, "i8": 12, "i4": 22}  # at most for each weight of a linear that is being made
+WHOLE_BYTES = 6  # of a weight in float32 and in what it is rounded to
+MORE_PAIRS = 1.1  # than half of the weights of INT4: as many as the longer of two runs has
 
 Linear = Callable[[Tensor], Tensor]
 Cache = tuple[Tensor, Tensor]  # keys and values [B, G, T, E] of a layer
@@ -122,6 +127,29 @@ class Decoder:
 
     def _normed(self, x_RD: Tensor) -> Tensor:
         return rms_norm(x_RD, self.ones.shape, self.ones)
+
+
+def most_bytes(sizes: Sizes, values: str, zeros: float) -> float:
+    """What a decoder takes with so many zeros, and at most more while its largest linear or head is made."""
+    layer = sum(_linear_bytes(*shape, values, zeros) for shape in sizes.linears)
+    rows, columns = max(sizes.linears, key=prod)
+    largest, packing = rows * columns, packing_bytes(rows, columns, _type(values))
+    making = max(MAKING_BYTES[values] * largest, WHOLE_BYTES * largest + packing)
+    return sizes.layers * layer + max(making, WHOLE_BYTES * sizes.vocabulary * sizes.hidden)
+
+
+def _linear_bytes(rows: int, columns: int, values: str, zeros: float) -> int:
+    """Of a linear and its scales."""
+    live, is_int4 = (1 - zeros) * rows * columns, values == "i4"
+    scales = 0 if values == "bf16" else 4 * rows
+    if zeros < LEAST_ZEROS and not is_int4:
+        return scales + padded_bytes(rows, columns, _type(values))
+    number = round(MORE_PAIRS / 2 * live if is_int4 else live)
+    return scales + packed_bytes(rows, columns, _type(values), is_int4=is_int4, num_values=number)
+
+
+def _type(values: str) -> torch.dtype:
+    return torch.bfloat16 if values == "bf16" else torch.int8
 
 
 def sparse(name: str, w_NK: Tensor, device: torch.device | None = None) -> SparseLinear:

@@ -9,7 +9,7 @@ import torch
 from gossamer.architecture.families import read_anatomy
 from gossamer.gpu.memory import memory_for
 from gossamer.job.report import Event, Progress
-from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes
+from gossamer.measure.gpu_decoder import DENSE, Decoder, Sizes, most_bytes
 from gossamer.measure.readers import impossible
 from gossamer.measure.report import GpuRow, speeds
 from gossamer.measure.rounds import Setting, kv_bytes
@@ -31,6 +31,11 @@ class GpuSubject:
     baseline: Sequence[float]
 
 
+def most_bytes_on_gpu(recipe: Recipe) -> float:
+    """What its decoder takes at most, without keys and values."""
+    return most_bytes(_sizes(recipe), recipe.values, recipe.sparsity)
+
+
 @torch.no_grad()
 def measured_on_gpu(
     at: Stopwatch,
@@ -40,7 +45,7 @@ def measured_on_gpu(
     *,
     baseline: bool,
 ) -> Iterator[GpuRow]:
-    """A row for each recipe and setting; EngineError where the GPU's memory ends."""
+    """A row for each recipe and setting; MemoryError where the GPU's memory ends."""
     repeats, num_bytes = settings[0].repeats, READ_BYTES if at.on_gpu else CPU_READ_BYTES
     with memory_for("a decoder was measured; give --layers, or fewer in --batch and --prompt"):
         read = max(rate for rates in at.rates(num_bytes, READS, repeats).values() for rate in rates)

@@ -1,7 +1,7 @@
 """`bench`: tokens per second, and the gigabytes per second they take as a share of what memory can give."""
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -114,11 +114,12 @@ def on_gpu(job: Bench, settings: Sequence[Setting], progress: Progress) -> Itera
             f"--values {' '.join(others)}: supported on a GPU: {' '.join(GPU_VALUES)}; the engine has all"
         )
     device = gpu_device()
-    from gossamer.measure.gpu_rounds import measured_on_gpu
+    from gossamer.measure.gpu_rounds import measured_on_gpu, most_bytes_on_gpu
     from gossamer.measure.stopwatch import Stopwatch
 
     at = Stopwatch(device)
-    yield from measured_on_gpu(at, recipes(job, at.free_bytes), settings, progress, baseline=job.baseline)
+    made = recipes(job, at.free_bytes, most_bytes_on_gpu)
+    yield from measured_on_gpu(at, made, settings, progress, baseline=job.baseline)
 
 
 def check(job: Bench) -> None:
@@ -161,7 +162,7 @@ def subjects(job: Bench, threads: int, dense: Baseline | None, progress: Progres
         values = "+".join(sorted({packed.matrices[name].values for name in packed.decoder}))
         yield subject_of(packed, values, packed.sparsity(packed.decoder), threads, job.kv_cache_dtype, dense)
         return
-    made = recipes(job, available_memory_bytes())
+    made = recipes(job, available_memory_bytes(), file_bytes)
     for recipe in made:
         path = cache_directory() / recipe.file_name
         drop = len(made) > 1 and not job.keep and not path.exists()
@@ -189,7 +190,7 @@ def subject_of(
     return Subject(packed, values, sparsity, kv, model, readers, dense, notes)
 
 
-def recipes(job: Bench, available: float | None) -> list[Recipe]:
+def recipes(job: Bench, available: float | None, most_bytes: Callable[[Recipe], float]) -> list[Recipe]:
     """The synthetic models of the sweep; ConfigError for one that does not fit in the memory available."""
     assert job.shape is not None
     sparsities = job.sparsity or (PLOT_SPARSITIES if job.plot else (0.7,))
@@ -208,7 +209,7 @@ def recipes(job: Bench, available: float | None) -> list[Recipe]:
     return made
 
 
-def most_bytes(recipe: Recipe) -> float:
+def file_bytes(recipe: Recipe) -> float:
     """At most how large the recipe's file is: embedding and head dense, int4 pairs a quarter more."""
     config, bits = CONFIGS[recipe.shape], NUMBER_TYPES[recipe.values].bits
     stored = min(bits, 1 + 1.25 * bits * (1 - recipe.sparsity)) + 0.2

@@ -69,8 +69,8 @@ def _show_answer(dialogue: Dialogue, text: str, note: Callable[[str], None]) -> 
                 empty, reason = empty and not piece.text, piece.finish_reason
     except KeyboardInterrupt:
         reason = "stopped"
-    except GossamerError as error:
-        note(str(error))
+    except (GossamerError, MemoryError) as error:
+        note(str(error) or "out of memory")
         return
     if not empty or reason == "stopped":
         print()
