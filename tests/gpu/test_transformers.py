@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Phi3Config
@@ -21,7 +20,7 @@ from gossamer import cuda
 from gossamer.checkpoint.directory import Checkpoint
 from gossamer.checkpoint.schemes import FP8_DYNAMIC, W4A8
 from gossamer.engine.llm import LLM
-from gossamer.errors import EngineError, UnsupportedError
+from gossamer.errors import UnsupportedError
 from gossamer.gpu import GossamerConfig, SparseLinear, driver
 from gossamer.gpu import transformers as ours
 from gossamer.packed.from_checkpoint import Types, pack_checkpoint
@@ -265,13 +264,13 @@ def test_versions_of_transformers_that_were_not_tested_are_named(
     tested = (trainer_contract.OLDEST_TESTED, trainer_contract.NEWEST_TESTED)
     assert tuple(tuple(map(int, it.split(".")[:2])) for it in tested) == ours.TESTED
     for version in (*tested, "5.24.0", "5.24.0", "5.20.0.dev0"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(ours.transformers, "__version__", version)
         GossamerConfig()
     assert [it.getMessage() for it in caplog.records] == [
         f"Found transformers {it}; gossamer.gpu.GossamerConfig was tested with 5.19 to 5.23"
         for it in ("5.24.0", "5.20.0.dev0")
     ]
-    monkeypatch.setattr(transformers, "__version__", "5.18.2")
+    monkeypatch.setattr(ours.transformers, "__version__", "5.18.2")
     with pytest.raises(
         UnsupportedError, match=r"found transformers 5\.18\.2; supported by .*: 5\.19 to 5\.23"
     ):

@@ -23,7 +23,15 @@ from gossamer.gpu import products
 from gossamer.gpu.driver import gpu
 from gossamer.gpu.layout import STEP_INPUTS
 from gossamer.gpu.memory import memory_for
-from gossamer.gpu.packing import PackedWeights, pack, packing_bytes, padded, padded_bytes, unpacked
+from gossamer.gpu.packing import (
+    PackedWeights,
+    count_nonzero,
+    pack,
+    packing_bytes,
+    padded,
+    padded_bytes,
+    unpacked,
+)
 
 LEAST_ZEROS = 0.45  # below which the masks' bits and the expanding cost what the zeros save
 LEAST_INT4, MOST_INT4 = -8, 7
@@ -162,7 +170,7 @@ class SparseLinear(nn.Module):
             packed = pack(w_NK, multiplier_NS)
             dense = padded(_int8_weights(w_NK, multiplier_NS)) if keep_dense else None
             return cls(packed, dense, (rows, columns), scales_N, bias_N)
-        is_sparse = int(torch.count_nonzero(w_NK)) <= (1 - LEAST_ZEROS) * w_NK.numel()
+        is_sparse = count_nonzero(w_NK) <= (1 - LEAST_ZEROS) * w_NK.numel()
         packed = pack(w_NK) if is_sparse else None
         dense = padded(w_NK) if keep_dense or not is_sparse else None
         return cls(packed, dense, (rows, columns), scales_N, bias_N)

@@ -91,6 +91,12 @@ def packing_bytes(
     return made + COUNTING_BYTES * panels * steps + CHUNK_BYTES * weights + LIVE_BYTES * live
 
 
+def count_nonzero(w_NK: Tensor) -> int:
+    """Of as many weights at once as `pack` looks at: on a GPU torch counts in int64, one for each."""
+    at_once = _panels_at_once(_grid(*w_NK.shape)[1]) * PANEL_ROWS
+    return int(sum(torch.count_nonzero(it) for it in w_NK.split(at_once)))
+
+
 def padded(w_NK: Tensor) -> Tensor:
     """[P x 16, S x 128]: the weights, and zeros up to whole panels and steps."""
     rows, columns = w_NK.shape

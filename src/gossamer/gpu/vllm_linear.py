@@ -70,7 +70,7 @@ class SparseLinearMethod(LinearMethodBase):
         """Pack what was loaded, where it lies, and let go of it. vLLM calls it twice.
 
         UnsupportedError for new weights of a linear that is packed, CheckpointError where the directory lacks
-        some, EngineError where memory ends.
+        some, MemoryError where memory ends.
         """
         if getattr(layer, "weight", None) is None:
             return
