@@ -21,7 +21,10 @@ def start(arguments: list[str], limit_bytes: int | None = None) -> subprocess.Po
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
     return subprocess.Popen(
-        [sys.executable, "-m", "gossamer", *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=limit
+        [sys.executable, "-B", "-m", "gossamer", *arguments],  # no byte code, which would be cut off
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limit,
     )
 
 
